@@ -1,0 +1,223 @@
+"""Stage 1: captions. An off-the-shelf image captioner describes three key frames of every video, once.
+
+Reads   a manifest (train.csv), its videos
+Writes  train.captions.jsonl, one object a video, in the manifest's order:
+            {"path": ..., "captions": ["a dog runs", ...]}   or   {"path": ..., "captions": [], "error": why there are none}
+        train.captions.json, what made them: model, prompt, beams, frames, and a hash of the manifest's rows
+
+    python caption.py data/train.csv --model data/toy/blip                          CPU, the toy world: about 250 videos/s
+    python caption.py data/train.csv                                                one GPU, BLIP
+    torchrun --nproc_per_node=8 caption.py data/train.csv --model Salesforce/blip2-opt-2.7b --batch-size 8
+    python caption.py data/train.csv --labels --label-column template               no model: the data set's own text
+
+The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has three captions; pretraining
+draws one at random per sample. Any image-to-text model of `transformers` serves, by name or folder (BLIP, BLIP-2, ...); no
+remote code is run. With `--labels` the caption is the label itself, once (a class number becomes text through `--classes`).
+
+Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
+its own; when all are done rank 0 joins them.
+"""
+import argparse
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from video import ManifestError, VideoError, VideoReader, companion, manifest_hash, read_manifest, segment_midpoints
+
+
+class KeyFrames(Dataset):
+    """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it failed)."""
+
+    def __init__(self, videos, frames, processor, prompt):
+        self.videos, self.frames, self.processor, self.prompt = videos, frames, processor, prompt
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        video = self.videos[index]
+        try:
+            with VideoReader(video.path) as reader:
+                images = reader.read(segment_midpoints(*reader.span(video), self.frames))        # [K, H, W, 3]
+        except VideoError as error:
+            return video, None, str(error)
+        text = {"text": [self.prompt] * len(images)} if self.prompt else {}
+        return video, self.processor(images=list(images), return_tensors="pt", **text), None
+
+
+def load_model(name, device, dtype):
+    """Any image-to-text model of transformers, by hub name or folder, in evaluation mode; with its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model {name}: cannot load it: {str(error).splitlines()[0]} (a folder, or a name on the Hugging Face hub; "
+                 f"for the toy world: --model data/toy/blip)")
+    return model.to(device).eval(), processor
+
+
+@torch.inference_mode()
+def describe(model, processor, items, device, dtype, beams, max_tokens):
+    """Captions of a batch of KeyFrames items: a list of K strings for each."""
+    inputs = {}
+    for key in items[0][1]:
+        value = torch.cat([inputs_of[key] for _, inputs_of, _ in items]).to(device)
+        inputs[key] = value.to(dtype) if value.is_floating_point() else value
+    tokens = model.generate(**inputs, max_new_tokens=max_tokens, num_beams=beams, do_sample=False)
+    texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    each = len(texts) // len(items)
+    return [texts[i * each:(i + 1) * each] for i in range(len(items))]
+
+
+def read_entries(out, videos):
+    """What the joined file and the parts beside it hold, {row: object}; a line that a kill cut off is dropped, and a caption
+    of any attempt wins over a failure."""
+    entries = {}
+    for path in (out, *part_files(out)):
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            row = entry.pop("row", number)  # only the parts say it: line i of the joined file is row i
+            if row < len(videos) and entry["path"] == videos[row].name and (entry["captions"] or row not in entries):
+                entries[row] = entry
+    return entries
+
+
+def part_files(out):
+    return sorted(out.parent.glob(out.name + ".part-*"))
+
+
+def write_joined(out, entries, videos):
+    """Writes the joined file, line i for row i, once every row has been tried; the parts go."""
+    if len(entries) < len(videos):
+        print(f"{len(entries)} of {len(videos)} videos tried: run it again to go on")
+        return
+    temporary = out.with_name(out.name + ".new")
+    temporary.write_text("".join(json.dumps(entries[video.row]) + "\n" for video in videos))
+    temporary.replace(out)
+    for path in part_files(out):
+        path.unlink()
+    failed = sum(not entry["captions"] for entry in entries.values())
+    print(f"{out}: {len(videos) - failed} videos captioned, {failed} failed")
+
+
+def label_captions(videos, classes):
+    """One caption a video: its label, or the line of `classes` that its integer label names."""
+    entries = {}
+    for video in videos:
+        text = video.label
+        if classes is not None and text is not None:
+            if not text.isdigit() or int(text) >= len(classes):
+                sys.exit(f"{video.name}: label {text!r} is not a line of --classes, 0 to {len(classes) - 1}")
+            text = classes[int(text)]
+        if not text:
+            sys.exit(f"{video.name}: has no label to use as its caption (--label-column picks another column)")
+        entries[video.row] = {"path": video.name, "captions": [text]}
+    return entries
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
+    parser.add_argument("--data", default="data/train.csv", help="the manifest")
+    parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    parser.add_argument("--out", help="file to write (default: beside the manifest, train.captions.jsonl)")
+    model = parser.add_argument_group("captioner")
+    model.add_argument("--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder")
+    model.add_argument("--frames", type=int, default=3, help="key frames, and so captions, a video")
+    model.add_argument("--prompt", default="", help="text that the caption continues")
+    model.add_argument("--beams", type=int, default=1, help="beam search; 1 is greedy")
+    model.add_argument("--max-tokens", type=int, default=30, help="longest caption")
+    labels = parser.add_argument_group("captions without a model")
+    labels.add_argument("--labels", action="store_true", help="the label of each video is its caption")
+    labels.add_argument("--label-column", default="label", help="column that holds the label")
+    labels.add_argument("--classes", help="text file: line i is the text of integer label i")
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=int, default=32, help="videos a batch")
+    run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
+    run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
+    args = parser.parse_args(argv)
+    args.data = args.manifest or args.data
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        videos = read_manifest(args.data, args.root, args.label_column)
+    except ManifestError as error:
+        sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
+    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{local}" if device == "cuda" else device
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    out = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
+    about = {"manifest": manifest_hash(videos), "model": "labels" if args.labels else args.model}
+    about |= {} if args.labels else {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
+    if rank == 0:
+        prepare(out, about, args)
+    if ranks > 1:
+        dist.barrier()
+
+    if args.labels:
+        classes = Path(args.classes).read_text().splitlines() if args.classes else None
+        if rank == 0:
+            write_joined(out, label_captions(videos, classes), videos)
+        return
+    done = {row for row, entry in read_entries(out, videos).items() if entry["captions"]}
+    mine = [video for video in videos if video.row not in done][rank::ranks]
+    if mine:
+        model, processor = load_model(args.model, device, dtype)
+        if rank == 0:
+            print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks", flush=True)
+        loader = DataLoader(KeyFrames(mine, args.frames, processor, args.prompt), args.batch_size, num_workers=args.workers,
+                            collate_fn=list)
+        with open(f"{out}.part-{rank}", "a") as file, tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
+            file.write("\n")  # ends the line that a kill may have cut off
+            for step, items in enumerate(loader):
+                if step == args.max_steps:
+                    break
+                good = [item for item in items if item[2] is None]
+                texts = iter(describe(model, processor, good, device, dtype, args.beams, args.max_tokens) if good else ())
+                for video, _, error in items:
+                    entry = {"captions": [], "error": error} if error else {"captions": next(texts)}
+                    file.write(json.dumps({"row": video.row, "path": video.name, **entry}) + "\n")
+                file.flush()
+                bar.update(len(items))
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        write_joined(out, read_entries(out, videos), videos)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def prepare(out, about, args):
+    """Refuses to go on with captions of another manifest or model; with --resume none, removes what there is."""
+    path = out.with_suffix(".json")
+    if args.resume == "none" or args.labels:
+        for old in (out, *part_files(out)):
+            old.unlink(missing_ok=True)
+    elif path.exists() and json.loads(path.read_text()) != about:
+        sys.exit(f"{path}: these captions are of another manifest or model; remake them with: "
+                 f"python caption.py {args.data} --resume none (and the flags you want)")
+    path.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Stage 2: saliency. CLIP scores every patch of every video against each of its captions, once.
+
+Reads   a manifest, its videos, and the captions that caption.py wrote (train.captions.jsonl)
+Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text embeddings, the contrastive loss's targets
+        train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the mid-points of S equal parts
+                              of the video, G x G over the whole frame, squashed to a square
+        train.text.json, train.saliency.json: model, flags, and hashes of the manifest's rows and of the captions
+
+    python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 40 videos/s a core
+    python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
+    torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
+
+Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained for is its class token; what
+its patch tokens say is a by-product, and how they are read matters (`--dense`). All three act on the last block only:
+
+    last    the patch tokens as they leave the last block. They were trained for nothing, and tend to match the *background*
+            better than the object: the class token gathers what it needs, patches keep what it does not.
+    value   each patch sees only itself: its value vector, through the output projection (MaskCLIP, arXiv 2112.01071, sec. 3.2)
+    self    each patch gathers the values of patches that look like it: query-query plus key-key attention, each softmaxed,
+            in the place of query-key (SCLIP, arXiv 2312.01597, eq. 4; key-key: CLIP Surgery, arXiv 2304.05653)
+
+`value` and `self` leave out the block's residual and MLP, as their sources do. {MEASURED}
+
+Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
+rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
+Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
+"""
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from video import (ManifestError, VideoError, VideoReader, companion, manifest_hash, open_array, read_captions, read_manifest,
+                   segment_midpoints)
+
+DENSE = ("last", "value", "self")
+
+
+class Moments(Dataset):
+    """Item i is (row, uint8 [S, 3, H, W] squashed to the model's size, None) or (row, None, why it failed)."""
+
+    def __init__(self, videos, moments, size):
+        self.videos, self.moments, self.size = videos, moments, size
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        video = self.videos[index]
+        try:
+            with VideoReader(video.path) as reader:
+                frames = reader.read(segment_midpoints(*reader.span(video), self.moments), self.size)
+        except VideoError as error:
+            return video.row, None, str(error)
+        return video.row, torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), None
+
+
+def load_clip(name, pretrained, image_size, device):
+    """An open_clip model in evaluation mode and its tokenizer; a larger image size interpolates the position table."""
+    import open_clip
+    try:
+        model = open_clip.create_model(name, pretrained=None if ":" in name else pretrained, force_image_size=image_size,
+                                       device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"--clip {name} --pretrained {pretrained}: cannot load it: {str(error).splitlines()[0]} "
+                 f"(for the toy world: --clip local-dir:data/toy/clip)")
+    if not all(hasattr(model.visual, part) for part in ("transformer", "ln_post", "proj", "grid_size")):
+        sys.exit(f"--clip {name}: patch maps need an open_clip model whose image tower is a plain vision transformer")
+    return model.eval(), tokenizer
+
+
+def self_attention(block, x):
+    """Query-query plus key-key attention of a residual block's own projections: x [B, L, W] -> [B, L, W], no residual."""
+    q, k, v = (F.linear(x, weight, bias).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for weight, bias in
+               zip(block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)))        # [B, heads, L, W / heads]
+    scale = q.shape[-1] ** -0.5
+    attention = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
+    return block.attn.out_proj((attention @ v).transpose(1, 2).flatten(2))
+
+
+def value_only(block, x):
+    """Each token's own value through the output projection: x [B, L, W] -> [B, L, W]."""
+    width = x.shape[-1]
+    return block.attn.out_proj(F.linear(x, block.attn.in_proj_weight[2 * width:], block.attn.in_proj_bias[2 * width:]))
+
+
+def patch_features(visual, images, dense):
+    """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised -> [B, G*G, D] float32."""
+    x = visual._embeds(images)                                                                  # [B, L, W], class token first
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    last = visual.transformer.resblocks[-1]
+    if dense == "last":
+        x = last(x)
+    elif dense == "value":
+        x = value_only(last, last.ln_1(x))
+    else:
+        x = self_attention(last, last.ln_1(x))
+    x = visual.ln_post(x[:, 1:])
+    return F.normalize((x @ visual.proj).float(), dim=-1)
+
+
+def embed_texts(model, tokenizer, texts, device, batch=256):
+    """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by the tokenizer."""
+    texts, embedded = sorted(set(texts)), {}
+    for start in range(0, len(texts), batch):
+        features = model.encode_text(tokenizer(texts[start:start + batch]).to(device), normalize=True).float().cpu()
+        embedded.update(zip(texts[start:start + batch], features))
+    return embedded
+
+
+def create_or_resume(path, shape, about, resume, rank, barrier):
+    """The float16 array at `path`, filled with NaN where it is new, writable, mapped; `about` lands in the json beside it.
+
+    An array that is there must carry the same `about`, else this exits with the command that remakes it."""
+    about = about | {"shape": list(shape)}
+    about_path = path.with_suffix(".json")
+    if rank == 0:
+        if resume == "auto" and path.exists() and about_path.exists():
+            old = json.loads(about_path.read_text())
+            changed = [key for key in about if old.get(key) != about[key]]
+            if changed:
+                sys.exit(f"{path}: made with another {', '.join(changed)}; --resume none remakes it")
+        else:
+            about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
+            array = np.lib.format.open_memmap(path, "w+", np.float16, tuple(shape))
+            for start in range(0, len(array), 4096):
+                array[start:start + 4096] = np.nan
+            array.flush()
+            about_path.write_text(json.dumps(about, indent=1) + "\n")
+    barrier()
+    return np.load(path, mmap_mode="r+", allow_pickle=False)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
+    parser.add_argument("--data", default="data/train.csv", help="the manifest")
+    parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    parser.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
+    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and PREFIX.text.npy (default: beside the manifest)")
+    model = parser.add_argument_group("CLIP")
+    model.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
+    model.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file")
+    model.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
+    model.add_argument("--moments", type=int, default=16, help="frames scored a video")
+    model.add_argument("--image-size", type=int, help="larger images give a finer grid (default: the model's own size)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=int, default=16, help="videos a batch")
+    run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
+    run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
+    args = parser.parse_args(argv)
+    args.data = args.manifest or args.data
+    return args
+
+
+@torch.inference_mode()
+def main(argv=None):
+    args = parse_args(argv)
+    caption_path = args.captions or companion(args.data, "captions.jsonl")
+    try:
+        videos = read_manifest(args.data, args.root)
+        captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
+    except ManifestError as error:
+        sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
+    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    barrier = dist.barrier if ranks > 1 else lambda: None
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{local}" if device == "cuda" else device
+    autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(
+        "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+
+    model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
+    visual = model.visual
+    grid, size = tuple(visual.grid_size), tuple(visual.image_size)
+    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
+    texts = max(len(of_video) for of_video in captions)
+    with autocast:
+        embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
+    width = len(next(iter(embedded.values())))
+
+    about = {"manifest": manifest_hash(videos), "captions": hashlib.sha256(Path(caption_path).read_bytes()).hexdigest()[:16],
+             "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
+    prefix = args.out or Path(args.data).with_suffix("")
+    text_array = create_or_resume(Path(f"{prefix}.text.npy"), (len(videos), texts, width), about, args.resume, rank, barrier)
+    about |= {"dense": args.dense, "moments": args.moments, "image_size": size[0]}
+    array = create_or_resume(Path(f"{prefix}.saliency.npy"), (len(videos), texts, args.moments, *grid), about, args.resume, rank, barrier)
+
+    todo = [video for video in videos if captions[video.row]][rank::ranks]
+    todo = [video for video in todo if np.isnan(array[video.row, 0, 0, 0, 0])]
+    if rank == 0:
+        print(f"{args.clip} on {device}: {len(videos)} videos, {sum(not of_video for of_video in captions)} without captions, "
+              f"{len(todo)} to do on rank 0 of {ranks}; {texts} captions x {args.moments} moments x {grid[0]} x {grid[1]} patches", flush=True)
+    loader = DataLoader(Moments(todo, args.moments, size), args.batch_size, num_workers=args.workers, collate_fn=list)
+    failed = 0
+    with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
+        for step, items in enumerate(loader):
+            if step == args.max_steps:
+                break
+            good = [(row, frames) for row, frames, error in items if error is None]
+            for error in (error for _, _, error in items if error):
+                tqdm.write(error)
+                failed += 1
+            if good:
+                images = torch.cat([frames for _, frames in good]).to(device)                   # [B*S, 3, H, W]
+                with autocast:
+                    patches = patch_features(visual, (images / 255 - mean) / std, args.dense)
+                patches = patches.unflatten(0, (len(good), args.moments))                       # [B, S, G*G, D]
+            for index, (row, _) in enumerate(good):
+                text = torch.stack([embedded[text] for text in captions[row]])                  # [K, D]
+                maps = torch.einsum("spd,kd->ksp", patches[index], text.to(device)).unflatten(-1, grid)
+                text_array[row, :len(text)] = text.numpy()
+                array[row, :len(text)] = maps.cpu().numpy()
+            bar.update(len(items))
+    array.flush()
+    text_array.flush()
+    barrier()
+    if rank == 0:
+        done = len(videos) - int(np.isnan(array[:, 0, 0, 0, 0]).sum())
+        print(f"{prefix}.saliency.npy {list(array.shape)}, {prefix}.text.npy {list(text_array.shape)}: {done} of {len(videos)} videos")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Stages 1 and 2 on real files: what they write, going on after a kill, ranks, failures, refusals."""
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import BLIP, CLIP, run
+
+import saliency
+from video import read_frames, segment_midpoints
+
+
+def entries(folder, split="train"):
+    return [json.loads(line) for line in (folder / f"data/{split}.captions.jsonl").read_text().splitlines()]
+
+
+# ---- captions
+
+
+def test_captions_in_the_manifests_order(world):
+    names = [line.split(",")[0] for line in (world / "data/train.csv").read_text().splitlines()[1:]]
+    made = entries(world)
+    assert [entry["path"] for entry in made] == names
+    assert all(len(entry["captions"]) == 3 for entry in made) and not list((world / "data").glob("*.part-*"))
+    about = json.loads((world / "data/train.captions.json").read_text())
+    assert about["model"] == BLIP and about["frames"] == 3
+
+
+def test_captions_go_on_after_a_kill_and_share_work_over_ranks(world, copy):
+    expected = (copy / "data/train.captions.jsonl").read_text()
+    (copy / "data/train.captions.jsonl").unlink()
+    half = [json.dumps({"row": row} | entry) for row, entry in enumerate(entries(world))][:10]
+    part = copy / "data/train.captions.jsonl.part-1"
+    part.write_text("\n".join(half) + '\n{"row": 11, "path": "vid')  # the kill cut the last line
+    out = run("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 4, cwd=copy, ranks=2)
+    assert "32 videos, 10 done before, 2 ranks" in out
+    assert (copy / "data/train.captions.jsonl").read_text() == expected
+    assert "32 videos captioned, 0 failed" in run("caption.py", "--model", BLIP, cwd=copy)  # again: nothing to do
+
+
+def test_a_bad_video_is_recorded_and_tried_again(copy):
+    (copy / "bad.mp4").write_bytes(b"not a video")
+    manifest = copy / "bad.csv"
+    manifest.write_text("path\nbad.mp4\ndata/videos/train/00001.mp4\nmissing.mp4\n")
+    assert "1 videos captioned, 2 failed" in run("caption.py", manifest, "--model", BLIP, "--workers", 1, cwd=copy)
+    made = [json.loads(line) for line in (copy / "bad.captions.jsonl").read_text().splitlines()]
+    assert [len(entry["captions"]) for entry in made] == [0, 3, 0]
+    assert made[0]["error"].startswith(f"{copy}/bad.mp4: ") and "missing.mp4" in made[2]["error"]
+    (copy / "bad.mp4").write_bytes((copy / "data/videos/train/00002.mp4").read_bytes())
+    assert "2 videos captioned, 1 failed" in run("caption.py", manifest, "--model", BLIP, "--workers", 0, cwd=copy)
+    out = run("saliency.py", manifest, "--clip", CLIP, "--workers", 0, "--moments", 2, cwd=copy)
+    assert "3 videos, 1 without captions" in out and "2 of 3 videos" in out
+    assert np.isnan(np.load(copy / "bad.saliency.npy")).reshape(3, -1).all(1).tolist() == [False, False, True]
+
+
+def test_prompt_beams_and_other_frames(copy):
+    run("caption.py", "data/val.csv", "--model", BLIP, "--frames", 1, "--beams", 3, "--prompt", "a red", "--max-tokens", 4,
+        "--resume", "none", "--workers", 0, cwd=copy)
+    texts = [text for entry in entries(copy, "val") for text in entry["captions"]]
+    assert len(texts) == 24 and all(text.startswith("a red ") for text in texts)
+
+
+def test_labels_as_captions(copy):
+    run("caption.py", "--labels", "--label-column", "caption", cwd=copy)
+    assert entries(copy)[3]["captions"] == [(copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]]
+    (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
+    (copy / "names.txt").write_text("a dog\na cat\n")
+    run("caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
+    assert [json.loads(line)["captions"] for line in (copy / "ids.captions.jsonl").read_text().splitlines()] == [["a cat"], ["a dog"]]
+    (copy / "ids.csv").write_text("path,label\na b.mp4,2\n")
+    assert "label '2' is not a line of --classes, 0 to 1" in run("caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy, fails=True)
+    (copy / "ids.csv").write_text("path\na b.mp4\n")
+    assert "has no label" in run("caption.py", "ids.csv", "--labels", cwd=copy, fails=True)
+
+
+def test_captions_refuse(copy):
+    assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True)
+    assert "remake them with: python caption.py" in run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True)
+    line = run("caption.py", "--model", copy / "nowhere", "--resume", "none", cwd=copy, fails=True)
+    assert "cannot load it" in line
+
+
+# ---- saliency
+
+
+def test_text_embeddings_are_the_captions_unit_length(world):
+    text = np.load(world / "data/train.text.npy")
+    assert text.shape == (32, 3, 128) and text.dtype == np.float16
+    assert np.allclose(np.linalg.norm(text.astype(np.float32), axis=-1), 1, atol=2e-3)
+    model, tokenizer = open_clip.create_model(CLIP).eval(), open_clip.get_tokenizer(CLIP)
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(entries(world)[5]["captions"]), normalize=True)
+    assert np.allclose(text[5], expected, atol=1e-3)
+
+
+def reference(visual, images, dense):
+    """Patch embeddings written out head by head and token by token, independently of saliency.py."""
+    x = visual._embeds(images)
+    blocks = visual.transformer.resblocks
+    for block in blocks[:-1]:
+        x = block(x)
+    block = blocks[-1]
+    if dense == "last":
+        x = block(x)
+    else:
+        y, heads, width = block.ln_1(x), block.attn.num_heads, x.shape[-1]
+        qkv = y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias
+        out = torch.zeros_like(x)
+        for head in range(heads):
+            part = slice(head * width // heads, (head + 1) * width // heads)
+            q, k, v = qkv[..., :width][..., part], qkv[..., width:2 * width][..., part], qkv[..., 2 * width:][..., part]
+            if dense == "value":
+                out[..., part] = v
+            else:
+                for a in (q, k):
+                    for i in range(x.shape[1]):
+                        weight = torch.softmax((a[:, i:i + 1] * a).sum(-1) / (width / heads) ** 0.5, -1)
+                        out[:, i, part] += (weight[..., None] * v).sum(1)
+        x = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    x = visual.ln_post(x[:, 1:]) @ visual.proj
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dense", saliency.DENSE)
+def test_saliency_is_the_cosine_of_patch_and_text(world, tmp_path, dense):
+    run("saliency.py", world / "data/val.csv", "--clip", CLIP, "--moments", 4, "--dense", dense, "--workers", 0, "--out", tmp_path / "x")
+    maps, text = np.load(tmp_path / "x.saliency.npy"), np.load(tmp_path / "x.text.npy").astype(np.float32)
+    assert maps.shape == (24, 3, 4, 8, 8) and maps.dtype == np.float16
+    model = open_clip.create_model(CLIP).eval()
+    frames = read_frames(world / "data/videos/val/00007.mp4", segment_midpoints(0, 2.0, 4))
+    images = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        patches = reference(model.visual, images, dense).numpy()                             # [S, 64, D]
+    expected = np.einsum("spd,kd->ksp", patches, text[7]).reshape(3, 4, 8, 8)
+    assert np.abs(maps[7] - expected).max() < 3e-3
+    assert json.loads((tmp_path / "x.saliency.json").read_text())["dense"] == dense
+
+
+def test_last_is_open_clips_own(world):
+    visual = open_clip.create_model(CLIP).eval().visual
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        own = torch.nn.functional.normalize(own["image_intermediates"][0] @ visual.proj, dim=-1)
+        assert torch.allclose(saliency.patch_features(visual, images, "last"), own, atol=1e-5)
+
+
+def test_saliency_goes_on_and_ranks_fill_their_own_rows(world, copy):
+    path = copy / "data/train.saliency.npy"
+    expected = np.load(path)
+    array = np.load(path, mmap_mode="r+")
+    array[5:20] = np.nan
+    array.flush()
+    out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=copy, ranks=2)
+    assert "32 of 32 videos" in out
+    assert np.array_equal(np.load(path)[:5], expected[:5]) and np.abs(np.load(path) - expected).max() < 2e-3
+
+
+def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
+    run("saliency.py", world / "data/val.csv", "--clip", CLIP, "--moments", 1, "--image-size", 96, "--workers", 0, "--max-steps", 1,
+        "--batch-size", 4, "--out", tmp_path / "x")
+    maps = np.load(tmp_path / "x.saliency.npy")
+    assert maps.shape == (24, 3, 1, 12, 12)
+    assert np.isfinite(maps).reshape(24, -1).all(1).tolist() == [True] * 4 + [False] * 20  # --max-steps 1
+
+
+def test_saliency_refuses(copy):
+    base = ("saliency.py", "--clip", CLIP, "--moments", 8)
+    assert "another dense; --resume none remakes it" in run(*base, "--dense", "last", cwd=copy, fails=True)
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    assert "is of another manifest; make it with: python caption.py" in run(*base, cwd=copy, fails=True)
+    (copy / "data/train.captions.jsonl").unlink()
+    assert run(*base, cwd=copy, fails=True).endswith("make it with: python caption.py data/train.csv")
+    assert "cannot load it" in run("saliency.py", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True)
+
+
+def test_the_full_size_towers_patches():
+    """ViT-B-16 with random weights: the grid and width that the default writes; a convolutional tower is refused."""
+    model = open_clip.create_model("ViT-B-16", pretrained=None).eval()
+    with torch.no_grad():
+        patches = saliency.patch_features(model.visual, torch.randn(1, 3, 224, 224), "self")
+    assert patches.shape == (1, 196, 512) and torch.allclose(patches.norm(dim=-1), torch.ones(1, 196), atol=1e-5)
+    assert tuple(model.visual.grid_size) == (14, 14)
+    with pytest.raises(SystemExit, match="plain vision transformer"):
+        saliency.load_clip("RN50", None, None, "cpu")

@@ -1,0 +1,570 @@
+"""model.py against transformers' VideoMAE, against written-out references, and its own promises (CPU, 30 s)."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as M  # noqa: E402
+from model import VideoMAE, VideoViT, info_nce, load_pretrained, patchify, save_huggingface, unpatchify  # noqa: E402
+
+torch.set_num_threads(1)
+NANO = dict(M.SIZES["tiny"], frames=4, image_size=32, width=24, depth=2, heads=2,
+            decoder_width=12, decoder_depth=1, decoder_heads=3)
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    """A size for tests: 2 x 2 x 2 tokens, head widths that differ between encoder and decoder."""
+    monkeypatch.setitem(M.SIZES, "nano", NANO)
+    torch.manual_seed(0)
+
+
+def randomize(model, seed=0):
+    """Weights of no special value anywhere, so that no bias or norm hides behind a zero or a one."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim:  # not logit_scale
+            p.data = 0.15 * torch.randn(p.shape, generator=g) + ("norm" in name and name.endswith("weight"))
+    return model
+
+
+def random_video(model, batch=2, seed=1):
+    c, g = model.config, torch.Generator().manual_seed(seed)
+    shape = (batch, 3, c["frames"], c["image_size"], c["image_size"])
+    return M.normalize(torch.randint(0, 256, shape, generator=g, dtype=torch.uint8))
+
+
+def random_mask(model, batch=2, visible=None, seed=2):
+    n, g = math.prod(model.grid), torch.Generator().manual_seed(seed)
+    visible = visible or n // 4 + 1
+    return torch.rand(batch, n, generator=g).argsort(1) >= visible
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --- parity with transformers ---
+
+def hf_model(cls, config):
+    """The class at our sizes, its two hard-coded epsilons (1e-5) set to the official 1e-6, as our docstring says."""
+    transformers = pytest.importorskip("transformers")
+    hf = getattr(transformers, cls)(transformers.VideoMAEConfig(**config)).eval()
+    return official_eps(hf)
+
+
+def official_eps(hf):
+    for m in hf.modules():
+        if isinstance(m, nn.LayerNorm):
+            m.eps = 1e-6
+    return hf
+
+
+def hf_config(model, **extra):
+    c = model.config
+    return dict(image_size=c["image_size"], patch_size=16, num_frames=c["frames"], tubelet_size=2,
+                hidden_size=c["width"], num_hidden_layers=c["depth"], num_attention_heads=c["heads"],
+                intermediate_size=4 * c["width"], decoder_hidden_size=c["decoder_width"],
+                decoder_num_hidden_layers=c["decoder_depth"], decoder_num_attention_heads=c["decoder_heads"],
+                decoder_intermediate_size=4 * c["decoder_width"], layer_norm_eps=1e-6, **extra)
+
+
+def ours_in_hf(name):
+    """Parameter name of transformers -> ours, written out independently of model.HF_KEYS; None where ours is fused."""
+    for a, b in (("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
+                 ("videomae.encoder.layer", "encoder.blocks"), ("videomae.layernorm", "encoder.norm"),
+                 ("decoder.decoder_layers", "decoder.blocks"), ("layernorm_before", "norm1"),
+                 ("layernorm_after", "norm2"), ("attention.output.dense", "attn.proj"),
+                 ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+                 ("attention.attention.query.bias", "attn.q_bias"), ("attention.attention.value.bias", "attn.v_bias"),
+                 ("attention.attention", "attn"), ("classifier", "head")):
+        name = name.replace(a, b)
+    return name
+
+
+def copy_weights(hf, ours, prefix=""):
+    state = {ours_in_hf(k): v for k, v in hf.state_dict().items()}
+    for key in [k for k in state if k.endswith("attn.query.weight")]:
+        parts = [state.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        state[key.replace("query", "qkv")] = torch.cat(parts)
+    state = {k.removeprefix(prefix): v for k, v in state.items()}
+    missing, unexpected = ours.load_state_dict(state, strict=False)
+    assert not unexpected and all(k.startswith("contrastive.") for k in missing)
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny"])
+def test_loss_and_every_gradient_equal_transformers(size):
+    ours = VideoMAE(size)
+    hf = randomize(hf_model("VideoMAEForPreTraining", hf_config(ours, use_mean_pooling=False)))
+    copy_weights(hf, ours)
+    video, mask = random_video(ours), random_mask(ours)
+    theirs = hf(video.transpose(1, 2), bool_masked_pos=mask).loss
+    loss = ours(video, mask).loss_mae
+    close(loss, theirs)
+    loss.backward()
+    theirs.backward()
+    gradients = dict(ours.named_parameters())
+    checked = set()
+    for name, p in hf.named_parameters():
+        name, part = ours_in_hf(name), None
+        for i, piece in enumerate(("query", "key", "value")):
+            if name.endswith(f"attn.{piece}.weight"):
+                name, part = name.replace(piece, "qkv"), i
+        grad = gradients[name].grad
+        close(grad if part is None else grad.chunk(3)[part], p.grad, 2e-5)
+        checked.add(name)
+    assert checked == {k for k in gradients if not k.startswith("contrastive.")}
+
+
+def test_base_loss_equals_transformers():
+    ours = VideoMAE("base")
+    hf = hf_model("VideoMAEForPreTraining", hf_config(ours, use_mean_pooling=False))
+    copy_weights(hf, ours)
+    video, mask = random_video(ours, 1), random_mask(ours, 1, visible=160)
+    with torch.no_grad():
+        close(ours(video, mask, visible=160).loss_mae, hf(video.transpose(1, 2), bool_masked_pos=mask).loss)
+
+
+def test_classifier_equals_transformers():
+    ours = VideoViT("nano", classes=5)
+    hf = randomize(hf_model("VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=5)))
+    copy_weights(hf, ours, "encoder.")
+    video = random_video(ours)
+    close(ours.eval()(video), hf(video.transpose(1, 2)).logits)
+
+
+def test_huggingface_folder_there_and_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    mae, vit = randomize(VideoMAE("nano", text_dim=7)), randomize(VideoViT("nano", classes=5)).eval()
+    video, mask = random_video(mae), random_mask(mae)
+    for model, cls, folder in ((mae, "VideoMAEForPreTraining", tmp_path / "mae"),
+                               (vit, "VideoMAEForVideoClassification", tmp_path / "vit")):
+        save_huggingface(model, folder)
+        hf, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True)
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        assert type(hf).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+        assert hf.config.layer_norm_eps == 1e-6
+        official_eps(hf)
+        with torch.no_grad():
+            if model is mae:
+                close(hf(video.transpose(1, 2), bool_masked_pos=mask).loss, mae(video, mask).loss_mae)
+            else:
+                close(hf(video.transpose(1, 2)).logits, vit(video))
+                assert hf.config.num_labels == 5
+        # what transformers itself writes is read back, q_bias or query.bias alike
+        hf.save_pretrained(tmp_path / "again")
+        torch.save(hf.state_dict(), tmp_path / "memory.bin")
+        for source in (folder, tmp_path / "again", tmp_path / "memory.bin"):
+            back = VideoMAE("nano", text_dim=7) if model is mae else VideoViT("nano", classes=5)
+            report = load_pretrained(back, source)
+            kept_out = {"missing contrastive.proj.weight", "missing contrastive.logit_scale"}
+            assert set(report) == (kept_out if model is mae else set())
+            for key, value in model.state_dict().items():
+                assert key.startswith("contrastive.") or torch.equal(value, back.state_dict()[key]), key
+
+
+def test_bare_huggingface_encoder_loads(tmp_path):
+    mae = VideoMAE("nano")
+    hf = randomize(hf_model("VideoMAEModel", hf_config(mae, use_mean_pooling=False)))
+    hf.save_pretrained(tmp_path)
+    report = load_pretrained(mae, tmp_path)
+    assert all(r.startswith(("missing decoder.", "missing contrastive.", "missing mask_token", "missing encoder_to_"))
+               for r in report) and "missing mask_token" in report
+    video = random_video(mae)
+    close(mae.encode(video), hf(video.transpose(1, 2)).last_hidden_state)
+
+
+# --- the official checkpoints ---
+
+def official_keys(D=768, depth=12, E=384, decoder_depth=4, P=1536):
+    keys = {"encoder.patch_embed.proj.weight": (D, 3, 2, 16, 16), "encoder.patch_embed.proj.bias": (D,),
+            "encoder.norm.weight": (D,), "encoder.norm.bias": (D,), "encoder_to_decoder.weight": (E, D),
+            "mask_token": (1, 1, E), "decoder.norm.weight": (E,), "decoder.norm.bias": (E,),
+            "decoder.head.weight": (P, E), "decoder.head.bias": (P,)}
+    for part, width, n in (("encoder", D, depth), ("decoder", E, decoder_depth)):
+        for i in range(n):
+            keys |= {f"{part}.blocks.{i}.{name}": shape for name, shape in {
+                "norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
+                "attn.q_bias": (width,), "attn.v_bias": (width,), "attn.qkv.weight": (3 * width, width),
+                "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+                "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
+                "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}.items()}
+    return keys
+
+
+@pytest.mark.parametrize("size, shape", [("small", (384, 12, 192, 4)), ("base", (768, 12, 384, 4)),
+                                         ("large", (1024, 24, 512, 12)), ("huge", (1280, 32, 640, 12))])
+def test_keys_and_shapes_are_the_official_ones(size, shape):
+    with torch.device("meta"):
+        own = {k: tuple(v.shape) for k, v in VideoMAE(size).state_dict().items()}
+        vit = {k: tuple(v.shape) for k, v in VideoViT(size, classes=400).state_dict().items()}
+    assert own.pop("contrastive.proj.weight") == (512, shape[0]) and own.pop("contrastive.logit_scale") == ()
+    official = official_keys(*shape)
+    assert own == official
+    fine_tuned = {k.removeprefix("encoder."): v for k, v in official.items()
+                  if k.startswith("encoder.") and not k.startswith("encoder.norm.")}
+    D = shape[0]
+    assert vit == fine_tuned | {"fc_norm.weight": (D,), "fc_norm.bias": (D,),
+                                "head.weight": (400, D), "head.bias": (400,)}
+
+
+def test_heads_are_the_official_ones():  # they leave no trace in the shapes
+    heads = {name: (c["heads"], c["decoder_heads"]) for name, c in M.SIZES.items() if name not in ("tiny", "nano")}
+    assert heads == {"small": (6, 3), "base": (12, 6), "large": (16, 8), "huge": (16, 8)}
+
+
+def official_state(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(s, generator=g) for k, s in official_keys(24, 2, 12, 1).items()}
+
+
+@pytest.mark.parametrize("wrap", ["model", "module"])
+def test_official_pretraining_file(tmp_path, wrap):
+    state, file = official_state(), tmp_path / "official.pth"
+    torch.save({wrap: state, "epoch": 1600, "args": argparse.Namespace(lr=1.5e-4)}, file)  # as VideoMAE saves it
+    mae, vit = VideoMAE("nano"), VideoViT("nano", classes=3)
+    assert set(load_pretrained(mae, file)) == {"missing contrastive.proj.weight", "missing contrastive.logit_scale"}
+    assert all(torch.equal(mae.state_dict()[k], v) for k, v in state.items())
+    report = load_pretrained(vit, file)
+    unused = {f"unused {k.removeprefix('encoder.')}" for k in state
+              if k.startswith(("decoder.", "encoder.norm.", "mask_token", "encoder_to"))}
+    missing = {f"missing {k}" for k in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")}
+    assert set(report) == unused | missing
+    assert torch.equal(vit.blocks[1].attn.qkv.weight, state["encoder.blocks.1.attn.qkv.weight"])
+
+
+def test_our_checkpoint_and_fine_tuned_layout(tmp_path):
+    mae, vit = randomize(VideoMAE("nano")), randomize(VideoViT("nano", classes=3))
+    torch.save({"model": mae.state_dict(), "optimizer": {"x": torch.ones(1)}, "step": 3}, tmp_path / "mae.pt")
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pt")
+    back = VideoMAE("nano", frames=8, image_size=64)  # positions are computed: another grid loads
+    assert load_pretrained(back, tmp_path / "mae.pt") == []
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in mae.state_dict().items())
+    again = VideoViT("nano", classes=3)
+    assert load_pretrained(again, tmp_path / "vit.pt") == []
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in vit.state_dict().items())
+    assert "unused contrastive.proj.weight" in load_pretrained(again, tmp_path / "mae.pt")
+    with pytest.raises(ValueError, match="missing encoder.norm.weight.*unexpected encoder.fc_norm"):
+        load_pretrained(mae, tmp_path / "vit.pt")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PAYLOAD"],)
+
+
+def test_refusals_load_nothing(tmp_path, monkeypatch):
+    mae, file = VideoMAE("nano"), tmp_path / "bad.pt"
+    before = {k: v.clone() for k, v in mae.state_dict().items()}
+
+    def refused(match, target=mae, path=file):
+        with pytest.raises(ValueError, match=match) as error:
+            load_pretrained(target, path)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        return str(error.value)
+
+    refused("no checkpoint", path=tmp_path / "absent.pt")
+    refused("no checkpoint", path=tmp_path)  # a folder without weights
+    for garbage in (b"", b"\x00garbage" * 99, b"PK\x03\x04 truncated"):
+        file.write_bytes(garbage)
+        refused("no checkpoint")
+    (tmp_path / "bad.safetensors").write_bytes(b"garbage" * 9)
+    refused("no checkpoint", path=tmp_path / "bad.safetensors")
+    for content in ([1, 2], {"model": {"a": 1}}, {"model": [torch.ones(1)]}, torch.ones(2)):
+        torch.save(content, file)
+        refused("no checkpoint")
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "owned"))
+    torch.save({"model": Payload()}, file)
+    refused("no checkpoint")
+    assert not (tmp_path / "owned").exists()  # the payload works, as the last line of this test shows
+
+    state = official_state()
+    torch.save({"model": state | {"mask_token": torch.ones(1, 1, 13), "encoder.norm.bias": torch.ones(9)}}, file)
+    message = refused("does not fit VideoMAE")
+    assert "mask_token: file [1, 1, 13], model [1, 1, 12]" in message
+    assert "encoder.norm.bias: file [9], model [24]" in message
+    for gone in ("encoder.blocks.1.attn.q_bias", "decoder.norm.bias", "mask_token"):  # not even part of the decoder
+        torch.save({k: v for k, v in state.items() if k != gone}, file)
+        refused(f"missing {gone}")
+    torch.save(state | {"encoder.blocks.2.attn.q_bias": torch.ones(24)}, file)
+    refused("unexpected encoder.blocks.2.attn.q_bias")
+    refused("unexpected blocks.2.attn.q_bias", VideoViT("nano"))
+    torch.save(state | {"contrastive.logit_scale": torch.ones(())}, file)
+    refused("missing contrastive.proj.weight")
+    torch.save({k.removeprefix("encoder."): v for k, v in VideoViT("nano", classes=3).state_dict().items()
+                if k != "fc_norm.bias"}, file)
+    refused("missing fc_norm.bias", VideoViT("nano", classes=3))
+    refused(r"head.bias: file \[3\], model \[4\]", VideoViT("nano", classes=4))
+    save_huggingface(mae, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {"num_attention_heads": 4}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    refused("num_attention_heads: file 4", path=tmp_path / "hf")
+
+    assert all(torch.equal(v, mae.state_dict()[k]) for k, v in before.items())
+    torch.save({"model": Payload()}, file)
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "owned").exists()
+
+
+# --- tokens, targets, losses ---
+
+def test_patchify_order_and_inverse():
+    video = torch.arange(2 * 3 * 4 * 32 * 48).reshape(2, 3, 4, 32, 48)
+    cubes = patchify(video, 2, 16)
+    assert cubes.shape == (2, 2 * 2 * 3, 1536)
+    t, h, w, dt, y, x, c = 1, 0, 2, 1, 5, 7, 2  # one number of one cube, by hand
+    assert cubes[1, (t * 2 + h) * 3 + w, ((dt * 16 + y) * 16 + x) * 3 + c] == video[1, c, 2 + dt, 5, 32 + 7]
+    assert torch.equal(unpatchify(cubes, (2, 2, 3), 2, 16), video)
+
+
+def test_normalize():
+    video = torch.zeros(1, 3, 2, 2, 2, dtype=torch.uint8)
+    video[:, 1] = 255
+    expected = torch.tensor([-0.485 / 0.229, (1 - 0.456) / 0.224, -0.406 / 0.225])
+    assert M.normalize(video).dtype == torch.float32
+    close(M.normalize(video), expected.view(1, 3, 1, 1, 1).expand(1, 3, 2, 2, 2), 1e-6)
+
+
+@pytest.mark.parametrize("frames, image_size", [(8, 96), (32, 32), (4, 160)])
+def test_encode_equals_a_dense_convolution_and_sees_only_the_visible(frames, image_size):
+    mae = randomize(VideoMAE("nano", frames, image_size))
+    assert mae.grid == (frames // 2, image_size // 16, image_size // 16) and mae.num_tokens == math.prod(mae.grid)
+    video, mask = random_video(mae), random_mask(mae)
+    conv = mae.encoder.patch_embed["proj"]
+    x = F.conv3d(video, conv.weight, conv.bias, stride=(2, 16, 16)).flatten(2).transpose(1, 2)
+    n = torch.arange(mae.num_tokens).double()
+    for j in range(24):
+        angle = n / 10000 ** (2 * (j // 2) / 24)
+        x[:, :, j] += (angle.cos() if j % 2 else angle.sin()).float()
+    x = x[~mask].reshape(2, -1, 24)
+    for block in mae.encoder.blocks:
+        x = block(x)
+    close(mae.encode(video, mask), F.layer_norm(x, (24,), mae.encoder.norm.weight, mae.encoder.norm.bias, 1e-6))
+    cubes = patchify(video)
+    cubes[mask] = 1e6
+    assert torch.equal(mae.encode(unpatchify(cubes, mae.grid), mask), mae.encode(video, mask))
+    assert mae.encode(video).shape == (2, mae.num_tokens, 24)
+    assert torch.isfinite(mae(video, mask).loss_mae)
+    vit = VideoViT("nano", 3, frames, image_size)
+    assert vit.eval()(video).shape == (2, 3)
+
+
+def test_loss_ignores_visible_targets(monkeypatch):
+    mae = randomize(VideoMAE("nano"))
+    video, mask = random_video(mae), random_mask(mae)
+    prediction = torch.randn(2, int(mask[0].sum()), 1536)
+    monkeypatch.setattr(mae, "decode", lambda tokens, seen, hidden: prediction)
+    loss = mae(video, mask).loss_mae
+    cubes = patchify(video)
+    cubes[~mask] += torch.randn_like(cubes[~mask])
+    assert torch.equal(mae(unpatchify(cubes, mae.grid), mask).loss_mae, loss)
+    cubes[mask] += torch.randn_like(cubes[mask])
+    assert not torch.equal(mae(unpatchify(cubes, mae.grid), mask).loss_mae, loss)
+
+
+def test_trivial_predictor_scores_one():
+    mae = VideoMAE("nano")
+    for p in mae.decoder.head.parameters():
+        nn.init.zeros_(p)
+    # per colour 512 numbers of unbiased variance 1: their mean square is 511 / 512
+    assert mae(random_video(mae), random_mask(mae)).loss_mae.item() == pytest.approx(511 / 512, rel=1e-4)
+    flat = torch.full((1, 3, 4, 32, 32), 0.3)  # a cube of one colour has deviation 0: no NaN
+    assert mae(flat, random_mask(mae, 1)).loss_mae.item() == pytest.approx(0, abs=1e-2)
+
+
+def test_reconstruct_borrows_only_mean_and_deviation():
+    mae = randomize(VideoMAE("nano")).eval()
+    video, mask = random_video(mae), random_mask(mae)
+    picture, pixels = patchify(mae.reconstruct(video, mask)), patchify(video.double())
+    std, mean = torch.tensor(M.STD).double().repeat(512), torch.tensor(M.MEAN).double().repeat(512)
+    pixels = (pixels * std + mean).float()
+    close(picture[~mask], pixels[~mask])
+    seen, hidden = M.split_mask(mask)
+    with torch.no_grad():
+        prediction = mae.decode(mae.encode(video, mask), seen, hidden)
+    truth = pixels[mask].view(-1, 512, 3)
+    expected = prediction.view(-1, 512, 3) * truth.std(1, keepdim=True) + truth.mean(1, keepdim=True)
+    close(picture[mask].view(-1, 512, 3), expected.clamp(0, 1), 1e-4)
+
+
+def nce_by_hand(video, text, scale):
+    video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+    total, B = 0.0, len(video)
+    for a, b in ((video, text), (text, video)):
+        for i in range(B):
+            logits = [scale * float(a[i] @ b[j]) for j in range(B)]
+            log_sum = math.log(sum(math.exp(x) for x in logits))
+            positives = [j for j in range(B) if float(text[i] @ text[j]) > 0.999]
+            total += sum(log_sum - logits[j] for j in positives) / len(positives)
+    return total / (2 * B)
+
+
+def test_info_nce_equals_a_double_loop_also_with_shared_captions():
+    video, text = torch.randn(6, 5), torch.randn(6, 5)
+    alone = info_nce(video, text, 10.0)
+    assert alone.item() == pytest.approx(nce_by_hand(video.double(), text.double(), 10.0), rel=1e-5)
+    text[3], text[5] = 2 * text[0], text[0] + 1e-4  # the same caption thrice
+    expected = nce_by_hand(video.double(), text.double(), 10.0)
+    assert info_nce(video, text, 10.0).item() == pytest.approx(expected, rel=1e-5)
+    assert alone.item() != pytest.approx(expected, rel=1e-2)
+    same = text[:1].expand(6, 5)  # one caption for all: nothing to tell apart
+    assert info_nce(video[:1].expand(6, 5), same, 10.0).item() == pytest.approx(math.log(6), rel=1e-5)
+
+
+def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_clamped_temperature():
+    mae = randomize(VideoMAE("nano", text_dim=5))
+    assert mae.contrastive.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    video, mask, text = random_video(mae, 4), random_mask(mae, 4), torch.randn(4, 5).half()
+    z = mae.encode(video, mask).mean(1) @ mae.contrastive.proj.weight.T
+    out = mae(video, mask, text)
+    close(out.loss_nce, info_nce(z, text.float(), 1 / 0.07))
+    assert mae(video, mask).loss_nce is None and torch.equal(mae(video, mask).loss_mae, out.loss_mae)
+    mae.contrastive.logit_scale.data.fill_(50.0)
+    close(mae(video, mask, text).loss_nce, info_nce(z, text.float(), 100.0))
+
+
+def test_nce_detach_leaves_the_encoder_alone():
+    grads = {}
+    for name, detach, with_text in (("plain", False, False), ("monitored", True, True), ("joint", False, True)):
+        mae = randomize(VideoMAE("nano", text_dim=5, nce_detach=detach))
+        out = mae(random_video(mae, 4), random_mask(mae, 4), torch.ones(4, 5).tril() if with_text else None)
+        (out.loss_mae + (out.loss_nce if with_text else 0)).backward()
+        grads[name] = {k: p.grad for k, p in mae.named_parameters()}
+    for key in grads["plain"]:
+        if key.startswith("contrastive."):
+            assert grads["plain"][key] is None and grads["monitored"][key].abs().sum() > 0
+            assert torch.equal(grads["monitored"][key], grads["joint"][key])
+        else:
+            assert torch.equal(grads["plain"][key], grads["monitored"][key]), key
+    assert not torch.equal(grads["plain"]["encoder.norm.bias"], grads["joint"]["encoder.norm.bias"])
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    M.SIZES["nano"] = NANO
+    mae = randomize(VideoMAE("nano", text_dim=5))
+    ddp = nn.parallel.DistributedDataParallel(mae)
+    video, mask, text = torch.load(folder / "batch.pt")
+    rows = slice(3 * rank, 3 * rank + 3)
+    out = ddp(video[rows], mask[rows], text[rows])
+    (out.loss_mae + out.loss_nce).backward()
+    losses = torch.stack(out).detach()
+    torch.distributed.all_reduce(losses)
+    torch.save((losses / 2, {k: p.grad for k, p in mae.named_parameters()}), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_with_the_whole_batch(tmp_path):
+    mae = randomize(VideoMAE("nano", text_dim=5))
+    video, mask, text = random_video(mae, 6), random_mask(mae, 6), torch.randn(6, 5)
+    text[4] = text[1]  # a caption shared across the ranks
+    torch.save((video, mask, text), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(rank_main, (tmp_path,), nprocs=2)
+    out = mae(video, mask, text)
+    (out.loss_mae + out.loss_nce).backward()
+    for rank in range(2):
+        losses, grads = torch.load(tmp_path / f"rank{rank}.pt")
+        close(losses, torch.stack(out).detach())
+        for key, p in mae.named_parameters():
+            close(grads[key], p.grad, 3e-5)
+
+
+# --- how it is run ---
+
+def test_masks_of_unequal_rows_are_refused():
+    mae = VideoMAE("nano")
+    video, mask = random_video(mae), random_mask(mae, visible=3)
+    unequal = mask.clone()
+    unequal[1, mask[1].nonzero()[0]] = False
+    for bad, visible in ((unequal, None), (unequal, 3), (mask, 4)):
+        with pytest.raises(RuntimeError, match="not every row keeps"):
+            mae(video, bad, visible=visible)
+    with pytest.raises(ValueError, match="expected a batch of .3, 4, 32, 32"):
+        mae(video[:, :, :2], mask)
+    for kwargs in (dict(frames=5), dict(image_size=40)):
+        with pytest.raises(ValueError, match="not multiples"):
+            VideoMAE("nano", **kwargs)
+
+
+def test_bfloat16_autocast_keeps_losses_in_float32():
+    mae = randomize(VideoMAE("tiny", text_dim=16))
+    video, mask, text = random_video(mae, 4), random_mask(mae, 4), torch.randn(4, 16)
+    full = mae(video, mask, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = mae(video, mask, text)
+    for a, b in zip(half, full):
+        assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=2e-2) and a.item() != b.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        target = mae.target(patchify(video))[0]
+        nce = mae.contrastive(mae.encode(video, mask), text)
+    assert target.dtype == nce.dtype == torch.float32
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        mae, calls = randomize(VideoMAE("nano")), []
+        mae.set_checkpointing(on)
+        mae.encoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        mae.decoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        mae(random_video(mae), random_mask(mae)).loss_mae.backward()
+        assert len(calls) == (4 if on else 2)  # recomputed in the backward pass
+        grads.append([p.grad for k, p in mae.named_parameters() if not k.startswith("contrastive.")])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_compiles_to_one_graph_when_told_the_count():
+    mae = randomize(VideoMAE("nano", text_dim=5))
+    video, mask, text = random_video(mae), random_mask(mae, visible=3), torch.randn(2, 5)
+    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")  # a read of the device would break the graph
+    for a, b in zip(compiled(video, mask, text, visible=3), mae(video, mask, text)):
+        close(a, b)
+
+
+def test_drop_path_grows_linearly_and_keeps_the_mean():
+    vit = VideoViT("tiny", classes=3, drop_path=0.4)
+    assert [b.rate for b in vit.blocks] == pytest.approx([0, 0.2, 0.4])
+    x = torch.ones(4000, 3, 2)
+    dropped = vit.blocks[2].train().drop_path(x)
+    kept = dropped[:, 0, 0] > 0
+    assert torch.equal(dropped[kept], x[kept] / 0.6) and torch.equal(dropped[~kept], 0 * x[~kept])
+    assert kept.float().mean().item() == pytest.approx(0.6, abs=0.03)
+    assert torch.equal(vit.blocks[2].eval().drop_path(x), x)
+    assert torch.equal(vit.blocks[0].train().drop_path(x), x)
+
+
+def test_initialisation_is_videomaes():
+    mae, vit = VideoMAE("tiny"), VideoViT("tiny", classes=50)
+    weight = mae.encoder.blocks[0].mlp.fc1.weight  # Xavier-uniform
+    bound = math.sqrt(6 / sum(weight.shape))
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert 0 < mae.mask_token.abs().max() <= 0.02
+    assert all((p == 0).all() for k, p in mae.named_parameters() if k.endswith("bias") and "patch_embed" not in k)
+    assert 0 < vit.head.weight.abs().max() < 2e-4
+
+
+def test_cost_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    mae = VideoMAE("tiny")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        mae(random_video(mae, 1), random_mask(mae, 1, visible=28), visible=28)
+    assert counter.get_total_flops() / 2 == sum(M.count_flops(mae, 28))
+    with torch.device("meta"):
+        base = VideoMAE("base")
+    assert M.count_flops(base, 1568)[0] / 1e9 == pytest.approx(180, abs=1)  # VideoMAE's model zoo
+    done = subprocess.run([sys.executable, M.__file__], capture_output=True, text=True, check=True)
+    base = next(line for line in done.stdout.splitlines() if line.startswith("base"))
+    for text in ("94.", "1568", "(160)", "(392)", "(632)"):
+        assert text in base

@@ -1,0 +1,98 @@
+"""The toy world is what it says, and its tiny models are good enough to stand for the real ones."""
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+import toy
+import toy_report
+from video import read_frames
+
+
+def test_a_scene_is_a_function_of_its_arguments():
+    a, b = toy.render(toy.scene(0, "train", 3), [0.3, 1.2]), toy.render(toy.scene(0, "train", 3), [0.3, 1.2])
+    assert all(np.array_equal(x, y) for x, y in zip(a, b))
+    assert not np.array_equal(a[0], toy.render(toy.scene(0, "val", 3), [0.3, 1.2])[0])
+    assert not np.array_equal(a[0], toy.render(toy.scene(1, "train", 3), [0.3, 1.2])[0])
+
+
+@pytest.mark.parametrize("action", toy.ACTIONS)
+def test_actions_do_what_their_names_say(action):
+    row = next(row for row in range(1000) if toy.scene(0, "train", row).action == action)
+    sc = toy.scene(0, "train", row)
+    _, masks = toy.render(sc, np.arange(toy.FRAMES) / toy.FPS)
+    y, x = (np.array([np.nonzero(mask)[axis].mean() for mask in masks]) for axis in (0, 1))
+    area, (right, down) = masks.sum((1, 2)), (x[-1] - x[0], y[-1] - y[0])
+    if action.startswith("move"):
+        along = {"move left": -right, "move right": right, "move up": -down, "move down": down}[action]
+        assert along > 6 and min(abs(right), abs(down)) < 4
+    else:
+        assert max(abs(right), abs(down)) < 8
+    if action == "grow":
+        assert area[-1] > 2 * area[0]
+    if action == "shrink":
+        assert area[0] > 2 * area[-1]
+    assert (sc.spin != 0) == (action == "spin") and bool(sc.shake.any()) == (action == "shake")
+
+
+def test_half_of_the_cameras_drift_and_three_of_four_objects_are_at_home():
+    scenes = [toy.scene(0, "train", row) for row in range(800)]
+    assert np.mean([sc.camera.any() for sc in scenes]) == pytest.approx(0.5, abs=0.06)
+    home = [toy.SCENES.index(sc.scene) == toy.SHAPES.index(sc.shape) for sc in scenes]
+    assert np.mean(home) == pytest.approx(0.75 + 0.25 / 8, abs=0.05)
+    images = [toy.scene(0, "images", row) for row in range(800)]
+    assert np.mean([toy.SCENES.index(sc.scene) == toy.SHAPES.index(sc.shape) for sc in images]) < 0.2
+    assert {sc.shape for sc in scenes} == set(toy.SHAPES) and {sc.action for sc in scenes} == set(toy.ACTIONS)
+
+
+def test_the_files_hold_what_was_drawn(world):
+    with open(world / "data/val.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    masks = np.unpackbits(np.load(world / "data/val.masks.npy"), axis=-1)
+    assert len(lines) == len(masks) == 24
+    for row in (0, 11, 23):
+        sc = toy.scene(0, "val", row)
+        times = np.arange(toy.FRAMES) / toy.FPS
+        drawn, mask = toy.render(sc, times)
+        assert lines[row]["label"] == sc.action and lines[row]["object"] == sc.shape and lines[row]["caption"] == sc.caption
+        assert np.array_equal(masks[row], mask)
+        decoded = read_frames(world / "data" / lines[row]["path"], times).astype(float)
+        assert np.abs(decoded - drawn).mean() < 6  # H.264 with halved colour
+
+
+def test_scores_of_known_maps():
+    masks = np.zeros((2, toy.FRAMES, 64, 64), np.uint8)
+    masks[:, :, 16:48, 16:32] = 1
+    packed = np.packbits(masks, axis=-1)
+    share = toy_report.object_cells(packed, 4, 8)
+    assert share.shape == (2, 4, 8, 8) and share[0, 0, 2:6, 2:4].min() == 1 and share.sum() == 2 * 4 * 8
+    perfect, opposite = np.stack([share[:1], share[:1]], 1), np.stack([-share[:1]] * 2, 1)
+    assert toy_report.score_saliency(perfect, packed[:1])[:2] == (1.0, 1.0)
+    assert toy_report.score_saliency(opposite, packed[:1])[:2] == (0.0, 0.0)
+    noise = np.random.default_rng(0).random((2, 40, 4, 8, 8))
+    pointing, auc, chance = toy_report.score_saliency(noise, packed)
+    assert chance == 8 / 64 and auc == pytest.approx(0.5, abs=0.03) and pointing == pytest.approx(8 / 64, abs=0.06)
+
+
+def test_the_tiny_blip_captions_held_out_videos(world):
+    assert toy_report.caption_match(world / "data") >= 0.9
+
+
+def test_the_tiny_clip_finds_the_object(world):
+    masks = np.load(world / "data/val.masks.npy")
+    pointing, auc, chance = toy_report.score_saliency(np.load(world / "data/val.saliency.npy"), masks)
+    assert pointing >= 0.85 and auc >= 0.80 and chance < 0.3
+
+
+def test_the_models_can_be_remade(tmp_path):
+    """Two steps of training write folders that the stages can open."""
+    run("data/toy_models.py", "--steps", 2, "--out", tmp_path)
+    run("data/toy.py", "--train", 2, "--val", 1, "--workers", 1, cwd=tmp_path)
+    run("caption.py", "--model", tmp_path / "blip", "--workers", 0, cwd=tmp_path)
+    run("saliency.py", "--clip", f"local-dir:{tmp_path}/clip", "--workers", 0, cwd=tmp_path)
+    assert len(json.loads((tmp_path / "data/train.captions.jsonl").read_text().splitlines()[1])["captions"]) == 3
+    assert np.load(tmp_path / "data/train.saliency.npy").shape == (2, 3, 16, 8, 8)
+    for file in (ROOT / "data/toy").rglob("*.safetensors"):
+        assert file.stat().st_size < 4e6

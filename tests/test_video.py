@@ -1,0 +1,489 @@
+"""video.py against an independent plain decode: every file is made here with PyAV, or is one of the real clips."""
+import csv
+import itertools
+import json
+import os
+import pickle
+import struct
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import video as V
+
+REAL = Path(__file__).parents[2] / "shared" / "videos"
+
+
+# ---- making and plainly decoding videos ------------------------------------------------------------------------------
+
+def pictures(count, height=96, width=128):
+    """A drifting random texture: every frame differs from every other."""
+    texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 60, 3), np.uint8)
+    texture = texture.repeat(8, 0).repeat(8, 1)[:height]
+    return [texture[:, 3 * i % 400:3 * i % 400 + width] for i in range(count)]
+
+
+def write(path, images, codec="libx264", fps=30, pix_fmt="yuv420p", options=None, b_frames=None, pts=None, tick=None,
+          rotation=None, tags=None, muxer=None):
+    with av.open(str(path), "w", options=muxer or {}) as out:
+        stream = out.add_stream(codec, rate=fps, options={"threads": "1", **(options or {})})
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
+        if tick:
+            stream.codec_context.time_base = tick
+        if rotation:
+            if not hasattr(stream, "set_display_rotation"):
+                pytest.skip("this PyAV cannot write a rotation")
+            stream.set_display_rotation(rotation)
+        if tags:
+            stream.codec_context.colorspace, stream.codec_context.color_range = tags
+        for index, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            if tags:
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1])
+            if pts:
+                frame.pts, frame.time_base = pts[index], tick
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return str(path)
+
+
+def decode(path, counted=False):
+    """Every frame in display order: seconds since the first, RGB. `counted`: the container has no presentation times."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        times, images = [], []
+        for index, frame in enumerate(container.decode(stream)):
+            times.append(index / float(stream.average_rate) if counted else float(frame.pts * stream.time_base))
+            images.append(frame.to_ndarray(format="rgb24"))
+        return np.array(times) - times[0], images, min(0.499 * float(stream.time_base), 5e-4)
+
+
+def assert_reads(path, wanted, counted=False):
+    """reader.read equals the plain decode, bit for bit, at the given times."""
+    times, images, tolerance = decode(path, counted)
+    read = V.read_frames(path, wanted)
+    assert read.dtype == np.uint8 and read.shape == (len(wanted), *images[0].shape)
+    for time, image in zip(wanted, read):
+        expected = images[max(0, np.flatnonzero(times <= time + tolerance).max(initial=0))]
+        assert np.array_equal(image, expected), f"{path} at {time}"
+
+
+def random_times(duration, seed, draws=4):
+    """Unordered, repeated, before the beginning and past the end; and a clip at stride 4."""
+    rng = np.random.default_rng(seed)
+    yield from (np.r_[rng.uniform(-0.3, duration + 0.3, 7).repeat(2), rng.uniform(0, duration)] for _ in range(draws))
+    yield rng.uniform(0, duration / 2) + np.arange(16) * 4 / 30
+    yield from rng.uniform(0, duration, (draws, 1))
+
+
+X265 = {"x265-params": "log-level=none:keyint=40:bframes=4:pools=none:frame-threads=1"}
+FILES = {  # name: (what to write, container has no presentation times)
+    "gop250.mp4": (dict(options={"g": "250", "bf": "3"}), False),
+    "gop12.mp4": (dict(options={"g": "12", "bf": "3"}), False),
+    "gop12.ts": (dict(options={"g": "12", "bf": "3"}), False),
+    "gop12.mkv": (dict(options={"g": "12", "bf": "2"}), False),
+    "opengop.mp4": (dict(options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}), False),
+    "opengop.ts": (dict(options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}), False),
+    "refresh.mp4": (dict(options={"x264-params": "intra-refresh=1:keyint=30"}), False),
+    "hevc10.mp4": (dict(codec="libx265", pix_fmt="yuv420p10le", options=X265), False),
+    "mpeg4.avi": (dict(codec="mpeg4", b_frames=2), True),
+    "h264.avi": (dict(options={"bf": "2"}), True),
+    "vp9.webm": (dict(codec="libvpx-vp9", options={"cpu-used": "8", "lag-in-frames": "8"}), False),
+    "fragments.mp4": (dict(muxer={"movflags": "frag_keyframe+empty_moov"}), False),
+    "late.mp4": (dict(tick=Fraction(1, 600), pts=[3000 + 20 * i for i in range(120)]), False),
+    "variable.mp4": (dict(tick=Fraction(1, 600), b_frames=2, pts=np.random.default_rng(3).integers(
+        5, 60, 120).cumsum().tolist()), False),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write(folder / name, pictures(120), **how) for name, (how, _) in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def gop250(files):
+    return files["gop250.mp4"]
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", FILES)
+def test_read_equals_plain_decoding(files, name):
+    duration = decode(files[name], FILES[name][1])[0][-1]
+    for times in random_times(duration, seed=1):
+        assert_reads(files[name], times, FILES[name][1])
+
+
+@pytest.mark.parametrize("name", ["gop250.mp4", "gop12.mkv", "mpeg4.avi", "hevc10.mp4", "late.mp4"])
+def test_time_k_over_fps_is_frame_k(files, name):
+    _, images, _ = decode(files[name])
+    with V.VideoReader(files[name]) as reader:
+        assert reader.fps == 30 and reader.duration == pytest.approx(4, abs=0.002)
+        for k, frame in zip(range(0, 120, 7), reader.read(np.arange(0, 120, 7) / reader.fps)):
+            assert np.array_equal(frame, images[k])
+        just_before = reader.read([20 / 30 - 0.002, 1e9, -5])
+    assert all(np.array_equal(frame, images[k]) for frame, k in zip(just_before, (19, -1, 0)))
+
+
+def test_only_what_is_needed_is_decoded(files, monkeypatch):
+    """The quick way is taken, skips pictures, and seeks between distant times; else it would merely be right."""
+    plain = []
+    with V.VideoReader(files["gop12.mkv"]) as reader:
+        assert [len(run) for run in reader._runs([0.1, 0.2, 2.5, 2.6, 3.9])] == [2, 2, 1]
+    with V.VideoReader(files["gop250.mp4"]) as reader:
+        assert [len(run) for run in reader._runs([0.1, 0.2, 2.5, 2.6, 3.9])] == [5]
+    monkeypatch.setattr(V.VideoReader, "_decode_plainly", lambda self, times: plain.append(times) or iter(()))
+    for name in ("gop250.mp4", "gop12.mp4", "gop12.mkv", "gop12.ts", "hevc10.mp4"):
+        images = decode(files[name])[1]
+        with V.VideoReader(files[name]) as reader:  # MPEG-TS first lands a key frame too late
+            for k in range(0, 120, 3 if name == "gop12.mp4" else 17):
+                assert np.array_equal(reader.read([(k + 0.5) / 30])[0], images[k])
+                assert not plain
+
+
+def test_one_frame(tmp_path):
+    path = write(tmp_path / "one.mp4", pictures(1))
+    with V.VideoReader(path) as reader:
+        assert reader.duration == pytest.approx(1 / 30, abs=1e-4)
+    assert_reads(path, [0, 0.01, 5])
+
+
+def test_odd_size(tmp_path):
+    path = write(tmp_path / "odd.mp4", pictures(8, 53, 75), pix_fmt="yuv444p")
+    assert_reads(path, [0.1, 0])
+    assert V.read_frames(path, [0]).shape == (1, 53, 75, 3)
+
+
+def test_size(tmp_path, gop250):
+    assert V.read_frames(gop250, [1.0], size=48).shape == (1, 48, 64, 3)
+    assert V.read_frames(gop250, [1.0], size=97).shape == (1, 97, 129, 3)
+    squashed = V.read_frames(gop250, [1.0, 2.0], size=(12, 16))
+    assert squashed.shape == (2, 12, 16, 3)
+    stripes = np.zeros((96, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    path = write(tmp_path / "stripes.mp4", [stripes], options={"qp": "4"})
+    small = V.read_frames(path, [0], size=(24, 32)).astype(int)  # aliasing would make it black or white
+    assert np.abs(small[:, :, 1:-1] - 128).max() < 16
+
+
+@pytest.mark.parametrize("rotation, turns", [(90, 1), (180, 2), (-90, 3)])
+def test_rotation(tmp_path, rotation, turns):
+    path = write(tmp_path / "turned.mp4", pictures(8), rotation=rotation)
+    expected = np.rot90(decode(path)[1][3], turns)
+    assert np.array_equal(V.read_frames(path, [0.1])[0], expected)
+    shape = (1, 64, 48, 3) if turns % 2 else (1, 48, 64, 3)
+    assert V.read_frames(path, [0.1], size=48).shape == shape
+    assert V.read_frames(path, [0.1], size=(30, 20)).shape == (1, 30, 20, 3)
+
+
+@pytest.mark.parametrize("matrix, transform", [
+    ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # what a phone held upright writes: a quarter turn clockwise
+    ((-1, 0, 0, 1), lambda image: image[:, ::-1]),       # a front camera's mirror image
+    ((0, 1, 1, 0), lambda image: image.swapaxes(0, 1))])
+def test_display_matrix_in_the_header(tmp_path, matrix, transform):
+    path = write(tmp_path / "matrix.mp4", pictures(8))
+    data = bytearray(Path(path).read_bytes())
+    at = data.index(b"tkhd") + 44  # version 0: the matrix a b u c d v x y w, 16.16 and 2.30 fixed point
+    assert data[at:at + 4] == struct.pack(">i", 1 << 16)
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    Path(path).write_bytes(data)
+    assert np.array_equal(V.read_frames(path, [0.1])[0], transform(decode(path)[1][3]))
+
+
+@pytest.mark.parametrize("matrix", ["ITU709", "ITU601"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colour(tmp_path, matrix, full_range):
+    """Pure colours come back pure, whichever matrix and range the stream declares."""
+    from av.video.reformatter import Colorspace, ColorRange
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [90, 160, 40]], np.uint8)
+    images = [np.broadcast_to(colour, (720, 1280, 3)) for colour in colours]
+    tags = Colorspace[matrix], ColorRange.JPEG if full_range else ColorRange.MPEG
+    path = write(tmp_path / "colour.mp4", images, options={"qp": "4", "preset": "ultrafast"}, tags=tags)
+    for size in (None, 64):
+        read = V.read_frames(path, np.arange(6) / 30, size)[:, 20:40, 20:40].astype(int)
+        assert np.abs(read - colours[:, None, None]).max() <= 5
+
+
+def test_edit_list(tmp_path):
+    """Frames an mp4's edit list cuts off are not displayed, and time counts from the first that is."""
+    path = write(tmp_path / "cut.mp4", pictures(60), options={"g": "250", "bf": "3"})
+    data = bytearray(Path(path).read_bytes())
+    at = data.index(b"elst") + 12  # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
+    data[at:at + 8] = struct.pack(">ii", 1000, 20 * 512 + 1024)
+    Path(path).write_bytes(data)
+    times, images, _ = decode(path)
+    assert len(images) == 30
+    assert_reads(path, [0, 0.5, 0.95, 0.1])
+    assert_reads(path, [1.4])
+
+
+# ---- what cannot be read ---------------------------------------------------------------------------------------------
+
+def remux(path, new, **options):
+    with av.open(str(path)) as source, av.open(str(new), "w", options=options) as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    return str(new)
+
+
+def refuse(path, reason, times=(0.5,)):
+    with pytest.raises(V.VideoError) as error:
+        V.read_frames(path, times)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
+    assert str(pickle.loads(pickle.dumps(error.value))) == message  # crosses from a loader's worker
+
+
+def test_errors(tmp_path, gop250):
+    refuse(str(tmp_path / "missing.mp4"), "No such file")
+    refuse(str(tmp_path), "directory")
+    for name, content in {"empty.mp4": b"", "text.mp4": b"not a video\n" * 99,
+                          "headless.mp4": Path(gop250).read_bytes()[:20000]}.items():
+        (tmp_path / name).write_bytes(content)
+        refuse(str(tmp_path / name), "no video stream" if name == "headless.mp4" else "Invalid data")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    refuse(str(tmp_path / "sound.mp4"), "no video stream")
+
+
+@pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])
+def test_truncated(tmp_path, gop250, name):
+    whole = Path(remux(gop250, tmp_path / f"whole{name}", **({"movflags": "faststart"} if name.endswith("mp4") else {})))
+    (tmp_path / name).write_bytes(whole.read_bytes()[:whole.stat().st_size * 6 // 10])
+    assert np.array_equal(V.read_frames(tmp_path / name, [0.5]), V.read_frames(gop250, [0.5]))
+    for times in ([0.5, 3.5], [3.9], [99]):
+        refuse(str(tmp_path / name), "truncated", times)
+
+
+@pytest.mark.parametrize("name, limit", [("gop250.mp4", 4), ("mpeg4.avi", 4)])
+def test_corrupt(tmp_path, files, name, limit):
+    data = bytearray(Path(files[name]).read_bytes())
+    middle = len(data) // 2
+    data[middle:middle + 400] = np.random.default_rng(0).bytes(400)
+    (tmp_path / name).write_bytes(data)
+    assert np.array_equal(V.read_frames(tmp_path / name, [0.2]), V.read_frames(files[name], [0.2]))
+    refuse(str(tmp_path / name), "", [0.2, limit])
+
+
+def test_nothing_stays_open(tmp_path, files):
+    def handles():
+        return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                      if os.path.exists(f"/proc/self/fd/{fd}"))
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc to count open files in")
+    (tmp_path / "headless.mp4").write_bytes(Path(files["gop250.mp4"]).read_bytes()[:20000])
+    before = handles()
+    for name in ("gop250.mp4", "mpeg4.avi"):
+        V.read_frames(files[name], [0.5])
+        with pytest.raises(ValueError):
+            V.read_frames(files[name], [])
+    with pytest.raises(V.VideoError) as error:
+        V.read_frames(tmp_path / "headless.mp4", [0])
+    assert handles() == before, error  # which holds the traceback, and so the reader
+
+
+def test_span_and_midpoints(gop250):
+    def row(start, end):
+        return V.Video(gop250, None, start, end, 0, "x.mp4")
+    with V.VideoReader(gop250) as reader:
+        assert reader.span(row(None, None)) == (0, 4)
+        assert reader.span(row(1, 2.5)) == (1, 2.5)
+        assert reader.span(row(3, 99)) == (3, 4)
+        with pytest.raises(V.VideoError, match="starts at 4 s"):
+            reader.span(row(4, 5))
+    assert V.segment_midpoints(1, 4, 3).tolist() == [1.5, 2.5, 3.5]
+    assert V.segment_midpoints(0, 1, 1).dtype == np.float64
+
+
+# ---- real clips ------------------------------------------------------------------------------------------------------
+
+def real_clips():
+    if not (REAL / "clips.csv").is_file():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no real clips at {REAL}"))]
+    with open(REAL / "clips.csv", newline="") as file:
+        return [row["path"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("name", real_clips())
+def test_real_clip(name):
+    path = str(REAL / name)
+    with V.VideoReader(path) as reader:
+        times = np.random.default_rng(len(name)).uniform(0, reader.duration, 6)
+        if name.endswith("pancake.mkv"):  # its sound is longer than its 310 frames
+            assert reader.duration == pytest.approx(310 / 30, abs=1e-3)
+    times, counted = np.sort(times), name.endswith(".avi")
+    read, expected = V.read_frames(path, times), []
+    with av.open(path) as container:  # a plain decode that keeps only the frame on screen at each time
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        tolerance, first, latest, todo = min(0.499 * float(stream.time_base), 5e-4), None, None, list(times)
+        for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
+            first = first if index else frame.pts
+            shown = np.inf if frame is None else index / float(stream.average_rate) if counted else float(
+                (frame.pts - first) * stream.time_base)
+            while todo and todo[0] + tolerance < shown:
+                expected.append(latest.to_ndarray(format="rgb24"))
+                todo.pop(0)
+            if not todo:
+                break
+            latest = frame
+    assert np.array_equal(read, expected)
+
+
+# ---- manifests -------------------------------------------------------------------------------------------------------
+
+def manifest(tmp_path, text, **options):
+    path = tmp_path / "train.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return V.read_manifest(path, **options)
+
+
+def test_manifest(tmp_path):
+    text = '\ufeffpath,source,label,end,start\na b.mp4,x,running,2.5,1\n"c,d.mp4",y,,,\n/abs/e.mp4,z,"a ""b""",,3\n\n\n'
+    rows = manifest(tmp_path, text)
+    assert rows == [V.Video(str(tmp_path / "a b.mp4"), "running", 1.0, 2.5, 0, "a b.mp4"),
+                    V.Video(str(tmp_path / "c,d.mp4"), None, None, None, 1, "c,d.mp4"),
+                    V.Video("/abs/e.mp4", 'a "b"', 3.0, None, 2, "/abs/e.mp4")]
+    rows = manifest(tmp_path, text.replace("\n", "\r\n"), root="/videos", label_column="source")
+    assert [row.path for row in rows] == ["/videos/a b.mp4", "/videos/c,d.mp4", "/abs/e.mp4"]
+    assert [row.label for row in rows] == ["x", "y", "z"]
+    assert manifest(tmp_path, "path\nx.mp4")[0][1:] == (None, None, None, 0, "x.mp4")
+
+
+@pytest.mark.parametrize("text, line, reason", [
+    ("", 1, "column 'path'"), ("label,start\nx,1\n", 1, "column 'path'"), ("path,path\na,b\n", 1, "one column 'path'"),
+    ("path,label\n", 1, "at least one video"), ("path,label\na,x\nb\n", 3, "2 fields (path,label), found 1"),
+    ("path\na\nb,c\n", 3, "1 fields"), ("path,label\na,x\n ,y\n", 3, "a path"), ("path\na\n\nb\n", 3, "1 fields"),
+    ("path,start\na,x\n", 2, "start in seconds, 0 or more, found 'x'"), ("path,start\na,-1\n", 2, "found '-1'"),
+    ("path,end\na,nan\n", 2, "end in seconds"), ("path,end\na,inf\n", 2, "end in seconds"),
+    ("path,start,end\na,1,2\nb,2,2\n", 3, "end after start, found 2 to 2"), ("path,end\na,0\n", 2, "end after start"),
+    (b"path\na\n\xff\xfe\n", 3, "UTF-8"), ('path\na\n"b"c\n', 3, "csv")])
+def test_manifest_errors(tmp_path, text, line, reason):
+    with pytest.raises(V.ManifestError) as error:
+        manifest(tmp_path, text)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'train.csv'}:{line}: expected ") and reason in message and "\n" not in message
+
+
+def test_manifest_missing(tmp_path):
+    with pytest.raises(V.ManifestError, match=r"none\.csv:1: .*path.*No such file"):
+        V.read_manifest(tmp_path / "none.csv")
+    with pytest.raises(V.ManifestError, match="train.csv:1: expected a column 'object'"):
+        manifest(tmp_path, "path,label\na,x\n", label_column="object")
+
+
+def test_manifest_hash(tmp_path):
+    def digest(text):
+        return V.manifest_hash(manifest(tmp_path, text))
+    one = digest("path,label,start\na,x,1\nb,y,2\n")
+    assert len(one) == 16 and int(one, 16)
+    assert one == digest("path,start,more\na,1.0,\nb,2,\n")
+    assert one == V.manifest_hash(manifest(tmp_path, "path,start\na,1\nb,2\n", root="/elsewhere"))
+    others = [digest(text) for text in ("path,start\nb,2\na,1\n", "path,start\na,1\nb,3\n", "path,start\na,1\n",
+                                        "path,end\na,1\nb,2\n", "path,end\na,1\nb,3\n", "path,start\na,1\nc,2\n")]
+    assert len({one, *others}) == 7
+
+
+def test_companion():
+    assert V.companion("data/train.csv", "saliency.npy") == Path("data/train.saliency.npy")
+    assert V.companion("data/v1.train.csv", "captions.jsonl") == Path("data/v1.train.captions.jsonl")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    videos = manifest(tmp_path, "path\na\nb\n")
+    path = V.companion(tmp_path / "train.csv", "saliency.npy")
+    np.save(path, np.arange(12, dtype=np.float16).reshape(2, 6))
+    meta = {"manifest": V.manifest_hash(videos), "captions": None, "shape": [2, 6], "model": "clip", "flags": {}}
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    return path, videos, meta
+
+
+def test_open_array(saved):
+    path, videos, meta = saved
+    array, found = V.open_array(path, videos, "make me", captions=None, model="clip")
+    assert found == meta and isinstance(array, np.memmap) and not array.flags.writeable
+    assert array.dtype == np.float16 and array.tolist() == np.arange(12).reshape(2, 6).tolist()
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda path, meta: path.unlink(), "train.saliency.npy cannot be read (No such file"),
+    (lambda path, meta: path.with_suffix(".json").unlink(), "train.saliency.json cannot be read (No such file"),
+    (lambda path, meta: path.with_suffix(".json").write_text("{"), "cannot be read"),
+    (lambda path, meta: path.with_suffix(".json").write_text("[]"), "holds no settings"),
+    (lambda path, meta: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
+    (lambda path, meta: path.write_bytes(path.read_bytes()[:9]), "cannot be read"),
+    (lambda path, meta: path.write_bytes(b""), "cannot be read"),
+    (lambda path, meta: path.write_bytes(pickle.dumps([1, 2])), "cannot be read"),
+    (lambda path, meta: np.save(path, np.array([{}, {}], object), allow_pickle=True), "cannot be read"),
+    (lambda path, meta: np.save(path, np.zeros((3, 6), np.float16)), "expected 2 rows"),
+    (lambda path, meta: np.save(path, np.zeros((2, 6), np.int64)), "expected 2 rows of floats, found int64"),
+    (lambda path, meta: np.save(path, np.float16(1)), "expected 2 rows"),
+    (lambda path, meta: np.save(path, np.zeros((2, 5), np.float16)), "expected shape [2, 5]"),
+    (lambda path, meta: meta.update(manifest="0" * 16), "is of another manifest"),
+    (lambda path, meta: meta.update(captions="beef"), "expected captions 'cafe', its .json says 'beef'")])
+def test_open_array_refusals(saved, spoil, reason):
+    path, videos, meta = saved
+    meta["captions"] = "cafe"
+    kept = json.dumps(meta)
+    path.with_suffix(".json").write_text(kept)
+    spoil(path, meta)
+    if json.dumps(meta) != kept:
+        path.with_suffix(".json").write_text(json.dumps(meta))
+    with pytest.raises(V.ManifestError) as error:
+        V.open_array(path, videos, "python saliency.py data/train.csv", captions="cafe")
+    message = str(error.value)
+    assert reason in message and "\n" not in message
+    assert message.endswith("; make it with: python saliency.py data/train.csv")
+
+
+# ---- clips and captions
+
+def test_clip_times_lie_in_the_span_and_the_last_moment_repeats():
+    assert V.clip_times(2, 12, 10, 4, 5, 0.0).tolist() == pytest.approx([2, 2.5, 3, 3.5])
+    assert V.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx([10, 10.5, 11, 11.5])  # the window is 2 s wide
+    assert V.clip_times(2, 12, 10, 4, 5, 0.5)[0] == pytest.approx(6)
+    short = V.clip_times(1, 1.4, 10, 4, 2, 0.7)
+    assert short.tolist() == pytest.approx([1, 1.2, 1.35, 1.35])  # 0.35: inside the last frame
+
+
+def test_center_crop():
+    frames = np.arange(2 * 4 * 10 * 3, dtype=np.uint8).reshape(2, 4, 10, 3)
+    cut, box = V.center_crop(frames, 4)
+    assert np.array_equal(cut, frames[:, :, 3:7]) and box == pytest.approx((0.3, 0, 0.7, 1))
+    cut, box = V.center_crop(frames.swapaxes(1, 2), 4)
+    assert cut.shape == (2, 4, 4, 3) and box == pytest.approx((0, 0.3, 1, 0.7))
+
+
+def test_read_captions(tmp_path):
+    videos = [V.Video(name, None, None, None, row, name) for row, name in enumerate(("a.mp4", "b c.mp4"))]
+    path = tmp_path / "x.captions.jsonl"
+    refused = lambda: str(pytest.raises(V.ManifestError, V.read_captions, path, videos, "python caption.py x.csv").value)
+    assert refused().startswith(f"{path}: cannot be read (No such file") and refused().endswith("make it with: python caption.py x.csv")
+    lines = ['{"path": "a.mp4", "captions": ["a dog", "a cat"]}', '{"path": "b c.mp4", "captions": [], "error": "no"}']
+    path.write_text("\n".join(lines) + "\n")
+    assert V.read_captions(path, videos, "") == [["a dog", "a cat"], []]
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    assert "is of another manifest" in refused()
+    for damaged in (lines[0], "\n".join([lines[0], lines[1][:20]]), "\n".join([lines[0], '{"path": "b c.mp4"}'])):
+        path.write_text(damaged)
+        assert "is of another manifest" in refused() or "is damaged" in refused()

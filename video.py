@@ -1,0 +1,412 @@
+"""Videos and manifests: the only file of the project that opens a video. Needs PyAV and numpy, nothing of ours.
+
+    videos = read_manifest("data/train.csv")
+    with VideoReader(videos[0].path) as reader:
+        start, end = reader.span(videos[0])
+        frames = reader.read(segment_midpoints(start, end, 3), size=256)      # uint8 [3, H, W, 3]
+
+`VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted time and demuxes until
+packets pass the last one; packets carry their presentation time (pts), so which frames are wanted is known before any is
+decoded. H.264 and HEVC then skip the pictures that no other refers to, unless wanted. Only wanted frames are converted
+and resized, in one swscale call each, on one thread: 1.4 to 1.8 times faster than decord on ordinary H.264 clips. Where
+that cannot work (AVI has no pts, a damaged index, hidden frames), the file is decoded plainly from its start. Both ways
+give the same frames, bit for bit.
+
+What comes out is what a player shows: turned and mirrored as the file says, edit lists honoured, YUV converted by the
+matrix (BT.601, 709, 2020) and range the stream declares; where it declares none, BT.601 and limited range, as FFmpeg has
+it. Not done: pixels are taken as square, HDR is not tone-mapped.
+"""
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import Interpolation, VideoReformatter
+
+av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
+
+SEEK_GAP = 1.0  # seconds between wanted frames from which looking for a key frame in between costs less than it saves
+
+
+class VideoError(Exception):
+    """A video that cannot be read: one line, "path: reason"."""
+
+
+class ManifestError(Exception):
+    """A manifest or an array beside it that cannot be used: one line, with the place and what was expected."""
+
+
+# ---- manifests and the arrays beside them ----------------------------------------------------------------------------
+
+class Video(NamedTuple):
+    path: str            # file to open, absolute or relative to the working directory
+    label: str | None    # as written; None if there is no such column or it is empty
+    start: float | None  # seconds from the first frame; None: the beginning
+    end: float | None    # None: the end
+    row: int             # 0-based line of the manifest (header not counted), and of every companion array
+    name: str            # the path as the manifest writes it
+
+
+def read_manifest(path, root=None, label_column="label"):
+    """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns are ignored.
+
+    Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from another column, which must
+    then exist. `start` and `end` may each be empty or absent. Blank lines are allowed at the end only, since row i of
+    every companion array is line i of the manifest. Raises ManifestError "file:line: expected ..., found ...".
+    """
+    line, videos, root = 1, [], Path(path).parent if root is None else Path(root)
+
+    def expect(condition, what):
+        if not condition:
+            raise ManifestError(f"{path}:{line}: expected {what}")
+
+    try:
+        rows = csv.reader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        lines = [(rows.line_num, fields) for fields in rows]
+    except OSError as error:
+        expect(False, f"a csv with the header path[,label][,start,end], found none ({error.strerror})")
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        expect(False, "UTF-8 text")
+    except csv.Error as error:
+        line = rows.line_num
+        expect(False, f"csv ({error})")
+    while lines and not lines[-1][1]:
+        lines.pop()
+
+    header = [name.strip() for name in lines[0][1]] if lines else []
+    for name in {"path", label_column} - {"label"}:
+        expect(name in header, f"a column {name!r} in the header, found {','.join(header) or 'nothing'}")
+    for name in ("path", "label", "start", "end", label_column):
+        expect(header.count(name) < 2, f"one column {name!r}, found {header.count(name)}")
+    for line, fields in lines[1:]:
+        expect(len(fields) == len(header), f"{len(header)} fields ({','.join(header)}), found {len(fields)}")
+        row, span = dict(zip(header, fields)), []
+        expect(row["path"].strip(), "a path, found none")
+        for name in ("start", "end"):
+            value = row.get(name, "").strip()
+            try:
+                span.append(float(value) if value else None)
+            except ValueError:
+                span.append(math.nan)
+            expect(not value or 0 <= span[-1] < math.inf, f"{name} in seconds, 0 or more, found {value!r}")
+        start, end = span
+        expect(end is None or end > (start or 0), f"end after start, found {start or 0:g} to {end or 0:g}")
+        label = row.get(label_column) or None
+        videos.append(Video(str(root / row["path"]), label, start, end, len(videos), row["path"]))
+    expect(videos, "at least one video after the header, found none")
+    return videos
+
+
+def manifest_hash(videos):
+    """16 hex digits that change when a row's path (as written), start or end does, or their order; labels do not count."""
+    digest = hashlib.sha256()
+    for video in videos:
+        digest.update(json.dumps([video.name, video.start, video.end]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def companion(manifest, kind):
+    """The file of that kind beside a manifest: companion("data/train.csv", "text.npy") is data/train.text.npy."""
+    return Path(manifest).with_suffix(f".{kind}")
+
+
+def open_array(path, videos, remedy, **expect):
+    """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the .json beside it).
+
+    Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
+    floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
+    other settings (`expect`: values the .json must hold, such as captions=hash).
+    """
+    path = Path(path)
+
+    def fail(reason):
+        raise ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
+
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"{os.path.basename(error.filename or path)} cannot be read ({error.strerror or error})")
+    except (ValueError, EOFError, SyntaxError) as error:
+        fail(f"cannot be read ({error})")
+    if not isinstance(meta, dict):
+        fail("its .json holds no settings")
+    if meta.get("manifest") != manifest_hash(videos):
+        fail("is of another manifest")
+    if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
+        fail(f"expected {len(videos)} rows of floats, found {array.dtype} of shape {list(array.shape)}")
+    for key, value in {"shape": list(array.shape), **expect}.items():
+        if meta.get(key) != json.loads(json.dumps(value)):
+            fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
+    return array, meta
+
+
+def read_captions(path, videos, remedy):
+    """The captions that caption.py wrote: a list of strings for each row, empty where it failed. ManifestError, ending in
+    "make it with: {remedy}", where the file is missing, damaged, or of another manifest."""
+    try:
+        entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        captions = [[str(text) for text in entry["captions"]] for entry in entries]
+        same = [entry["path"] for entry in entries] == [video.name for video in videos]
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); make it with: {remedy}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path}: is damaged ({error}); make it with: {remedy}") from None
+    if not same:
+        raise ManifestError(f"{path}: is of another manifest; make it with: {remedy} --resume none")
+    return captions
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+class VideoReader:
+    """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if it cannot be read.
+
+    duration: seconds from the first frame to the end of the last, by the file's header; only if that does not say is the
+    whole file demuxed. fps: average frame rate. Times everywhere are seconds since the first displayed frame.
+    """
+
+    def __init__(self, path):
+        self.path, self._container = os.fspath(path), None
+        try:
+            with self._errors():
+                self._open()
+                self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+                self._tick = float(self._stream.time_base)  # seconds
+                # A pts is rounded to ticks: frame k of an mkv may come up to half a millisecond after k / fps.
+                self._tolerance = min(0.499 * self._tick, 0.0005)
+                self._first = self._first_pts()
+                self.duration = self._find_duration()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self, *_):
+        if self._container is not None:
+            self._container.close()
+
+    def __enter__(self):
+        return self
+
+    __exit__ = close
+
+    def span(self, video):
+        """The (start, end) of a manifest row in this file, in seconds, 0 <= start < end <= duration."""
+        start, end = video.start or 0.0, self.duration if video.end is None else video.end
+        if start >= self.duration:
+            raise VideoError(f"{self.path}: starts at {start:g} s in the manifest, but lasts {self.duration:g} s")
+        return start, min(end, self.duration)
+
+    def read(self, times, size=None):
+        """The frame on screen at each time: the last that starts at or before it -> uint8 [T, H, W, 3], RGB.
+
+        times: seconds, T >= 1 of them in any order, repeats allowed; before 0 is the first frame, past the end the last.
+        A time may fall short of its frame by half a tick of the stream's clock (at most 0.5 ms), for rounding.
+        size: None as displayed; an int scales the short side to it; (H, W) squashes to it. Bicubic, its support widened
+        when scaling down, so that nothing aliases. VideoError also if the decoder reports damage, or the file ends more
+        than a second, or a tenth of its duration, before a wanted time that its header promises.
+        """
+        times = np.asarray(times, np.float64)
+        if times.ndim != 1 or not len(times) or np.isnan(times).any():
+            raise ValueError(f"times: expected a list of one or more seconds, got {times}")
+        times = times.clip(0, self.duration + 1).tolist()  # headers may fall a few frames short of the last
+        wanted = sorted(set(times))
+        with self._errors():
+            try:
+                images = self._convert(self._decode_quickly(wanted), size)
+            except (LookupError, av.FFmpegError):  # the quick way does not work for this file; the plain one may
+                images = self._convert(self._decode_plainly(wanted), size)
+        return np.stack([images[time] for time in times])
+
+    def _open(self):
+        self.close()
+        # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video reaches no network.
+        self._container = av.open(f"file:{self.path}", options={"protocol_whitelist": "file"})
+        if not self._container.streams.video:
+            raise VideoError(f"{self.path}: no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1  # so that skip_frame applies to the very packet being decoded
+        self._stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey picture
+
+    def _packets(self):
+        return (packet for packet in self._container.demux(self._stream) if packet.size)
+
+    def _first_pts(self):
+        """The pts of the first frame displayed, or None if packets carry no pts.
+
+        Frames an edit list cuts are not displayed, and those before the first key frame refer to what the file lacks.
+        """
+        key = first = None
+        for packet in self._packets():
+            if packet.pts is None or self._container.format.name == "avi":  # for AVI, libav makes pts up, and badly
+                return None
+            if key is None and packet.is_keyframe:
+                key = packet.pts
+            if key is not None and packet.pts >= key and not packet.is_discard:
+                first = packet.pts if first is None else min(first, packet.pts)
+            if first is not None and packet.dts is not None and packet.dts >= first:
+                break
+        return first
+
+    def _find_duration(self):
+        offset = (self._first or 0) * self._tick
+        if self._stream.duration:
+            return self._stream.duration * self._tick
+        if tag := self._stream.metadata.get("DURATION"):  # Matroska: "00:00:10.333000000", when the stream ends
+            return sum(float(part) * unit for part, unit in zip(tag.split(":"), (3600, 60, 1))) - offset
+        if self._container.duration:
+            return self._container.duration / av.time_base - offset
+        self._open()
+        ends = [(packet.pts or 0) + (packet.duration or 0) for packet in self._packets()]
+        return len(ends) / self.fps if self._first is None else max(ends) * self._tick - offset
+
+    def _pts(self, time):
+        return self._first + (time + self._tolerance) / self._tick
+
+    def _seek(self, time):
+        """-> (a key frame's packet, displayed at or before `time`; the packets that follow it)."""
+        back = 0  # MPEG-TS and FLV seek by decoding time, so may land after `time`; other indices may be wrong
+        while back <= 2 * max(time, 1):
+            self._container.seek(math.floor(self._pts(time - back)), stream=self._stream)
+            packets = self._packets()
+            key = next((packet for packet in packets if packet.is_keyframe and packet.pts is not None), None)
+            if key is not None and key.pts <= self._pts(time):
+                return key, packets
+            back = back * 2 or 1
+        raise LookupError("no key frame")
+
+    def _runs(self, times):
+        """Split sorted times into runs: a run is decoded in one go, and a new one starts where seeking saves decoding."""
+        runs = [[times[0]]]
+        for last, time in zip(times, times[1:]):
+            if time - last > SEEK_GAP and self._seek(time)[0].pts > self._pts(last):
+                runs.append([])
+            runs[-1].append(time)
+        return runs
+
+    def _decode_quickly(self, times):
+        """Yield (time, frame) for sorted times; so does _decode_plainly."""
+        if self._first is None:
+            raise LookupError("no pts")
+        codec = self._stream.codec_context
+        for run in self._runs(times):
+            key, following = self._seek(run[0])
+            packets = [key]
+            for packet in following:
+                if packet.pts is None:
+                    raise LookupError("a packet without pts")
+                if packet.dts is not None and packet.dts > self._pts(run[-1]):  # so is every later pts
+                    break
+                packets.append(packet)
+            else:
+                self._check_end(run[-1], max(p.pts + (p.duration or 0) - self._first for p in packets) * self._tick)
+
+            wanted = {}  # pts -> times
+            displayed = [packet.pts for packet in packets if packet.pts >= key.pts and not packet.is_discard]
+            for time in run:
+                latest = max((pts for pts in displayed if pts <= self._pts(time)), default=None)
+                wanted.setdefault(latest, []).append(time)
+            while packets[-1].pts not in wanted:
+                packets.pop()
+
+            for packet in [*packets, None]:  # None drains the decoder
+                if packet is not None and codec.name in ("h264", "hevc"):
+                    codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                for frame in codec.decode(packet):
+                    for time in wanted.pop(frame.pts, ()):
+                        yield time, frame
+            if wanted:
+                raise LookupError("a packet without a frame")
+
+    def _decode_plainly(self, times):
+        self._open()
+        times, frame, shown = list(times), None, 0.0
+        for index, new in enumerate(self._container.decode(self._stream)):
+            counted = self._first is None or new.pts is None
+            shown = index / self.fps if counted else (new.pts - self._first) * self._tick
+            while times and frame is not None and times[0] + self._tolerance < shown:
+                yield times.pop(0), frame
+            if not times:
+                return
+            frame = new
+        if frame is None:
+            raise VideoError(f"{self.path}: no frame could be decoded")
+        self._check_end(times[-1], shown + 1 / self.fps)
+        yield from ((time, frame) for time in times)
+
+    def _check_end(self, time, end):
+        if min(time, self.duration) - end > min(1, self.duration / 10):
+            raise VideoError(f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header")
+
+    def _convert(self, frames, size):
+        """(time, frame) pairs -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
+        reformatter, images, latest = VideoReformatter(), {}, None
+        for time, frame in frames:
+            if frame is not latest:
+                if frame.is_corrupt:
+                    raise VideoError(f"{self.path}: damaged frame near {time:.2f} s")
+                matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
+                a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+                turned = abs(b) > abs(a)
+                if not images:  # the first frame decides, should a stream change its size
+                    shape = np.array([frame.height, frame.width])[::-1 if turned else 1]
+                    if size is not None:
+                        shape = np.rint(shape * size / shape.min()) if np.ndim(size) == 0 else np.array(size)
+                height, width = map(int, shape[::-1 if turned else 1])
+                same = (height, width) == (frame.height, frame.width)  # then only chroma is scaled, as players do
+                image = reformatter.reformat(frame, width, height, "rgb24", threads=1, interpolation=(
+                    Interpolation.BILINEAR if same else Interpolation.BICUBIC)).to_ndarray()
+                if turned:
+                    image, a, d = image.swapaxes(0, 1), c, b
+                image, latest = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1], frame
+            images[time] = image
+        return images
+
+    @contextlib.contextmanager
+    def _errors(self):
+        """Whatever goes wrong with the file becomes a VideoError of one line."""
+        try:
+            yield
+        except (av.FFmpegError, OSError, ValueError) as error:
+            log = getattr(error, "log", None)
+            reason = f"{getattr(error, 'strerror', None) or error}" + (f" ({log[2].strip()})" if log else "")
+            raise VideoError(" ".join(f"{self.path}: {reason}".split())) from error
+
+
+def read_frames(path, times, size=None):
+    """`VideoReader(path).read(times, size)`, and the file closed again."""
+    with VideoReader(path) as reader:
+        return reader.read(times, size)
+
+
+def segment_midpoints(start, end, count):
+    """The mid-points of `count` equal parts of [start, end] -> float64 [count]."""
+    return start + (np.arange(count) + 0.5) * (end - start) / count
+
+
+def clip_times(start, end, fps, frames, stride, where):
+    """The times of a clip of `frames` frames, `stride` video frames apart, inside [start, end] -> float64 [frames], seconds.
+
+    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last moment repeats.
+    """
+    window = frames * stride / fps
+    first = start + where * max(0.0, end - start - window)
+    return np.minimum(first + np.arange(frames) * stride / fps, max(start, end - 0.5 / fps))
+
+
+def center_crop(frames, size):
+    """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size, size, 3], its box: x0, y0,
+    x1, y1 as fractions of the frame)."""
+    height, width = frames.shape[1:3]
+    top, left = (height - size) // 2, (width - size) // 2
+    box = (left / width, top / height, (left + size) / width, (top + size) / height)
+    return frames[:, top:top + size, left:left + size], box
