@@ -30,8 +30,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as Video
 EPS = 1e-6  # every LayerNorm, and the target's deviation
 CUBES = dict(frames=16, image_size=224, tubelet=2, patch=16)
 SIZES = {  # decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
-    "tiny": dict(CUBES, frames=8, image_size=64, width=96, depth=3, heads=3,
-                 decoder_width=96, decoder_depth=2, decoder_heads=3),
+    "tiny": dict(CUBES, frames=8, image_size=32, patch=8, width=96, depth=3, heads=3,
+                 decoder_width=96, decoder_depth=1, decoder_heads=3),
     "small": dict(CUBES, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3),
     "base": dict(CUBES, width=768, depth=12, heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6),
     "large": dict(CUBES, width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=12, decoder_heads=8),

@@ -99,17 +99,17 @@ def value_only(block, x):
 
 def patch_features(visual, images, dense):
     """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised -> [B, G*G, D] float32."""
-    x = visual._embeds(images)                                                                  # [B, L, W], class token first
-    for block in visual.transformer.resblocks[:-1]:
-        x = block(x)
-    last = visual.transformer.resblocks[-1]
-    if dense == "last":
-        x = last(x)
-    elif dense == "value":
-        x = value_only(last, last.ln_1(x))
-    else:
-        x = self_attention(last, last.ln_1(x))
-    x = visual.ln_post(x[:, 1:])
+    x, path = visual._embeds(images), 0.0                                                       # [B, L, W], class token first
+    blocks = visual.transformer.resblocks
+    for index, block in enumerate(blocks):
+        last = index == len(blocks) - 1
+        if dense == "value" and last:
+            path = value_only(block, block.ln_1(x))
+        if dense == "self" and index >= len(blocks) // 2:
+            path = path + self_attention(block, block.ln_1(x))
+        if dense == "last" or not last:
+            x = block(x)
+    x = visual.ln_post((x if dense == "last" else path)[:, 1:])
     return F.normalize((x @ visual.proj).float(), dim=-1)
 
 

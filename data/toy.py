@@ -77,7 +77,7 @@ def scene(seed, split="train", row=0):
     count = rng.integers(3)
     return Scene(
         action=action, shape=SHAPES[kind], colour=colour, scene=SCENES[home],
-        centre=SIZE / 2 + rng.uniform(-7, 7, 2), radius=rng.uniform(15, 20), angle=rng.uniform(0, 2 * np.pi),
+        centre=SIZE / 2 + rng.uniform(-7, 7, 2), radius=rng.uniform(15, 20), angle=rng.uniform(-0.5, 0.5),
         travel=speed * np.array(direction, float), growth={"grow": 1.55, "shrink": 1 / 1.55}.get(action, 1.0),
         spin=sign * rng.uniform(2, 3.5) if action == "spin" else 0.0,
         shake=rng.uniform(3, 5) * np.array((np.cos(heading), np.sin(heading))) if action == "shake" else np.zeros(2),

@@ -52,7 +52,8 @@ def train(model, loss_fn, seed, steps, batch, lr, name):
     for step, (images, captions) in enumerate(progress):
         rise, turn = min(1.0, (step + 1) / (0.05 * steps)), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * rise * turn
-        loss, accuracy = loss_fn(images, captions)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, accuracy = loss_fn(images, captions)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

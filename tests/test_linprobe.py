@@ -23,9 +23,10 @@ def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
     (train, train_labels), (test, test_labels) = blobs(600), blobs(300, seed=1)
     predicted, rate, held_out = linprobe.linear_probe(train, train_labels, test, 3, linprobe.RATES, 20, seed=0)
     assert (predicted == test_labels).float().mean() > 0.97 and held_out > 0.95 and rate in linprobe.RATES
-    shuffled = train_labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    predicted, _, held_out = linprobe.linear_probe(train, shuffled, test, 3, linprobe.RATES, 20, seed=0)
-    assert abs((predicted == test_labels).float().mean() - 1 / 3) < 0.15 and held_out < 0.6
+    noise = torch.randn(1500, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
+    predicted, _, held_out = linprobe.linear_probe(noise[:750], labels[:750], noise[750:], 3, linprobe.RATES, 20, seed=0)
+    assert abs((predicted == labels[750:]).float().mean() - 1 / 3) < 0.07 and held_out < 0.55
 
 
 def test_the_sweep_is_each_rate_alone():
@@ -77,8 +78,8 @@ def test_features_are_the_mean_of_the_encoders_tokens(world, probed):
     model = VideoMAE("tiny").eval()
     expected = []
     for where in (0.25, 0.75):
-        frames = read_frames(world / "data/videos/val/00009.mp4", clip_times(0, 2.0, 10, 8, 2, where))
-        clip = torch.from_numpy(center_crop(frames, 64)[0].copy()).permute(3, 0, 1, 2)[None]
+        frames = read_frames(world / "data/videos/val/00009.mp4", clip_times(0, 2.0, 10, 8, 2, where), 32)
+        clip = torch.from_numpy(center_crop(frames, 32)[0].copy()).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
             expected.append(model.encode(normalize(clip)).mean(1)[0])
     assert np.allclose(features[9], torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)

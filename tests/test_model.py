@@ -18,7 +18,7 @@ import model as M  # noqa: E402
 from model import VideoMAE, VideoViT, info_nce, load_pretrained, patchify, save_huggingface, unpatchify  # noqa: E402
 
 torch.set_num_threads(1)
-NANO = dict(M.SIZES["tiny"], frames=4, image_size=32, width=24, depth=2, heads=2,
+NANO = dict(M.SIZES["tiny"], frames=4, image_size=32, patch=16, width=24, depth=2, heads=2,
             decoder_width=12, decoder_depth=1, decoder_heads=3)
 
 
@@ -73,7 +73,7 @@ def official_eps(hf):
 
 def hf_config(model, **extra):
     c = model.config
-    return dict(image_size=c["image_size"], patch_size=16, num_frames=c["frames"], tubelet_size=2,
+    return dict(image_size=c["image_size"], patch_size=c["patch"], num_frames=c["frames"], tubelet_size=2,
                 hidden_size=c["width"], num_hidden_layers=c["depth"], num_attention_heads=c["heads"],
                 intermediate_size=4 * c["width"], decoder_hidden_size=c["decoder_width"],
                 decoder_num_hidden_layers=c["decoder_depth"], decoder_num_attention_heads=c["decoder_heads"],

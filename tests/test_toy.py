@@ -63,17 +63,21 @@ def test_the_files_hold_what_was_drawn(world):
 
 
 def test_scores_of_known_maps():
-    masks = np.zeros((2, toy.FRAMES, 64, 64), np.uint8)
-    masks[:, :, 16:48, 16:32] = 1
-    packed = np.packbits(masks, axis=-1)
-    share = toy_report.object_cells(packed, 4, 8)
-    assert share.shape == (2, 4, 8, 8) and share[0, 0, 2:6, 2:4].min() == 1 and share.sum() == 2 * 4 * 8
-    perfect, opposite = np.stack([share[:1], share[:1]], 1), np.stack([-share[:1]] * 2, 1)
-    assert toy_report.score_saliency(perfect, packed[:1])[:2] == (1.0, 1.0)
-    assert toy_report.score_saliency(opposite, packed[:1])[:2] == (0.0, 0.0)
-    noise = np.random.default_rng(0).random((2, 40, 4, 8, 8))
-    pointing, auc, chance = toy_report.score_saliency(noise, packed)
-    assert chance == 8 / 64 and auc == pytest.approx(0.5, abs=0.03) and pointing == pytest.approx(8 / 64, abs=0.06)
+    masks = np.zeros((1, toy.FRAMES, 64, 64), np.uint8)
+    masks[:, :, 16:48, 16:32] = 1                                          # 4 x 2 patches of 8 x 8
+    masks[:, :, 19:20, 32:40] = 1                                          # and a line through the middle of another
+    packed, truth = np.packbits(masks, axis=-1), np.zeros((1, 2, 4, 8, 8))
+    truth[..., 2:6, 2:4] = 1
+    assert toy_report.score_saliency(truth, packed) == (1.0, 1.0, 9 / 64)  # the line is pointed at, but not half of its patch
+    assert toy_report.score_saliency(-truth, packed)[:2] == (0.0, 0.0)
+    line = truth.copy()
+    line[..., 2, 4] = 2
+    pointing, auc, _ = toy_report.score_saliency(line, packed)
+    assert pointing == 1.0 and auc == pytest.approx(1 - 1 / 56)
+    rng = np.random.default_rng(0)
+    scores = [toy_report.score_saliency(rng.random((1, 2, 4, 8, 8)), packed) for _ in range(200)]
+    pointing, auc, _ = np.mean(scores, 0)
+    assert pointing == pytest.approx(9 / 64, abs=0.03) and auc == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_tiny_blip_captions_held_out_videos(world):
