@@ -20,7 +20,6 @@ Letters: N videos, V clips a video, D width, C classes, L learning rates.
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import model as models
-from video import ManifestError, VideoError, VideoReader, center_crop, clip_times, manifest_hash, read_manifest
+from video import ManifestError, VideoError, VideoReader, center_crop, clip_times, file_hash, manifest_hash, read_manifest
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # for batches of 256
 
@@ -164,9 +163,7 @@ def build_encoder(args):
         file = next((f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()), path)
         if not file.is_file():
             sys.exit(f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: an untrained encoder)")
-        with open(file, "rb") as opened:
-            identity = hashlib.file_digest(opened, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else \
-                hashlib.sha256(opened.read()).hexdigest()[:16]
+        identity = file_hash(file)
     ours = own_args(args.checkpoint) if args.checkpoint != "none" else {}
     args.size = args.size or ours.get("size", "base")
     args.frames, args.image_size = args.frames or ours.get("frames"), args.image_size or ours.get("image_size")

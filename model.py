@@ -20,7 +20,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-import torch.distributed.nn
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -152,14 +152,26 @@ class Encoder(Transformer):
         weight = self.patch_embed["proj"].weight.permute(0, 2, 3, 4, 1).flatten(1)
         return self.norm(self.run_blocks(F.linear(cubes, weight, self.patch_embed["proj"].bias) + position))
 
+class AllGather(torch.autograd.Function):
+    """The rows of all ranks, [2,B,D] -> [2,ranks*B,D]; gradients come back summed over ranks."""
+    @staticmethod
+    def forward(ctx, own):
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own.contiguous())
+        return torch.cat(every, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad := grad.contiguous())
+        return grad.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+
 def info_nce(video_emb, text_emb, scale):
     """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], any length; scale is 1 / temperature.
     Texts of cosine above 0.999 are one caption, hence positives of each other, the target uniform over them.
     Under torch.distributed a collective, with equal B: a rank's loss is the mean over its own rows against everyone's
     columns; gathering passes gradients back, so DistributedDataParallel averages to the whole batch's gradient."""
     own = torch.stack([F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)])  # [2,B,D]
-    ranks = torch.distributed.nn.functional.all_gather(own) if torch.distributed.is_initialized() else [own]
-    every = torch.cat(ranks, dim=1)  # [2,ranks*B,D]
+    every = AllGather.apply(own) if dist.is_available() and dist.is_initialized() else own  # [2,ranks*B,D]
     same = (own[1] @ every[1].T > 0.999).float()
     target = same / same.sum(dim=1, keepdim=True)
     to_text, to_video = scale * own[0] @ every[1].T, scale * own[1] @ every[0].T

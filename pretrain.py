@@ -40,7 +40,7 @@ from torchvision.utils import save_image
 
 import masking
 import model as models
-from video import ManifestError, VideoError, VideoReader, clip_times, companion, open_array, read_manifest
+from video import ManifestError, VideoError, VideoReader, clip_times, companion, file_hash, open_array, read_manifest
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
 
@@ -174,8 +174,7 @@ def draw_reconstruction(path, model, dataset, args, device, autocast):
     hidden = models.unpatchify(cubes, model.grid, c["tubelet"], c["patch"])
     true = batch["clip"] / 255
     rows = [x[0].transpose(0, 1)[:: c["tubelet"]] for x in (true, torch.where(hidden > 0, torch.full_like(true, 0.5), true), made)]
-    picture = torch.cat(rows).float().cpu()
-    picture = picture.repeat_interleave(max(1, 128 // picture.shape[-1]), -1).repeat_interleave(max(1, 128 // picture.shape[-2]), -2)
+    picture = torch.nn.functional.interpolate(torch.cat(rows), scale_factor=max(1, 128 // true.shape[-1]))
     save_image(picture, path, nrow=len(rows[0]), padding=4, pad_value=1.0)
 
 
@@ -229,7 +228,7 @@ def parse_args(argv=None):
     run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
     run.add_argument("--picture-every", type=int, default=10, help="epochs between reconstruction pictures; 0 draws none")
     args = parser.parse_args(argv)
-    args.mask_ratio = args.mask_ratio or masking.RATIOS[args.mask]
+    args.mask_ratio = masking.RATIOS[args.mask] if args.mask_ratio is None else args.mask_ratio
     args.out = Path(args.out or f"runs/{args.mask}")
     return args
 
@@ -239,11 +238,13 @@ def open_data(args):
     videos = read_manifest(args.data, args.root)
     remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
     prefix = args.companions or Path(args.data).with_suffix("")
+    captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
+    expect = {"captions": file_hash(captions)} if captions.exists() and not args.companions else {}
     text = saliency = None
     if args.mask.startswith("text"):
-        saliency, _ = open_array(f"{prefix}.saliency.npy", videos, remedy)
+        saliency, _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
     if args.nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
-        text, _ = open_array(f"{prefix}.text.npy", videos, remedy)
+        text, _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
     usable = np.ones(len(videos), bool)
     for array in (text, saliency):
         usable &= True if array is None else ~np.isnan(array[(slice(None), 0) + (0,) * (array.ndim - 2)])

@@ -28,9 +28,7 @@ Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + 
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -42,7 +40,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from video import (ManifestError, VideoError, VideoReader, companion, manifest_hash, open_array, read_captions, read_manifest,
+from video import (ManifestError, VideoError, VideoReader, companion, file_hash, manifest_hash, open_array, read_captions, read_manifest,
                    segment_midpoints)
 
 DENSE = ("last", "value", "self")
@@ -196,7 +194,7 @@ def main(argv=None):
         embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
     width = len(next(iter(embedded.values())))
 
-    about = {"manifest": manifest_hash(videos), "captions": hashlib.sha256(Path(caption_path).read_bytes()).hexdigest()[:16],
+    about = {"manifest": manifest_hash(videos), "captions": file_hash(caption_path),
              "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
     prefix = args.out or Path(args.data).with_suffix("")
     text_array = create_or_resume(Path(f"{prefix}.text.npy"), (len(videos), texts, width), about, args.resume, rank, barrier)

@@ -114,6 +114,15 @@ def manifest_hash(videos):
     return digest.hexdigest()[:16]
 
 
+def file_hash(path):
+    """16 hex digits that change with the file's contents."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 def companion(manifest, kind):
     """The file of that kind beside a manifest: companion("data/train.csv", "text.npy") is data/train.text.npy."""
     return Path(manifest).with_suffix(f".{kind}")

@@ -1,6 +1,11 @@
 """What the tests share: the scripts' folder on the path, a small toy world with captions and saliency, and a way to run a
 script as a user does."""
+import contextlib
+import importlib
+import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,40 +18,59 @@ SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 torch.set_num_threads(1)
 CLIP, BLIP = f"local-dir:{ROOT}/data/toy/clip", f"{ROOT}/data/toy/blip"
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(ENVIRONMENT)
 
 
-def run(*command, cwd=".", ranks=1, fails=False):
-    """Runs `script.py args...` in a process of its own, under torchrun where ranks > 1; returns what it printed.
+def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
+    """Runs `script.py args...` in the folder cwd and returns what it printed: its main() in this process, which saves the
+    seconds of importing torch; in a process of its own with process=True, and under torchrun where ranks > 1.
 
-    With fails=True it must exit with 1 and one line on stderr, without a traceback; that line is returned."""
-    script, *rest = (str(part) for part in command)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *rest], cwd=cwd, env=ENVIRONMENT, text=True,
+    With fails=True it must end with one line for the user and no traceback; that line is returned."""
+    args = [str(arg) for arg in args]
+    if ranks == 1 and not process:
+        return run_here(Path(script).stem, args, cwd, fails)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *args], cwd=cwd, env=ENVIRONMENT, text=True,
                           capture_output=True, timeout=300)
+    assert done.returncode == (1 if fails else 0), done.stdout + done.stderr
+    assert not fails or "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1] if fails else done.stdout
+
+
+def run_here(module, args, cwd, fails):
+    before, out, code = os.getcwd(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            importlib.import_module(module).main(args)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os.chdir(before)
+        signal.signal(signal.SIGTERM, handler)
     if fails:
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+        assert isinstance(code, str) and "\n" not in code, code
+        return code
+    assert code == 0, f"{code}\n{out.getvalue()}"
+    return out.getvalue()
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with data/{train,val}.csv, 32 and 24 toy videos, their captions and their saliency. Not to be written to."""
     folder = tmp_path_factory.mktemp("world")
-    run("data/toy.py", "--train", 32, "--val", 24, "--workers", 1, cwd=folder)
-    for split in ("train", "val"):
-        run("caption.py", f"data/{split}.csv", "--model", BLIP, "--workers", 0, cwd=folder)
-        run("saliency.py", f"data/{split}.csv", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=folder)
+    run("data/toy.py", "--train", 32, "--val", 24, "--workers", 1, cwd=folder, process=True)
+    for split, process in (("train", True), ("val", False)):
+        run("caption.py", f"data/{split}.csv", "--model", BLIP, "--workers", 0, cwd=folder, process=process)
+        run("saliency.py", f"data/{split}.csv", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=folder, process=process)
     return folder
 
 
 @pytest.fixture
 def copy(world, tmp_path):
     """A world that may be written to: the videos are linked, the rest copied."""
-    import shutil
     (tmp_path / "data").mkdir()
     for path in (world / "data").iterdir():
         if path.name == "videos":

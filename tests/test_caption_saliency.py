@@ -75,7 +75,7 @@ def test_labels_as_captions(copy):
 
 
 def test_captions_refuse(copy):
-    assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True)
+    assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True, process=True)
     assert "remake them with: python caption.py" in run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True)
     line = run("caption.py", "--model", copy / "nowhere", "--resume", "none", cwd=copy, fails=True)
     assert "cannot load it" in line
@@ -167,7 +167,7 @@ def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
 
 def test_saliency_refuses(copy):
     base = ("saliency.py", "--clip", CLIP, "--moments", 8)
-    assert "another dense; --resume none remakes it" in run(*base, "--dense", "last", cwd=copy, fails=True)
+    assert "another dense; --resume none remakes it" in run(*base, "--dense", "last", cwd=copy, fails=True, process=True)
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     assert "is of another manifest; make it with: python caption.py" in run(*base, cwd=copy, fails=True)

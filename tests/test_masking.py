@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import run
+from PIL import Image
 
 import masking
 import toy
@@ -136,6 +138,17 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
     assert 4 < flips < 20
     assert max(agreement) < 0.06, max(agreement)
     assert np.mean(forgotten) > 0.15
+
+
+def test_the_preview_draws_every_mask(world, tmp_path):
+    flags = ("--data", world / "data/train.csv", "--row", 3, "--frames", 8, "--stride", 2, "--image-size", 64)
+    run("masking.py", *flags, "--out", tmp_path / "mask.png", process=True)
+    with Image.open(tmp_path / "mask.png") as picture:
+        assert picture.size == (90 + 4 * (128 + 4), 22 + (2 + len(MASKS)) * (128 + 4))
+    run("masking.py", *flags, "--caption", 2, "--mask-ratio", 0.75, "--companions", world / "data/train", "--out", tmp_path / "b.png")
+    assert "has rows 0 to 31" in run("masking.py", *flags, "--row", 32, fails=True)
+    assert "has 3 captions" in run("masking.py", *flags, "--caption", 3, fails=True)
+    assert "make it with: python caption.py" in run("masking.py", *flags, "--companions", "nowhere", fails=True)
 
 
 def test_heat_colours_and_strip():

@@ -228,10 +228,14 @@ def test_a_loss_that_is_not_finite_stops_with_names(copy):
 
 
 def test_refusals_name_the_command_that_mends(copy):
-    assert "python data/toy.py" in run("pretrain.py", cwd=copy / "data", fails=True)
+    assert "python data/toy.py" in run("pretrain.py", cwd=copy / "data", fails=True, process=True)
     assert "lower --batch-size" in run("pretrain.py", *TINY, "--batch-size", 33, cwd=copy, fails=True)
     assert "multiples" in run("pretrain.py", *TINY, "--frames", 5, cwd=copy, fails=True)
-    assert "mask ratio 0.99" in run("pretrain.py", *TINY, "--mask-ratio", 0.99, cwd=copy, fails=True)
+    assert "mask ratio 0.01" in run("pretrain.py", *TINY, "--mask-ratio", 0.01, cwd=copy, fails=True)
+    captions = (copy / "data/train.captions.jsonl").read_text()
+    (copy / "data/train.captions.jsonl").write_text(captions.replace("red", "blue"))
+    assert "expected captions" in run("pretrain.py", *TINY, cwd=copy, fails=True)
+    (copy / "data/train.captions.jsonl").write_text(captions)
     (copy / "data/train.saliency.npy").unlink()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
     assert line.endswith("make it with: python caption.py data/train.csv && python saliency.py data/train.csv")
