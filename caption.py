@@ -168,7 +168,8 @@ def main(argv=None):
 
     out = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     about = {"manifest": manifest_hash(videos), "model": "labels" if args.labels else args.model}
-    about |= {} if args.labels else {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
+    if not args.labels:
+        about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
     if rank == 0:
         prepare(out, about, args)
     if ranks > 1:
@@ -184,7 +185,7 @@ def main(argv=None):
     if mine:
         model, processor = load_model(args.model, device, dtype)
         if rank == 0:
-            print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks", flush=True)
+            print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
         loader = DataLoader(KeyFrames(mine, args.frames, processor, args.prompt), args.batch_size, num_workers=args.workers,
                             collate_fn=list)
         with open(f"{out}.part-{rank}", "a") as file, tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:

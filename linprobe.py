@@ -5,7 +5,7 @@ Writes  OUT/{train,test}.features.npy [N, D] float32, with what made them in a .
 
     python linprobe.py --checkpoint runs/text/checkpoint.pt --stride 2               CPU, the toy world: half a minute
     python linprobe.py --checkpoint none --size tiny --stride 2                      its floor: the same encoder, untrained
-    torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data data/k400/train.csv --test data/k400/val.csv
+    torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
 
 The protocol. The feature of a video is the mean of the encoder's tokens after its final norm, averaged over --clips clips spread
 evenly over the video; each is the centre square of the frame, unmasked and not augmented. Features are extracted once; run
@@ -53,7 +53,8 @@ class Views(Dataset):
         try:
             with VideoReader(video.path) as reader:
                 start, end = reader.span(video)
-                times = [clip_times(start, end, reader.fps, args.frames, args.stride, (clip + 0.5) / args.clips) for clip in range(args.clips)]
+                times = [clip_times(start, end, reader.fps, args.frames, args.stride, (clip + 0.5) / args.clips)
+                         for clip in range(args.clips)]
                 frames, _ = center_crop(reader.read(np.concatenate(times), args.image_size), args.image_size)
         except VideoError as error:
             return video.row, None, str(error)
@@ -209,7 +210,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = {"train": read_manifest(args.data, args.root, args.label_column), "test": read_manifest(args.test, args.root, args.label_column)}
+        videos = {split: read_manifest(path, args.root, args.label_column) for split, path in (("train", args.data), ("test", args.test))}
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     for split in videos.values():
@@ -222,7 +223,8 @@ def main(argv=None):
     barrier = dist.barrier if ranks > 1 else lambda: None
     use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{local}" if use_cuda else "cpu"
-    autocast = torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if use_cuda else contextlib.nullcontext()
+    dtype = torch.bfloat16 if use_cuda and torch.cuda.is_bf16_supported() else torch.float16
+    autocast = torch.autocast("cuda", dtype) if use_cuda else contextlib.nullcontext()
 
     model, identity = build_encoder(args)
     args.out = args.out or (Path("runs/untrained/probe") if args.checkpoint == "none" else Path(args.checkpoint).parent / "probe")

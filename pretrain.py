@@ -191,12 +191,12 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
     data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.saliency.npy and PREFIX.text.npy instead of those beside the manifest")
+    data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,text}.npy, not the manifest's")
     data.add_argument("--frames", type=int, help="frames of a clip (default: the size's)")
-    data.add_argument("--stride", type=int, default=4, help="video frames from one clip frame to the next: 4 for Kinetics, 2 for Something-Something")
+    data.add_argument("--stride", type=int, default=4, help="video frames a clip frame: 4 for Kinetics, 2 for SSv2")
     data.add_argument("--image-size", type=int, help="pixels (default: the size's)")
-    data.add_argument("--crop", choices=("multiscale", "resized"), default="multiscale", help="VideoMAE's multi-scale or random resized crop")
-    data.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="area of a resized crop")
+    data.add_argument("--crop", choices=("multiscale", "resized"), default="multiscale", help="VideoMAE's, or random resized")
+    data.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the samples")
     data.add_argument("--repeat", type=int, default=1, help="samples of each decoded clip")
     data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
@@ -219,9 +219,9 @@ def parse_args(argv=None):
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--workers", type=int, default=8, help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 or else fp16 on a GPU, off on a CPU")
+    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
-    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations to save memory")
+    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
     run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
     run.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
@@ -261,7 +261,8 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "off" else contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    autocast = torch.autocast(device.type, dtype, enabled=amp != "off")
 
     try:
         videos, rows, text, saliency = open_data(args)
@@ -276,15 +277,15 @@ def main(argv=None):
     model.set_checkpointing(args.checkpointing)
     steps_per_epoch = len(rows) // (args.batch_size * ranks * args.accum)
     if steps_per_epoch == 0:
-        sys.exit(f"{args.data}: {len(rows)} usable videos do not fill one batch of {args.batch_size} x {ranks} ranks x {args.accum}: "
-                 f"lower --batch-size or --accum")
+        sys.exit(f"{args.data}: {len(rows)} usable videos do not fill one step of {args.batch_size} videos x {args.accum} "
+                 f"accumulated x {ranks} ranks: lower --batch-size or --accum")
     total_steps = args.epochs * steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
     effective = args.batch_size * args.repeat * args.accum * ranks
     args.lr = args.blr * effective / 256
     checkpoint_path, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     if checkpoint_path.exists() and args.resume is None:
-        sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew, or choose another --out")
+        sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew")
 
     step = 0
     optimizer = make_optimizer(model.to(device), args)
@@ -301,11 +302,16 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(str(error))
 
-    say(f"""{args.data}: {len(rows)} of {len(videos)} videos usable, {steps_per_epoch} steps an epoch, {total_steps} steps, from step {step}
-device       {device} ({"as asked" if args.device != "auto" else "there is a GPU" if use_cuda else "no GPU found"}), amp {amp}, {ranks} ranks
-model        {args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.frames} frames of {args.image_size} pixels
-tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {grid[0]} x {grid[1]} x {grid[2]}
-contrastive  {"no text array: not computed" if text is None else f"weight {args.nce_weight:g}" if args.nce_weight else "monitored: the head trains, the encoder does not see it"}
+    found = "as asked" if args.device != "auto" else "there is a GPU" if use_cuda else "no GPU found"
+    monitored = "monitored: the head trains, the encoder does not see it"
+    contrastive = "no text array: not computed" if text is None else f"weight {args.nce_weight:g}" if args.nce_weight else monitored
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"""data         {args.data}: {len(rows)} of {len(videos)} videos usable
+steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
+device       {device} ({found}), amp {amp}, {ranks} ranks
+model        {args.size}, {millions:.1f} M parameters, {args.frames} frames of {args.image_size} pixels
+tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {" x ".join(map(str, grid))}
+contrastive  {contrastive}
 batch        {effective} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
 lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epochs, {args.epochs * args.repeat} effective""")
     if step >= last_step:
@@ -315,8 +321,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
     if rank == 0:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step] if step and log_path.exists() else []
-        log_path.write_text("".join(line + "\n" for line in kept))
+        lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
+        log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
@@ -391,8 +397,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
                     file.write(json.dumps(entry) + "\n")
             if rank == 0 and (saves or stats[3] > 0):
                 save_checkpoint(checkpoint_path, model, optimizer, scaler, step, args)
-            if rank == 0 and saves and args.picture_every and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0):
-                draw_reconstruction(log_path.with_name(f"reconstruction_{step:06d}.png"), model, loader.dataset, args, device, autocast)
+            draws = args.picture_every and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
+            if rank == 0 and saves and draws:
+                path = log_path.with_name(f"reconstruction_{step:06d}.png")
+                draw_reconstruction(path, model, loader.dataset, args, device, autocast)
             if stats[3] > 0:
                 say(f"SIGTERM: saved {checkpoint_path} at step {step}; --resume auto goes on")
                 step = last_step

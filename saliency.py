@@ -11,15 +11,18 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
     torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
 
 Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained for is its class token; what
-its patch tokens say is a by-product, and how they are read matters (`--dense`). All three act on the last block only:
+its patch tokens say is a by-product, and how they are read matters (`--dense`):
 
-    last    the patch tokens as they leave the last block. They were trained for nothing, and tend to match the *background*
-            better than the object: the class token gathers what it needs, patches keep what it does not.
-    value   each patch sees only itself: its value vector, through the output projection (MaskCLIP, arXiv 2112.01071, sec. 3.2)
-    self    each patch gathers the values of patches that look like it: query-query plus key-key attention, each softmaxed,
-            in the place of query-key (SCLIP, arXiv 2312.01597, eq. 4; key-key: CLIP Surgery, arXiv 2304.05653)
+    last    the patch tokens as they leave the last block. They were trained for nothing, and match the *background* better
+            than the object: the class token gathers what it needs, and patches keep what it does not.
+    value   in the last block each patch sees only itself: its value vector, through the output projection, without residual
+            and MLP (MaskCLIP, arXiv 2112.01071)
+    self    each patch gathers the values of patches that look like it: query-query plus key-key attention in the place of
+            query-key (SCLIP, arXiv 2312.01597), without residual and MLP, summed over the second half of the blocks, whose
+            own input stays the ordinary one (CLIP Surgery, arXiv 2304.05653)
 
-`value` and `self` leave out the block's residual and MLP, as their sources do. {MEASURED}
+The default is `self`, chosen by measurement on the toy world, whose objects are known; `./demo.sh` measures all three and
+{MEASURED}
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
 rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
@@ -197,15 +200,17 @@ def main(argv=None):
     about = {"manifest": manifest_hash(videos), "captions": file_hash(caption_path),
              "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
     prefix = args.out or Path(args.data).with_suffix("")
-    text_array = create_or_resume(Path(f"{prefix}.text.npy"), (len(videos), texts, width), about, args.resume, rank, barrier)
+    shape = (len(videos), texts, width)
+    text_array = create_or_resume(Path(f"{prefix}.text.npy"), shape, about, args.resume, rank, barrier)
     about |= {"dense": args.dense, "moments": args.moments, "image_size": size[0]}
-    array = create_or_resume(Path(f"{prefix}.saliency.npy"), (len(videos), texts, args.moments, *grid), about, args.resume, rank, barrier)
+    shape = (len(videos), texts, args.moments, *grid)
+    array = create_or_resume(Path(f"{prefix}.saliency.npy"), shape, about, args.resume, rank, barrier)
 
     todo = [video for video in videos if captions[video.row]][rank::ranks]
     todo = [video for video in todo if np.isnan(array[video.row, 0, 0, 0, 0])]
     if rank == 0:
         print(f"{args.clip} on {device}: {len(videos)} videos, {sum(not of_video for of_video in captions)} without captions, "
-              f"{len(todo)} to do on rank 0 of {ranks}; {texts} captions x {args.moments} moments x {grid[0]} x {grid[1]} patches", flush=True)
+              f"{len(todo)} to do on rank 0 of {ranks}; {texts} captions x {args.moments} moments x {grid[0]} x {grid[1]} patches")
     loader = DataLoader(Moments(todo, args.moments, size), args.batch_size, num_workers=args.workers, collate_fn=list)
     failed = 0
     with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
@@ -232,7 +237,8 @@ def main(argv=None):
     barrier()
     if rank == 0:
         done = len(videos) - int(np.isnan(array[:, 0, 0, 0, 0]).sum())
-        print(f"{prefix}.saliency.npy {list(array.shape)}, {prefix}.text.npy {list(text_array.shape)}: {done} of {len(videos)} videos")
+        print(f"{prefix}.saliency.npy {list(array.shape)}, {prefix}.text.npy {list(text_array.shape)}: "
+              f"{done} of {len(videos)} videos")
     if ranks > 1:
         dist.destroy_process_group()
 

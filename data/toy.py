@@ -193,8 +193,8 @@ def write_world(out, train, val, seed=0, workers=2):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the manifests, videos and masks")
-    parser.add_argument("--train", type=int, default=4000, help="videos in train.csv")
-    parser.add_argument("--val", type=int, default=800, help="videos in val.csv")
+    parser.add_argument("--train", type=int, default=3000, help="videos in train.csv")
+    parser.add_argument("--val", type=int, default=600, help="videos in val.csv")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw and encode")
     parser.add_argument("--train-models", action="store_true", help="train the tiny BLIP and CLIP instead")

@@ -87,8 +87,9 @@ def train_clip(folder, seed, steps, batch=128, lr=7e-4):
         return loss, same.gather(1, logits.argmax(1, keepdim=True)).float().mean().item()
 
     train(model, loss_fn, seed, steps, batch, lr, "clip")
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()},
-              folder / "open_clip_model.safetensors")
+    state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+    state["visual.positional_embedding"] = model.visual.positional_embedding.data  # float32: --image-size interpolates it
+    save_file(state, folder / "open_clip_model.safetensors")
 
 
 def train_blip(folder, seed, steps, batch=128, lr=7e-4):
@@ -130,13 +131,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("clip", "blip"), help="train one of the two")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder that gets blip/ and clip/")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps for each")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 2400 for clip, 4000 for blip)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name, function in (("clip", train_clip), ("blip", train_blip)):
+    for name, function, steps in (("clip", train_clip, 2400), ("blip", train_blip, 4000)):
         if args.only in (None, name):
             torch.manual_seed(args.seed)
-            function(args.out / name, args.seed, args.steps)
+            function(args.out / name, args.seed, args.steps or steps)
 
 
 if __name__ == "__main__":

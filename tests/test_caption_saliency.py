@@ -96,29 +96,25 @@ def test_text_embeddings_are_the_captions_unit_length(world):
 
 def reference(visual, images, dense):
     """Patch embeddings written out head by head and token by token, independently of saliency.py."""
-    x = visual._embeds(images)
-    blocks = visual.transformer.resblocks
-    for block in blocks[:-1]:
-        x = block(x)
-    block = blocks[-1]
-    if dense == "last":
-        x = block(x)
-    else:
+    x, blocks, path = visual._embeds(images), visual.transformer.resblocks, 0
+    for number, block in enumerate(blocks, 1):
         y, heads, width = block.ln_1(x), block.attn.num_heads, x.shape[-1]
-        qkv = y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias
-        out = torch.zeros_like(x)
+        qkv, out = y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias, torch.zeros_like(x)
         for head in range(heads):
             part = slice(head * width // heads, (head + 1) * width // heads)
             q, k, v = qkv[..., :width][..., part], qkv[..., width:2 * width][..., part], qkv[..., 2 * width:][..., part]
             if dense == "value":
                 out[..., part] = v
-            else:
+            if dense == "self":
                 for a in (q, k):
                     for i in range(x.shape[1]):
                         weight = torch.softmax((a[:, i:i + 1] * a).sum(-1) / (width / heads) ** 0.5, -1)
                         out[:, i, part] += (weight[..., None] * v).sum(1)
-        x = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
-    x = visual.ln_post(x[:, 1:]) @ visual.proj
+        out = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+        if number > {"value": len(blocks) - 1, "self": len(blocks) // 2}.get(dense, len(blocks)):
+            path = path + out
+        x = block(x)
+    x = visual.ln_post((x if dense == "last" else path)[:, 1:]) @ visual.proj
     return x / x.norm(dim=-1, keepdim=True)
 
 
