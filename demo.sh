@@ -24,8 +24,8 @@ step "4/6  Masks: the clip, its saliency and every mask in one picture"
 run masking.py --data data/train.csv --row 3 --frames 8 --stride 2 --image-size 64 --out $out/masks.png
 
 step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
-run pretrain.py --mask text --size tiny --stride 2 --repeat 4 --batch-size 32 --epochs 12 --warmup-epochs 1 --blr 4e-3 \
-    --workers 2 --log-every 62 --picture-every 4 --out $out/text --resume auto
+run pretrain.py --mask text --size tiny --stride 2 --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2e-3 \
+    --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
 
 step "6/6  Probes: what the frozen features know of the action and the object, beside an untrained encoder's"
 for label in label object; do

@@ -218,7 +218,7 @@ def parse_args(argv=None):
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/MASK)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--workers", type=int, default=8, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")

@@ -121,8 +121,8 @@ def test_unreadable_and_unknown(copy):
 
 def test_refusals(copy):
     assert "no such file" in run("linprobe.py", "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
-    (copy / "garbage.pt").write_bytes(b"\x80garbage")
-    assert "not a checkpoint" in run("linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True)
+    (copy / "garbage.pt").write_bytes(b"not a checkpoint")
+    assert "garbage.pt: no checkpoint" in run("linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True)
     assert "'verb'" in run("linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True)
     (copy / "data/val.csv").write_text("path,label\nvideos/val/00001.mp4,\n")
     assert "has no label" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", cwd=copy, fails=True)

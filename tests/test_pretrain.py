@@ -191,7 +191,7 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
     command = ["pretrain.py", *TINY, "--epochs", 1000, "--data", world / "data/train.csv", "--out", tmp_path]
     process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not process.stdout.readline().startswith("step"):
+    while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
