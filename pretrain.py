@@ -3,9 +3,9 @@
 Reads   a manifest and its videos; train.saliency.npy for the text masks; train.text.npy for the contrastive loss
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line a logged step), reconstruction_*.png
 
-    python pretrain.py --mask text --size tiny --repeat 4 --epochs 12                 CPU, the toy world: 4 minutes on two cores
-    python pretrain.py --mask text                                                    one GPU, ViT-B
-    torchrun --nproc_per_node=8 pretrain.py --mask text                               eight GPUs
+    python pretrain.py --size tiny --stride 2 --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2e-3     CPU, the toy world
+    python pretrain.py --mask text                                                                   one GPU, ViT-B
+    torchrun --nproc_per_node=8 pretrain.py --mask text                                              eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --mask text
 
 The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a
