@@ -5,7 +5,7 @@ Writes  train.captions.jsonl, one object a video, in the manifest's order:
             {"path": ..., "captions": ["a dog runs", ...]}   or   {"path": ..., "captions": [], "error": why there are none}
         train.captions.json, what made them: model, prompt, beams, frames, and a hash of the manifest's rows
 
-    python caption.py data/train.csv --model data/toy/blip                          CPU, the toy world: about 250 videos/s
+    python caption.py data/train.csv --model data/toy/blip                          CPU, the toy world: about 160 videos/s
     python caption.py data/train.csv                                                one GPU, BLIP
     torchrun --nproc_per_node=8 caption.py data/train.csv --model Salesforce/blip2-opt-2.7b --batch-size 8
     python caption.py data/train.csv --labels --label-column template               no model: the data set's own text

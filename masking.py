@@ -86,9 +86,10 @@ def make_mask(name, ratio, batch, grid, saliency=None, motion=None, generator=No
     if name not in MASKS:
         raise ValueError(f"unknown mask {name!r}: one of {', '.join(MASKS)}")
     if noise is None:
-        device = generator.device if generator is not None else next((m.device for m in (saliency, motion) if m is not None), None)
-        noise = torch.rand(batch, math.prod(grid), generator=generator, device=device)
-        noise = noise if saliency is None else noise.to(saliency.device)
+        maps = saliency if saliency is not None else motion
+        drawn_on = generator.device if generator is not None else None if maps is None else maps.device
+        noise = torch.rand(batch, math.prod(grid), generator=generator, device=drawn_on)
+        noise = noise if maps is None else noise.to(maps.device)
     if noise.shape != (batch, math.prod(grid)):
         raise ValueError(f"noise must be [{batch}, {math.prod(grid)}], got {list(noise.shape)}")
     mask = MASKS[name](ratio, grid, noise, saliency, motion)

@@ -6,7 +6,7 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               of the video, G x G over the whole frame, squashed to a square
         train.text.json, train.saliency.json: model, flags, and hashes of the manifest's rows and of the captions
 
-    python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 40 videos/s a core
+    python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 60 videos/s
     python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
     torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
 
@@ -21,8 +21,8 @@ its patch tokens say is a by-product, and how they are read matters (`--dense`):
             query-key (SCLIP, arXiv 2312.01597), without residual and MLP, summed over the second half of the blocks, whose
             own input stays the ordinary one (CLIP Surgery, arXiv 2304.05653)
 
-The default is `self`, chosen by measurement on the toy world, whose objects are known; `./demo.sh` measures all three and
-{MEASURED}
+The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600 held-out videos `./demo.sh`
+gave pointing accuracy and AUC of 0.25, 0.27 for `last`, 0.60, 0.63 for `value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
 rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
