@@ -77,6 +77,11 @@ def test_labels_as_captions(copy):
 def test_captions_refuse(copy):
     assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True, process=True)
     assert "remake them with: python caption.py" in run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True)
+    (copy / "data/train.captions.json").unlink()  # without it, rows are still matched by name
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    run("caption.py", "--model", BLIP, "--workers", 0, cwd=copy)
+    assert [entry["path"] for entry in entries(copy)] == [line.split(",")[0] for line in reversed(lines[1:])]
     line = run("caption.py", "--model", copy / "nowhere", "--resume", "none", cwd=copy, fails=True)
     assert "cannot load it" in line
 
@@ -149,7 +154,7 @@ def test_saliency_goes_on_and_ranks_fill_their_own_rows(world, copy):
     array[5:20] = np.nan
     array.flush()
     out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=copy, ranks=2)
-    assert "32 of 32 videos" in out
+    assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out  # of rows 5 to 19, the even ones
     assert np.array_equal(np.load(path)[:5], expected[:5]) and np.abs(np.load(path) - expected).max() < 2e-3
 
 

@@ -23,6 +23,8 @@ def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
     (train, train_labels), (test, test_labels) = blobs(600), blobs(300, seed=1)
     predicted, rate, held_out = linprobe.linear_probe(train, train_labels, test, 3, linprobe.RATES, 20, seed=0)
     assert (predicted == test_labels).float().mean() > 0.97 and held_out > 0.95 and rate in linprobe.RATES
+    predicted, rate, _ = linprobe.linear_probe(train, train_labels, test, 3, [0.0, 1.0], 20, seed=0)
+    assert rate == 1.0 and (predicted == test_labels).float().mean() > 0.97  # the chosen rate is the one that is used
     noise = torch.randn(1500, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
     predicted, _, held_out = linprobe.linear_probe(noise[:750], labels[:750], noise[750:], 3, linprobe.RATES, 20, seed=0)

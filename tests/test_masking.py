@@ -69,6 +69,9 @@ def test_ties_are_broken_by_noise_and_only_ties():
     mask = make_mask("text", 9 / 16, 200, (1, 4, 4), saliency=saliency, generator=torch.Generator().manual_seed(0)).view(200, 4, 4)
     assert mask[:, 0].all()
     assert (mask[:, 1:].float().mean(0) - 5 / 12).abs().max() < 0.15
+    noise = torch.rand(1, 2 * 400, generator=torch.Generator().manual_seed(1))  # all tied: those of the lowest noise, exactly
+    mask = make_mask("text", 0.3, 1, (2, 20, 20), saliency=torch.zeros(1, 2, 20, 20), noise=noise).view(2, 400)
+    assert torch.equal(mask, noise.view(2, 400).argsort(1).argsort(1) < 120)
 
 
 @pytest.mark.parametrize("name", MASKS)
