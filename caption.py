@@ -163,6 +163,8 @@ def main(argv=None):
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("--device cuda: no GPU that torch can use was found")
     device = f"cuda:{local}" if device == "cuda" else device
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 

@@ -222,6 +222,8 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
     use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        sys.exit("--device cuda: no GPU that torch can use was found")
     device = f"cuda:{local}" if use_cuda else "cpu"
     dtype = torch.bfloat16 if use_cuda and torch.cuda.is_bf16_supported() else torch.float16
     autocast = torch.autocast("cuda", dtype) if use_cuda else contextlib.nullcontext()

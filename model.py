@@ -276,6 +276,8 @@ def rename(key, pairs):
 def read_checkpoint(path):
     """File or folder -> {key: tensor} under VideoMAE's names, those of VideoViT with "encoder." before them."""
     file = next((f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()), path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no checkpoint there")
     try:  # official files carry their argparse.Namespace, which is inert; beyond it only plain tensors are let in
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)

@@ -133,6 +133,11 @@ class EpochBatches:
             yield [(self.epoch, int(row)) for row in order[first:first + self.batch]]
 
 
+def ignore_sigterm(_):
+    """For the loader's workers: schedulers signal the whole process group, and the run still has to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +263,8 @@ def main(argv=None):
     use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
     if use_cuda:
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda: no GPU that torch can use was found")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -328,7 +335,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
 
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
     loader = DataLoader(Clips(videos, rows, args, grid, text, saliency), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=use_cuda, persistent_workers=args.workers > 0)
+                        pin_memory=use_cuda, persistent_workers=args.workers > 0, worker_init_fn=ignore_sigterm)
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are
     wrapped = model
@@ -371,7 +378,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
             window.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
 
             saves = step == last_step or step % (steps_per_epoch * args.save_every) == 0
-            if not (saves or step % args.log_every == 0):
+            if not (saves or step % args.log_every == 0 or (stop and ranks == 1)):  # ranks must agree where to stop
                 continue
             stats = torch.stack(window)                                                      # [steps, 3]
             broken = ~stats[:, :2].isfinite().all(1)

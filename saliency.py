@@ -184,6 +184,8 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("--device cuda: no GPU that torch can use was found")
     device = f"cuda:{local}" if device == "cuda" else device
     autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(
         "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)

@@ -1,5 +1,6 @@
 """Stage 3: schedules and samples by value, then the command line: ranks, workers, resuming, every choice, every refusal."""
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -187,13 +188,15 @@ def test_init_starts_from_a_checkpoint(world, tmp_path):
     assert "encoder.patch_embed.proj.weight" in line and "[96, 3, 2, 8, 8]" in line
 
 
-def test_sigterm_saves_and_exits_0(world, tmp_path):
-    command = ["pretrain.py", *TINY, "--epochs", 1000, "--data", world / "data/train.csv", "--out", tmp_path]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_exits_0(world, tmp_path, workers):
+    """As a scheduler sends it: to the whole process group, the loader's workers included."""
+    command = ["pretrain.py", *TINY, "--epochs", 1000, "--workers", workers, "--data", world / "data/train.csv", "--out", tmp_path]
     process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM: saved" in out, errors
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
@@ -231,6 +234,9 @@ def test_refusals_name_the_command_that_mends(copy):
     assert "python data/toy.py" in run("pretrain.py", cwd=copy / "data", fails=True, process=True)
     assert "lower --batch-size" in run("pretrain.py", *TINY, "--batch-size", 33, cwd=copy, fails=True)
     assert "multiples" in run("pretrain.py", *TINY, "--frames", 5, cwd=copy, fails=True)
+    assert "nowhere.pt: no checkpoint there" in run("pretrain.py", *TINY, "--init", "nowhere.pt", cwd=copy, fails=True)
+    if not torch.cuda.is_available():
+        assert "no GPU" in run("pretrain.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
     assert "mask ratio 0.01" in run("pretrain.py", *TINY, "--mask-ratio", 0.01, cwd=copy, fails=True)
     captions = (copy / "data/train.captions.jsonl").read_text()
     (copy / "data/train.captions.jsonl").write_text(captions.replace("red", "blue"))
