@@ -3,8 +3,8 @@
 Reads   a training and a test manifest with labels, their videos, and a checkpoint (ours, VideoMAE's .pth, a Hugging Face folder)
 Writes  OUT/{train,test}.features.npy [N, D] float32, with what made them in a .json beside each, and OUT/LABEL.json, the result
 
-    python linprobe.py --checkpoint runs/text/checkpoint.pt --stride 2               CPU, the toy world: half a minute
-    python linprobe.py --checkpoint none --size tiny --stride 2                      its floor: the same encoder, untrained
+    python linprobe.py --checkpoint runs/text/checkpoint.pt                          CPU, the toy world: 15 seconds
+    python linprobe.py --checkpoint none --size tiny                                 its floor: the same encoder, untrained
     torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
 
 The protocol. The feature of a video is the mean of the encoder's tokens after its final norm, averaged over --clips clips spread
@@ -168,7 +168,6 @@ def build_encoder(args):
     ours = own_args(args.checkpoint) if args.checkpoint != "none" else {}
     args.size = args.size or ours.get("size", "base")
     args.frames, args.image_size = args.frames or ours.get("frames"), args.image_size or ours.get("image_size")
-    args.stride = args.stride or ours.get("stride", 4)
     try:
         model = models.VideoMAE(args.size, args.frames, args.image_size, text_dim=ours.get("text_dim", 512))
         if args.checkpoint != "none":
@@ -176,6 +175,7 @@ def build_encoder(args):
     except ValueError as error:
         sys.exit(str(error))
     args.frames, args.image_size = model.config["frames"], model.config["image_size"]
+    args.stride = args.stride or ours.get("stride", model.config["stride"])
     return model.eval(), identity
 
 

@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as VideoMAE
 EPS = 1e-6  # every LayerNorm, and the target's deviation
-CUBES = dict(frames=16, image_size=224, tubelet=2, patch=16)
+CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)  # stride: a habit of the data, not of the model
 SIZES = {  # decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
-    "tiny": dict(CUBES, frames=8, image_size=32, patch=8, width=96, depth=3, heads=3,
+    "tiny": dict(CUBES, frames=8, stride=2, image_size=32, patch=8, width=96, depth=3, heads=3,
                  decoder_width=96, decoder_depth=1, decoder_heads=3),
     "small": dict(CUBES, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3),
     "base": dict(CUBES, width=768, depth=12, heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6),

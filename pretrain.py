@@ -3,9 +3,9 @@
 Reads   a manifest and its videos; train.saliency.npy for the text masks; train.text.npy for the contrastive loss
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line a logged step), reconstruction_*.png
 
-    python pretrain.py --size tiny --stride 2 --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2e-3     CPU, the toy world
-    python pretrain.py --mask text                                                                   one GPU, ViT-B
-    torchrun --nproc_per_node=8 pretrain.py --mask text                                              eight GPUs
+    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2e-3     CPU, the toy world: 5 minutes
+    python pretrain.py --mask text                                                        one GPU, ViT-B
+    torchrun --nproc_per_node=8 pretrain.py --mask text                                   eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --mask text
 
 The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a
@@ -198,7 +198,7 @@ def parse_args(argv=None):
     data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
     data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,text}.npy, not the manifest's")
     data.add_argument("--frames", type=int, help="frames of a clip (default: the size's)")
-    data.add_argument("--stride", type=int, default=4, help="video frames a clip frame: 4 for Kinetics, 2 for SSv2")
+    data.add_argument("--stride", type=int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
     data.add_argument("--image-size", type=int, help="pixels (default: the size's)")
     data.add_argument("--crop", choices=("multiscale", "resized"), default="multiscale", help="VideoMAE's, or random resized")
     data.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
@@ -280,6 +280,7 @@ def main(argv=None):
     except (ManifestError, ValueError) as error:
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     args.frames, args.image_size, grid = model.config["frames"], model.config["image_size"], model.grid
+    args.stride = args.stride or model.config["stride"]
     model.contrastive.requires_grad_(text is not None)
     model.set_checkpointing(args.checkpointing)
     steps_per_epoch = len(rows) // (args.batch_size * ranks * args.accum)

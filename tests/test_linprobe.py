@@ -67,7 +67,7 @@ def test_knn_votes_by_similarity():
 @pytest.fixture(scope="module")
 def probed(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    flags = ("--checkpoint", "none", "--size", "tiny", "--stride", 2, "--data", world / "data/train.csv", "--test", world / "data/val.csv", "--workers", 0)
+    flags = ("--checkpoint", "none", "--size", "tiny", "--data", world / "data/train.csv", "--test", world / "data/val.csv", "--workers", 0)
     out = run("linprobe.py", *flags, "--out", folder, process=True)
     return folder, flags, out
 

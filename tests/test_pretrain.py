@@ -14,7 +14,7 @@ from conftest import ENVIRONMENT, ROOT, run
 import masking
 import pretrain
 
-TINY = ("--size", "tiny", "--stride", 2, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--blr", 2e-3, "--log-every", 2,
+TINY = ("--size", "tiny", "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--blr", 2e-3, "--log-every", 2,
         "--workers", 0, "--picture-every", 0)
 
 
@@ -90,7 +90,7 @@ def test_a_sample_brings_the_caption_it_was_given(world):
 def test_the_mission_command_with_two_ranks(copy):
     """`torchrun --nproc_per_node=2 pretrain.py --mask text`, data at its default place: learns, logs, saves, draws."""
     out = run("pretrain.py", "--mask", "text", "--size", "tiny", "--batch-size", 8, "--epochs", 4, "--workers", 1, "--log-every", 1,
-              "--stride", 2, "--picture-every", 2, "--blr", 0.02, "--warmup-epochs", 1, cwd=copy, ranks=2)
+              "--picture-every", 2, "--blr", 0.02, "--warmup-epochs", 1, cwd=copy, ranks=2)
     assert "28 of 64 visible: mask text at 0.6" in out and "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out
     lines = log(copy / "runs/text")
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -98,7 +98,8 @@ def test_the_mission_command_with_two_ranks(copy):
     assert lines[-1]["loss_mae"] < lines[0]["loss_mae"] - 0.02
     assert 0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4  # trivial: about 1; chance: ln 16
     assert (copy / "runs/text/reconstruction_000004.png").stat().st_size > 1000
-    assert json.loads((copy / "runs/text/args.json").read_text())["mask"] == "text"
+    args = json.loads((copy / "runs/text/args.json").read_text())
+    assert (args["mask"], args["frames"], args["stride"], args["image_size"]) == ("text", 8, 2, 32)
 
 
 def test_two_ranks_equal_one_with_the_same_global_batch(copy):
