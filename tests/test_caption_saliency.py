@@ -61,6 +61,25 @@ def test_prompt_beams_and_other_frames(copy):
     assert len(texts) == 24 and all(text.startswith("a red ") for text in texts)
 
 
+def test_the_blip2_family(copy):
+    """A BLIP-2 of a few thousand random weights, saved as the published ones are: every video gets its three captions."""
+    import transformers as hf
+    import toy_models
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = hf.Blip2VisionConfig(**size, intermediate_size=64, image_size=32, patch_size=16)
+    qformer = hf.Blip2QFormerConfig(**size, intermediate_size=64, encoder_hidden_size=32, vocab_size=30)
+    text = hf.OPTConfig(**size, ffn_dim=64, vocab_size=30, max_position_embeddings=64, word_embed_proj_dim=32)
+    config = hf.Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
+                            num_query_tokens=4, image_token_index=25)
+    hf.Blip2ForConditionalGeneration(config).save_pretrained(copy / "blip2")
+    processor = hf.BlipImageProcessor(size={"height": 32, "width": 32})
+    hf.Blip2Processor(processor, toy_models.make_tokenizer(), num_query_tokens=4).save_pretrained(copy / "blip2")
+    run("caption.py", "data/val.csv", "--model", copy / "blip2", "--resume", "none", "--workers", 0, "--max-tokens", 5, cwd=copy)
+    assert [len(entry["captions"]) for entry in entries(copy, "val")] == [3] * 24
+    assert all(set(text.split()) <= set(toy_models.VOCABULARY) for entry in entries(copy, "val") for text in entry["captions"])
+
+
 def test_labels_as_captions(copy):
     run("caption.py", "--labels", "--label-column", "caption", cwd=copy)
     assert entries(copy)[3]["captions"] == [(copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]]
