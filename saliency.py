@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from video import (ManifestError, VideoError, VideoReader, companion, file_hash, manifest_hash, open_array, read_captions, read_manifest,
+from video import (ManifestError, VideoError, VideoReader, companion, file_hash, manifest_hash, read_captions, read_manifest,
                    segment_midpoints)
 
 DENSE = ("last", "value", "self")

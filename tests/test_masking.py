@@ -1,5 +1,4 @@
 """Masks: equal counts, known answers, and maps that follow the crop, the flip and the time of a sample."""
-import math
 from types import SimpleNamespace
 
 import numpy as np
