@@ -64,6 +64,13 @@ def test_the_files_hold_what_was_drawn(world):
         assert np.abs(decoded - drawn).mean() < 6  # H.264 with halved colour
 
 
+def test_the_world_is_the_same_each_time(world, tmp_path):
+    toy.write_world(tmp_path, 32, 1, workers=2)
+    for path in sorted(tmp_path.glob("videos/train/*.mp4")):
+        assert path.read_bytes() == (world / "data/videos/train" / path.name).read_bytes()
+    assert (tmp_path / "train.csv").read_bytes() == (world / "data/train.csv").read_bytes()
+
+
 def test_scores_of_known_maps():
     masks = np.zeros((1, toy.FRAMES, 64, 64), np.uint8)
     masks[:, :, 16:48, 16:32] = 1                                          # 4 x 2 patches of 8 x 8
