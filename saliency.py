@@ -22,7 +22,7 @@ its patch tokens say is a by-product, and how they are read matters (`--dense`):
             own input stays the ordinary one (CLIP Surgery, arXiv 2304.05653)
 
 The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600 held-out videos `./demo.sh`
-gave pointing accuracy and AUC of 0.25, 0.27 for `last`, 0.60, 0.63 for `value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
+gave pointing accuracy and AUC of 0.26, 0.27 for `last`, 0.59, 0.62 for `value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
 rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
