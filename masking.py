@@ -134,7 +134,7 @@ def heat(values):
 def draw_strip(clip, saliency, masks, title):
     """A PIL picture: one row for the clip, one for its saliency, one a mask; one column a token slice.
 
-    clip float [3, T, H, W] in [0, 1]; saliency [t, h, w] or None; masks {name: bool [N]}; grid from saliency or masks."""
+    clip float [3, T, H, W] in [0, 1]; saliency [t, h, w], whose shape is the grid; masks {name: bool [N]}."""
     from PIL import Image, ImageDraw
     frames = clip.permute(1, 2, 3, 0)
     t = len(saliency)
