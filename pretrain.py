@@ -1,6 +1,7 @@
 """Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance; optionally with captions.
 
-Reads   a manifest and its videos; train.saliency.npy for the text masks; train.text.npy for the contrastive loss
+Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the masks motion and flow;
+        train.text.npy for the contrastive loss
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line a logged step), reconstruction_*.png
 
     python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2e-3     CPU, the toy world: 5 minutes
@@ -57,10 +58,12 @@ def multi_scale_crop(height, width):
 
 
 class Clips(Dataset):
-    """Training samples by (epoch, row). `text` [N, K, D] and `saliency` [N, K, S, G, G] are mapped arrays or None."""
+    """Training samples by (epoch, row). `text` [N, K, D], `saliency` [N, K, S, G, G] and `motion` [N, S, 2, G, G] are mapped
+    arrays or None."""
 
-    def __init__(self, videos, rows, args, grid, text=None, saliency=None):
-        self.videos, self.rows, self.args, self.grid, self.text, self.saliency = videos, rows, args, grid, text, saliency
+    def __init__(self, videos, rows, args, grid, text=None, saliency=None, motion=None):
+        self.videos, self.rows, self.args, self.grid = videos, rows, args, grid
+        self.text, self.saliency, self.motion = text, saliency, motion
 
     def __getitem__(self, key):
         epoch, row = key
@@ -86,7 +89,8 @@ class Clips(Dataset):
         repeats = [self.view(frames, row, np.random.SeedSequence([args.seed, epoch, row, 10 + repeat]))
                    for repeat in range(args.repeat)]
         stacked = {key: torch.stack([view[key] for view in repeats]) for key in repeats[0]}
-        return stacked | {"times": middles.expand(args.repeat, -1), "row": row}
+        seconds = torch.full((args.repeat,), end - start, dtype=torch.float32)
+        return stacked | {"times": middles.expand(args.repeat, -1), "seconds": seconds, "row": row}
 
     def view(self, frames, row, seed):
         """One crop, flip, caption and mask noise of a decoded clip; all randomness from `seed`."""
@@ -112,6 +116,8 @@ class Clips(Dataset):
             view["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))
         if self.saliency is not None:
             view["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())          # float16 [S, G, G]
+        if self.motion is not None:
+            view["motion"] = torch.from_numpy(self.motion[row].copy())                       # float16 [S, 2, G, G]
         return view
 
 
@@ -185,10 +191,12 @@ def draw_reconstruction(path, model, dataset, args, device, autocast):
 
 def mask_batch(batch, model, args):
     """The masks of a batch on its device: bool [B, N]."""
-    maps = None
+    maps, place = {}, (batch["times"], batch["box"], batch["flip"], model.grid)
     if "saliency" in batch:
-        maps = masking.cut_maps(batch["saliency"], batch["times"], batch["box"], batch["flip"], model.grid)
-    return masking.make_mask(args.mask, args.mask_ratio, len(batch["clip"]), model.grid, saliency=maps, noise=batch["noise"])
+        maps["saliency"] = masking.cut_maps(batch["saliency"], *place)
+    if "motion" in batch:
+        maps["motion"] = masking.cut_motion(batch["motion"], *place, batch["seconds"])
+    return masking.make_mask(args.mask, args.mask_ratio, len(batch["clip"]), model.grid, noise=batch["noise"], **maps)
 
 
 def parse_args(argv=None):
@@ -196,7 +204,7 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
     data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,text}.npy, not the manifest's")
+    data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,motion,text}.npy, not the manifest's")
     data.add_argument("--frames", type=int, help="frames of a clip (default: the size's)")
     data.add_argument("--stride", type=int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
     data.add_argument("--image-size", type=int, help="pixels (default: the size's)")
@@ -239,21 +247,23 @@ def parse_args(argv=None):
 
 
 def open_data(args):
-    """The manifest and what the method needs beside it: videos, rows to train on, text and saliency arrays or None."""
+    """The manifest and what the method needs beside it: videos, rows to train on, {"text", "saliency", "motion": array or None}."""
     videos = read_manifest(args.data, args.root)
     remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
     prefix = args.companions or Path(args.data).with_suffix("")
     captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
     expect = {"captions": file_hash(captions)} if captions.exists() and not args.companions else {}
-    text = saliency = None
+    arrays = {"text": None, "saliency": None, "motion": None}
     if args.mask.startswith("text"):
-        saliency, _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
+        arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
+    if args.mask in ("motion", "flow"):
+        arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion")
     if args.nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
-        text, _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
+        arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
     usable = np.ones(len(videos), bool)
-    for array in (text, saliency):
-        usable &= True if array is None else ~np.isnan(array[(slice(None), 0) + (0,) * (array.ndim - 2)])
-    return videos, np.flatnonzero(usable), text, saliency
+    for array in arrays.values():
+        usable &= True if array is None else ~np.isnan(array[(slice(None),) + (0,) * (array.ndim - 1)])
+    return videos, np.flatnonzero(usable), arrays
 
 
 def main(argv=None):
@@ -272,7 +282,8 @@ def main(argv=None):
     autocast = torch.autocast(device.type, dtype, enabled=amp != "off")
 
     try:
-        videos, rows, text, saliency = open_data(args)
+        videos, rows, arrays = open_data(args)
+        text = arrays["text"]
         args.text_dim = text.shape[-1] if text is not None else 512
         torch.manual_seed(args.seed)
         model = models.VideoMAE(args.size, args.frames, args.image_size, args.text_dim, nce_detach=args.nce_weight == 0)
@@ -335,7 +346,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
-    loader = DataLoader(Clips(videos, rows, args, grid, text, saliency), batch_sampler=batches, num_workers=args.workers,
+    loader = DataLoader(Clips(videos, rows, args, grid, **arrays), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=use_cuda, persistent_workers=args.workers > 0, worker_init_fn=ignore_sigterm)
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are

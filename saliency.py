@@ -1,17 +1,20 @@
-"""Stage 2: saliency. CLIP scores every patch of every video against each of its captions, once.
+"""Stage 2: saliency. CLIP scores every patch of every video against each of its captions, once; or: how does every patch move?
 
-Reads   a manifest, its videos, and the captions that caption.py wrote (train.captions.jsonl)
+Reads   a manifest, its videos, and for text the captions that caption.py wrote (train.captions.jsonl)
 Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text embeddings, the contrastive loss's targets
         train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the mid-points of S equal parts
                               of the video, G x G over the whole frame, squashed to a square
-        train.text.json, train.saliency.json: model, flags, and hashes of the manifest's rows and of the captions
+        train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and heights per second
+        a .json beside each array: model, flags, and hashes of the manifest's rows and of the captions
 
     python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 60 videos/s
     python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
     torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
+    python saliency.py data/train.csv --cue motion                                no model: about as fast as decoding
+    torchrun --nproc_per_node=8 saliency.py data/train.csv --cue motion --flow raft
 
-Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained for is its class token; what
-its patch tokens say is a by-product, and how they are read matters (`--dense`):
+Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained for is its class token;
+what its patch tokens say is a by-product, and how they are read matters (`--dense`):
 
     last    the patch tokens as they leave the last block. They were trained for nothing, and match the *background* better
             than the object: the class token gathers what it needs, and patches keep what it does not.
@@ -24,6 +27,10 @@ its patch tokens say is a by-product, and how they are read matters (`--dense`):
 The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600 held-out videos `./demo.sh`
 gave pointing accuracy and AUC of 0.26, 0.27 for `last`, 0.59, 0.62 for `value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
 
+Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow raft` computes optical flow, for
+HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as a reference: motion.py says how. experiments/MASKS.md has
+the codec's error on the toy world.
+
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
 rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
@@ -32,8 +39,10 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +52,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import motion
 from video import (ManifestError, VideoError, VideoReader, companion, file_hash, manifest_hash, read_captions, read_manifest,
                    segment_midpoints)
 
@@ -50,10 +60,10 @@ DENSE = ("last", "value", "self")
 
 
 class Moments(Dataset):
-    """Item i is (row, uint8 [S, 3, H, W] squashed to the model's size, None) or (row, None, why it failed)."""
+    """Item i is (row, read(video), None), or (row, None, why it failed)."""
 
-    def __init__(self, videos, moments, size):
-        self.videos, self.moments, self.size = videos, moments, size
+    def __init__(self, videos, read):
+        self.videos, self.read = videos, read
 
     def __len__(self):
         return len(self.videos)
@@ -61,11 +71,37 @@ class Moments(Dataset):
     def __getitem__(self, index):
         video = self.videos[index]
         try:
-            with VideoReader(video.path) as reader:
-                frames = reader.read(segment_midpoints(*reader.span(video), self.moments), self.size)
+            return video.row, self.read(video), None
         except VideoError as error:
             return video.row, None, str(error)
-        return video.row, torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), None
+
+
+def read_moments(video, moments, size):
+    """uint8 [S, 3, H, W], squashed to the size (H, W)."""
+    with VideoReader(video.path) as reader:
+        frames = reader.read(segment_midpoints(*reader.span(video), moments), size)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def read_codec_field(video, moments, window, grid):
+    """float32 [S, 2, G, G]: the motion field from the codec's vectors."""
+    with VideoReader(video.path, vectors=True) as reader:
+        start, end = reader.span(video)
+        middles = segment_midpoints(start, end, moments)
+        times = np.arange(math.ceil(start * reader.fps), math.ceil(end * reader.fps)) / reader.fps
+        near = abs(times[:, None] - middles).min(1) <= window / 2 if len(times) else []
+        frames = reader.read_vectors(times[near] if np.any(near) else middles)
+    return torch.from_numpy(motion.codec_field(frames, middles, window, grid))
+
+
+def read_pairs(video, moments, size):
+    """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds between them, float32 [S]."""
+    with VideoReader(video.path) as reader:
+        start, end = reader.span(video)
+        times, apart = motion.pair_times(segment_midpoints(start, end, moments), start, end, reader.fps)
+        frames = reader.read(times.ravel(), (size, size))
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2).unflatten(0, (moments, 2)).contiguous()
+    return frames, torch.full((moments,), apart, dtype=torch.float32)
 
 
 def load_clip(name, pretrained, image_size, device):
@@ -146,19 +182,85 @@ def create_or_resume(path, shape, about, resume, rank, barrier):
     return np.load(path, mmap_mode="r+", allow_pickle=False)
 
 
+# ---- the two cues --------------------------------------------------------------------------------------------------------
+# Each opens its arrays with create(kind, shape, about) and returns: the array whose rows are NaN until done, the videos that have
+# a row to fill, read(video) for the loader's workers, write(good) for a batch [(row, what was read), ...], a line that describes it.
+
+def text_cue(args, videos, device, autocast, create):
+    caption_path = args.captions or companion(args.data, "captions.jsonl")
+    captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
+    model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
+    visual = model.visual
+    grid, size, moments = tuple(visual.grid_size), tuple(visual.image_size), args.moments or 16
+    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
+    texts = max(len(of_video) for of_video in captions)
+    with autocast:
+        embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
+    width = len(next(iter(embedded.values())))
+
+    about = {"captions": file_hash(caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
+    text_array = create("text", (len(videos), texts, width), about)
+    about |= {"dense": args.dense, "moments": moments, "image_size": size[0]}
+    array = create("saliency", (len(videos), texts, moments, *grid), about)
+
+    def write(good):
+        images = torch.cat([frames for _, frames in good]).to(device)                           # [B*S, 3, H, W]
+        with autocast:
+            patches = patch_features(visual, (images / 255 - mean) / std, args.dense)
+        for (row, _), of_video in zip(good, patches.unflatten(0, (len(good), moments))):        # [S, G*G, D]
+            text = torch.stack([embedded[text] for text in captions[row]])                      # [K, D]
+            maps = torch.einsum("spd,kd->ksp", of_video, text.to(device)).unflatten(-1, grid)
+            text_array[row, :len(text)] = text.numpy()
+            array[row, :len(text)] = maps.cpu().numpy()
+
+    says = (f"{args.clip}, {sum(not of_video for of_video in captions)} videos without captions, {texts} captions x "
+            f"{moments} moments x {grid[0]} x {grid[1]} patches")
+    return array, [video for video in videos if captions[video.row]], partial(read_moments, moments=moments, size=size), write, says
+
+
+def motion_cue(args, videos, device, autocast, create):
+    moments, flow, size = args.moments or 32, args.flow or "codec", args.image_size or 256
+    about = {"flow": flow, "moments": moments, "grid": args.grid}
+    if flow == "raft":
+        model = motion.load_raft(args.flow_weights, device)
+        weights = args.flow_weights and file_hash(args.flow_weights)
+        about |= {"weights": weights, "image_size": size}
+        read = partial(read_pairs, moments=moments, size=size)
+    else:
+        about |= {"window": args.window}
+        read = partial(read_codec_field, moments=moments, window=args.window, grid=args.grid)
+    array = create("motion", (len(videos), moments, 2, args.grid, args.grid), about)
+
+    def write(good):
+        for row, field in good:
+            if flow == "raft":
+                pairs, seconds = field
+                field = motion.raft_field(model, pairs.to(device), seconds.to(device), args.grid).cpu()
+            array[row] = field.numpy()
+
+    says = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
+    return array, videos, read, write, says
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    parser.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
-    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and PREFIX.text.npy (default: beside the manifest)")
-    model = parser.add_argument_group("CLIP")
-    model.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
-    model.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file")
-    model.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
-    model.add_argument("--moments", type=int, default=16, help="frames scored a video")
-    model.add_argument("--image-size", type=int, help="larger images give a finer grid (default: the model's own size)")
+    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and so on (default: beside the manifest)")
+    parser.add_argument("--cue", choices=("text", "motion"), default="text", help="what the maps show")
+    parser.add_argument("--moments", type=int, help="moments of a video (default: 16, of motion 32)")
+    parser.add_argument("--image-size", type=int, help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)")
+    text = parser.add_argument_group("--cue text")
+    text.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
+    text.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
+    text.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file")
+    text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
+    field = parser.add_argument_group("--cue motion")
+    field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")
+    field.add_argument("--flow-weights", metavar="FILE", help="RAFT-small's weights (default: torchvision's, downloaded once)")
+    field.add_argument("--grid", type=int, default=14, help="cells of the field along each side")
+    field.add_argument("--window", type=float, default=0.5, help="seconds that a codec's field averages")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=16, help="videos a batch")
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
@@ -166,6 +268,10 @@ def parse_args(argv=None):
     run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
     args = parser.parse_args(argv)
+    if args.cue == "text" and (args.flow or args.flow_weights):
+        parser.error("--flow and --flow-weights are for --cue motion")
+    if args.flow_weights and args.flow != "raft":
+        parser.error("--flow-weights is for --flow raft")
     args.data = args.manifest or args.data
     return args
 
@@ -173,74 +279,53 @@ def parse_args(argv=None):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    caption_path = args.captions or companion(args.data, "captions.jsonl")
-    try:
-        videos = read_manifest(args.data, args.root)
-        captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
-    except ManifestError as error:
-        sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    barrier = dist.barrier if ranks > 1 else lambda: None
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU that torch can use was found")
     device = f"cuda:{local}" if device == "cuda" else device
     autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(
         "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    barrier = dist.barrier if ranks > 1 else lambda: None
 
-    model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
-    visual = model.visual
-    grid, size = tuple(visual.grid_size), tuple(visual.image_size)
-    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
-    texts = max(len(of_video) for of_video in captions)
-    with autocast:
-        embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
-    width = len(next(iter(embedded.values())))
+    prefix, written = args.out or Path(args.data).with_suffix(""), {}
 
-    about = {"manifest": manifest_hash(videos), "captions": file_hash(caption_path),
-             "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
-    prefix = args.out or Path(args.data).with_suffix("")
-    shape = (len(videos), texts, width)
-    text_array = create_or_resume(Path(f"{prefix}.text.npy"), shape, about, args.resume, rank, barrier)
-    about |= {"dense": args.dense, "moments": args.moments, "image_size": size[0]}
-    shape = (len(videos), texts, args.moments, *grid)
-    array = create_or_resume(Path(f"{prefix}.saliency.npy"), shape, about, args.resume, rank, barrier)
+    def create(kind, shape, about):
+        path, about = Path(f"{prefix}.{kind}.npy"), {"manifest": manifest_hash(videos)} | about
+        written[path] = create_or_resume(path, shape, about, args.resume, rank, barrier)
+        return written[path]
 
-    todo = [video for video in videos if captions[video.row]][rank::ranks]
-    todo = [video for video in todo if np.isnan(array[video.row, 0, 0, 0, 0])]
+    try:
+        videos = read_manifest(args.data, args.root)
+        cue = text_cue if args.cue == "text" else motion_cue
+        array, able, read, write, says = cue(args, videos, device, autocast, create)
+    except ManifestError as error:
+        sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
+
+    first = (slice(None),) + (0,) * (array.ndim - 1)  # a row is written whole: its first number tells
+    todo = [video for video in able[rank::ranks] if np.isnan(array[first][video.row])]
     if rank == 0:
-        print(f"{args.clip} on {device}: {len(videos)} videos, {sum(not of_video for of_video in captions)} without captions, "
-              f"{len(todo)} to do on rank 0 of {ranks}; {texts} captions x {args.moments} moments x {grid[0]} x {grid[1]} patches")
-    loader = DataLoader(Moments(todo, args.moments, size), args.batch_size, num_workers=args.workers, collate_fn=list)
-    failed = 0
+        print(f"{says}, on {device}: {len(videos)} videos, {len(todo)} to do on rank 0 of {ranks}")
+    loader = DataLoader(Moments(todo, read), args.batch_size, num_workers=args.workers, collate_fn=list)
     with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
         for step, items in enumerate(loader):
             if step == args.max_steps:
                 break
-            good = [(row, frames) for row, frames, error in items if error is None]
             for error in (error for _, _, error in items if error):
                 tqdm.write(error)
-                failed += 1
-            if good:
-                images = torch.cat([frames for _, frames in good]).to(device)                   # [B*S, 3, H, W]
-                with autocast:
-                    patches = patch_features(visual, (images / 255 - mean) / std, args.dense)
-                patches = patches.unflatten(0, (len(good), args.moments))                       # [B, S, G*G, D]
-            for index, (row, _) in enumerate(good):
-                text = torch.stack([embedded[text] for text in captions[row]])                  # [K, D]
-                maps = torch.einsum("spd,kd->ksp", patches[index], text.to(device)).unflatten(-1, grid)
-                text_array[row, :len(text)] = text.numpy()
-                array[row, :len(text)] = maps.cpu().numpy()
+            if good := [(row, was_read) for row, was_read, error in items if error is None]:
+                write(good)
             bar.update(len(items))
-    array.flush()
-    text_array.flush()
+    for memory in written.values():
+        memory.flush()
     barrier()
     if rank == 0:
-        done = len(videos) - int(np.isnan(array[:, 0, 0, 0, 0]).sum())
-        print(f"{prefix}.saliency.npy {list(array.shape)}, {prefix}.text.npy {list(text_array.shape)}: "
-              f"{done} of {len(videos)} videos")
+        done = int((~np.isnan(array[first])).sum())
+        print(*(f"{path} {list(memory.shape)}" for path, memory in written.items()), sep=", ", end=f": {done} of {len(videos)} videos\n")
+        if done == 0 and args.max_steps is None:
+            sys.exit(f"{args.data}: none of its videos could be read; the reasons are above")
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ What comes out is what a player shows: turned and mirrored as the file says, edi
 matrix (BT.601, 709, 2020) and range the stream declares; where it declares none, BT.601 and limited range, as FFmpeg has
 it. Not done: pixels are taken as square, HDR is not tone-mapped.
 """
+import bisect
 import contextlib
 import csv
 import hashlib
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
@@ -177,15 +179,31 @@ def read_captions(path, videos, remedy):
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
+class Vectors(NamedTuple):
+    """The motion vectors of one frame: each says that what is in a block moves by `shift` within `seconds`."""
+    time: float          # seconds since the first displayed frame
+    blocks: np.ndarray   # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave gaps
+    shift: np.ndarray    # float32 [n, 2]: dx to the right, dy down, in frame widths and heights
+    seconds: np.ndarray  # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
+
+
+def orientation(frame):
+    """How a player shows a decoded frame: (rows and columns swapped, then mirrored left to right, then upside down)."""
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+
+
 class VideoReader:
     """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if it cannot be read.
 
     duration: seconds from the first frame to the end of the last, by the file's header; only if that does not say is the
     whole file demuxed. fps: average frame rate. Times everywhere are seconds since the first displayed frame.
+    vectors: the decoder keeps the codec's motion vectors, for `read_vectors`.
     """
 
-    def __init__(self, path):
-        self.path, self._container = os.fspath(path), None
+    def __init__(self, path, vectors=False):
+        self.path, self._container, self._vectors = os.fspath(path), None, vectors
         try:
             with self._errors():
                 self._open()
@@ -236,6 +254,47 @@ class VideoReader:
                 images = self._convert(self._decode_plainly(wanted), size)
         return np.stack([images[time] for time in times])
 
+    def read_vectors(self, times):
+        """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in order of time.
+
+        Frames without any, such as key frames, are left out. Errors as for `read`, and VideoError if no frame has any:
+        libav exports those of H.264, MPEG-1, -2 and -4, and their older kin, not of HEVC, VP9, AV1, or MJPEG.
+        """
+        wanted = sorted(set(np.asarray(times, np.float64).clip(0, self.duration + 1).tolist()))
+        with self._errors():
+            try:
+                frames = self._read_vectors(self._decode_quickly(wanted))
+            except (LookupError, av.FFmpegError):
+                frames = self._read_vectors(self._decode_plainly(wanted))
+        if not frames:
+            name = self._stream.codec_context.name
+            raise VideoError(f"{self.path}: no motion vectors in its {name} stream; --flow raft measures motion from the pictures")
+        return frames
+
+    def _read_vectors(self, frames):
+        found, latest = [], None
+        for time, frame, (past, future) in frames:
+            vectors = frame.side_data.get(SideData.MOTION_VECTORS)
+            # libav's MPEG-4 decoder leaves the vectors of B pictures at zero
+            empty = self._stream.codec_context.name == "mpeg4" and frame.pict_type == PictureType.B
+            if vectors is None or empty or frame is latest:
+                continue
+            latest, v = frame, vectors.to_ndarray()
+            v = v[np.where(v["source"] < 0, past is not None, future is not None)]
+            forward = np.where(v["source"] < 0, -1.0, 1.0)  # a block came from where its vector points, or goes there
+            x, y = v["dst_x"] - v["w"] / 2, v["dst_y"] - v["h"] / 2
+            dx, dy = (forward * v[axis] / v["motion_scale"] for axis in ("motion_x", "motion_y"))
+            w, h, width, height = v["w"], v["h"], frame.width, frame.height
+            turned, mirror_x, mirror_y = orientation(frame)
+            if turned:
+                x, y, w, h, dx, dy, width, height = y, x, h, w, dy, dx, height, width
+            x, dx = (width - x - w, -dx) if mirror_x else (x, dx)
+            y, dy = (height - y - h, -dy) if mirror_y else (y, dy)
+            blocks = np.stack([x / width, y / height, (x + w) / width, (y + h) / height], 1, dtype=np.float32)
+            shift = np.stack([dx / width, dy / height], 1, dtype=np.float32)
+            found.append(Vectors(time, blocks, shift, np.where(v["source"] < 0, past or 0, future or 0).astype(np.float32)))
+        return [vectors for vectors in found if len(vectors.blocks)]
+
     def _open(self):
         self.close()
         # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video reaches no network.
@@ -244,7 +303,8 @@ class VideoReader:
             raise VideoError(f"{self.path}: no video stream")
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1  # so that skip_frame applies to the very packet being decoded
-        self._stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey picture
+        # Damage is an error, not a grey picture.
+        self._stream.codec_context.options = {"err_detect": "explode"} | ({"flags2": "+export_mvs"} if self._vectors else {})
 
     def _packets(self):
         return (packet for packet in self._container.demux(self._stream) if packet.size)
@@ -303,7 +363,7 @@ class VideoReader:
         return runs
 
     def _decode_quickly(self, times):
-        """Yield (time, frame) for sorted times; so does _decode_plainly."""
+        """Yield (time, frame, distances) for sorted times; so does _decode_plainly. See _distances for the last."""
         if self._first is None:
             raise LookupError("no pts")
         codec = self._stream.codec_context
@@ -327,45 +387,75 @@ class VideoReader:
             while packets[-1].pts not in wanted:
                 packets.pop()
 
+            distances = self._distances(packets) if self._vectors else {}
             for packet in [*packets, None]:  # None drains the decoder
                 if packet is not None and codec.name in ("h264", "hevc"):
                     codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 for frame in codec.decode(packet):
                     for time in wanted.pop(frame.pts, ()):
-                        yield time, frame
+                        yield time, frame, distances.get(frame.pts, (None, None))
             if wanted:
                 raise LookupError("a packet without a frame")
 
     def _decode_plainly(self, times):
         self._open()
-        times, frame, shown = list(times), None, 0.0
+        times, frame, distances, shown, anchor = list(times), None, None, 0.0, None
         for index, new in enumerate(self._container.decode(self._stream)):
             counted = self._first is None or new.pts is None
             shown = index / self.fps if counted else (new.pts - self._first) * self._tick
             while times and frame is not None and times[0] + self._tolerance < shown:
-                yield times.pop(0), frame
+                yield times.pop(0), frame, distances
             if not times:
                 return
-            frame = new
+            frame, distances = new, (None, None)
+            if frame.pict_type != PictureType.B:  # what B pictures refer to cannot be known without pts
+                distances, anchor = (None if anchor is None else shown - anchor, None), shown
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
         self._check_end(times[-1], shown + 1 / self.fps)
-        yield from ((time, frame) for time in times)
+        yield from ((time, frame, distances) for time in times)
+
+    def _distances(self, packets):
+        """{pts: (seconds back, seconds ahead) to the nearest picture displayed before and after it that it can have been
+        predicted from, None if there is none}. A stream does not tell which of several references a vector means; the
+        nearest is the encoder's usual choice. packets: in decoding order."""
+        decoded, found = [], {}  # pts of the references so far, sorted
+        for packet in packets:
+            place = bisect.bisect_left(decoded, packet.pts)
+            found[packet.pts] = ((packet.pts - decoded[place - 1]) * self._tick if place else None,
+                                 (decoded[place] - packet.pts) * self._tick if place < len(decoded) else None)
+            # Outside of H.264, B pictures, which are displayed before one decoded earlier, are never referred to.
+            if self._is_reference(packet) if self._stream.codec_context.name == "h264" else place == len(decoded):
+                decoded.insert(place, packet.pts)
+        return found
+
+    def _is_reference(self, packet):
+        """Whether other pictures of an H.264 stream may refer to this one: nal_ref_idc of its first slice (ITU-T H.264, 7.4.1)."""
+        data, extra, place = bytes(packet), self._stream.codec_context.extradata or b"", 0
+        prefix = (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0  # bytes of a length; 0: start codes
+        while place + prefix < len(data):
+            if prefix == 0:
+                place = data.find(b"\0\0\1", place) + 3
+                if place < 3 or place >= len(data):
+                    break
+            header = data[place + prefix]
+            if header & 31 in (1, 2, 5):  # a slice
+                return header & 96 > 0
+            place += prefix + int.from_bytes(data[place:place + prefix], "big")
+        return True
 
     def _check_end(self, time, end):
         if min(time, self.duration) - end > min(1, self.duration / 10):
             raise VideoError(f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header")
 
     def _convert(self, frames, size):
-        """(time, frame) pairs -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
+        """(time, frame, _) -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
         reformatter, images, latest = VideoReformatter(), {}, None
-        for time, frame in frames:
+        for time, frame, _ in frames:
             if frame is not latest:
                 if frame.is_corrupt:
                     raise VideoError(f"{self.path}: damaged frame near {time:.2f} s")
-                matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
-                a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-                turned = abs(b) > abs(a)
+                turned, mirror_x, mirror_y = orientation(frame)
                 if not images:  # the first frame decides, should a stream change its size
                     shape = np.array([frame.height, frame.width])[::-1 if turned else 1]
                     if size is not None:
@@ -374,9 +464,8 @@ class VideoReader:
                 same = (height, width) == (frame.height, frame.width)  # then only chroma is scaled, as players do
                 image = reformatter.reformat(frame, width, height, "rgb24", threads=1, interpolation=(
                     Interpolation.BILINEAR if same else Interpolation.BICUBIC)).to_ndarray()
-                if turned:
-                    image, a, d = image.swapaxes(0, 1), c, b
-                image, latest = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1], frame
+                image = image.swapaxes(0, 1) if turned else image
+                image, latest = image[::-1 if mirror_y else 1, ::-1 if mirror_x else 1], frame
             images[time] = image
         return images
 

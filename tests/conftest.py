@@ -1,4 +1,4 @@
-"""What the tests share: the scripts' folder on the path, a small toy world with captions and saliency, and a way to run a
+"""What the tests share: the scripts' folder on the path, a small toy world with captions, saliency and motion, and a way to run a
 script as a user does."""
 import contextlib
 import importlib
@@ -65,6 +65,7 @@ def world(tmp_path_factory):
     for split, process in (("train", True), ("val", False)):
         run("caption.py", f"data/{split}.csv", "--model", BLIP, "--workers", 0, cwd=folder, process=process)
         run("saliency.py", f"data/{split}.csv", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=folder, process=process)
+        run("saliency.py", f"data/{split}.csv", "--cue", "motion", "--moments", 16, "--grid", 8, "--workers", 0, cwd=folder)
     return folder
 
 

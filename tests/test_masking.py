@@ -14,6 +14,8 @@ from masking import MASKS, cut_maps, make_mask
 
 def maps_for(name, batch, grid, seed=0):
     generator = torch.Generator().manual_seed(seed)
+    if name in ("motion", "flow"):
+        return {"motion": torch.randn(batch, grid[0], 2, *grid[1:], generator=generator) * 0.1}
     return {"saliency": torch.rand(batch, *grid, generator=generator)} if name.startswith("text") else {}
 
 
@@ -73,6 +75,92 @@ def test_ties_are_broken_by_noise_and_only_ties():
     assert torch.equal(mask, noise.view(2, 400).argsort(1).argsort(1) < 120)
 
 
+def moving_block(grid, motion, at, size=3):
+    """A field that stands still but for a block that moves: at(t) is its row and column."""
+    field = torch.zeros(1, grid[0], 2, *grid[1:])
+    for t in range(grid[0]):
+        y, x = at(t)
+        field[0, t, :, y:y + size, x:x + size] = torch.tensor(motion)[:, None, None]
+    return field
+
+
+def test_motion_masks_a_window_about_what_moves():
+    grid = (8, 14, 14)
+    field = moving_block(grid, (0.05, 0.0), lambda t: (5, t + 1))
+    noise = torch.rand(1, 8 * 196, generator=torch.Generator().manual_seed(0))
+    mask = make_mask("motion", 36 / 196, 1, grid, motion=field, noise=noise).view(8, 14, 14)
+    moving = field[0, :, 0] > 0
+    assert mask[moving].all() and (mask.sum((1, 2)) == 36).all()
+    for t in range(8):  # a square of 6 x 6, but for corners that the smoothed centre's fraction decides
+        y, x = (mask[t].nonzero()[:, axis] for axis in (0, 1))
+        assert max(y.max() - y.min(), x.max() - x.min()) <= 6
+    columns = torch.stack([slice_.nonzero()[:, 1].float().mean() for slice_ in mask])
+    assert columns[0] < 5 and columns[-1] > 7 and (columns.diff() >= 0).all() and columns.diff().max() < 2  # continuous
+
+
+def test_camera_motion_does_not_count():
+    field = moving_block((4, 8, 8), (0.25, -0.125), lambda t: (2, 2 + t))
+    noise = torch.rand(1, 256, generator=torch.Generator().manual_seed(0))
+    mask = lambda motion: make_mask("motion", 0.4, 1, (4, 8, 8), motion=motion, noise=noise)
+    assert torch.equal(mask(field), mask(field + torch.tensor([0.5, 1.0])[:, None, None]))
+
+
+def test_motion_where_nothing_moves():
+    """One random window for all slices; where only some slices move, the others stay with them."""
+    noise = torch.rand(40, 4 * 100, generator=torch.Generator().manual_seed(0))
+    mask = make_mask("motion", 0.25, 40, (4, 10, 10), motion=torch.zeros(40, 4, 2, 10, 10), noise=noise).view(40, 4, 100)
+    assert (mask == mask[:, :1]).all() and len(mask[:, 0].unique(dim=0)) > 10
+    field = torch.zeros(40, 4, 2, 10, 10)
+    field[:, 1, 0, 6:9, 6:9] = 0.1
+    mask = make_mask("motion", 0.25, 40, (4, 10, 10), motion=field, noise=noise).view(40, 4, 10, 10)
+    assert mask[:, :, 6:9, 6:9].all()
+
+
+def test_flow_carries_the_visible_tokens_along():
+    """The whole picture moves by one token a slice, to the right: so does every visible token whose trace stays inside."""
+    grid, noise = (6, 8, 8), torch.rand(20, 6 * 64, generator=torch.Generator().manual_seed(0))
+    field = torch.zeros(20, 6, 2, 8, 8)
+    still = make_mask("flow", 0.8, 20, grid, motion=field, noise=noise).view(20, 6, 8, 8)
+    bumps = noise[:, :64].argsort(1).argsort(1).view(20, 8, 8) >= 51  # the 13 tokens of the highest noise
+    assert torch.equal(~still, bumps[:, None].expand(-1, 6, -1, -1))
+    field[:, :, 0] = 1 / 8
+    moved = make_mask("flow", 0.8, 20, grid, motion=field, noise=noise).view(20, 6, 8, 8)
+    assert torch.equal(~moved[:, 3], bumps)  # the middle slice
+    for t in range(6):
+        came_from = torch.arange(8) - (t - 3)
+        came_from = torch.where((came_from >= 0) & (came_from < 8), came_from, torch.arange(8))   # what came in has the base map
+        carried, visible = bumps[:, :, came_from], ~moved[:, t]
+        kept = (visible & carried).sum((1, 2))
+        assert torch.equal(kept, torch.minimum(carried.sum((1, 2)), visible.sum((1, 2)))), t      # the count may need more, or fewer
+    tube = make_mask("tube", 0.8, 20, grid, noise=noise).view(20, 6, 8, 8)
+    constant = lambda mask: (~mask[:, 2, :, 1:] & ~mask[:, 1, :, :-1]).sum() / (~mask[:, 2, :, 1:]).sum()
+    assert constant(moved) > 3 * constant(tube) > 0
+
+
+def test_traces_through_a_motion_that_changes():
+    """Slices 0, 1, 2, 3, the middle is 2; steps of 0.1, 0.2 and 0.3 between them, the means of neighbouring slices."""
+    field = torch.zeros(1, 4, 2, 5, 5)
+    field[0, :, 0] = torch.tensor([0.05, 0.15, 0.25, 0.35])[:, None, None]
+    at = masking.trace_to_middle(field)[0, :, 2, 2]
+    assert torch.allclose(at[:, 0], torch.tensor([0.5 + 0.3, 0.5 + 0.2, 0.5, 0.5 - 0.3]), atol=1e-6) and torch.allclose(at[:, 1], torch.tensor(0.5))
+
+
+def test_cut_motion_known_answers():
+    field = torch.zeros(1, 2, 2, 4, 4)
+    field[:, :, 0], field[:, :, 1] = 0.5, -0.25                                                 # frame sizes per second
+    field[:, 1] *= 2
+    times, seconds, grid = torch.tensor([[0.25, 0.5, 0.75]]), torch.tensor([4.0]), (3, 2, 2)     # one second from slice to slice
+    whole, part = torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.25, 0.5, 0.75, 1.0]])
+    cut = masking.cut_motion(field, times, whole, torch.tensor([False]), grid, seconds)
+    assert cut.shape == (1, 3, 2, 2, 2)
+    assert cut[0, :, :, 0, 0].flatten().tolist() == pytest.approx([0.5, -0.25, 0.75, -0.375, 1.0, -0.5])
+    crop = masking.cut_motion(field, times, part, torch.tensor([True]), grid, seconds)
+    assert crop[0, :, :, 1, 1].flatten().tolist() == pytest.approx([-1.0, -0.5, -1.5, -0.75, -2.0, -1.0])
+    held = masking.cut_motion(field, torch.tensor([[0.5, 0.75, 0.75]]), whole, torch.tensor([False]), grid, seconds)
+    assert held[0, :, 0, 0, 0].tolist() == pytest.approx([0.75, 0, 0])                          # a clip past its end stands still
+    assert masking.cut_motion(field, torch.tensor([[0.5]]), whole, torch.tensor([False]), (1, 2, 2), seconds).abs().sum() == 0
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_a_function_of_its_sample_alone(name):
     noise, maps = torch.rand(5, 4 * 16, generator=torch.Generator().manual_seed(3)), maps_for(name, 5, (4, 4, 4))
@@ -91,6 +179,11 @@ def test_refusals():
         make_mask("text", 0.5, 1, (2, 4, 4), saliency=torch.zeros(1, 2, 4, 5))
     with pytest.raises(ValueError, match="noise"):
         make_mask("tube", 0.5, 2, (2, 4, 4), noise=torch.rand(1, 32))
+    for name in ("motion", "flow"):
+        with pytest.raises(ValueError, match=rf"{name} masks need motion \[1, 2, 2, 4, 4\], got None"):
+            make_mask(name, 0.5, 1, (2, 4, 4))
+        with pytest.raises(ValueError, match=r"got \[1, 2, 4, 4\]"):
+            make_mask(name, 0.5, 1, (2, 4, 4), motion=torch.zeros(1, 2, 4, 4))
     for ratio in (0, 0.01, 1, 1.5, -0.5):
         with pytest.raises(ValueError, match="mask ratio"):
             make_mask("tube", ratio, 1, (2, 4, 4))
@@ -142,24 +235,87 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
     assert np.mean(forgotten) > 0.15
 
 
+def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
+    """A textured square moves right and down by known pixels; through the codec, the stage, the data set and `cut_motion`, the
+    tokens on it must move as it does in the sample, whatever the crop and the flip."""
+    from pretrain import Clips
+    from video import read_manifest
+    texture = np.random.default_rng(0).integers(60, 255, (8, 8, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+    frames = np.full((20, 96, 96, 3), 40, np.uint8)
+    for t in range(20):
+        frames[t, 16 + t:48 + t, 10 + 2 * t:42 + 2 * t] = texture
+    toy.write_video(tmp_path / "square.mp4", frames)
+    (tmp_path / "one.csv").write_text("path\nsquare.mp4\n")
+    run("saliency.py", "one.csv", "--cue", "motion", "--moments", 10, "--grid", 12, "--workers", 0, cwd=tmp_path)
+    args = SimpleNamespace(seed=0, frames=8, stride=2, image_size=96, repeat=1, flip=True, crop="resized", crop_scale=(0.4, 1.0))
+    field, grid = np.load(tmp_path / "one.motion.npy"), (4, 6, 6)
+    data, errors, flips = Clips(read_manifest(tmp_path / "one.csv"), [0], args, grid, motion=field), [], 0
+    for epoch in range(16):
+        sample = data[epoch, 0]
+        cut = masking.cut_motion(sample["motion"], sample["times"], sample["box"], sample["flip"], grid, sample["seconds"])[0]
+        clip, (x0, y0, x1, y1) = sample["clip"][0].float(), sample["box"][0].tolist()
+        on = (clip.mean(0).view(4, 2, 6, 16, 6, 16).amin((1, 3, 5)) > 55)                        # [t, h, w]: square all over
+        if not on.any():
+            continue
+        flips += int(sample["flip"])
+        expected = torch.tensor([8 * (-1) ** int(sample["flip"]) / (96 * (x1 - x0)), 4 / (96 * (y1 - y0))])  # 4 frames a slice
+        errors.append(((cut.transpose(0, 1)[:, on] - expected[:, None]).norm(dim=0) / expected.norm()).median())
+    assert len(errors) > 8 and 2 < flips < len(errors) - 2
+    assert np.median(errors) < 0.2 and max(errors) < 0.4, errors
+
+
 def test_the_preview_draws_every_mask(world, tmp_path):
+    import av
     flags = ("--data", world / "data/train.csv", "--row", 3, "--frames", 8, "--stride", 2, "--image-size", 64)
     run("masking.py", *flags, "--out", tmp_path / "mask.png", process=True)
     with Image.open(tmp_path / "mask.png") as picture:
-        assert picture.size == (90 + 4 * (128 + 4), 22 + (2 + len(MASKS)) * (128 + 4))
+        assert picture.size == (90 + 4 * (128 + 4), 22 + (3 + len(MASKS)) * (128 + 4))
     run("masking.py", *flags, "--caption", 2, "--mask-ratio", 0.75, "--companions", world / "data/train", "--out", tmp_path / "b.png")
     assert "has rows 0 to 31" in run("masking.py", *flags, "--row", 32, fails=True)
     assert "has 3 captions" in run("masking.py", *flags, "--caption", 3, fails=True)
     assert "make it with: python caption.py" in run("masking.py", *flags, "--companions", "nowhere", fails=True)
+    for name in ("masks.mp4", "masks.gif"):
+        assert name in run("masking.py", *flags, "--out", tmp_path / "c.png", "--video", tmp_path / name)
+        with av.open(str(tmp_path / name)) as container:
+            moving = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert float(container.streams.video[0].average_rate) == pytest.approx(5, rel=0.01)  # 10 a second, every other
+        assert len(moving) == 8 and moving[0].shape == (3 * (128 + 4 + 14), 3 * (128 + 4), 3)
+        assert np.abs(moving[0][14:142, :128].astype(float) - moving[7][14:142, :128]).mean() > 1  # the clip's tile moves
+    assert "--video x.what: cannot be written" in run("masking.py", *flags, "--out", tmp_path / "c.png", "--video", "x.what", fails=True)
 
 
-def test_heat_colours_and_strip():
+def test_the_preview_without_one_of_the_maps(copy):
+    flags = ("--data", "data/val.csv", "--frames", 8, "--stride", 2, "--image-size", 64, "--out", "mask.png")
+    (copy / "data/val.motion.npy").rename(copy / "elsewhere.motion.npy")
+    out = run("masking.py", *flags, cwd=copy)
+    assert "motion: left out, there is no data/val.motion.npy; make it with: python saliency.py data/val.csv --cue motion" in out
+    with Image.open(copy / "mask.png") as picture:
+        assert picture.size[1] == 22 + (2 + 4) * (128 + 4)
+    (copy / "elsewhere.motion.npy").rename(copy / "data/val.motion.npy")
+    (copy / "data/val.saliency.npy").unlink()
+    (copy / "data/val.captions.jsonl").unlink()
+    assert "text: left out" in run("masking.py", *flags, cwd=copy)
+    with Image.open(copy / "mask.png") as picture:
+        assert picture.size[1] == 22 + (2 + 4) * (128 + 4)
+    (copy / "data/val.csv").write_text("path\nx.mp4\n")
+    assert "is of another manifest; make it with: python saliency.py" in run("masking.py", *flags, cwd=copy, fails=True)
+
+
+def test_heat_colours_and_tiles():
     colours = masking.heat(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     assert colours[0, 0].tolist() == [0, 0, 1]
     assert colours[1, 0].tolist() == [1, 0, 0] and colours[0, 1].tolist() == [1, 1, 1]
-    clip = torch.zeros(3, 4, 32, 32)
-    picture = masking.draw_strip(clip, torch.zeros(2, 2, 2), {"text 0.6": torch.tensor([True] * 4 + [False] * 4)}, "title")
-    tile = 32 * 4 + 4
-    assert picture.size == (90 + 2 * tile, 22 + 3 * tile)
-    assert picture.getpixel((90 + 5, 22 + 2 * tile + 5)) == (140, 140, 140)   # masked: grey
-    assert picture.getpixel((90 + tile + 5, 22 + 2 * tile + 5)) == (0, 0, 0)  # visible: the clip
+    clip, mask = torch.zeros(3, 4, 32, 32), torch.tensor([True] * 4 + [False] * 4)
+    motion = torch.zeros(2, 2, 2, 2)
+    motion[0, 0] = 1  # to the right in the first slice, nothing in the second
+    tiles = masking.draw_tiles(clip, {"text 0.6": mask}, (2, 2, 2), torch.zeros(2, 2, 2), motion)
+    assert list(tiles) == ["clip", "saliency", "motion", "text 0.6"] and all(tile.shape == (4, 32, 32, 3) for tile in tiles.values())
+    red, white = tiles["motion"][1, 5, 5] / 0.65, tiles["motion"][2, 5, 5] / 0.65
+    assert red[0] > 0.9 and red[1:].max() < 0.1 and white.min() > 0.98
+    picture = masking.draw_strip(tiles, 2, "title")
+    side = 32 * 4 + 4
+    assert picture.size == (90 + 2 * side, 22 + 4 * side)
+    assert picture.getpixel((90 + 5, 22 + 3 * side + 5)) == (140, 140, 140)   # masked: grey
+    assert picture.getpixel((90 + side + 5, 22 + 3 * side + 5)) == (0, 0, 0)  # visible: the clip
+    frames = masking.draw_frames(tiles)
+    assert [frame.getpixel((5, side + 14 + 14 + 5)) for frame in frames] == [(140, 140, 140)] * 2 + [(0, 0, 0)] * 2

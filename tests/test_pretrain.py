@@ -61,8 +61,8 @@ def test_multi_scale_crop():
 def clips(world, **flags):
     args = pretrain.parse_args(["--data", str(world / "data/train.csv"), "--size", "tiny", "--stride", "2"])
     vars(args).update({"frames": 8, "image_size": 64} | flags)
-    videos, rows, text, saliency = pretrain.open_data(args)
-    return pretrain.Clips(videos, rows, args, (4, 4, 4), text, saliency)
+    videos, rows, arrays = pretrain.open_data(args)
+    return pretrain.Clips(videos, rows, args, (4, 4, 4), **arrays)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
@@ -151,7 +151,8 @@ def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
 
 
 @pytest.mark.parametrize("flags", [
-    *[("--mask", mask, "--crop", crop) for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3)],
+    *[("--mask", mask, "--crop", crop) for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3, strict=True)],
+    *[("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--flip") for mask in masking.MASKS],
     ("--mask", "random", "--mask-ratio", 0.75, "--crop-scale", 0.2, 0.9), ("--amp", "bf16"), ("--amp", "fp16"), ("--amp", "off"),
     ("--checkpointing",), ("--frames", 4, "--image-size", 96, "--no-flip"), ("--clip-grad", 0, "--device", "cpu"),
 ], ids=str)

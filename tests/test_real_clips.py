@@ -37,6 +37,18 @@ def test_every_clip_is_captioned_and_scored(manifests):
     assert saliency.shape == (51, 3, 4, 8, 8) and np.isfinite(saliency).all() and (np.ptp(saliency, (3, 4)) > 0).all()
 
 
+def test_every_clip_whose_codec_has_vectors_has_a_motion_field(manifests):
+    with open(VIDEOS / "clips.csv", newline="") as file:
+        codecs = [line["codec"] for line in csv.DictReader(file)]
+    assert set(codecs) == {"h264", "mpeg4", "hevc"}
+    run("saliency.py", "clips.csv", "--cue", "motion", "--workers", 2, cwd=manifests)
+    field = np.load(manifests / "clips.motion.npy").astype(np.float32)
+    assert field.shape == (51, 32, 2, 14, 14)
+    for of_video, codec in zip(field, codecs):
+        assert np.isnan(of_video).all() if codec == "hevc" else np.isfinite(of_video).all()
+        assert codec == "hevc" or 1e-3 < np.abs(of_video).mean() < 2  # frame widths a second
+
+
 def test_the_strip_of_a_real_clip(manifests):
     run("masking.py", "--data", "clips.csv", "--row", 9, "--out", "strip.png", cwd=manifests)
     assert (manifests / "strip.png").stat().st_size > 50_000
