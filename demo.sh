@@ -15,13 +15,14 @@ step "1/6  The toy world: videos of shapes that act"
 step "2/6  Captions: a tiny BLIP describes three key frames of every video"
 for split in train val; do run caption.py data/$split.csv --model data/toy/blip --batch-size 64; done
 
-step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv, to compare them)"
+step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv); the codec says what moves"
 clip="--clip local-dir:data/toy/clip --moments 8"
 run saliency.py data/train.csv $clip
 for dense in last value self; do run saliency.py data/val.csv $clip --dense $dense --out $out/$dense; done
+run saliency.py data/train.csv --cue motion --grid 8
 
-step "4/6  Masks: the clip, its saliency and every mask in one picture"
-run masking.py --data data/train.csv --row 3 --frames 8 --stride 2 --image-size 64 --out $out/masks.png
+step "4/6  Masks: the clip, its saliency, its motion and every mask in one picture, and moving"
+run masking.py --row 2 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif
 
 step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
 run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2e-3 \

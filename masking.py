@@ -128,13 +128,13 @@ def trace_to_middle(motion):
 
 
 def flow_mask(ratio, grid, noise, saliency, motion):
-    """MGMAE's: Gaussian bumps at random tokens of the middle slice, carried to the other slices along the motion; in each slice
-    the tokens where the map is highest stay visible. A token whose trace leaves the picture has the unmoved map's value.
+    """MGMAE's: Gaussian bumps at as many random tokens of the middle slice as stay visible, carried to the other slices along the
+    motion; in each slice the tokens where the map is highest are visible. A token whose trace leaves the picture has the unmoved
+    map's value. Where bumps overlap the highest counts, as in the authors' code: their sum would favour the picture's middle. The
+    highest bump is the nearest, whatever the bumps' width.
 
-    MGMAE's bumps are a tenth of the tokens, at its ratio 0.9; here there are as many as a slice has visible tokens, at any
-    ratio. It warps the map from frame to frame; we trace each token to the middle slice and read the map there, which blurs
-    nothing. Where bumps overlap the highest counts, not the sum, which favours the picture's middle: at 0.6 the toy's central
-    object was masked to 0.41 by sums, to 0.60 by the highest. The highest bump is the nearest, whatever the bumps' width."""
+    Ours are: the motion field is stored (theirs is RAFT's, between all frames, on line), and each token is traced to the middle
+    slice, where the map is read, instead of warping the map from frame to frame, which blurs it."""
     t, h, w = grid
     check_motion("flow", motion, len(noise), grid)
     count = masked_count(ratio, grid) // t

@@ -5,13 +5,13 @@ of ours. Two sources:
     raft    optical flow by torchvision's RAFT-small (arXiv 2003.12039): for codecs without vectors, and a reference for the other
 
     frames = VideoReader(path, vectors=True).read_vectors(times)
-    field = codec_field(frames, moments, window=0.5, grid=14)                          # float32 [S, 2, G, G]
+    field = codec_field(frames, moments, window=5 / 30, grid=14)                       # float32 [S, 2, G, G]
 
 A field is dx to the right and dy down, in frame widths and heights per second, the mean of each cell of a G x G grid over the
 displayed frame. Codec vectors were chosen to save bits, not to be true: on flat areas they say little, and along an edge only
-the part across it. So a moment's field averages every vector within a window of time, weighted by area and by time spanned
+the part across it. So a moment's field averages every vector in a window of a few frames, weighted by area and by time spanned
 (total displacement over total time), on a grid twice as fine as asked for; a 3 x 3 median takes outliers away, and then 2 x 2
-cells become one.
+cells become one. experiments/MASKS.md says what each of these gave.
 
 Letters: S moments, G grid, n vectors of a frame, P pairs of frames.
 """

@@ -84,10 +84,10 @@ def read_moments(video, moments, size):
 
 
 def read_codec_field(video, moments, window, grid):
-    """float32 [S, 2, G, G]: the motion field from the codec's vectors."""
+    """float32 [S, 2, G, G]: the motion field from the codec's vectors in a window of frames around each moment."""
     with VideoReader(video.path, vectors=True) as reader:
         start, end = reader.span(video)
-        middles = segment_midpoints(start, end, moments)
+        middles, window = segment_midpoints(start, end, moments), window / reader.fps
         times = np.arange(math.ceil(start * reader.fps), math.ceil(end * reader.fps)) / reader.fps
         near = abs(times[:, None] - middles).min(1) <= window / 2 if len(times) else []
         frames = reader.read_vectors(times[near] if np.any(near) else middles)
@@ -260,7 +260,7 @@ def parse_args(argv=None):
     field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")
     field.add_argument("--flow-weights", metavar="FILE", help="RAFT-small's weights (default: torchvision's, downloaded once)")
     field.add_argument("--grid", type=int, default=14, help="cells of the field along each side")
-    field.add_argument("--window", type=float, default=0.5, help="seconds that a codec's field averages")
+    field.add_argument("--window", type=float, default=5, help="frames around a moment that a codec's field averages")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=16, help="videos a batch")
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")

@@ -5,6 +5,7 @@
     python saliency.py data/val.csv --cue motion --grid 8
     python experiments/masks.py                                 the tables of the field, the objects and the points: a minute on a CPU
     python experiments/masks.py --field raft=runs/raft          beside them a field that saliency.py wrote with --out runs/raft
+    python experiments/masks.py --warp --data my.csv            how well fields explain any videos: frames moved along them, against not
     python experiments/masks.py --cost                          what making a mask costs beside a training step of ViT-B: 5 minutes
 
 Clips are the first 16 of a video's 20 frames, 64 x 64 pixels; tokens are 2 frames of 8 x 8 pixels: a grid of 8 x 8 x 8.
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "data")]
 import masking  # noqa: E402
 import toy  # noqa: E402
-from video import ManifestError, open_array, read_manifest, segment_midpoints  # noqa: E402
+from motion import pair_times  # noqa: E402
+from video import ManifestError, VideoError, VideoReader, open_array, read_manifest, segment_midpoints  # noqa: E402
 
 GRID, PATCH = (8, 8, 8), 8
 SLICES = (2 * np.arange(GRID[0]) + 0.5) / toy.FPS  # seconds: the middle of each slice of two frames
@@ -95,7 +98,7 @@ def constancy(mask, scenes):
 
 def cut(array, motion=False):
     """A stored array of the whole frame, [N, S, ...], at the tokens of the clips."""
-    array = torch.from_numpy(np.asarray(array))
+    array = torch.from_numpy(np.array(array))
     whole, n = torch.tensor([[0.0, 0, 1, 1]]), len(array)
     place = (torch.tensor(SLICES / SECONDS).expand(n, -1), whole.expand(n, -1), torch.zeros(n, dtype=torch.bool), GRID)
     return masking.cut_motion(array, *place, torch.full((n,), SECONDS)) if motion else masking.cut_maps(array, *place)
@@ -142,6 +145,37 @@ def measure(args):
                     values = measured(make(name, ratio, still if control else maps), scenes)
                     rows.append((f"{ratio}", name + ", motion set to 0" * control, *(np.nanmean(values[group]) for group in groups.values())))
         table(("ratio", "mask", *groups), rows)
+
+
+def warp_error(field, videos, apart, size=112):
+    """How well a field [N, S, 2, G, G] explains the pictures: of two frames `apart` seconds from one another around each moment,
+    the first is moved along the field; its mean absolute difference from the second, divided by the difference unmoved.
+    Returns one number a video whose row is not NaN; 1 is as good as no field."""
+    ratios = []
+    y, x = torch.meshgrid((torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij")
+    for video, of_video in zip(videos, field):
+        if np.isnan(of_video).any():
+            continue
+        with VideoReader(video.path) as reader:
+            start, end = reader.span(video)
+            times, gap = pair_times(segment_midpoints(start, end, len(of_video)), start, end, reader.fps, apart)
+            frames = torch.from_numpy(reader.read(times.ravel(), (size, size))).float().permute(0, 3, 1, 2)
+        before, after = frames.unflatten(0, (-1, 2)).unbind(1)                              # [S, 3, size, size]
+        shift = F.interpolate(torch.tensor(of_video).float() * gap, (size, size), mode="bilinear")
+        points = torch.stack([x - shift[:, 0], y - shift[:, 1]], -1) * 2 - 1
+        moved = F.grid_sample(before, points, padding_mode="border", align_corners=False)
+        ratios.append(((moved - after).abs().mean() / (before - after).abs().mean().clamp(min=1e-3)).item())
+    return ratios
+
+
+def warp(args):
+    videos, rows = read_manifest(args.data), []
+    for name, where in ({"beside the manifest": Path(args.data).with_suffix("")} | dict(field.split("=", 1) for field in args.field)).items():
+        field, _ = open_array(f"{where}.motion.npy", videos, f"python saliency.py {args.data} --cue motion")
+        errors = [warp_error(field, videos, apart) for apart in (0.1, 0.27)]
+        rows.append((name, f"{len(errors[0])} of {len(videos)}", *(statistics.mean(of_gap) for of_gap in errors)))
+    print("### Difference of two frames after moving the first along the field, relative to before\n")
+    table(("field", "videos", "0.1 s apart", "0.27 s apart"), rows)
 
 
 def cost(batch=32, micro=4, repeats=11):
@@ -192,10 +226,11 @@ def cost(batch=32, micro=4, repeats=11):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/val.csv", help="a manifest of data/toy.py")
+    parser.add_argument("--data", default="data/val.csv", help="a manifest, but for --warp of data/toy.py")
     parser.add_argument("--split", default="val", help="its split")
     parser.add_argument("--seed", type=int, default=0, help="its seed")
-    parser.add_argument("--field", action="append", default=[], metavar="NAME=PREFIX", help="another PREFIX.motion.npy for the first table")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME=PREFIX", help="another PREFIX.motion.npy beside the manifest's")
+    parser.add_argument("--warp", action="store_true", help="measure fields on any videos instead")
     parser.add_argument("--cost", action="store_true", help="time the masks instead")
     return parser.parse_args(argv)
 
@@ -203,8 +238,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        cost() if args.cost else measure(args)
-    except (ManifestError, OSError) as error:
+        cost() if args.cost else warp(args) if args.warp else measure(args)
+    except (ManifestError, VideoError, OSError) as error:
         sys.exit(str(error))
 
 

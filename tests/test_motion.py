@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 from test_video import write
 
+import masks
 import motion
+import toy
 from video import VideoError, VideoReader, segment_midpoints
 
 FPS, HEIGHT, WIDTH = 25, 96, 160
@@ -223,10 +225,6 @@ def test_raft_weights_that_do_not_load(copy, raft, monkeypatch):
 
 def test_the_toy_worlds_field(world):
     """The direction on the object of moving actions, against the truth; every number finite."""
-    import sys
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import masks
-    import toy
     right = []
     for split, count in (("train", 32), ("val", 24)):
         field = np.load(world / f"data/{split}.motion.npy")
@@ -237,7 +235,7 @@ def test_the_toy_worlds_field(world):
         assert found["static"][0] > 0.85 and found["static"][1] < 0.6
     assert len(right) > 15 and np.mean(right) >= 0.8
     about = json.loads((world / "data/val.motion.json").read_text())
-    assert (about["flow"], about["moments"], about["grid"], about["window"]) == ("codec", 16, 8, 0.5)
+    assert (about["flow"], about["moments"], about["grid"], about["window"]) == ("codec", 16, 8, 5)
 
 
 def test_ranks_fill_their_own_rows_and_settings_are_held(copy):
