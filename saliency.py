@@ -166,6 +166,7 @@ def create_or_resume(path, shape, about, resume, rank, barrier):
     about = about | {"shape": list(shape)}
     about_path = path.with_suffix(".json")
     if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if resume == "auto" and path.exists() and about_path.exists():
             old = json.loads(about_path.read_text())
             changed = [key for key in about if old.get(key) != about[key]]
