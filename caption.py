@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from video import ManifestError, VideoError, VideoReader, companion, manifest_hash, read_manifest, segment_midpoints
+from manifest import ManifestError, companion, manifest_hash, read_manifest
+from video import VideoError, VideoReader, segment_midpoints
 
 
 class KeyFrames(Dataset):

@@ -1,183 +1,288 @@
-"""Stage 4: linear probe and kNN on the frozen features of a pretrained encoder, and on an untrained one for the floor.
+"""Stage 4: linear, nearest-neighbour and attentive probes on the frozen features of a pretrained encoder, or an untrained one.
 
-Reads   a training and a test manifest with labels, their videos, and a checkpoint (ours, VideoMAE's .pth, a Hugging Face folder)
-Writes  OUT/{train,test}.features.npy [N, D] float32, with what made them in a .json beside each, and OUT/LABEL.json, the result
+Reads   a training and a test manifest with labels, their videos, a checkpoint (ours, VideoMAE's .pth, a Hugging Face folder)
+Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
+        with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; beside each a .json: if that changes, it is made anew
 
     python linprobe.py --checkpoint runs/text/checkpoint.pt                          CPU, the toy world: 15 seconds
     python linprobe.py --checkpoint none --size tiny                                 its floor: the same encoder, untrained
     torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
+    python linprobe.py --checkpoint checkpoint.pth --protocol videomae --augment 8   VideoMAE's setting, on augmented clips
 
-The protocol. The feature of a video is the mean of the encoder's tokens after its final norm, averaged over --clips clips spread
-evenly over the video; each is the centre square of the frame, unmasked and not augmented. Features are extracted once; run
-again for another label (--label-column) or other settings, the probe alone takes seconds.
-  linear   batch norm without affine, then one linear layer; SGD with momentum 0.9, cosine schedule, no weight decay; for
-           each learning rate of the sweep at once, in one batched product. The rate is chosen on a tenth of the *training*
-           set held out for it, then the layer is trained anew on the whole; the test set is used once.
-  kNN      cosine similarity, the 20 nearest vote with weight exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978)
-Rows whose video fails are left out of training; in the test set they count as wrong.
-Letters: N videos, V clips a video, D width, C classes, L learning rates.
+Features. A video's feature is the mean of the encoder's tokens after its final norm, averaged over V unmasked views: --clips
+clips spread evenly over the video times --crops squares along the frame's long side. With --augment A a training video has A
+random views instead (clip, multi-scale crop, mirrored half of the time), of which each epoch of the linear probe draws one.
+Features are extracted once: run again, for another --label-column or after a kill, it reads only the videos that are missing.
+
+Probes. Settings are chosen on a tenth of the *training* set held out for it, the first of equals; the test set is used once.
+  linear     batch norm without affine, at its limit (the training set's own mean and deviation), then one linear layer; SGD,
+             momentum 0.9, cosine. --protocol sweep: all learning rates x weight decays in one batched product, then the best
+             anew on the whole training set. --protocol videomae: VideoMAE's one published setting, batch 1024, learning rate
+             0.1 x batch / 256, no weight decay, 100 epochs of which 10 warm up. A smaller training set is one smaller batch.
+  knn        cosine, the k nearest vote by exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978); a mean of augmented views
+  attentive  one learned query cross-attends, with the encoder's number of heads, over the layer-normed tokens, then one linear
+             layer: V-JEPA's probe (arXiv 2404.08471) without its MLP block; AdamW, cosine, 20 epochs, the rate chosen with the
+             first seed; on clean views, whatever --augment says. The tokens of a view are average-pooled to --token-grid, M
+             of them: 2 V M D bytes a video on disk, by default 0.4 MB for a base model, so Kinetics-400 95 GB.
+
+Uncertainty. --seeds repetitions differ in split, order and initial weights. Given are their mean accuracy and 95 % intervals of
+it, over seeds (Student's t) and over test videos (bootstrap); neither knows of another pretraining run. A video that fails is
+left out of training and counts as wrong in the test set, as does a class without a training video.
+Letters: N videos, V views, A random views, T frames, M tokens kept, D width, C classes, L settings, S seeds, B batch.
 """
 import argparse
-import contextlib
 import datetime
 import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import model as models
-from video import ManifestError, VideoError, VideoReader, center_crop, clip_times, file_hash, manifest_hash, read_manifest
+from clips import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
+from evaluate import bootstrap
+from manifest import ManifestError, file_hash, manifest_hash, read_manifest
+from video import VideoError, VideoReader
 
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # for batches of 256
+PROTOCOLS = {  # learning rates are for batches of 256
+    "sweep": dict(rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), decays=(0.0, 1e-4, 1e-2), epochs=50, warmup=0, probe_batch=256),
+    "videomae": dict(rates=(0.1,), decays=(0.0,), epochs=100, warmup=10, probe_batch=1024),
+}
+ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # and below Student's t at 0.975 for 1 to 30 degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+        2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
-
-class Views(Dataset):
-    """Item i is (row, uint8 [V, 3, T, H, W], None), or (row, None, why it failed)."""
-
+class RandomViews(Views):
+    """Items as of clips.Views, (row, uint8 [A, 3, T, H, W], None) or (row, None, why it failed), but of A random views, each a
+    pure function of (seed, row, view)."""
     def __init__(self, videos, args):
         self.videos, self.args = videos, args
-
-    def __len__(self):
-        return len(self.videos)
-
     def __getitem__(self, index):
-        video, args = self.videos[index], self.args
+        video, args, views = self.videos[index], self.args, []
+        seeds = [repeat_seed(args.seed, 0, video.row, view) for view in range(args.augment)]
         try:
             with VideoReader(video.path) as reader:
                 start, end = reader.span(video)
-                times = [clip_times(start, end, reader.fps, args.frames, args.stride, (clip + 0.5) / args.clips)
-                         for clip in range(args.clips)]
-                frames, _ = center_crop(reader.read(np.concatenate(times), args.image_size), args.image_size)
+                wheres = [np.random.default_rng(seed).random(args.frames) for seed in seeds]
+                times = [uniform_times(start, end, reader.fps, args.frames, where) if args.sampling == "uniform" else
+                         clip_times(start, end, reader.fps, args.frames, args.stride, where[0]) for where in wheres]
+                frames = torch.from_numpy(reader.read(np.concatenate(times))).permute(0, 3, 1, 2)         # [A*T, 3, H, W]
         except VideoError as error:
             return video.row, None, str(error)
-        clips = torch.from_numpy(np.ascontiguousarray(frames)).unflatten(0, (args.clips, args.frames))
-        return video.row, clips.permute(0, 4, 1, 2, 3).contiguous(), None
+        for seed, clip in zip(seeds, frames.split(args.frames)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                box, mirror = multi_scale_crop(*clip.shape[-2:]), args.flip and bool(torch.rand(()) < 0.5)
+            clip = TF.resized_crop(clip, *box, [args.image_size, args.image_size], antialias=True)
+            views.append((clip.flip(-1) if mirror else clip).transpose(0, 1))
+        return video.row, torch.stack(views), None
 
+def create_or_resume(path, shape, dtype, about, anew):
+    """Makes an array of NaN and, beside it, a .json of `about`, unless they are there already, with rows filled or not."""
+    about_path, about = path.with_suffix(".json"), about | {"shape": list(shape)}
+    if not anew and path.exists() and about_path.exists() and json.loads(about_path.read_text()) == about:
+        return
+    about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    array[:] = np.nan
+    about_path.write_text(json.dumps(about, indent=1) + "\n")
+
+def filled(array):
+    """Which rows are there, bool [N]: a row is written from its first number to its last."""
+    return ~np.isnan(array[(slice(None),) + (-1,) * (array.ndim - 1)])
 
 @torch.inference_mode()
-def extract(model, videos, path, about, args, device, autocast, rank, ranks, barrier):
-    """The features of a manifest, float32 [N, D], NaN where a video failed; from `path` if it holds just these."""
-    about_path = path.with_suffix(".json")
-    if path.exists() and about_path.exists() and json.loads(about_path.read_text()) == about and args.resume == "auto":
-        return np.load(path, allow_pickle=False)
-    barrier()
-    if rank == 0:
-        about_path.unlink(missing_ok=True)
-        array = np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), model.config["width"]))
-        array[:] = np.nan
+def extract(model, identity, videos, split, kinds, args, rank, ranks, barrier, autocast):
+    """-> {kind: OUT/SPLIT.KIND.npy, mapped} for the kinds "features" and "tokens". The videos that any of them lacks are read
+    and encoded once for all; each rank fills its own rows."""
+    random = args.augment and split == "train" and kinds == ["features"]
+    width, views = model.config["width"], args.augment if random else args.clips * args.crops
+    shapes = {"features": (len(videos), views, width) if random else (len(videos), width),
+              "tokens": (len(videos), views * math.prod(args.token_grid), width)}
+    keys = ["size", "frames", "stride", "image_size", "sampling"]
+    keys += ["augment", "flip", "seed"] if random else ["clips", "crops", "token_grid"]
+    about, arrays = {"manifest": manifest_hash(videos), "checkpoint": identity} | {key: getattr(args, key) for key in keys}, {}
+    for kind in kinds:
+        path, dtype = args.out / f"{split}.{kind}.npy", np.float32 if kind == "features" else np.float16
+        if rank == 0:
+            create_or_resume(path, shapes[kind], dtype, about, args.resume == "none")
+        barrier()
+        arrays[kind] = np.load(path, mmap_mode="r+")
+    there = np.all([filled(array) for array in arrays.values()], axis=0)
+    todo = [video for video in videos[rank::ranks] if not there[video.row]]
+    data = Views(todo, args.frames, args.image_size, args.stride, args.clips, args.crops, args.sampling)
+    data = RandomViews(todo, args) if random else data
+    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=list)
+    for step, items in enumerate(tqdm(loader, f"{split} {' '.join(kinds)}", unit="batch", disable=rank > 0 or not todo)):
+        if step == args.max_steps:
+            break
+        for error in (error for _, _, error in items if error):
+            tqdm.write(error)
+        rows, clips = [row for row, _, error in items if not error], [clips for _, clips, error in items if not error]
+        if rows:
+            with autocast:
+                tokens = model.encode(models.normalize(torch.cat(clips).to(args.device)))                 # [B*V, t*h*w, D]
+            volume = tokens.float().mT.unflatten(-1, model.grid)                                          # [B*V, D, t, h, w]
+            for kind, array in arrays.items():
+                pooled = F.adaptive_avg_pool3d(volume, (1, 1, 1) if kind == "features" else args.token_grid).flatten(2).mT
+                pooled = pooled.unflatten(0, (len(rows), views)).flatten(1, 2)                            # [B, V or V*M, D]
+                array[rows] = (pooled.mean(1) if array.ndim == 2 else pooled).cpu().numpy()
+    for array in arrays.values():
         array.flush()
     barrier()
-    array = np.load(path, mmap_mode="r+", allow_pickle=False)
-    mine = videos[rank::ranks]
-    loader = DataLoader(Views(mine, args), args.batch_size, num_workers=args.workers, collate_fn=list)
-    with tqdm(total=len(mine), desc=path.stem, unit="video", disable=rank > 0) as bar:
-        for step, items in enumerate(loader):
-            if step == args.max_steps:
-                break
-            for error in (error for _, _, error in items if error):
-                tqdm.write(error)
-            rows, clips = [row for row, _, error in items if not error], [clips for _, clips, error in items if not error]
-            if rows:
-                with autocast:
-                    tokens = model.encode(models.normalize(torch.cat(clips).to(device)))                     # [B*V, N, D]
-                array[rows] = tokens.float().mean(1).unflatten(0, (len(rows), args.clips)).mean(1).cpu().numpy()
-            bar.update(len(items))
-    array.flush()
-    barrier()
-    if rank == 0:
-        about_path.write_text(json.dumps(about, indent=1) + "\n")
-    return np.array(array)
+    return arrays
 
+def schedule(epoch, epochs, warmup=0):
+    """The factor on the learning rate at a (fractional) epoch: linear warm-up, then half a cosine."""
+    return epoch / warmup if epoch < warmup else 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
-def standardise(train, *others):
-    """Batch norm without affine, at its limit: every feature to mean 0 and deviation 1 over the training set."""
-    mean, deviation = train.mean(0), train.std(0, unbiased=False)
-    return [(x - mean) / (deviation + 1e-5) for x in (train, *others)]
-
-
-def fit_linear(features, labels, classes, rates, epochs, seed, batch=256):
-    """Trains one linear layer for every learning rate at once: features [N, D] standardised -> weight [L, D, C], bias [L, 1, C]."""
+def fit_linear(features, labels, classes, settings, epochs, seed, batch=256, warmup=0):
+    """One linear layer for each of the settings, {"rate": for batches of 256, "decay": of weights}, as torch.optim.SGD would
+    train it: features [N, A, D], of which every epoch draws one of A -> weight [L, D+1, C], its last row the bias.
+    The settings are columns side by side: a step is two matrix products, the gradient of the logits softmax less one-hot."""
+    device, (count, views, width) = features.device, features.shape
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.zeros(len(rates), features.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(len(rates), 1, classes, requires_grad=True)
-    rates = torch.tensor(rates)[:, None, None] * min(batch, len(features)) / 256
-    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    steps, step = epochs * math.ceil(len(features) / batch), 0
-    for _ in range(epochs):
-        for index in torch.randperm(len(features), generator=generator).split(batch):
-            logits = torch.einsum("nd,ldc->lnc", features[index], weight) + bias
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[index].repeat(len(rates))) * len(rates)      # a sum over rates
-            for parameter, v, gradient in zip((weight, bias), velocity, torch.autograd.grad(loss, (weight, bias))):
-                v.mul_(0.9).add_(gradient)
-                parameter.data -= rates * 0.5 * (1 + math.cos(math.pi * step / steps)) * v
-            step += 1
-    return weight.detach(), bias.detach()
+    weight = F.pad(0.01 * torch.randn(width, classes, generator=generator), (0, 0, 0, 1)).repeat(1, len(settings)).to(device)
+    velocity = torch.zeros_like(weight)                                                                   # [D+1, L*C]
+    rate, decay = torch.tensor([(s["rate"] * min(batch, count) / 256, s["decay"]) for s in settings], device=device).T
+    rate, decay = rate.repeat_interleave(classes), decay.repeat_interleave(classes)                       # [L*C] each
+    for epoch in range(epochs):
+        view = torch.randint(views, (count,), generator=generator).to(device)
+        for step, index in enumerate(torch.randperm(count, generator=generator).to(device).split(batch)):
+            x = F.pad(features[index, view[index]], (0, 1), value=1.0)                                    # [B, D+1]
+            error = (x @ weight).unflatten(1, (len(settings), classes)).softmax(-1)                       # [B, L, C]
+            error[torch.arange(len(x), device=device), :, labels[index]] -= 1
+            velocity.addmm_(x.T, error.flatten(1), beta=0.9, alpha=1 / len(x)).addcmul_(weight, decay)
+            weight.addcmul_(velocity, rate, value=-schedule(epoch + step / math.ceil(count / batch), epochs, warmup))
+    return weight.unflatten(1, (len(settings), classes)).transpose(0, 1)
 
+def linear(train, labels, test, settings, seed, classes, epochs, batch=256, warmup=0):
+    """train [N, A, D], labels [N], test [N', A', D], whose views are averaged -> for each of the L settings the predicted
+    classes of the test set, [L, N']. The other two probes are called likewise."""
+    mean, deviation = train.mean((0, 1)), (train.var((0, 1), unbiased=False) + 1e-6).sqrt()  # batch norm, at its limit
+    weight = fit_linear((train - mean) / deviation, labels, classes, settings, epochs, seed, batch, warmup)
+    test = F.pad((test.mean(1) - mean) / deviation, (0, 1), value=1.0)                                    # [N', D+1]
+    return torch.cat([(x @ weight).argmax(-1) for x in test.split(1024)], dim=1)
 
-def linear_probe(train, train_labels, test, classes, rates, epochs, seed):
-    """-> (predicted classes of the test features [N], the chosen learning rate, its accuracy on the held-out tenth)."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    held, kept = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    seen, unseen = standardise(train[kept], train[held])
-    weight, bias = fit_linear(seen, train_labels[kept], classes, rates, epochs, seed)
-    accuracy = ((unseen @ weight + bias).argmax(-1) == train_labels[held]).float().mean(1)                   # [L]
-    best = int(accuracy.argmax())
-    train, test = standardise(train, test)
-    weight, bias = fit_linear(train, train_labels, classes, [rates[best]], epochs, seed)
-    return (test @ weight[0] + bias[0]).argmax(-1), rates[best], accuracy[best].item()
+def knn(train, labels, test, settings, seed, classes, temperature=0.07):
+    """settings: {"k": neighbours}; the seed changes nothing."""
+    train, test, ks = F.normalize(train.mean(1), dim=1), F.normalize(test.mean(1), dim=1), [s["k"] for s in settings]
+    voted = []
+    for chunk in test.split(256):
+        similarity, index = (chunk @ train.T).topk(min(max(ks), len(train)), dim=1)
+        weight, near = ((similarity - 1) / temperature).exp(), labels[index]
+        votes = chunk.new_zeros(len(ks), len(chunk), classes)
+        voted.append(torch.stack([vote.scatter_add_(1, near[:, :k], weight[:, :k]).argmax(1) for vote, k in zip(votes, ks)]))
+    return torch.cat(voted, dim=1)
 
+class Tokens(Subset):
+    """Rows of a mapped array [N, V*M, D], read only when a batch of them is wanted."""
+    def __getitem__(self, index):
+        return Tokens(self.dataset, self.indices[index])
+    __getitems__ = __getitem__  # which Subset wants beside it
+    def read(self, device):
+        return torch.from_numpy(self.dataset[self.indices.numpy()]).to(device).float().nan_to_num(0.0)   # [B, V*M, D]
 
-def knn(train, train_labels, test, classes, k=20, temperature=0.07):
-    """Predicted classes [N] of the test features by a weighted vote of the k training features nearest by cosine."""
-    train, test, votes = F.normalize(train, dim=1), F.normalize(test, dim=1), []
-    for chunk in test.split(1024):
-        similarity, index = (chunk @ train.T).topk(min(k, len(train)), dim=1)
-        weight = ((similarity - 1) / temperature).exp()
-        votes.append(torch.zeros(len(chunk), classes).scatter_add_(1, train_labels[index], weight).argmax(1))
-    return torch.cat(votes)
+class AttentiveProbe(torch.nn.Module):
+    """tokens [B, M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then a linear layer. What
+    another linear map absorbs is left out: the norm's scale and shift, biases of keys and values, an output projection."""
+    def __init__(self, width, heads, classes):
+        super().__init__()
+        self.query = torch.nn.Parameter(0.02 * torch.randn(heads, 1, width // heads))
+        self.key, self.value = (models.Linear(width, width, bias=False) for _ in range(2))
+        self.head = torch.nn.Linear(width, classes)
+    def forward(self, tokens):
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        key, value = (layer.weight.unflatten(0, (len(self.query), -1)) for layer in (self.key, self.value))
+        # one query, so no token needs a key or a value of its own: q . Kx = K'q . x, and the mean of Vx is V of the mean
+        query = (self.query @ key).squeeze(1) / key.shape[1] ** 0.5                                       # [heads, D]
+        pooled = (tokens @ query.T).softmax(1).mT @ tokens                                                # [B, heads, D]
+        return self.head((value @ pooled.unsqueeze(-1)).flatten(1))
 
+def attentive(train, labels, test, settings, seed, classes, heads, epochs=20, batch=64):
+    """train, test: Tokens; settings: {"rate": learning rate}, trained side by side, so that a batch is read once for all."""
+    device, probes = labels.device, []
+    for _ in settings:
+        torch.manual_seed(seed)
+        probes.append(AttentiveProbe(train.dataset.shape[-1], heads, classes).to(device))
+    optimizers = [torch.optim.AdamW(probe.parameters(), weight_decay=0.01) for probe in probes]
+    for epoch in range(epochs):
+        for step, index in enumerate(torch.randperm(len(train)).split(batch)):
+            x, y = train[index].read(device), labels[index]
+            for probe, optimizer, setting in zip(probes, optimizers, settings):
+                now = epoch + step / math.ceil(len(train) / batch)
+                optimizer.param_groups[0]["lr"] = setting["rate"] * schedule(now, epochs)
+                optimizer.zero_grad()
+                F.cross_entropy(probe(x), y).backward()
+                optimizer.step()
+    with torch.inference_mode():
+        batches = (test[index].read(device) for index in torch.arange(len(test)).split(batch))
+        return torch.cat([torch.stack([probe(x).argmax(1) for probe in probes]) for x in batches], dim=1)
 
-def own_args(path):
-    """The flags that pretrain.py kept in its checkpoint; {} for anybody else's checkpoint."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return saved["args"] if isinstance(saved["args"], dict) else {}
-    except Exception:  # other people's files are load_pretrained's to judge
-        return {}
+def choose(probe, train, labels, settings, seed):
+    """The setting that is most accurate on a random tenth (at least one) of the training set, trained on the rest."""
+    if len(settings) == 1:
+        return settings[0]
+    order, tenth = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)), max(1, len(train) // 10)
+    held, kept = order[:tenth], order[tenth:]
+    guess = probe(train[kept], labels[kept], train[held], settings, seed)                                 # [L, N / 10]
+    return settings[int((guess == labels[held]).float().mean(1).argmax())]
 
+def t_interval(values):
+    """The 95 % interval of the mean of a few values by Student's t, [low, high]; None for a single one."""
+    if len(values) > 1:
+        margin = T975[min(len(values), 31) - 2] * np.std(values, ddof=1) / math.sqrt(len(values))
+        return [float(np.mean(values) - margin), float(np.mean(values) + margin)]
+
+def repeat(name, probe, train, labels, test, truth, settings, seeds):
+    """The keys of a probe in the result; truth [N']: the test set's classes, -1 for what must count as wrong."""
+    correct, chosen = [], []
+    for seed in seeds:
+        chosen.append(chosen[0] if chosen and name == "attentive" else choose(probe, train, labels, settings, seed))
+        correct.append((probe(train, labels, test, chosen[-1:], seed)[0] == truth).double().cpu().numpy())
+    each, mean = np.mean(correct, axis=1).tolist(), np.mean(correct, axis=0)                              # [S], [N']
+    return {name: float(mean.mean()), f"{name}_seeds": each, f"{name}_interval": t_interval(each),
+            f"{name}_bootstrap": bootstrap(mean, seed=seeds[0]), f"{name}_chosen": chosen}
+
+def print_table(result):
+    text, row = lambda bounds: "{:.3f} to {:.3f}".format(*bounds) if bounds else "one seed", "{:<12}{:<11}{:<18}{:<18}{}".format
+    print(row("probe", "accuracy", "95 %, seeds", "95 %, videos", "chosen"))
+    for name in (key.removesuffix("_chosen") for key in result if key.endswith("_chosen")):
+        chosen = " | ".join(dict.fromkeys(" ".join(f"{k} {v:g}" for k, v in one.items()) for one in result[f"{name}_chosen"]))
+        print(row(name, f"{result[name]:.3f}", text(result[f"{name}_interval"]), text(result[f"{name}_bootstrap"]), chosen))
+    print(row("majority", f"{result['majority']:.3f}", "", "", "the floor: the most frequent class"))
 
 def build_encoder(args):
     """The encoder and a name that changes with its weights; sizes come from our own checkpoints, else from the flags."""
-    if args.checkpoint == "none":
-        torch.manual_seed(args.seed)
-        identity = f"none {args.seed}"
-    else:
-        path = Path(args.checkpoint)
-        file = next((f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()), path)
-        if not file.is_file():
-            sys.exit(f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: an untrained encoder)")
-        identity = file_hash(file)
-    ours = own_args(args.checkpoint) if args.checkpoint != "none" else {}
+    path, untrained = Path(args.checkpoint), args.checkpoint == "none"
+    file = next((f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()), path)
+    if not untrained and not file.is_file():
+        sys.exit(f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: an untrained encoder)")
+    ours = models.saved_args(path)
     args.size = args.size or ours.get("size", "base")
-    args.frames, args.image_size = args.frames or ours.get("frames"), args.image_size or ours.get("image_size")
+    torch.manual_seed(args.seed)
     try:
-        model = models.VideoMAE(args.size, args.frames, args.image_size, text_dim=ours.get("text_dim", 512))
-        if args.checkpoint != "none":
-            models.load_pretrained(model, args.checkpoint)
+        model = models.VideoMAE(args.size, args.frames or ours.get("frames"), args.image_size or ours.get("image_size"),
+                                text_dim=ours.get("text_dim", 512))
+        if not untrained:
+            models.load_pretrained(model, path)
     except ValueError as error:
         sys.exit(str(error))
     args.frames, args.image_size = model.config["frames"], model.config["image_size"]
     args.stride = args.stride or ours.get("stride", model.config["stride"])
-    return model.eval(), identity
-
+    args.token_grid = args.token_grid or [model.grid[0], min(model.grid[1], 4), min(model.grid[2], 4)]
+    if not all(1 <= small <= large for small, large in zip(args.token_grid, model.grid)):
+        sys.exit(f"--token-grid {args.token_grid}: expected numbers from 1 to {list(model.grid)}, the encoder's grid")
+    return model.eval().to(args.device), f"none {args.seed}" if untrained else file_hash(file)
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,81 +291,102 @@ def parse_args(argv=None):
     parser.add_argument("--test", default="data/val.csv", help="test manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
     parser.add_argument("--label-column", default="label", help="column of both manifests that holds the label")
-    parser.add_argument("--out", type=Path, help="folder (default: probe/ beside the checkpoint, runs/untrained/probe without one)")
+    parser.add_argument("--out", type=Path, help="folder (default: probe/ beside the checkpoint, or runs/untrained/probe)")
     features = parser.add_argument_group("features")
     features.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it themselves")
     features.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
     features.add_argument("--stride", type=int, help="video frames from one clip frame to the next (default: the checkpoint's)")
     features.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's)")
-    features.add_argument("--clips", type=int, default=2, help="clips a video, whose features are averaged")
-    probe = parser.add_argument_group("probe")
-    probe.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the sweep, for batches of 256")
-    probe.add_argument("--epochs", type=int, default=50)
-    probe.add_argument("--k", type=int, default=20, help="neighbours that vote")
+    features.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="uniform: for SSv2")
+    features.add_argument("--clips", type=int, default=2, help="clips a video")
+    features.add_argument("--crops", type=int, default=1, help="squares along a frame's long side; 1: its centre")
+    features.add_argument("--augment", type=int, default=0, metavar="A", help="random views of a training video instead")
+    features.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the random views")
+    probe = parser.add_argument_group("probes")
+    probe.add_argument("--protocol", choices=tuple(PROTOCOLS), default="sweep", help="defaults of the next four flags")
+    probe.add_argument("--rates", type=float, nargs="+", help="learning rates for batches of 256")
+    probe.add_argument("--decays", type=float, nargs="+", help="weight decays, each with each rate")
+    probe.add_argument("--epochs", type=int, help="passes over the training set")
+    probe.add_argument("--probe-batch", type=int, help="videos a step")
+    probe.add_argument("--k", type=int, nargs="+", default=(1, 5, 10, 20, 50, 100, 200), help="neighbours to choose from")
+    probe.add_argument("--attentive", action=argparse.BooleanOptionalAction, default=False, help="the attentive probe, too")
+    probe.add_argument("--token-grid", type=int, nargs=3, metavar=tuple("THW"), help="tokens it sees (default: t 4 4 at most)")
+    probe.add_argument("--seeds", type=int, default=3, help="repetitions of each probe")
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of the probe, and of an untrained encoder")
+    run.add_argument("--seed", type=int, default=0, help="of the first repetition, the random views and an untrained encoder")
     run.add_argument("--batch-size", type=int, default=32, help="videos a batch and rank")
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--max-steps", type=int, help="stop the extraction after this many batches, for a trial")
-    run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: extract the features anew")
-    return parser.parse_args(argv)
-
+    run.add_argument("--max-steps", type=int, help="stop an extraction after this many batches; the next run continues")
+    run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: extract anew")
+    args = parser.parse_args(argv)
+    for key, value in PROTOCOLS[args.protocol].items():
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
+    if min(args.seeds, args.clips, args.crops, *args.k) < 1:
+        parser.error("--seeds, --clips, --crops and --k: expected 1 or more")
+    return args
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = {split: read_manifest(path, args.root, args.label_column) for split, path in (("train", args.data), ("test", args.test))}
+        videos = {"train": read_manifest(args.data, args.root, args.label_column),
+                  "test": read_manifest(args.test, args.root, args.label_column)}
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
-    for split in videos.values():
-        for video in split:
-            if video.label is None:
-                sys.exit(f"{video.name}: has no label in column {args.label_column!r}")
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if ranks > 1:
+    for video in videos["train"] + videos["test"]:
+        if video.label is None:
+            sys.exit(f"{video.name}: has no label in column {args.label_column!r}")
+    rank, local, ranks = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("--device cuda: no GPU that torch can use was found")
+    args.device = f"cuda:{local}" if args.device == "cuda" else args.device
+    dtype = torch.float16 if args.device != "cpu" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    autocast = torch.autocast(args.device.split(":")[0], dtype, enabled=args.device != "cpu")
+    if ranks > 1:  # ranks only wait for one another, after work of very different length
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
-    use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    if use_cuda and not torch.cuda.is_available():
-        sys.exit("--device cuda: no GPU that torch can use was found")
-    device = f"cuda:{local}" if use_cuda else "cpu"
-    dtype = torch.bfloat16 if use_cuda and torch.cuda.is_bf16_supported() else torch.float16
-    autocast = torch.autocast("cuda", dtype) if use_cuda else contextlib.nullcontext()
-
     model, identity = build_encoder(args)
-    args.out = args.out or (Path("runs/untrained/probe") if args.checkpoint == "none" else Path(args.checkpoint).parent / "probe")
+    args.out = args.out or (Path("runs/untrained") if args.checkpoint == "none" else Path(args.checkpoint).parent) / "probe"
     args.out.mkdir(parents=True, exist_ok=True)
-    features = {}
-    for split, of_split in videos.items():
-        about = {"manifest": manifest_hash(of_split), "checkpoint": identity} | {key: getattr(args, key) for key in
-                 ("size", "frames", "stride", "image_size", "clips", "max_steps")}
-        features[split] = torch.from_numpy(extract(model.to(device), of_split, args.out / f"{split}.features.npy", about, args,
-                                                   device, autocast, rank, ranks, barrier))
+    arrays, kinds = {split: {} for split in videos}, ["features", "tokens"][:1 + args.attentive]
+    for split, of_split in videos.items():  # random views are for the features alone, clean ones for both
+        for some in [[kind] for kind in kinds] if args.augment and split == "train" else [kinds]:
+            arrays[split] |= extract(model, identity, of_split, split, some, args, rank, ranks, barrier, autocast)
     if rank > 0:
         return
 
-    names = sorted({video.label for video in videos["train"]})
-    number = {name: index for index, name in enumerate(names)}
-    labels = {split: torch.tensor([number.get(video.label, -1) for video in of_split]) for split, of_split in videos.items()}
+    good = {split: np.all([filled(array) for array in of_split.values()], axis=0) for split, of_split in arrays.items()}
+    names = sorted({video.label for video in videos["train"] if good["train"][video.row]})
     unknown = sorted({video.label for video in videos["test"]} - set(names))
     if unknown:
         print(f"{args.test}: classes without a training video count as wrong: {', '.join(unknown)}")
-    good = features["train"].isfinite().all(1)
-    readable = features["test"].isfinite().all(1)
-    train, train_labels, test = features["train"][good], labels["train"][good], features["test"].nan_to_num(0.0)
-    if len(train) < 2:
-        sys.exit(f"{args.data}: {len(train)} readable videos: nothing to train on")
-    predicted, rate, held_out = linear_probe(train, train_labels, test, len(names), args.rates, args.epochs, args.seed)
-    nearest = knn(train, train_labels, test, len(names), args.k)
-    accuracy = lambda guess: ((guess == labels["test"]) & readable).float().mean().item()
-    result = {"label": args.label_column, "checkpoint": args.checkpoint, "classes": len(names), "train": len(train),
-              "test": len(test), "unreadable": int((~good).sum() + (~readable).sum()), "linear": accuracy(predicted),
-              "knn": accuracy(nearest), "majority": (labels["test"] == train_labels.mode().values).float().mean().item(),
-              "rate": rate, "held_out": held_out, "seed": args.seed}
-    (args.out / f"{args.label_column}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()))
+    number = {name: index for index, name in enumerate(names)}
+    labels, truth = (torch.tensor([number.get(video.label, -1) if good[split][video.row] else -1 for video in of_split],
+                                  device=args.device) for split, of_split in videos.items())
+    rows, labels = torch.from_numpy(good["train"].nonzero()[0]), labels[labels >= 0]
+    if len(rows) < 2:
+        sys.exit(f"{args.data}: {len(rows)} readable videos: nothing to train on")
 
+    train, test = (torch.from_numpy(arrays[split]["features"]).to(args.device) for split in videos)
+    train, test = train[rows].reshape(len(rows), -1, train.shape[-1]), test.nan_to_num(0.0)[:, None]     # [N, A or 1, D]
+    settings = [{"rate": rate, "decay": decay} for rate in args.rates for decay in args.decays]
+    fit = partial(linear, epochs=args.epochs, batch=args.probe_batch, warmup=args.warmup)
+    probes = {"linear": (fit, train, test, settings), "knn": (knn, train, test, [{"k": k} for k in args.k])}
+    if args.attentive:
+        tokens = Tokens(arrays["train"]["tokens"], rows), Tokens(arrays["test"]["tokens"], torch.arange(len(test)))
+        fit = partial(attentive, heads=model.config["heads"])
+        probes["attentive"] = (fit, *tokens, [{"rate": rate} for rate in ATTENTIVE_RATES])
+    result = {"label": args.label_column, "checkpoint": args.checkpoint, "protocol": args.protocol, "seed": args.seed,
+              "classes": len(names), "train": len(rows), "test": len(test),
+              "unreadable": int(sum((~of_split).sum() for of_split in good.values())),
+              "majority": (truth == labels.mode().values).float().mean().item()}
+    print(", ".join(f"{key} {value}" for key, value in result.items() if key != "majority"))
+    seeds = range(args.seed, args.seed + args.seeds)
+    for name, (probe, of_train, of_test, settings) in probes.items():
+        result |= repeat(name, partial(probe, classes=len(names)), of_train, labels, of_test, truth, settings, seeds)
+    (args.out / f"{args.label_column}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
 
 if __name__ == "__main__":
     main()

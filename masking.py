@@ -315,29 +315,31 @@ def parse_args(argv=None):
 def main(argv=None):
     import av
 
-    import video  # only the preview opens videos: the masks above stand alone
+    import clips  # only the preview opens videos: the masks above stand alone
+    import manifest
+    import video
     args = parse_args(argv)
     saliency = motion = None
     try:
-        videos = video.read_manifest(args.data)
+        videos = manifest.read_manifest(args.data)
         if not 0 <= args.row < len(videos):
             sys.exit(f"--row {args.row}: {args.data} has rows 0 to {len(videos) - 1}")
         title, prefix = videos[args.row].name, args.companions or Path(args.data).with_suffix("")
         remedy, motion_remedy = f"python caption.py {args.data} && python saliency.py {args.data}", f"python saliency.py {args.data} --cue motion"
         has = {kind: Path(f"{prefix}.{kind}.npy").exists() for kind in ("saliency", "motion")}
         if has["saliency"] or not has["motion"]:
-            saliency, _ = video.open_array(f"{prefix}.saliency.npy", videos, remedy)
-            captions = video.read_captions(video.companion(args.data, "captions.jsonl"), videos, remedy)[args.row]
+            saliency, _ = manifest.open_array(f"{prefix}.saliency.npy", videos, remedy)
+            captions = manifest.read_captions(manifest.companion(args.data, "captions.jsonl"), videos, remedy)[args.row]
             if not 0 <= args.caption < len(captions):
                 sys.exit(f"--caption {args.caption}: row {args.row} has {len(captions)} captions")
             title = f"{title}: {captions[args.caption]}"
         if has["motion"]:
-            motion, _ = video.open_array(f"{prefix}.motion.npy", videos, motion_remedy)
+            motion, _ = manifest.open_array(f"{prefix}.motion.npy", videos, motion_remedy)
         with video.VideoReader(videos[args.row].path) as reader:
             start, end = reader.span(videos[args.row])
-            times, fps = video.clip_times(start, end, reader.fps, args.frames, args.stride, 0.5), reader.fps / args.stride
-            frames, box = video.center_crop(reader.read(times, args.image_size), args.image_size)
-    except (video.VideoError, video.ManifestError) as error:
+            times, fps = clips.clip_times(start, end, reader.fps, args.frames, args.stride, 0.5), reader.fps / args.stride
+            frames, box = clips.center_crop(reader.read(times, args.image_size), args.image_size)
+    except (video.VideoError, manifest.ManifestError) as error:
         sys.exit(str(error))
     grid = (args.frames // 2, args.image_size // args.patch_size, args.image_size // args.patch_size)
     middle = torch.from_numpy((times.reshape(grid[0], -1).mean(1) - start) / (end - start))

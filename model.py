@@ -294,17 +294,38 @@ def read_checkpoint(path):
     bare = ("patch_embed.", "blocks.", "norm.", "head.")  # the fine-tuning layout
     return {"encoder." + k if k.startswith(bare) else k: v for k, v in state.items()}
 
-def load_pretrained(model, path):
+def head_classes(path):
+    """How many classes the classifier in `path` has; ValueError if there is none, or no checkpoint."""
+    head = read_checkpoint(Path(path)).get("encoder.head.weight")
+    if head is None:
+        raise ValueError(f"{path}: holds no classifier")
+    return len(head)
+
+def saved_args(path):
+    """The flags that pretrain.py or finetune.py kept in their checkpoint; {} for anybody else's, or none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return saved["args"] if isinstance(saved["args"], dict) else {}
+    except Exception:  # other people's files are load_pretrained's to judge
+        return {}
+
+def load_pretrained(model, path, new_head=False):
     """Load `path` into a VideoMAE or VideoViT; returns what was tolerated, such as ["unused norm.weight", ...].
     path: our checkpoint.pt, an official VideoMAE .pth, or a Hugging Face VideoMAE folder, for any frames and image
     size.  What does not fit raises ValueError with keys and shapes, and nothing is loaded; but a file may lack, as a
-    whole: for VideoMAE, contrastive.* or the decoder; for VideoViT, fc_norm.* and head.*, being then a pretrained one
-    whose decoder, contrastive head and final norm (fc_norm replaces it) stay unused."""
+    whole: for VideoMAE, contrastive.*, the decoder, or the final norm (Hugging Face's bare encoders may); for VideoViT,
+    fc_norm.* and head.*, being then a pretrained one whose decoder, contrastive head and final norm (fc_norm replaces
+    it) stay unused.  Of a fine-tuned file VideoMAE takes fc_norm for its final norm, and leaves the head; new_head:
+    VideoViT leaves it too, for other classes."""
     path, own, decoder = Path(path), model.state_dict(), ("decoder.", "encoder_to_decoder.", "mask_token")
-    state, spare, optional = read_checkpoint(path), (), [("contrastive.",), decoder]
+    state, spare, optional = read_checkpoint(path), (), [("contrastive.",), decoder, ("encoder.norm.",)]
     if isinstance(model, VideoViT):
         state, optional = {k.removeprefix("encoder."): v for k, v in state.items()}, [("fc_norm.", "head.")]
         spare = () if any(k.startswith(optional[0]) for k in state) else ("norm.", "contrastive.", *decoder)
+        if new_head and "head.weight" in state:
+            state, optional, spare = {k: v for k, v in state.items() if not k.startswith("head.")}, [("head.",)], ()
+    elif "encoder.head.weight" in state and "encoder.norm.weight" not in state:
+        state, spare = {k.replace("fc_norm", "norm"): v for k, v in state.items()}, ("encoder.head.",)
     lacked = sum((group for group in optional if not any(k.startswith(group) for k in state)), ())
     missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
     problems = [f"{k}: file {list(v.shape)}, model {list(own[k].shape)}"
@@ -318,6 +339,12 @@ def load_pretrained(model, path):
         raise ValueError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(state, strict=False)
     return [f"missing {k}" for k in missing] + [f"unused {k}" for k in unused]
+
+def save_checkpoint(path, **content):
+    """Written aside and renamed: whatever happens, `path` is a whole checkpoint or not there."""
+    temporary = path.with_name(path.name + ".new")
+    torch.save(content, temporary)
+    temporary.replace(path)
 
 def save_huggingface(model, folder):
     """Write config.json and model.safetensors, which transformers' from_pretrained opens: VideoMAE (but its

@@ -34,49 +34,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
 import masking
 import model as models
-from video import ManifestError, VideoError, VideoReader, clip_times, companion, file_hash, open_array, read_manifest
+from clips import EpochBatches, TrainingClips, clip_times, ignore_sigterm, multi_scale_crop, repeat_seed
+from manifest import ManifestError, companion, file_hash, open_array, read_manifest
+from video import VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
 
 
-def multi_scale_crop(height, width):
-    """VideoMAE's MultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly square, at one of 5 x 5 places.
-    Returns top, left, height, width in pixels."""
-    scales = (1, 0.875, 0.75, 0.66)
-    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    a, b = pairs[torch.randint(len(pairs), ()).item()]
-    h, w = int(min(height, width) * a), int(min(height, width) * b)
-    top, left = ((free * torch.randint(5, ()).item()) // 4 for free in (height - h, width - w))
-    return top, left, h, w
-
-
-class Clips(Dataset):
+class Clips(TrainingClips):
     """Training samples by (epoch, row). `text` [N, K, D], `saliency` [N, K, S, G, G] and `motion` [N, S, 2, G, G] are mapped
     arrays or None."""
 
     def __init__(self, videos, rows, args, grid, text=None, saliency=None, motion=None):
-        self.videos, self.rows, self.args, self.grid = videos, rows, args, grid
-        self.text, self.saliency, self.motion = text, saliency, motion
-
-    def __getitem__(self, key):
-        epoch, row = key
-        failed = -1
-        for attempt in range(10):  # a broken video gives its place to another, the same one whenever this is asked
-            rng = np.random.default_rng([self.args.seed, epoch, row, attempt])
-            pick = row if attempt == 0 else int(rng.choice(self.rows))
-            try:
-                return self.sample(epoch, pick, rng) | {"failed": failed}
-            except VideoError as error:
-                failed = row if failed < 0 else failed
-                print(f"skipped: {error}", file=sys.stderr)
-        raise VideoError(f"{self.videos[row].path}: and nine videos drawn in its place cannot be read either")
+        super().__init__(videos, rows, args.seed)
+        self.args, self.grid, self.text, self.saliency, self.motion = args, grid, text, saliency, motion
 
     def sample(self, epoch, row, rng):
         args, video = self.args, self.videos[row]
@@ -86,8 +64,7 @@ class Clips(Dataset):
             frames = reader.read(times)                                                      # uint8 [T, H, W, 3]
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                # [T, 3, H, W]
         middles = torch.from_numpy((times.reshape(self.grid[0], -1).mean(1) - start) / (end - start)).float()
-        repeats = [self.view(frames, row, np.random.SeedSequence([args.seed, epoch, row, 10 + repeat]))
-                   for repeat in range(args.repeat)]
+        repeats = [self.view(frames, row, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
         stacked = {key: torch.stack([view[key] for view in repeats]) for key in repeats[0]}
         seconds = torch.full((args.repeat,), end - start, dtype=torch.float32)
         return stacked | {"times": middles.expand(args.repeat, -1), "seconds": seconds, "row": row}
@@ -96,7 +73,7 @@ class Clips(Dataset):
         """One crop, flip, caption and mask noise of a decoded clip; all randomness from `seed`."""
         args, (height, width) = self.args, frames.shape[-2:]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(seed)
             if args.crop == "resized":
                 top, left, h, w = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
             else:
@@ -121,29 +98,6 @@ class Clips(Dataset):
         return view
 
 
-class EpochBatches:
-    """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch) alone, and the ranks' batches
-    side by side are the global batch, whatever the number of ranks. `start` batches of the epoch are left out (resuming)."""
-
-    def __init__(self, rows, batch, batches, seed, rank, ranks):
-        self.rows, self.batch, self.batches, self.seed, self.rank, self.ranks = rows, batch, batches, seed, rank, ranks
-        self.epoch, self.start = 0, 0
-
-    def __len__(self):
-        return self.batches - self.start
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        for index in range(self.start, self.batches):
-            first = (index * self.ranks + self.rank) * self.batch
-            yield [(self.epoch, int(row)) for row in order[first:first + self.batch]]
-
-
-def ignore_sigterm(_):
-    """For the loader's workers: schedulers signal the whole process group, and the run still has to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 
@@ -162,14 +116,6 @@ def make_optimizer(model, args):
     groups = [{"params": [p for name, p in named if not still(name, p)], "weight_decay": args.weight_decay},
               {"params": [p for name, p in named if still(name, p)], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-
-
-def save_checkpoint(path, model, optimizer, scaler, step, args):
-    """Written aside and renamed: whatever happens, `path` is a whole checkpoint or not there."""
-    temporary = path.with_name(path.name + ".new")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                "args": vars(args)}, temporary)
-    temporary.replace(path)
 
 
 @torch.no_grad()
@@ -415,7 +361,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
                 with open(log_path, "a") as file:
                     file.write(json.dumps(entry) + "\n")
             if rank == 0 and (saves or stats[3] > 0):
-                save_checkpoint(checkpoint_path, model, optimizer, scaler, step, args)
+                models.save_checkpoint(checkpoint_path, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                       scaler=scaler.state_dict(), step=step, args=vars(args))
             draws = args.picture_every and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
             if rank == 0 and saves and draws:
                 path = log_path.with_name(f"reconstruction_{step:06d}.png")

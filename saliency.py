@@ -38,7 +38,6 @@ Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + 
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import os
 import sys
@@ -53,8 +52,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import motion
-from video import (ManifestError, VideoError, VideoReader, companion, file_hash, manifest_hash, read_captions, read_manifest,
-                   segment_midpoints)
+from manifest import ManifestError, companion, create_or_resume, file_hash, manifest_hash, read_captions, read_manifest
+from video import VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
 
@@ -157,30 +156,6 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
         features = model.encode_text(tokenizer(texts[start:start + batch]).to(device), normalize=True).float().cpu()
         embedded.update(zip(texts[start:start + batch], features))
     return embedded
-
-
-def create_or_resume(path, shape, about, resume, rank, barrier):
-    """The float16 array at `path`, filled with NaN where it is new, writable, mapped; `about` lands in the json beside it.
-
-    An array that is there must carry the same `about`, else this exits with the command that remakes it."""
-    about = about | {"shape": list(shape)}
-    about_path = path.with_suffix(".json")
-    if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume == "auto" and path.exists() and about_path.exists():
-            old = json.loads(about_path.read_text())
-            changed = [key for key in about if old.get(key) != about[key]]
-            if changed:
-                sys.exit(f"{path}: made with another {', '.join(changed)}; --resume none remakes it")
-        else:
-            about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
-            array = np.lib.format.open_memmap(path, "w+", np.float16, tuple(shape))
-            for start in range(0, len(array), 4096):
-                array[start:start + 4096] = np.nan
-            array.flush()
-            about_path.write_text(json.dumps(about, indent=1) + "\n")
-    barrier()
-    return np.load(path, mmap_mode="r+", allow_pickle=False)
 
 
 # ---- the two cues --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""Videos and manifests: the only file of the project that opens a video. Needs PyAV and numpy, nothing of ours.
+"""Videos: the only file of the project that opens one. Needs PyAV and numpy, and of ours manifest.py.
 
     videos = read_manifest("data/train.csv")
     with VideoReader(videos[0].path) as reader:
         start, end = reader.span(videos[0])
         frames = reader.read(segment_midpoints(start, end, 3), size=256)      # uint8 [3, H, W, 3]
+
+`python video.py data/train.csv` checks every file of a manifest, or re-encodes it: see prepare.py.
 
 `VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted time and demuxes until
 packets pass the last one; packets carry their presentation time (pts), so which frames are wanted is known before any is
@@ -18,13 +20,8 @@ it. Not done: pixels are taken as square, HDR is not tone-mapped.
 """
 import bisect
 import contextlib
-import csv
-import hashlib
-import io
-import json
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -32,6 +29,8 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
+
+from manifest import ManifestError, Video, read_manifest  # noqa: F401  for those who look for them here
 
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
 
@@ -41,143 +40,6 @@ SEEK_GAP = 1.0  # seconds between wanted frames from which looking for a key fra
 class VideoError(Exception):
     """A video that cannot be read: one line, "path: reason"."""
 
-
-class ManifestError(Exception):
-    """A manifest or an array beside it that cannot be used: one line, with the place and what was expected."""
-
-
-# ---- manifests and the arrays beside them ----------------------------------------------------------------------------
-
-class Video(NamedTuple):
-    path: str            # file to open, absolute or relative to the working directory
-    label: str | None    # as written; None if there is no such column or it is empty
-    start: float | None  # seconds from the first frame; None: the beginning
-    end: float | None    # None: the end
-    row: int             # 0-based line of the manifest (header not counted), and of every companion array
-    name: str            # the path as the manifest writes it
-
-
-def read_manifest(path, root=None, label_column="label"):
-    """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns are ignored.
-
-    Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from another column, which must
-    then exist. `start` and `end` may each be empty or absent. Blank lines are allowed at the end only, since row i of
-    every companion array is line i of the manifest. Raises ManifestError "file:line: expected ..., found ...".
-    """
-    line, videos, root = 1, [], Path(path).parent if root is None else Path(root)
-
-    def expect(condition, what):
-        if not condition:
-            raise ManifestError(f"{path}:{line}: expected {what}")
-
-    try:
-        rows = csv.reader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-        lines = [(rows.line_num, fields) for fields in rows]
-    except OSError as error:
-        expect(False, f"a csv with the header path[,label][,start,end], found none ({error.strerror})")
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        expect(False, "UTF-8 text")
-    except csv.Error as error:
-        line = rows.line_num
-        expect(False, f"csv ({error})")
-    while lines and not lines[-1][1]:
-        lines.pop()
-
-    header = [name.strip() for name in lines[0][1]] if lines else []
-    for name in {"path", label_column} - {"label"}:
-        expect(name in header, f"a column {name!r} in the header, found {','.join(header) or 'nothing'}")
-    for name in ("path", "label", "start", "end", label_column):
-        expect(header.count(name) < 2, f"one column {name!r}, found {header.count(name)}")
-    for line, fields in lines[1:]:
-        expect(len(fields) == len(header), f"{len(header)} fields ({','.join(header)}), found {len(fields)}")
-        row, span = dict(zip(header, fields)), []
-        expect(row["path"].strip(), "a path, found none")
-        for name in ("start", "end"):
-            value = row.get(name, "").strip()
-            try:
-                span.append(float(value) if value else None)
-            except ValueError:
-                span.append(math.nan)
-            expect(not value or 0 <= span[-1] < math.inf, f"{name} in seconds, 0 or more, found {value!r}")
-        start, end = span
-        expect(end is None or end > (start or 0), f"end after start, found {start or 0:g} to {end or 0:g}")
-        label = row.get(label_column) or None
-        videos.append(Video(str(root / row["path"]), label, start, end, len(videos), row["path"]))
-    expect(videos, "at least one video after the header, found none")
-    return videos
-
-
-def manifest_hash(videos):
-    """16 hex digits that change when a row's path (as written), start or end does, or their order; labels do not count."""
-    digest = hashlib.sha256()
-    for video in videos:
-        digest.update(json.dumps([video.name, video.start, video.end]).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """16 hex digits that change with the file's contents."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def companion(manifest, kind):
-    """The file of that kind beside a manifest: companion("data/train.csv", "text.npy") is data/train.text.npy."""
-    return Path(manifest).with_suffix(f".{kind}")
-
-
-def open_array(path, videos, remedy, **expect):
-    """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the .json beside it).
-
-    Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
-    floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
-    other settings (`expect`: values the .json must hold, such as captions=hash).
-    """
-    path = Path(path)
-
-    def fail(reason):
-        raise ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
-
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{os.path.basename(error.filename or path)} cannot be read ({error.strerror or error})")
-    except (ValueError, EOFError, SyntaxError) as error:
-        fail(f"cannot be read ({error})")
-    if not isinstance(meta, dict):
-        fail("its .json holds no settings")
-    if meta.get("manifest") != manifest_hash(videos):
-        fail("is of another manifest")
-    if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
-        fail(f"expected {len(videos)} rows of floats, found {array.dtype} of shape {list(array.shape)}")
-    for key, value in {"shape": list(array.shape), **expect}.items():
-        if meta.get(key) != json.loads(json.dumps(value)):
-            fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
-    return array, meta
-
-
-def read_captions(path, videos, remedy):
-    """The captions that caption.py wrote: a list of strings for each row, empty where it failed. ManifestError, ending in
-    "make it with: {remedy}", where the file is missing, damaged, or of another manifest."""
-    try:
-        entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        captions = [[str(text) for text in entry["captions"]] for entry in entries]
-        same = [entry["path"] for entry in entries] == [video.name for video in videos]
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}); make it with: {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path}: is damaged ({error}); make it with: {remedy}") from None
-    if not same:
-        raise ManifestError(f"{path}: is of another manifest; make it with: {remedy} --resume none")
-    return captions
-
-
-# ---- frames ----------------------------------------------------------------------------------------------------------
 
 class Vectors(NamedTuple):
     """The motion vectors of one frame: each says that what is in a block moves by `shift` within `seconds`."""
@@ -397,12 +259,16 @@ class VideoReader:
             if wanted:
                 raise LookupError("a packet without a frame")
 
-    def _decode_plainly(self, times):
+    def frames(self):
+        """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's start."""
         self._open()
+        for index, frame in enumerate(self._container.decode(self._stream)):
+            counted = self._first is None or frame.pts is None
+            yield index / self.fps if counted else (frame.pts - self._first) * self._tick, frame
+
+    def _decode_plainly(self, times):
         times, frame, distances, shown, anchor = list(times), None, None, 0.0, None
-        for index, new in enumerate(self._container.decode(self._stream)):
-            counted = self._first is None or new.pts is None
-            shown = index / self.fps if counted else (new.pts - self._first) * self._tick
+        for shown, new in self.frames():
             while times and frame is not None and times[0] + self._tolerance < shown:
                 yield times.pop(0), frame, distances
             if not times:
@@ -491,20 +357,6 @@ def segment_midpoints(start, end, count):
     return start + (np.arange(count) + 0.5) * (end - start) / count
 
 
-def clip_times(start, end, fps, frames, stride, where):
-    """The times of a clip of `frames` frames, `stride` video frames apart, inside [start, end] -> float64 [frames], seconds.
-
-    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last moment repeats.
-    """
-    window = frames * stride / fps
-    first = start + where * max(0.0, end - start - window)
-    return np.minimum(first + np.arange(frames) * stride / fps, max(start, end - 0.5 / fps))
-
-
-def center_crop(frames, size):
-    """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size, size, 3], its box: x0, y0,
-    x1, y1 as fractions of the frame)."""
-    height, width = frames.shape[1:3]
-    top, left = (height - size) // 2, (width - size) // 2
-    box = (left / width, top / height, (left + size) / width, (top + size) / height)
-    return frames[:, top:top + size, left:left + size], box
+if __name__ == "__main__":
+    import prepare
+    prepare.main()

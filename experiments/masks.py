@@ -27,7 +27,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import masking  # noqa: E402
 import toy  # noqa: E402
 from motion import pair_times  # noqa: E402
-from video import ManifestError, VideoError, VideoReader, open_array, read_manifest, segment_midpoints  # noqa: E402
+from manifest import ManifestError, open_array, read_manifest  # noqa: E402
+from video import VideoError, VideoReader, segment_midpoints  # noqa: E402
 
 GRID, PATCH = (8, 8, 8), 8
 SLICES = (2 * np.arange(GRID[0]) + 0.5) / toy.FPS  # seconds: the middle of each slice of two frames

@@ -7,7 +7,7 @@ from test_motion import FPS, HEIGHT, ONE_REFERENCE, WIDTH, pan
 
 import masks
 import toy
-from video import Video
+from manifest import Video
 
 
 

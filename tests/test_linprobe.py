@@ -1,5 +1,8 @@
-"""Stage 4: the probes by value on features whose answer is known, and the command line."""
+"""Stage 4: the probes by value on features whose answer is known, the features written out, and the command line."""
 import json
+import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,124 +10,405 @@ import torch
 from conftest import run
 
 import linprobe
+import toy
+from clips import clip_times, uniform_times
+from manifest import read_manifest
 from model import VideoMAE, normalize
-from video import center_crop, clip_times, read_frames
+from video import read_frames
+
+RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.PROTOCOLS["sweep"]["rates"]]
 
 
 def blobs(n, seed=0, spread=1.0):
-    """Three classes around three centres in 16 dimensions, of wildly different scale a dimension."""
+    """Three classes around three centres in 16 dimensions, of wildly different scale a dimension: features [n, 1, 16]."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=rng)
     centres = 2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
-    return (centres[labels] + spread * torch.randn(n, 16, generator=rng)) * torch.logspace(-3, 3, 16), labels
+    return ((centres[labels] + spread * torch.randn(n, 16, generator=rng)) * torch.logspace(-2, 3, 16))[:, None], labels
+
+
+# ---- the linear probe ----------------------------------------------------------------------------------------------------
 
 
 def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
-    (train, train_labels), (test, test_labels) = blobs(600), blobs(300, seed=1)
-    predicted, rate, held_out = linprobe.linear_probe(train, train_labels, test, 3, linprobe.RATES, 20, seed=0)
-    assert (predicted == test_labels).float().mean() > 0.97 and held_out > 0.95 and rate in linprobe.RATES
-    predicted, rate, _ = linprobe.linear_probe(train, train_labels, test, 3, [0.0, 1.0], 20, seed=0)
-    assert rate == 1.0 and (predicted == test_labels).float().mean() > 0.97  # the chosen rate is the one that is used
-    noise = torch.randn(1500, 16, generator=torch.Generator().manual_seed(2))
+    (train, labels), (test, truth) = blobs(600), blobs(300, seed=1)
+    probe = partial(linprobe.linear, classes=3, epochs=20)
+    result = linprobe.repeat("linear", probe, train, labels, test, truth, RATES, [0])
+    assert result["linear"] > 0.97 and result["linear_chosen"][0] in RATES
+    settings = [{"rate": 0.0, "decay": 0.0}, {"rate": 1.0, "decay": 0.0}]
+    result = linprobe.repeat("linear", probe, train, labels, test, truth, settings, [0])
+    assert result["linear_chosen"] == settings[1:] and result["linear"] > 0.97  # the chosen setting is the one that is used
+    noise = torch.randn(1500, 1, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
-    predicted, _, held_out = linprobe.linear_probe(noise[:750], labels[:750], noise[750:], 3, linprobe.RATES, 20, seed=0)
-    assert abs((predicted == labels[750:]).float().mean() - 1 / 3) < 0.07 and held_out < 0.55
+    result = linprobe.repeat("linear", probe, noise[:750], labels[:750], noise[750:], labels[750:], RATES, [0])
+    assert abs(result["linear"] - 1 / 3) < 0.07
 
 
-def test_the_sweep_is_each_rate_alone():
+def test_the_sweep_is_each_setting_alone():
     train, labels = blobs(200)
-    train, = linprobe.standardise(train)
-    weight, bias = linprobe.fit_linear(train, labels, 3, [0.01, 1.0], 5, seed=0)
-    for index, rate in enumerate([0.01, 1.0]):
-        alone, alone_bias = linprobe.fit_linear(train, labels, 3, [rate], 5, seed=0)
-        assert torch.allclose(weight[index], alone[0], atol=1e-6) and torch.allclose(bias[index], alone_bias[0], atol=1e-6)
+    settings = [{"rate": rate, "decay": decay} for rate in (0.01, 1.0) for decay in (0.0, 0.01)]
+    weight = linprobe.fit_linear(train, labels, 3, settings, 5, seed=0, batch=64, warmup=2)
+    assert weight.shape == (4, 17, 3) and not torch.allclose(weight[2], weight[3], atol=1e-3)
+    for together, setting in zip(weight, settings):
+        alone = linprobe.fit_linear(train, labels, 3, [setting], 5, seed=0, batch=64, warmup=2)[0]
+        assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
+    test = blobs(50, seed=1)[0]
+    predicted = linprobe.linear(train, labels, test, settings, 0, classes=3, epochs=5)
+    for together, setting in zip(predicted, settings):
+        assert torch.equal(together, linprobe.linear(train, labels, test, [setting], 0, classes=3, epochs=5)[0])
 
 
-def test_fit_linear_is_torchs_sgd():
-    train, labels = blobs(64)
-    train, = linprobe.standardise(train)
-    weight, bias = linprobe.fit_linear(train, labels, 3, [0.5], 3, seed=0)
-    layer = torch.nn.Linear(16, 3)
-    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5 * 64 / 256, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
-    for _ in range(3):  # one batch an epoch
+def test_linear_is_torchs_batch_norm_and_sgd():
+    """One batch an epoch, where the batch's statistics are the training set's; weight decay on weights and bias, warm-up."""
+    (train, labels), (test, _) = blobs(64), blobs(40, seed=1)
+    setting, epochs, warmup = {"rate": 0.5, "decay": 0.02}, 6, 2
+    norm, layer = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0), torch.nn.Linear(16, 3)
+    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[0]  # no epochs: the initial weights
+    assert first[:16].std() == pytest.approx(0.01, rel=0.3) and (first[16] == 0).all()
+    layer.weight.data, layer.bias.data = first[:16].T.clone(), first[16].clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5 * 64 / 256, momentum=0.9, weight_decay=0.02)
+    for epoch in range(epochs):
+        factor = epoch / 2 if epoch < 2 else (1 + math.cos(math.pi * (epoch - 2) / 4)) / 2
+        optimizer.param_groups[0]["lr"] = 0.125 * factor
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer(train), labels).backward()
-        optimizer.step(), schedule.step()
-    assert torch.allclose(weight[0].T, layer.weight, atol=1e-5) and torch.allclose(bias[0, 0], layer.bias, atol=1e-5)
+        torch.nn.functional.cross_entropy(layer(norm(train[:, 0])), labels).backward()
+        optimizer.step()
+    standard = norm(train[:, 0])[:, None]
+    weight = linprobe.fit_linear(standard, labels, 3, [setting], epochs, seed=3, warmup=warmup)[0]
+    assert torch.allclose(weight[:16].T, layer.weight, atol=1e-5) and torch.allclose(weight[16], layer.bias, atol=1e-5)
+    norm.eval()
+    norm.running_var *= 63 / 64  # torch keeps the unbiased variance
+    expected = layer(norm(test[:, 0])).argmax(1)
+    predicted = linprobe.linear(train, labels, test, [setting], 3, classes=3, epochs=epochs, warmup=warmup)
+    assert torch.equal(predicted[0], expected)
+
+
+def test_schedule_and_protocols():
+    assert [linprobe.schedule(epoch, 100, 10) for epoch in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert linprobe.schedule(0, 50) == 1 and linprobe.schedule(25, 50) == pytest.approx(0.5)
+    args = linprobe.parse_args(["--checkpoint", "none"])
+    assert len(args.rates) * len(args.decays) == 21 and (args.epochs, args.probe_batch, args.warmup) == (50, 256, 0)
+    args = linprobe.parse_args(["--checkpoint", "none", "--protocol", "videomae", "--epochs", "7"])
+    assert (args.rates, args.decays, args.epochs, args.probe_batch, args.warmup) == ((0.1,), (0.0,), 7, 1024, 10)
+
+
+def test_an_epoch_draws_one_view_of_each_video():
+    """Views of which one is noise: the layer learns from the other, and both count."""
+    clean, labels = blobs(300)
+    clean = (clean - clean.mean(0)) / clean.std(0)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
+    setting = [{"rate": 0.1, "decay": 0.0}]
+    alone, same, both = (linprobe.fit_linear(x, labels, 3, setting, 10, seed=0)
+                         for x in (clean, torch.cat([clean, clean], 1), torch.cat([clean, noise], 1)))
+    assert not torch.allclose(same, both, atol=1e-2)
+    accuracy = lambda weight: ((clean[:, 0] @ weight[0, :16] + weight[0, 16]).argmax(1) == labels).float().mean()
+    assert accuracy(alone) > 0.97 and accuracy(same) > 0.97 and accuracy(both) > 0.9
+    predicted = linprobe.linear(clean, labels, torch.cat([clean, -clean], 1), setting, 0, classes=3, epochs=1)
+    assert len(predicted[0].unique()) == 1  # a test video is the mean of its views: here always the same
+
+
+# ---- nearest neighbours --------------------------------------------------------------------------------------------------
 
 
 def test_knn_votes_by_similarity():
-    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 3.0], [0.0, 1.0]])
+    ks = lambda *values: [{"k": k} for k in values]
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 3.0], [0.0, 1.0]])[:, None]
     labels = torch.tensor([0, 0, 1, 1, 2])
-    assert linprobe.knn(train, labels, torch.tensor([[5.0, 0.1], [0.05, 1.0]]), 3, k=2).tolist() == [0, 1]
+    assert linprobe.knn(train, labels, torch.tensor([[[5.0, 0.1]], [[0.05, 1.0]]]), ks(2), 0, 3).tolist() == [[0, 1]]
     # one neighbour at cosine 1 outweighs two at 0.5: exp(1 / 0.07) against 2 exp(0.5 / 0.07)
-    train = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [0.5, -(0.75 ** 0.5)]])
-    assert linprobe.knn(train, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), 2, k=3).tolist() == [0]
+    train = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [0.5, -(0.75 ** 0.5)]])[:, None]
+    assert linprobe.knn(train, torch.tensor([0, 1, 1]), torch.tensor([[[1.0, 0.0]]]), ks(3), 0, 2).tolist() == [[0]]
+
+
+def test_knn_is_a_written_out_loop():
+    (train, labels), (test, _) = blobs(300, spread=4.0), blobs(280, seed=1, spread=4.0)  # more test videos than a chunk
+    train, test = torch.cat([train, train + 1], 1), test / 3
+    ks = (1, 5, 20, 1000)
+    predicted = linprobe.knn(train, labels, test, [{"k": k} for k in ks], 0, 3)
+    a, b = train.mean(1).double().numpy(), test[:, 0].double().numpy()
+    similar = (b / np.linalg.norm(b, axis=1)[:, None]) @ (a / np.linalg.norm(a, axis=1)[:, None]).T
+    for k, of_k in zip(ks, predicted):
+        for of_video, voted in zip(similar, of_k):
+            near = np.argsort(-of_video)[:k]
+            votes = [sum(math.exp(of_video[i] / 0.07) for i in near if labels[i] == c) for c in range(3)]
+            assert int(np.argmax(votes)) == voted
+    assert (predicted[0] != predicted[3]).any()
+
+
+# ---- the choice and the intervals ----------------------------------------------------------------------------------------
+
+
+def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_test_set():
+    """A probe that is right with one setting where the label is a training video's, and with the other on the test set."""
+    seen = []
+
+    def probe(train, labels, test, settings, seed):
+        seen.append((len(train), len(test), set(train.tolist()) & set(test.tolist())))
+        right, training = test % 10, test < 1000
+        return torch.stack([torch.where(training == setting["training"], right, -2) for setting in settings])
+
+    train, test = torch.arange(0, 200), torch.arange(1000, 1050)
+    settings = [{"training": False}, {"training": True}]
+    result = linprobe.repeat("x", probe, train, train % 10, test, test % 10, settings, [0, 1])
+    assert result["x"] == 0 and result["x_chosen"] == settings[1:] * 2 and result["x_seeds"] == [0, 0]
+    assert seen == [(180, 20, set()), (200, 50, set())] * 2  # chosen on a tenth, then trained anew on the whole
+    assert linprobe.choose(None, train, None, settings[:1], 0) == settings[0]  # nothing to choose, nothing trained
+
+
+def test_k_and_rate_are_chosen_with_the_held_out_part():
+    """Labels that only the nearest neighbour knows (every video has a twin), and test videos that k = 200 would get right."""
+    rng = torch.Generator().manual_seed(0)
+    twins = torch.nn.functional.normalize(torch.randn(200, 1, 3, generator=rng), dim=-1)
+    train, labels = torch.cat([twins, twins + 1e-4]), torch.randint(2, (200,), generator=rng).repeat(2)
+    truth = linprobe.knn(train, labels, twins, [{"k": 200}], 0, 2)[0]  # what k = 200 says
+    probe, ks = partial(linprobe.knn, classes=2), [{"k": 200}, {"k": 1}]
+    result = linprobe.repeat("knn", probe, train, labels, twins, truth, ks, [0, 1, 2])
+    assert result["knn_chosen"] == [{"k": 1}] * 3 and result["knn"] < 0.95
+    assert linprobe.repeat("knn", probe, train, labels, twins, truth, ks[:1], [0])["knn"] == 1
+
+
+def test_intervals():
+    assert linprobe.t_interval([0.5]) is None
+    margin = 4.302653 / 3 ** 0.5
+    assert linprobe.t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - margin, 2 + margin], abs=1e-3)
+    values = np.arange(31.0)
+    margin = 2.042272 * values.std(ddof=1) / 31 ** 0.5
+    assert linprobe.t_interval(values) == pytest.approx([15 - margin, 15 + margin], abs=1e-2)
+    assert linprobe.bootstrap(np.ones(50)) == [1, 1] and linprobe.bootstrap(np.zeros(50)) == [0, 0]
+    half = np.arange(400) % 2.0  # a binomial of 400: 0.5 +- 1.96 * 0.025
+    assert linprobe.bootstrap(half) == pytest.approx([0.451, 0.549], abs=0.005)
+    assert linprobe.bootstrap(half, seed=1) == linprobe.bootstrap(half, seed=1)
+
+
+# ---- the attentive probe -------------------------------------------------------------------------------------------------
+
+
+def test_the_attentive_probe_is_torchs_multi_head_attention():
+    torch.manual_seed(0)
+    probe, tokens = linprobe.AttentiveProbe(24, 3, 5), 3 * torch.randn(4, 10, 24) + 1
+    probe.query.data *= 200  # an attention that is far from uniform
+    reference = torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([torch.eye(24), probe.key.weight.data, probe.value.weight.data])
+    reference.out_proj.weight.data = torch.eye(24)
+    normed = torch.nn.LayerNorm(24)(tokens)
+    pooled, attention = reference(probe.query.reshape(1, 1, 24).expand(4, 1, 24), normed, normed)
+    assert attention.max() > 0.3
+    assert torch.allclose(probe(tokens), probe.head(pooled[:, 0]), atol=1e-5)
+
+
+def test_the_attentive_probe_finds_the_token_that_tells():
+    """The class is one token's, at a random place; the others are louder in sum. Each rate is trained as if alone."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(3, size=500))
+    tokens = rng.normal(size=(500, 12, 16)).astype(np.float16)
+    one_hot = np.eye(16, dtype=np.float16)
+    tokens[np.arange(500), rng.integers(12, size=500)] = 3 * one_hot[labels] + 6 * one_hot[9]
+    tokens[499] = np.nan  # a failed test video: any prediction will do
+    train, test = linprobe.Tokens(tokens, torch.arange(300)), linprobe.Tokens(tokens, torch.arange(300, 500))
+    probe = partial(linprobe.attentive, heads=2, classes=3)
+    settings = [{"rate": 1e-5}, {"rate": 1e-2}]
+    predicted = probe(train, labels[:300], test, settings, 0)
+    assert (predicted[1] == labels[300:])[:-1].float().mean() > 0.9 > 0.6 > (predicted[0] == labels[300:]).float().mean()
+    assert torch.equal(probe(train, labels[:300], test, settings[1:], 0)[0], predicted[1])
+    assert linprobe.choose(probe, train, labels[:300], settings, 0) == settings[1]
+
+
+# ---- features ------------------------------------------------------------------------------------------------------------
+
+
+FAST = ("--workers", 0, "--rates", 0.3, "--decays", 0, "--epochs", 2, "--seeds", 1, "--k", 5)
+UNTRAINED = ("--checkpoint", "none", "--size", "tiny")
+
+
+def both(world):
+    return "--data", world / "data/train.csv", "--test", world / "data/val.csv"
+
+
+def of(folder, array):
+    return np.load(folder / f"{array}.npy")
 
 
 @pytest.fixture(scope="module")
-def probed(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probe")
-    flags = ("--checkpoint", "none", "--size", "tiny", "--data", world / "data/train.csv", "--test", world / "data/val.csv", "--workers", 0)
-    out = run("linprobe.py", *flags, "--out", folder, process=True)
-    return folder, flags, out
+def wide(tmp_path_factory):
+    """Four videos of 96 x 48 pixels and 24 frames, the third broken: a manifest for both training and testing."""
+    folder = tmp_path_factory.mktemp("wide")
+    rng = np.random.default_rng(0)
+    for row in range(4):
+        coarse = rng.integers(0, 255, (24, 6, 12, 3), dtype=np.uint8)
+        toy.write_video(folder / f"{row}.mp4", coarse.repeat(8, axis=1).repeat(8, axis=2))
+    (folder / "2.mp4").write_bytes(b"broken")
+    (folder / "all.csv").write_text("path,label\n" + "".join(f"{row}.mp4,{row // 2}\n" for row in range(4)))
+    return folder, ("--data", folder / "all.csv", "--test", folder / "all.csv", *UNTRAINED, *FAST)
 
 
-def test_features_are_the_mean_of_the_encoders_tokens(world, probed):
-    folder, _, _ = probed
-    features = np.load(folder / "test.features.npy")
-    assert features.shape == (24, 96) and np.load(folder / "train.features.npy").shape == (32, 96)
+@pytest.mark.parametrize("sampling", ("dense", "uniform"))
+def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tmp_path, sampling):
+    folder, flags = wide
+    run("linprobe.py", *flags, "--clips", 2, "--crops", 3, "--sampling", sampling, "--attentive", "--token-grid", 2, 2, 1,
+        "--out", tmp_path)
     torch.manual_seed(0)
-    model = VideoMAE("tiny").eval()
-    expected = []
+    model, means, pooled = VideoMAE("tiny").eval(), [], []
     for where in (0.25, 0.75):
-        frames = read_frames(world / "data/videos/val/00009.mp4", clip_times(0, 2.0, 10, 8, 2, where), 32)
-        clip = torch.from_numpy(center_crop(frames, 32)[0].copy()).permute(3, 0, 1, 2)[None]
-        with torch.no_grad():
-            expected.append(model.encode(normalize(clip)).mean(1)[0])
-    assert np.allclose(features[9], torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)
+        times = uniform_times(0, 2.4, 10, 8, where) if sampling == "uniform" else clip_times(0, 2.4, 10, 8, 2, where)
+        frames = read_frames(folder / "1.mp4", times, 32)
+        for crop in (frames[:, :, :32], frames[:, :, 16:48], frames[:, :, 32:]):
+            with torch.no_grad():
+                tokens = model.encode(normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None]))[0]
+            means.append(tokens.mean(0))
+            pooled.append(tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96))  # (t h w) 4 4 4 -> 2 2 1
+    features, stored = of(tmp_path, "test.features"), of(tmp_path, "test.tokens")
+    assert (features.shape, features.dtype, stored.shape, stored.dtype) == ((4, 96), np.float32, (4, 24, 96), np.float16)
+    assert np.allclose(features[1], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+    assert np.allclose(stored[1], torch.cat(pooled), rtol=2e-3, atol=2e-3)
+    assert np.isnan(features[2]).all() and np.isnan(stored[2]).all() and np.isfinite(features[[0, 1, 3]]).all()
+    assert np.allclose(of(tmp_path, "train.features"), features, equal_nan=True)
+    result = json.loads((tmp_path / "label.json").read_text())
+    assert (result["train"], result["test"], result["unreadable"], result["classes"]) == (3, 4, 2, 2)
+    assert max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75  # the broken one is wrong
 
 
-def test_features_are_reused_for_another_label_and_equal_over_ranks(probed, tmp_path):
-    folder, flags, out = probed
-    result = json.loads((folder / "label.json").read_text())
-    assert result["classes"] == 8 and result["train"] == 32 and result["test"] == 24 and f"linear {result['linear']:.4g}" in out
-    before = (folder / "train.features.npy").stat().st_mtime_ns
-    run("linprobe.py", *flags, "--out", folder, "--label-column", "object")
-    assert (folder / "train.features.npy").stat().st_mtime_ns == before and (folder / "object.json").exists()
-    run("linprobe.py", *flags, "--out", folder, "--seed", 1, "--max-steps", 1)  # another encoder: not reused
-    assert (folder / "train.features.npy").stat().st_mtime_ns != before
-    run("linprobe.py", *flags, "--out", tmp_path, ranks=2)
-    again = json.loads((tmp_path / "label.json").read_text())
-    assert again["linear"] == pytest.approx(result["linear"], abs=0.1) and again["unreadable"] == 0
-    run("linprobe.py", *flags, "--out", tmp_path / "alone")
-    assert np.allclose(np.load(tmp_path / "alone/test.features.npy"), np.load(tmp_path / "test.features.npy"), atol=1e-5)
+def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
+    folder, flags = wide
+    flags += ("--augment", 3, "--attentive")
+    run("linprobe.py", *flags, "--out", tmp_path / "a")
+    run("linprobe.py", *flags, "--out", tmp_path / "b", "--batch-size", 1, "--workers", 1)
+    features, again = of(tmp_path / "a", "train.features"), of(tmp_path / "b", "train.features")
+    assert features.shape == (4, 3, 96) and of(tmp_path / "a", "test.features").shape == (4, 96)
+    assert np.allclose(features, again, atol=1e-5, equal_nan=True) and np.isnan(features[2]).all()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (abs(features[:, a] - features[:, b]).max(1)[[0, 1, 3]] > 1e-3).all()
+    assert of(tmp_path / "a", "train.tokens").shape == (4, 128, 96)  # clean
+    args = SimpleNamespace(seed=0, augment=20, frames=8, stride=2, image_size=32, sampling="dense", flip=False)
+    videos = read_manifest(folder / "all.csv")
+    views = lambda videos, **changed: linprobe.RandomViews(videos, SimpleNamespace(**vars(args) | changed))
+    plain, flipped = (views(videos, flip=flip)[1][1] for flip in (False, True))
+    fewer = views(videos[1:], augment=2)[0]  # the row counts, not the place in the list
+    assert fewer[0] == 1 and torch.equal(fewer[1], plain[:2])
+    assert plain.shape == (20, 3, 8, 32, 32) and plain.dtype == torch.uint8
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(plain, flipped)]
+    assert 3 < sum(mirrored) < 17 and all(torch.equal(a, b) for a, b, mirror in zip(plain, flipped, mirrored) if not mirror)
+    assert not any(torch.equal(a, b) for a, b in zip(plain, views(videos, seed=1)[1][1]))
+    run("linprobe.py", *flags, "--out", tmp_path / "a", "--no-flip", "--sampling", "uniform")
+    assert abs(of(tmp_path / "a", "train.features") - features)[[0, 1, 3]].max() > 1e-3
+
+
+def test_a_half_made_extraction_goes_on(world, tmp_path):
+    flags = (*both(world), *UNTRAINED, *FAST, "--batch-size", 8, "--attentive")
+    run("linprobe.py", *flags, "--out", tmp_path / "whole")
+    half = tmp_path / "half"
+    run("linprobe.py", *flags, "--out", half, "--max-steps", 2)
+    array = np.load(half / "train.features.npy", mmap_mode="r+")
+    assert np.isfinite(array[:16]).all() and np.isnan(array[16:]).all()
+    assert json.loads((half / "label.json").read_text())["train"] == 16
+    array[3] = 7
+    del array
+    run("linprobe.py", *flags, "--out", half)
+    assert (of(half, "train.features")[3] == 7).all()  # what was there has not been made again
+    array = np.load(half / "train.features.npy", mmap_mode="r+")
+    array[3] = of(tmp_path / "whole", "train.features")[3]
+    del array
+    for name in ("train.features", "test.features", "train.tokens", "test.tokens"):
+        assert (half / f"{name}.npy").read_bytes() == (tmp_path / f"whole/{name}.npy").read_bytes()
+        assert (half / f"{name}.json").read_text() == (tmp_path / f"whole/{name}.json").read_text()
+
+
+def test_features_are_reused_until_something_changes(copy):
+    flags = ("--checkpoint", "c.pt", "--size", "tiny", *FAST, "--clips", 1, "--out", "p")
+    path = copy / "p/train.features.npy"
+
+    def marked(*more):
+        """Marks the features with a seven and runs again: is it still there?"""
+        array = np.load(path, mmap_mode="r+")
+        array[0] = 7
+        del array
+        run("linprobe.py", *flags, *more, cwd=copy)
+        return bool((np.load(path)[0] == 7).all())
+
+    torch.save({"model": VideoMAE("tiny").state_dict()}, copy / "c.pt")
+    run("linprobe.py", *flags, cwd=copy)
+    assert marked() and marked("--label-column", "object") and marked("--seed", 1) and marked("--protocol", "videomae")
+    assert not marked("--resume", "none") and marked("--resume", "auto")
+    assert not marked("--stride", 1) and not marked("--crops", 2) and not marked("--augment", 1)
+    assert not marked("--augment", 1, "--seed", 1) and not marked()
+    torch.save({"model": VideoMAE("tiny").state_dict()}, copy / "c.pt")
+    assert not marked() and marked()
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/train.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    assert not marked()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_end_to_end(world, tmp_path):
+    flags = (*both(world), *UNTRAINED, "--attentive", "--seeds", 2)
+    out = run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path, process=True)
+    result = json.loads((tmp_path / "label.json").read_text())
+    assert [result[key] for key in ("label", "checkpoint", "classes", "train", "test", "unreadable", "seed")] == \
+        ["label", "none", 8, 32, 24, 0, 0] and 0 < result["majority"] < 0.5
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    for probe, settings in (("linear", {"rate", "decay"}), ("knn", {"k"}), ("attentive", {"rate"})):
+        seeds, (low, high), (least, most) = (result[f"{probe}_{key}"] for key in ("seeds", "interval", "bootstrap"))
+        assert len(seeds) == 2 and result[probe] == pytest.approx(sum(seeds) / 2) == pytest.approx((low + high) / 2)
+        assert high - low == pytest.approx(12.706 * abs(seeds[0] - seeds[1]), abs=1e-6) and least <= result[probe] <= most
+        assert len(result[f"{probe}_chosen"]) == 2 and set(result[f"{probe}_chosen"][0]) == settings
+        assert f"{result[probe]:.3f}" in lines[probe] and f"{least:.3f} to {most:.3f}" in lines[probe]
+    assert f"{result['majority']:.3f}" in lines["majority"]
+    run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again/label.json").read_text()) == result  # a pure function of the seed
+
+
+def test_two_ranks_are_one(world, tmp_path):
+    flags = (*both(world), *UNTRAINED, *FAST, "--augment", 2, "--attentive")
+    run("linprobe.py", *flags, "--out", tmp_path / "two", ranks=2)
+    run("linprobe.py", *flags, "--out", tmp_path / "one")
+    for name, close in (("train.features", 1e-5), ("test.features", 1e-5), ("train.tokens", 2e-3), ("test.tokens", 2e-3)):
+        one, two = of(tmp_path / "one", name), of(tmp_path / "two", name)
+        assert np.isfinite(one).all() and np.allclose(one, two, rtol=close, atol=close)
+    results = [json.loads((tmp_path / f"{ranks}/label.json").read_text()) for ranks in ("one", "two")]
+    assert results[0]["knn"] == pytest.approx(results[1]["knn"], abs=0.1)
 
 
 def test_a_checkpoint_brings_its_own_settings(copy):
-    run("pretrain.py", "--size", "tiny", "--frames", 4, "--stride", 3, "--batch-size", 8, "--epochs", 1, "--workers", 0, cwd=copy)
+    run("pretrain.py", "--size", "tiny", "--frames", 4, "--stride", 3, "--batch-size", 8, "--epochs", 1, "--workers", 0,
+        cwd=copy)
     out = run("linprobe.py", "--checkpoint", "runs/text/checkpoint.pt", "--workers", 1, "--clips", 1, cwd=copy)
     about = json.loads((copy / "runs/text/probe/train.features.json").read_text())
     assert (about["size"], about["frames"], about["stride"], about["clips"]) == ("tiny", 4, 3, 1) and "knn" in out
 
 
-def test_unreadable_and_unknown(copy):
+def test_unreadable_unknown_and_few(copy):
+    flags = (*UNTRAINED, *FAST, "--attentive", "--clips", 1, "--out", "p")
     lines = (copy / "data/val.csv").read_text().splitlines()
     lines[1] = "missing.mp4" + lines[1][lines[1].index(","):]
     lines[2] = lines[2].split(",")[0] + ",fly,bird,a bird"
     (copy / "data/val.csv").write_text("\n".join(lines) + "\n")
-    out = run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--stride", 2, "--workers", 0, "--out", "p", cwd=copy)
+    out = run("linprobe.py", *flags, cwd=copy)
     assert "classes without a training video count as wrong: fly" in out
     result = json.loads((copy / "p/label.json").read_text())
     assert result["test"] == 24 and result["unreadable"] == 1
+    # five videos, one of class 900, labels with gaps; the sweep holds one out, k is cut to those there are
+    (copy / "few.csv").write_text("path,label\n" + "".join(f"data/videos/train/{row:05d}.mp4,{label}\n"
+                                                           for row, label in enumerate((3, 3, 900, 7, 7))) + "gone.mp4,8\n")
+    flags = (*UNTRAINED, "--attentive", "--clips", 1, "--out", "q", "--data", "few.csv", "--test", "few.csv", "--workers", 0)
+    out = run("linprobe.py", *flags, "--epochs", 60, cwd=copy)
+    result = json.loads((copy / "q/label.json").read_text())
+    assert (result["train"], result["test"], result["classes"], result["unreadable"]) == (5, 6, 3, 2) and "wrong: 8" in out
+    assert result["knn"] == pytest.approx(5 / 6) and result["linear"] <= 5 / 6 and result["majority"] == pytest.approx(2 / 6)
+    (copy / "one.csv").write_text("path,label\ndata/videos/train/00000.mp4,3\ngone.mp4,8\n")
+    refusal = run("linprobe.py", *flags, "--data", "one.csv", cwd=copy, fails=True)
+    assert refusal == "one.csv: 1 readable videos: nothing to train on"
 
 
 def test_refusals(copy):
     assert "no such file" in run("linprobe.py", "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
     (copy / "garbage.pt").write_bytes(b"not a checkpoint")
-    assert "garbage.pt: no checkpoint" in run("linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True)
+    refusal = run("linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True)
+    assert "garbage.pt: no checkpoint" in refusal
     assert "'verb'" in run("linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True)
+    assert "--token-grid [9, 1, 1]: expected" in run("linprobe.py", *UNTRAINED, "--token-grid", 9, 1, 1, cwd=copy, fails=True)
+    for flag in ("--seeds", "--clips", "--crops", "--k"):
+        with pytest.raises(SystemExit):
+            linprobe.parse_args(["--checkpoint", "none", flag, "0"])
     (copy / "data/val.csv").write_text("path,label\nvideos/val/00001.mp4,\n")
     assert "has no label" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", cwd=copy, fails=True)

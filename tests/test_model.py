@@ -144,6 +144,26 @@ def test_classifier_equals_transformers():
     close(ours.eval()(video), hf(video.transpose(1, 2)).logits)
 
 
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_published_sizes_classify_as_transformers_does_both_ways(tmp_path, size):
+    """16 x 224 x 224: their random weights through our loader, and ours through their from_pretrained."""
+    ours = VideoViT(size, classes=11).eval()
+    hf = hf_model("VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=11)).eval()
+    video = random_video(ours, 1)
+    for model in (hf.classifier, ours.head):
+        torch.nn.init.normal_(model.weight, std=0.05)
+    with torch.no_grad():
+        hf.save_pretrained(tmp_path / "theirs")
+        assert load_pretrained(ours, tmp_path / "theirs") == []
+        close(ours(video), hf(video.transpose(1, 2)).logits)
+        randomized = VideoViT(size, classes=11).eval()
+        torch.nn.init.normal_(randomized.head.weight, std=0.05)
+        save_huggingface(randomized, tmp_path / "ours")
+        back = type(hf).from_pretrained(tmp_path / "ours").eval()
+        official_eps(back)
+        close(randomized(video), back(video.transpose(1, 2)).logits)
+
+
 def test_huggingface_folder_there_and_back(tmp_path):
     transformers = pytest.importorskip("transformers")
     mae, vit = randomize(VideoMAE("nano", text_dim=7)), randomize(VideoViT("nano", classes=5)).eval()
@@ -183,6 +203,19 @@ def test_bare_huggingface_encoder_loads(tmp_path):
                for r in report) and "missing mask_token" in report
     video = random_video(mae)
     close(mae.encode(video), hf(video.transpose(1, 2)).last_hidden_state)
+
+
+def test_bare_huggingface_encoder_without_a_norm(tmp_path):
+    """VideoMAEModel as its configuration has it by default: the classifier's norm is elsewhere, so the file has none."""
+    mae = VideoMAE("nano")
+    hf = randomize(hf_model("VideoMAEModel", hf_config(mae, use_mean_pooling=True)))
+    hf.save_pretrained(tmp_path)
+    assert {"missing encoder.norm.weight", "missing encoder.norm.bias"} <= set(load_pretrained(mae, tmp_path))
+    video = random_video(mae)
+    expected = F.layer_norm(hf(video.transpose(1, 2)).last_hidden_state, (24,), eps=1e-6)
+    close(mae.encode(video), expected)
+    vit = VideoViT("nano", classes=3)
+    assert load_pretrained(vit, tmp_path) == ["missing fc_norm.weight", "missing fc_norm.bias", "missing head.weight", "missing head.bias"]
 
 
 # --- the official checkpoints ---
@@ -255,8 +288,36 @@ def test_our_checkpoint_and_fine_tuned_layout(tmp_path):
     assert load_pretrained(again, tmp_path / "vit.pt") == []
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in vit.state_dict().items())
     assert "unused contrastive.proj.weight" in load_pretrained(again, tmp_path / "mae.pt")
-    with pytest.raises(ValueError, match="missing encoder.norm.weight.*unexpected encoder.fc_norm"):
-        load_pretrained(mae, tmp_path / "vit.pt")
+    # Of a fine-tuned file the autoencoder takes the blocks, and fc_norm for its final norm.
+    report = load_pretrained(mae, tmp_path / "vit.pt")
+    assert {"unused encoder.head.weight", "unused encoder.head.bias", "missing mask_token"} <= set(report)
+    assert all(r.startswith(("unused encoder.head.", "missing decoder.", "missing encoder_to_", "missing mask", "missing contr")) for r in report)
+    for key, value in vit.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(value, mae.state_dict()["encoder." + key.replace("fc_norm", "norm")]), key
+
+
+def test_a_new_head_for_other_classes(tmp_path):
+    old, new = randomize(VideoViT("nano", classes=3)), VideoViT("nano", classes=7)
+    torch.save({"model": old.state_dict()}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"head.weight: file \[3, 24\], model \[7, 24\]"):
+        load_pretrained(new, tmp_path / "old.pt")
+    head = new.head.weight.clone()
+    assert load_pretrained(new, tmp_path / "old.pt", new_head=True) == ["missing head.weight", "missing head.bias"]
+    assert torch.equal(new.head.weight, head) and torch.equal(new.fc_norm.weight, old.fc_norm.weight)
+    assert M.head_classes(tmp_path / "old.pt") == 3
+    torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
+    assert "unused mask_token" in load_pretrained(new, tmp_path / "mae.pt", new_head=True)
+    with pytest.raises(ValueError, match="holds no classifier"):
+        M.head_classes(tmp_path / "mae.pt")
+
+
+def test_saved_args(tmp_path):
+    torch.save({"model": {}, "args": {"size": "tiny"}}, tmp_path / "ours.pt")
+    torch.save({"model": {}, "args": argparse.Namespace(size=1)}, tmp_path / "official.pt")
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    assert M.saved_args(tmp_path / "ours.pt") == {"size": "tiny"}
+    assert [M.saved_args(tmp_path / name) for name in ("official.pt", "bad.pt", "gone.pt")] == [{}] * 3 and M.saved_args("none") == {}
 
 
 class Payload:

@@ -1,0 +1,138 @@
+"""Clips: which frames of a video make a training sample or a test view, and which samples make a batch. Needs video.py.
+
+Dense sampling takes frames a fixed stride apart from one place of the video; uniform (TSN, arXiv 1608.00859) takes one frame
+from each of T equal parts. Everything random in a sample is a pure function of (seed, epoch, row, repeat), so that neither the
+number of workers nor that of ranks changes a batch, and a resumed run repeats an uninterrupted one.
+
+Letters: V views of a video, T frames, H W pixels.
+"""
+import signal
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from video import VideoError, VideoReader
+
+
+def clip_times(start, end, fps, frames, stride, where):
+    """Dense: the times of `frames` frames, `stride` video frames apart, inside [start, end] -> float64 [frames], seconds.
+
+    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last moment repeats.
+    """
+    window = frames * stride / fps
+    first = start + where * max(0.0, end - start - window)
+    return np.minimum(first + np.arange(frames) * stride / fps, max(start, end - 0.5 / fps))
+
+
+def uniform_times(start, end, fps, frames, where):
+    """Uniform: one time in each of `frames` equal parts of [start, end], at `where` in [0, 1] of the part (a number, or one a
+    part) -> float64 [frames], seconds."""
+    return np.minimum(start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps))
+
+
+def center_crop(frames, size):
+    """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size, size, 3], its box: x0, y0,
+    x1, y1 as fractions of the frame)."""
+    height, width = frames.shape[1:3]
+    top, left = (height - size) // 2, (width - size) // 2
+    box = (left / width, top / height, (left + size) / width, (top + size) / height)
+    return frames[:, top:top + size, left:left + size], box
+
+
+def side_crops(frames, size, count):
+    """`count` squares of frames [T, H, W, 3] whose short side is `size`, evenly along the long side from one end to the other, or
+    the middle one -> [count, T, size, size, 3]."""
+    if count == 1:
+        return center_crop(frames, size)[0][None]
+    height, width = frames.shape[1:3]
+    places = np.rint(np.linspace(0, max(height, width) - size, count)).astype(int)
+    return np.stack([frames[:, place:place + size] if height > width else frames[:, :, place:place + size] for place in places])
+
+
+def multi_scale_crop(height, width):
+    """VideoMAE's MultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly square, at one of 5 x 5 places.
+    Returns top, left, height, width in pixels."""
+    scales = (1, 0.875, 0.75, 0.66)
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    a, b = pairs[torch.randint(len(pairs), ()).item()]
+    h, w = int(min(height, width) * a), int(min(height, width) * b)
+    top, left = ((free * torch.randint(5, ()).item()) // 4 for free in (height - h, width - w))
+    return top, left, h, w
+
+
+class TrainingClips(Dataset):
+    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns, a dict, with "failed": the row if
+    its video could not be read and another, drawn from `rows`, took its place; else -1."""
+
+    def __init__(self, videos, rows, seed):
+        self.videos, self.rows, self.seed = videos, rows, seed
+
+    def __getitem__(self, key):
+        epoch, row = key
+        failed = -1
+        for attempt in range(10):  # a broken video gives its place to another, the same one whenever this is asked
+            rng = np.random.default_rng([self.seed, epoch, row, attempt])
+            pick = row if attempt == 0 else int(rng.choice(self.rows))
+            try:
+                return self.sample(epoch, pick, rng) | {"failed": failed}
+            except VideoError as error:
+                failed = row if failed < 0 else failed
+                print(f"skipped: {error}", file=sys.stderr)
+        raise VideoError(f"{self.videos[row].path}: and nine videos drawn in its place cannot be read either")
+
+
+def repeat_seed(seed, epoch, row, repeat):
+    """The seed for torch of one repeat of a sample: an int of 63 bits."""
+    return int(np.random.SeedSequence([seed, epoch, row, 10 + repeat]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class EpochBatches:
+    """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch) alone, and the ranks' batches
+    side by side are the global batch, whatever the number of ranks. `start` batches of the epoch are left out (resuming)."""
+
+    def __init__(self, rows, batch, batches, seed, rank, ranks):
+        self.rows, self.batch, self.batches, self.seed, self.rank, self.ranks = rows, batch, batches, seed, rank, ranks
+        self.epoch, self.start = 0, 0
+
+    def __len__(self):
+        return self.batches - self.start
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        for index in range(self.start, self.batches):
+            first = (index * self.ranks + self.rank) * self.batch
+            yield [(self.epoch, int(row)) for row in order[first:first + self.batch]]
+
+
+def ignore_sigterm(_):
+    """For the loader's workers: schedulers signal the whole process group, and the run still has to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Views(Dataset):
+    """Test views: item i is (row, uint8 [V, 3, T, H, W], None) of videos[i], or (row, None, why it failed). V = clips x crops: clips
+    evenly over the video (dense, or uniform with clips that interleave), crops along the long side; a video's views stay together,
+    so nothing has to be merged by name. Loaders want collate_fn=list."""
+
+    def __init__(self, videos, frames, image_size, stride, clips=1, crops=1, sampling="dense"):
+        self.videos, self.frames, self.image_size, self.stride = videos, frames, image_size, stride
+        self.clips, self.crops, self.sampling = clips, crops, sampling
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        video = self.videos[index]
+        try:
+            with VideoReader(video.path) as reader:
+                start, end = reader.span(video)
+                places = (np.arange(self.clips) + 0.5) / self.clips
+                times = [uniform_times(start, end, reader.fps, self.frames, where) if self.sampling == "uniform" else
+                         clip_times(start, end, reader.fps, self.frames, self.stride, where) for where in places]
+                frames = reader.read(np.concatenate(times), self.image_size)
+        except VideoError as error:
+            return video.row, None, str(error)
+        views = torch.from_numpy(side_crops(frames, self.image_size, self.crops)).unflatten(1, (self.clips, self.frames))
+        return video.row, views.transpose(0, 1).flatten(0, 1).permute(0, 4, 1, 2, 3).contiguous(), None

@@ -1,0 +1,112 @@
+"""Testing a classifier of videos: several views of each, every video counted once; accuracies with intervals, and their files.
+
+    probabilities = predict(model, videos, classes, views=(5, 3), ...)       [N, C], the same on every rank
+    result = score(probabilities, labels, classes)                           top-1, top-5, mean class accuracy, ...
+
+Letters: N videos, V views of each (clips x crops), B videos a batch, C classes.
+"""
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clips import Views
+from model import normalize
+
+
+@torch.inference_mode()
+def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks=1):
+    """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank; NaN for a video that cannot be
+    read. Rows are shared out over the ranks, summed up by row, and each asserted to have come once."""
+    mine = videos[rank::ranks]
+    probabilities, counted = torch.zeros(len(videos), classes, device=device), torch.zeros(len(videos), device=device)
+    loader = DataLoader(Views(mine, args.frames, args.image_size, args.stride, *views, args.sampling),
+                        max(1, args.batch_size // math.prod(views)), num_workers=args.workers, collate_fn=list)
+    model.eval()
+    with tqdm(total=len(mine), desc=f"{views[0]} x {views[1]} views", unit="video", disable=None if rank == 0 else True) as bar:
+        for items in loader:
+            for row, clips, error in items:
+                counted[row] += 1
+                if error:
+                    tqdm.write(error, file=sys.stderr)
+                    probabilities[row] = math.nan
+            if good := [(row, clips) for row, clips, error in items if error is None]:
+                clips = normalize(torch.cat([clips for _, clips in good]).to(device))              # [B*V, 3, T, H, W]
+                with autocast:
+                    logits = model(clips)
+                probabilities[[row for row, _ in good]] = logits.float().softmax(-1).unflatten(0, (len(good), -1)).mean(1)
+            bar.update(len(items))
+    model.train()
+    if ranks > 1:
+        dist.all_reduce(probabilities)
+        dist.all_reduce(counted)
+    assert (counted == 1).all(), "a test video was left out or counted twice"
+    return probabilities.cpu()
+
+
+def score(probabilities, labels, classes):
+    """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class): a dict with top1, top5, mean_class (the mean over
+    the classes present), per_class [C] (NaN if absent), confusion [C, C] (true, predicted) and correct [N]. NaN rows are wrong."""
+    readable = ~probabilities.isnan().any(1)
+    ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices
+    hit = (ranked == labels[:, None]) & readable[:, None]
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    known = readable & (labels >= 0)
+    confusion.index_put_((labels[known], ranked[known, 0]), torch.ones_like(labels[known]), accumulate=True)
+    per_class = torch.tensor([hit[labels == c, 0].float().mean().item() if (labels == c).any() else math.nan for c in range(classes)])
+    return {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(1).float().mean().item(),
+            "mean_class": per_class.nanmean().item(), "per_class": per_class, "confusion": confusion, "correct": hit[:, 0]}
+
+
+def bootstrap(correct, resamples=2000, seed=0):
+    """The 95 % percentile interval of the mean of correct [N], over resampled test sets: [low, high]."""
+    correct, rng = np.asarray(correct, float), np.random.default_rng(seed)
+    means = [correct[rng.integers(len(correct), size=len(correct))].mean() for _ in range(resamples)]
+    return np.quantile(means, (0.025, 0.975)).tolist()
+
+
+def draw_confusion(path, confusion, names):
+    """The confusion matrix, each row divided by its sum: white 0, dark 1; names and counts where there is room."""
+    from PIL import Image, ImageDraw
+    share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    cell = max(2, min(36, 1200 // len(names)))
+    margin = min(200, 12 + 7 * max(map(len, names))) if cell >= 12 else 20
+    picture = Image.new("RGB", (margin + cell * len(names) + 4, margin + cell * len(names) + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((2, 2), "true, across: predicted" if margin > 140 else "true \\ predicted", fill="black")
+    for i, name in enumerate(names):
+        if cell >= 12:
+            draw.text((4, margin + i * cell + cell // 2 - 6), name[:28], fill="black")
+            sideways = Image.new("RGB", (margin - 14, 12), "white")
+            ImageDraw.Draw(sideways).text((0, 0), name[:28], fill="black")
+            picture.paste(sideways.rotate(90, expand=True), (margin + i * cell + cell // 2 - 6, 14))
+        for j in range(len(names)):
+            x, y, dark = margin + j * cell, margin + i * cell, share[i, j]
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=tuple(round(255 - dark * (255 - tone)) for tone in (20, 60, 130)),
+                           outline="lightgrey" if cell >= 12 else None)
+            if cell >= 24 and confusion[i, j]:
+                draw.text((x + 4, y + cell // 2 - 6), str(int(confusion[i, j])), fill="white" if dark > 0.5 else "black")
+    picture.save(path)
+
+
+def write_test(out, result, names, labels, probabilities, about):
+    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds."""
+    majority = torch.bincount(labels[labels >= 0], minlength=len(names)).max().item() / len(labels)
+    summary = about | {"videos": len(labels), "unreadable": int(probabilities.isnan().any(1).sum()), "top1": result["top1"],
+                       "top1_bootstrap": bootstrap(result["correct"]), "top5": result["top5"], "mean_class": result["mean_class"],
+                       "majority": majority}
+    (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("class", "videos", "accuracy"))
+        for c, name in enumerate(names):
+            accuracy = result["per_class"][c].item()
+            writer.writerow((name, int((labels == c).sum()), "" if math.isnan(accuracy) else f"{accuracy:.4f}"))
+    draw_confusion(out / "confusion.png", result["confusion"], names)
+    return summary

@@ -1,0 +1,404 @@
+"""Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over several views of each.
+
+Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint: ours, VideoMAE's .pth, a Hugging Face
+        VideoMAE folder, or none (from scratch)
+Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json, log.jsonl; after testing test.json,
+        per_class.csv, confusion.png
+
+    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 2e-3     CPU, the toy world
+    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt                                   eight GPUs
+    python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
+
+Recipes, after VideoMAE's own scripts (learning rates for a batch of 256; ViT-B; scale --batch-size x --accum x ranks as you can):
+
+    Kinetics-400            --epochs 75 --blr 1e-3 --views 5 3                                       (the defaults; small: 150 epochs)
+    Something-Something v2  --epochs 50 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+    UCF101, HMDB51          --epochs 100 --blr 1e-3 --drop-path 0.2 --views 5 3
+    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3         (ours: it tells left from right)
+
+Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and changed by RandAugment and random
+erasing, alike in every frame; batches are mixed by mixup or cutmix. The learning rate falls by --layer-decay from layer to layer
+towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip. --val is looked at after
+every epoch with one view; the result is --test's (without it --val's), with clips x crops views whose softmax is averaged. Where
+--test is --val, best.pt was chosen on what it is tested on, and last is the honest figure: it is the default.
+Every test video is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
+
+Letters: B batch, R repeats, V views, T frames, H W pixels, C classes.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import evaluate
+import model as models
+from clips import EpochBatches, TrainingClips, clip_times, ignore_sigterm, repeat_seed, uniform_times
+from manifest import ManifestError, read_manifest
+from video import VideoReader
+
+GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
+
+
+# ---- training samples ----------------------------------------------------------------------------------------------------
+
+class Clips(TrainingClips):
+    """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], ...}. labels: the class of every row."""
+
+    def __init__(self, videos, rows, labels, args):
+        super().__init__(videos, rows, args.seed)
+        self.labels, self.args = labels, args
+        self.rand_augment = v2.RandAugment(*args.rand_augment, interpolation=TF.InterpolationMode.BILINEAR, fill=GREY)
+        self.erase = v2.RandomErasing(args.erase, value=GREY)
+
+    def sample(self, epoch, row, rng):
+        args = self.args
+        with VideoReader(self.videos[row].path) as reader:
+            start, end = reader.span(self.videos[row])
+            times = (uniform_times(start, end, reader.fps, args.frames, rng.random(args.frames)) if args.sampling == "uniform" else
+                     clip_times(start, end, reader.fps, args.frames, args.stride, rng.random()))
+            frames = torch.from_numpy(reader.read(times)).permute(0, 3, 1, 2)                # uint8 [T, 3, H, W]
+        clips = [self.augment(frames, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
+        return {"clip": torch.stack(clips), "label": torch.full((args.repeat,), self.labels[row]), "row": row}
+
+    def augment(self, frames, seed):
+        """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H, W] -> [3, T, size, size]."""
+        args = self.args
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            box = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
+            clip = TF.resized_crop(frames, *box, [args.image_size, args.image_size], antialias=True)
+            clip = clip.flip(-1) if args.flip and torch.rand(()) < 0.5 else clip
+            clip = self.rand_augment(clip) if args.rand_augment[0] else clip
+            return self.erase(clip).transpose(0, 1).contiguous()
+
+
+def make_mix(mixup, cutmix, classes):
+    """Mixup or cutmix of a batch, half and half if both have an alpha above 0 (torchvision's): clips [B, 3, T, H, W] float, labels
+    [B] -> clips, targets [B, C]. Each sample is mixed with its neighbour in the batch."""
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    choose = v2.RandomChoice(kinds) if kinds else None
+
+    def mix(clips, labels):
+        if choose is None:
+            return clips, F.one_hot(labels, classes).float()
+        videos, targets = choose(tv_tensors.Video(clips.transpose(1, 2)), labels)
+        return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
+    return mix
+
+
+# ---- optimisation --------------------------------------------------------------------------------------------------------
+
+def layer_of(name, depth):
+    """0 for the patch embedding, i + 1 for block i, depth + 1 for what follows the blocks."""
+    return 0 if name.startswith("patch_embed") else int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def make_optimizer(model, lr, layer_decay, weight_decay):
+    """AdamW with one learning rate a layer: lr x layer_decay^(layers to the head) (ELECTRA; BEiT, arXiv 2106.08254). Groups hold
+    "layer" and "scale"; biases and norms do not decay."""
+    depth, groups = model.config["depth"], {}
+    for name, parameter in model.named_parameters():
+        layer, decays = layer_of(name, depth), parameter.ndim > 1
+        scale = layer_decay ** (depth + 1 - layer)
+        groups.setdefault((layer, decays), {"params": [], "layer": layer, "scale": scale, "lr": lr * scale,
+                                            "weight_decay": weight_decay if decays else 0.0})["params"].append(parameter)
+    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=(0.9, 0.999))
+
+
+def layer_table(optimizer, depth):
+    """The learning rates as text, a line a layer."""
+    layers = {}
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        layers[group["layer"]] = (group["lr"], layers.get(group["layer"], (0, 0))[1] + count)
+    name = lambda layer: "patch embedding" if layer == 0 else "norm and head" if layer > depth else f"block {layer - 1}"
+    return "\n".join(f"  {name(layer):16} lr {lr:<9.3g} {count / 1e6:8.3f} M" for layer, (lr, count) in sorted(layers.items()))
+
+
+def learning_rate(step, lr, warmup, total, floor=1e-6):
+    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the step."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    floor = min(floor, lr)
+    return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/train.csv", help="training manifest")
+    data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
+    data.add_argument("--test", help="manifest of the final test (default: --val)")
+    data.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
+    data.add_argument("--label-column", default="label", help="column that holds the label")
+    data.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
+    data.add_argument("--stride", type=int, help="video frames from one clip frame to the next (default: the checkpoint's)")
+    data.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's)")
+    data.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="a window, or one frame of each of T parts")
+    data.add_argument("--repeat", type=int, default=2, help="samples of each decoded clip (repeated augmentation)")
+    data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
+    augment.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the samples")
+    augment.add_argument("--rand-augment", type=int, nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
+    augment.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
+    augment.add_argument("--mixup", type=float, default=0.8, help="its alpha; 0: off")
+    augment.add_argument("--cutmix", type=float, default=1.0, help="its alpha; 0: off")
+    augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    method = parser.add_argument_group("model")
+    method.add_argument("--checkpoint", default="none", help="file or folder to start from; none: from scratch")
+    method.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it (default: base)")
+    method.add_argument("--drop-path", type=float, default=0.1)
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--batch-size", type=int, default=16, help="videos a rank and step, before --repeat")
+    optim.add_argument("--accum", type=int, default=1, help="batches whose gradients are added up in a step")
+    optim.add_argument("--epochs", type=int, default=75)
+    optim.add_argument("--warmup-epochs", type=float, default=5)
+    optim.add_argument("--blr", type=float, default=1e-3, help="learning rate for an effective batch of 256")
+    optim.add_argument("--layer-decay", type=float, default=0.75, help="factor on the learning rate from layer to layer; 1: none")
+    optim.add_argument("--weight-decay", type=float, default=0.05)
+    optim.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
+    test = parser.add_argument_group("testing")
+    test.add_argument("--views", type=int, nargs=2, default=(5, 3), metavar=("CLIPS", "CROPS"), help="of each test video")
+    test.add_argument("--use", choices=("last", "best"), default="last", help="the epoch tested at the end")
+    test.add_argument("--test-only", action="store_true", help="test --checkpoint as it is")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
+    run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
+    run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
+    run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
+    return parser.parse_args(argv)
+
+
+def open_data(args):
+    """{"train", "val", "test": (videos, labels as a LongTensor, -1 for a class that is not trained)}, and the classes' names."""
+    saved = models.saved_args(args.checkpoint)
+    names, splits = saved.get("classes") if args.test_only else None, {}
+    for split, path in (("train", args.data), ("val", args.val), ("test", args.test or args.val)):
+        if args.test_only and split != "test":
+            continue
+        videos = read_manifest(path, args.root, args.label_column)
+        if unlabelled := [video for video in videos if video.label is None]:
+            raise ManifestError(f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}")
+        if names is None and args.test_only:  # somebody else's checkpoint: labels are the numbers of its classes
+            names = [str(number) for number in range(models.head_classes(args.checkpoint))]
+        if names is None:
+            names = sorted({video.label for video in videos}, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+        number = {name: index for index, name in enumerate(names)}
+        splits[split] = videos, torch.tensor([number.get(video.label, -1) for video in videos])
+        if unknown := sorted({video.label for video in videos} - set(names)):
+            print(f"{path}: classes that are not among the {len(names)} trained count as wrong: {', '.join(unknown[:20])}")
+    return splits, names
+
+
+def train(args, model, splits, out, say, device, autocast, amp, rank, ranks):
+    """Trains and validates; True when the last step is done, False if SIGTERM stopped it. The model holds the last weights."""
+    (videos, labels), checkpoint_path, log_path = splits["train"], out / "checkpoint.pt", out / "log.jsonl"
+    if checkpoint_path.exists() and args.resume is None:
+        sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew")
+    rows = np.arange(len(videos))
+    steps_per_epoch = len(rows) // (args.batch_size * ranks * args.accum)
+    if steps_per_epoch == 0:
+        sys.exit(f"{args.data}: {len(rows)} videos do not fill one step of {args.batch_size} videos x {args.accum} accumulated x "
+                 f"{ranks} ranks: lower --batch-size or --accum")
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+    effective = args.batch_size * args.repeat * args.accum * ranks
+    args.lr = args.blr * effective / 256
+    optimizer = make_optimizer(model, args.lr, args.layer_decay, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    step, best = 0, -1.0
+    if args.resume == "auto" and checkpoint_path.exists():
+        try:
+            models.load_pretrained(model, checkpoint_path)
+        except ValueError as error:
+            sys.exit(str(error))
+        saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, best = saved["step"], saved["best"]
+    say(f"""data         {args.data}: {len(videos)} videos; {args.val}: {len(splits["val"][0])}
+steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
+batch        {effective} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
+lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer_decay} a layer:
+{layer_table(optimizer, model.config["depth"])}""")
+    if rank == 0:
+        log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
+        log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def log(**entry):
+        say("  ".join(f"{key} {value:.4g}" for key, value in entry.items()), flush=True)
+        if rank == 0:
+            with open(log_path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(path):
+        if rank == 0:
+            models.save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                            best=best, args=vars(args))
+
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
+    loader = DataLoader(Clips(videos, rows, labels.tolist(), args), batch_sampler=batches, num_workers=args.workers,
+                        pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_sigterm)
+    mix, wrapped = make_mix(args.mixup, args.cutmix, len(args.classes)), model
+    if args.compile:
+        model.compile()  # in place: the checkpoint's keys stay as they are
+    if ranks > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    model.train()
+
+    window, used, failed = [], [], set()  # since the last log line: losses on the device, rows; in the whole run: bad rows
+    began, data_time = time.time(), 0.0
+    while step < last_step:
+        epoch = step // steps_per_epoch
+        batches.epoch, batches.start = epoch, step % steps_per_epoch * args.accum
+        iterator = iter(loader)
+        for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * learning_rate(step - 1, args.lr, args.warmup_epochs * steps_per_epoch, total_steps)
+            losses = []
+            for micro in range(args.accum):
+                waited = time.time()
+                batch = next(iterator)
+                data_time += time.time() - waited
+                failed.update(row for row in batch["failed"].tolist() if row >= 0)
+                used.append((step, batch["row"].tolist()))
+                clips, target = (batch[key].to(device, non_blocking=True).flatten(0, 1) for key in ("clip", "label"))
+                torch.manual_seed(repeat_seed(args.seed, step, rank, micro))                 # mixup and drop path, resumed or not
+                clips, target = mix(models.normalize(clips), target)                         # [B*R, 3, T, H, W], [B*R, C]
+                with contextlib.nullcontext() if micro == args.accum - 1 or ranks == 1 else wrapped.no_sync():
+                    with autocast:
+                        logits = wrapped(clips)
+                    loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing)
+                    scaler.scale(loss / args.accum).backward()
+                losses.append(loss.detach())
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            window.append(torch.stack([torch.stack(losses).mean(), norm]))
+
+            ends = step == last_step or step % steps_per_epoch == 0
+            if not (ends or step % args.log_every == 0 or (stop and ranks == 1)):  # ranks must agree where to stop
+                continue
+            stats = torch.stack(window)                                                      # [steps, 2]
+            if not stats[:, 0].isfinite().all():  # the one place where the CPU waits for the GPU
+                bad_step = step - len(window) + 1 + int((~stats[:, 0].isfinite()).int().argmax())
+                bad = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
+                sys.exit(f"step {bad_step}: the loss is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
+            stats = torch.cat([stats.mean(0), torch.tensor([float(len(stop) > 0), len(failed)], device=device)])
+            if ranks > 1:
+                dist.all_reduce(stats)
+            stats = stats.tolist()
+            if len(failed) > args.max_bad * len(rows):
+                sys.exit(f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: "
+                         + ", ".join(videos[row].name for row in sorted(failed)[:20]))
+            seconds = (time.time() - began) / len(window)
+            log(step=step, epoch=round(step / steps_per_epoch, 3), loss=stats[0] / ranks, lr=optimizer.param_groups[-1]["lr"],
+                grad_norm=stats[1] / ranks, data_ms=1000 * data_time / len(window), step_ms=1000 * seconds,
+                clips_per_s=effective / seconds, left_s=(last_step - step) * seconds, skipped=int(stats[3]))
+            if ends:
+                held, held_labels = splits["val"]
+                result = evaluate.score(evaluate.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks), held_labels, len(args.classes))
+                log(step=step, epoch=round(step / steps_per_epoch, 3), val_top1=result["top1"], val_top5=result["top5"],
+                    val_mean_class=result["mean_class"])
+                if result["top1"] > best:
+                    best = result["top1"]
+                    save(out / "best.pt")
+            if ends or stats[2] > 0:
+                save(checkpoint_path)
+            if stats[2] > 0:
+                say(f"SIGTERM: saved {checkpoint_path} at step {step}; --resume auto goes on")
+                return False
+            window, used, began, data_time = [], [], time.time(), 0.0
+    return True
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    say = print if rank == 0 else lambda *_, **__: None
+    use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
+    if use_cuda:
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda: no GPU that torch can use was found")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp], enabled=amp != "off")
+
+    try:
+        if args.checkpoint != "none" and not Path(args.checkpoint).exists():
+            sys.exit(f"--checkpoint {args.checkpoint}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: from scratch)")
+        splits, names = open_data(args)
+        saved = models.saved_args(args.checkpoint)
+        args.size, args.classes = args.size or saved.get("size", "base"), names
+        torch.manual_seed(args.seed)
+        model = models.VideoViT(args.size, len(names), args.frames or saved.get("frames"), args.image_size or saved.get("image_size"),
+                                drop_path=args.drop_path)
+        notes = models.load_pretrained(model, args.checkpoint, new_head=not args.test_only) if args.checkpoint != "none" else ["from scratch"]
+        if args.test_only and any(note.startswith("missing head") for note in notes):
+            sys.exit(f"--checkpoint {args.checkpoint}: has no classifier to test: fine-tune it first")
+    except (ManifestError, ValueError) as error:
+        sys.exit(str(error) + ("" if Path(args.data).exists() or args.test_only else " (the toy world: python data/toy.py)"))
+    args.frames, args.image_size = model.config["frames"], model.config["image_size"]
+    args.stride = args.stride or saved.get("stride", model.config["stride"])
+    model.to(device).set_checkpointing(args.checkpointing)
+    if ranks > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    say(f"""device       {device} ({'as asked' if args.device != 'auto' else 'there is a GPU' if use_cuda else 'no GPU found'}), amp {amp}, {ranks} ranks
+model        {args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.frames} frames of {args.image_size} pixels, {len(names)} classes
+weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
+    out, args.out = args.out, str(args.out)  # a checkpoint holds plain types alone
+    out.mkdir(parents=True, exist_ok=True)
+    tested = args.checkpoint
+    if not args.test_only:
+        finished = train(args, model, splits, out, say, device, autocast, amp, rank, ranks)
+        tested = str(out / ("best.pt" if args.use == "best" else "checkpoint.pt"))
+        if finished and args.use == "best":
+            models.load_pretrained(model, tested)
+        if not finished:
+            return
+    videos, labels = splits["test"]
+    probabilities = evaluate.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
+    if rank == 0:
+        about = {"checkpoint": tested, "test": args.test or args.val, "label": args.label_column, "classes": len(names), "views": list(args.views)}
+        summary = evaluate.write_test(out, evaluate.score(probabilities, labels, len(names)), names, labels, probabilities, about)
+        low, high = summary["top1_bootstrap"]
+        print(f"test         {summary['videos']} videos, {summary['unreadable']} unreadable, {args.views[0]} x {args.views[1]} views: top-1 {summary['top1']:.4f} "
+              f"(95 % {low:.3f} to {high:.3f}), top-5 {summary['top5']:.4f}, mean class {summary['mean_class']:.4f}; majority class "
+              f"{summary['majority']:.4f}\n{out / 'test.json'}, per_class.csv, confusion.png")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
