@@ -95,9 +95,11 @@ def draw_confusion(path, confusion, names):
     picture.save(path)
 
 
-def write_test(out, result, names, labels, probabilities, about):
-    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds."""
-    majority = torch.bincount(labels[labels >= 0], minlength=len(names)).max().item() / len(labels)
+def write_test(out, result, names, labels, probabilities, about, train_labels=None):
+    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds. "majority" is the accuracy of
+    always saying the most frequent class of the training labels (where they are not given: of the test labels)."""
+    known = labels[labels >= 0] if train_labels is None else train_labels
+    majority = (labels == known.mode().values).float().mean().item()
     summary = about | {"videos": len(labels), "unreadable": int(probabilities.isnan().any(1).sum()), "top1": result["top1"],
                        "top1_bootstrap": bootstrap(result["correct"]), "top5": result["top5"], "mean_class": result["mean_class"],
                        "majority": majority}

@@ -391,7 +391,8 @@ weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
     probabilities = evaluate.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
     if rank == 0:
         about = {"checkpoint": tested, "test": args.test or args.val, "label": args.label_column, "classes": len(names), "views": list(args.views)}
-        summary = evaluate.write_test(out, evaluate.score(probabilities, labels, len(names)), names, labels, probabilities, about)
+        summary = evaluate.write_test(out, evaluate.score(probabilities, labels, len(names)), names, labels, probabilities, about,
+                                      splits["train"][1] if "train" in splits else None)
         low, high = summary["top1_bootstrap"]
         print(f"test         {summary['videos']} videos, {summary['unreadable']} unreadable, {args.views[0]} x {args.views[1]} views: top-1 {summary['top1']:.4f} "
               f"(95 % {low:.3f} to {high:.3f}), top-5 {summary['top5']:.4f}, mean class {summary['mean_class']:.4f}; majority class "

@@ -195,6 +195,9 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
     assert best["best"] == max(line["val_top1"] for line in lines if "val_top1" in line)
     summary = json.loads((tmp_path / "ft/test.json").read_text())
+    labels = [[video.label for video in read_manifest(world / f"data/{split}.csv")] for split in ("train", "val")]
+    assert summary["majority"] in {np.mean([label == common for label in labels[1]]) for common in set(labels[0])
+                                   if labels[0].count(common) == max(map(labels[0].count, labels[0]))}
     assert summary["videos"] == 24 and summary["checkpoint"].endswith("best.pt") and summary["top1_bootstrap"][0] <= summary["top1"]
     with open(tmp_path / "ft/per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))

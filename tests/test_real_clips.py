@@ -54,10 +54,14 @@ def test_the_strip_of_a_real_clip(manifests):
     assert (manifests / "strip.png").stat().st_size > 50_000
 
 
-def test_pretraining_and_probe_on_labelled_clips(manifests):
+def test_pretraining_probe_and_fine_tuning_on_labelled_clips(manifests):
     run("pretrain.py", "--data", "cctv_train.csv", "--size", "tiny", "--stride", 2, "--batch-size", 8, "--epochs", 2, "--flip",
         "--workers", 2, "--out", "run", cwd=manifests)
     run("linprobe.py", "--checkpoint", "run/checkpoint.pt", "--data", "cctv_train.csv", "--test", "cctv_val.csv", cwd=manifests)
     result = json.loads((manifests / "run/probe/label.json").read_text())
     assert (result["train"], result["test"], result["classes"], result["unreadable"]) == (16, 16, 2, 0)
     assert result["majority"] == 0.5 and 0 <= result["linear"] <= 1
+    run("finetune.py", "--checkpoint", "run/checkpoint.pt", "--data", "cctv_train.csv", "--val", "cctv_val.csv", "--batch-size", 4, "--epochs", 1,
+        "--warmup-epochs", 0, "--views", 2, 3, "--workers", 2, "--out", "tuned", cwd=manifests)
+    result = json.loads((manifests / "tuned/test.json").read_text())
+    assert (result["videos"], result["classes"], result["unreadable"], result["majority"]) == (16, 2, 0, 0.5)

@@ -347,3 +347,47 @@ def test_real_clip(name):
                 break
             latest = frame
     assert np.array_equal(read, expected)
+
+
+# ---- long files ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two_hours(tmp_path_factory):
+    """An H.264 file of two hours at 30 frames/s: 900 copies of one group of pictures of eight seconds."""
+    folder = tmp_path_factory.mktemp("long")
+    part = write(folder / "part.mp4", pictures(240), options={"g": "240", "bf": "2"})
+    with av.open(part) as source, av.open(str(folder / "long.mp4"), "w") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        packets = [(bytes(packet), packet.pts, packet.dts, packet.is_keyframe) for packet in source.demux(stream) if packet.size]
+        step = round(240 / 30 / stream.time_base)
+        for index in range(900):
+            for data, pts, dts, key in packets:
+                packet = av.Packet(data)
+                packet.stream, packet.time_base, packet.is_keyframe = copy, stream.time_base, key
+                packet.pts, packet.dts = pts + index * step, dts + index * step
+                out.mux(packet)
+    return str(folder / "long.mp4"), decode(part)[1]
+
+
+def test_a_segment_deep_in_a_long_file_is_read_like_one_at_its_start(two_hours, monkeypatch):
+    path, images = two_hours
+    decoded = []
+
+    def count(self):
+        packets = original(self)
+        for packet in packets:
+            decoded.append(packet.pts)
+            yield packet
+    original = V.VideoReader._packets
+    monkeypatch.setattr(V.VideoReader, "_packets", count)
+    needed = []
+    for start in (1.0, 7100.0 + 5):
+        with V.VideoReader(path) as reader:
+            assert reader.duration == pytest.approx(7200, abs=0.1)
+            decoded.clear()
+            times = start + np.arange(8) / 10 + 0.01
+            frames = reader.read(times)
+            needed.append(len(decoded))
+        assert all(np.array_equal(frame, images[int(round(time * 30 - 0.3)) % 240]) for frame, time in zip(frames, times))
+    assert max(needed) < 300  # what lies before the segment's own key frame is not read
