@@ -127,7 +127,8 @@ def test_kinetics_lists(script, tmp_path):
     ("train.txt", "a/frames_dir 300 1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
                                         "'a/frames_dir 300 1': a list of frames ('PATH FRAMES LABEL')"),
     ("train.txt", "a.mp4,1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found 'a.mp4,1'"),
-    ("train.txt", "a.mp4 b", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found 'b'"),
+    ("train.txt", "a.mp4 0 -1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
+                                "'a.mp4 0 -1'"),
     ("all.txt", "v.mp4 1", "all.txt: expected a file name with one of train, val, test in it, found all.txt"),
     ("train.txt", "my clip 12.mp4 3", None),
 ])
@@ -144,6 +145,7 @@ def test_kinetics_list_errors(script, tmp_path, name, line, message):
 @pytest.mark.parametrize("line, message", [
     ("abseiling,x,59,69,tset,0", "lists/train.csv:3: expected the split train, val, validate or test, found 'tset'"),
     ("abseiling,x,fifty,69,train,0", "lists/train.csv:3: expected time_start in whole seconds, found 'fifty'"),
+    (",x,59,69,train,0", "lists/train.csv:3: expected a label, found nothing"),
     ("abseiling,x,69,59,train,0", "lists/train.csv:3: expected time_end after time_start, found 69 to 59"),
     ("abseiling,x,59", "lists/train.csv:3: expected 6 fields (label,youtube_id,time_start,time_end,split,is_cc), found 3"),
     ("diving,aaa,59,69,train,0",
@@ -214,9 +216,8 @@ def test_ssv2(script, tmp_path, prefix):
     put(tmp_path / "lists/test-answers.csv", "7;Approaching something with your camera", end="\r\n")
     printed = script("ssv2")
     assert rows(tmp_path / "out/train.csv") == [("78687.webm", "1", None, None), ("2.webm", "2", None, None)]
-    assert rows(tmp_path / "out/val.csv") == [("5.mp4", "0", None, None)] and rows(tmp_path / "out/test.csv") == [("7.webm",
-                                                                                                                   "0", None,
-                                                                                                                   None)]
+    assert rows(tmp_path / "out/val.csv") == [("5.mp4", "0", None, None)]
+    assert rows(tmp_path / "out/test.csv") == [("7.webm", "0", None, None)]
     assert column(tmp_path / "out/train.csv", "caption") == ['holding "a potato", next to it',
                                                              "pretending to put a \u00e9 on a surface"]
     assert column(tmp_path / "out/train.csv", "class") == ["Holding something next to something",
@@ -478,8 +479,7 @@ def test_epic_errors(script, tmp_path):
 
 def test_folder(script, tmp_path):
     touch(tmp_path / "videos", *(f"walk/deep/v_g{g:02d}_c{c}.mp4" for g in range(5) for c in range(3)), "run, fast/a.MOV",
-          "run, fast/b [1].webm",
-          "one/x.mkv", "loose.mp4", "walk/notes.txt", "train/\u00e9.avi", "train/z.avi")
+          "run, fast/b [1].webm", "one/x.mkv", "loose.mp4", "walk/notes.txt", "train/\u00e9.avi", "train/z.avi")
     printed = script("folder", "--val", 0.4, "--group", r"(.*)_c\d+$|(?P<rest>.*)", fails=True, annotations=False)
     assert "finds no group in its name" in printed
     printed = script("folder", "--val", 0.4, annotations=False)
