@@ -61,7 +61,7 @@ def score(probabilities, labels, classes):
     confusion.index_put_((labels[known], ranked[known, 0]), torch.ones_like(labels[known]), accumulate=True)
     per_class = torch.tensor([hit[labels == c, 0].float().mean().item() if (labels == c).any() else math.nan for c in range(classes)])
     return {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(1).float().mean().item(),
-            "mean_class": per_class.nanmean().item(), "per_class": per_class, "confusion": confusion, "correct": hit[:, 0]}
+            "mean_class": per_class.nanmean().nan_to_num(0).item(), "per_class": per_class, "confusion": confusion, "correct": hit[:, 0]}
 
 
 def bootstrap(correct, resamples=2000, seed=0):

@@ -209,6 +209,8 @@ def open_data(args):
             names = sorted({video.label for video in videos}, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
         number = {name: index for index, name in enumerate(names)}
         splits[split] = videos, torch.tensor([number.get(video.label, -1) for video in videos])
+        if (splits[split][1] < 0).all():
+            raise ManifestError(f"{path}: none of its labels is among the classes {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
         if unknown := sorted({video.label for video in videos} - set(names)):
             print(f"{path}: classes that are not among the {len(names)} trained count as wrong: {', '.join(unknown[:20])}")
     return splits, names

@@ -328,5 +328,7 @@ def test_refusals_name_what_mends(copy):
     assert "does not fit VideoViT" in run("finetune.py", *TINY, "--size", "small", "--image-size", 32, "--checkpoint", "pre.pt", cwd=copy, fails=True)
     (copy / "data/none.csv").write_text("path\nvideos/val/00000.mp4\n")
     assert "has no label" in run("finetune.py", *TINY, "--val", "data/none.csv", cwd=copy, fails=True)
+    (copy / "data/other.csv").write_text("path,label\nvideos/val/00000.mp4,juggle\n")
+    assert "none of its labels is among the classes grow" in run("finetune.py", *TINY, "--val", "data/other.csv", cwd=copy, fails=True)
     if not torch.cuda.is_available():
         assert "no GPU" in run("finetune.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
