@@ -164,9 +164,12 @@ class VideoReader:
         if not self._container.streams.video:
             raise VideoError(f"{self.path}: no video stream")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise VideoError(f"{self.path}: of a codec that cannot be decoded here")
         self._stream.codec_context.thread_count = 1  # so that skip_frame applies to the very packet being decoded
-        # Damage is an error, not a grey picture.
-        self._stream.codec_context.options = {"err_detect": "explode"} | ({"flags2": "+export_mvs"} if self._vectors else {})
+        # Damage is an error, not a grey picture; a header that claims more than 16384 x 8192 pixels gets no memory for them.
+        options = {"err_detect": "explode", "max_pixels": str(2 ** 27)}
+        self._stream.codec_context.options = options | ({"flags2": "+export_mvs"} if self._vectors else {})
 
     def _packets(self):
         return (packet for packet in self._container.demux(self._stream) if packet.size)

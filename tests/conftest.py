@@ -22,6 +22,17 @@ ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", 
 os.environ.update(ENVIRONMENT)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs on demand, pytest -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+
+
 def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
     """Runs `script.py args...` in the folder cwd and returns what it printed: its main() in this process, which saves the
     seconds of importing torch; in a process of its own with process=True, and under torchrun where ranks > 1.

@@ -50,7 +50,7 @@ ENCODED = {
     "annexb.ts": {"options": PYRAMID}, "pyramid.mkv": {"options": PYRAMID}, "h264.avi": {"options": ONE_REFERENCE},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"qscale": "3"}},
     "qpel.mp4": {"codec": "mpeg4", "options": {"flags": "+qpel"}},
-    "b.avi": {"codec": "mpeg4", "b_frames": 2},
+    "b.avi": {"codec": "mpeg4", "b_frames": 2}, "mpeg4b.mp4": {"codec": "mpeg4", "b_frames": 2},
     "mpeg2.ts": {"codec": "mpeg2video", "b_frames": 2},
     "flv1.flv": {"codec": "flv"},
 }
@@ -60,7 +60,7 @@ ENCODED = {
 def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
     """Every frame's median vector, whatever it refers to, and the field away from the border, where new texture comes in."""
     frames = read(pan(tmp_path / name, **ENCODED[name]))
-    assert len(frames) >= (6 if name == "b.avi" else 20)  # libav keeps no vectors of MPEG-4's B pictures
+    assert len(frames) >= (6 if name in ("b.avi", "mpeg4b.mp4") else 20)  # libav keeps no vectors of MPEG-4's B pictures
     for frame in frames:
         assert np.abs(np.median(pixels(frame), 0) - (3, -2)).max() < 0.3, frame.time
         assert (frame.blocks[:, :2] < frame.blocks[:, 2:]).all() and frame.blocks.min() >= 0
@@ -88,11 +88,19 @@ def test_the_field_is_of_the_frame_as_displayed(tmp_path):
         for frame in frames:
             velocity = frame.shift / frame.seconds[:, None] * (wide, high) / FPS
             assert np.abs(np.median(velocity, 0) - expected).max() < 0.3
-    # And the blocks move with it: the upper half of the stored picture pans, the lower stands still.
-    images = [np.concatenate([upper[:48], lower[48:]]) for upper, lower in zip(panning(24, (3, 0)), panning(24, (0, 0), 1))]
-    path = write(tmp_path / "half.mp4", images, fps=FPS, options=ONE_REFERENCE, rotation=90)
-    field = motion.codec_field(read(path), np.array([0.5]), 0.5, 8)[0, 1] * WIDTH / FPS            # dy, pixels a frame
-    assert np.abs(field[1:-1, :3] + 3).mean() < 0.3 and np.abs(field[:, 5:]).mean() < 0.1         # up, at the left
+    # And the blocks move with it: the upper left quarter of the stored picture pans, the rest stands still.
+    images = [still.copy() for still in panning(24, (0, 0), 1)]
+    for image, moving in zip(images, panning(24, (3, 0))):
+        image[:48, :80] = moving[:48, :80]
+    moving = {90: (slice(5, 7), slice(1, 3)), 180: (slice(5, 7), slice(5, 7)), -90: (slice(1, 3), slice(5, 7))}
+    for rotation, (rows, columns) in moving.items():
+        path = write(tmp_path / "quarter.mp4", images, fps=FPS, options=ONE_REFERENCE, rotation=rotation)
+        speed = np.linalg.norm(motion.codec_field(read(path), np.array([0.5]), 0.5, 8)[0], axis=0) * WIDTH / FPS   # [8, 8]
+        assert np.abs(speed[rows, columns] - 3).max() < 0.5
+        speed[rows, columns] = 0
+        assert np.median(speed) < 0.1 and (speed[:4, :4].mean() < 0.2 or speed[4:, 4:].mean() < 0.2)
+        for other in set(moving) - {rotation}:
+            assert speed[moving[other]].max() < 1
 
 
 @pytest.mark.parametrize("name, how, codec", [
