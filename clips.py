@@ -6,7 +6,6 @@ number of workers nor that of ranks changes a batch, and a resumed run repeats a
 
 Letters: V views of a video, T frames, H W pixels.
 """
-import signal
 import sys
 
 import numpy as np
@@ -104,11 +103,6 @@ class EpochBatches:
         for index in range(self.start, self.batches):
             first = (index * self.ranks + self.rank) * self.batch
             yield [(self.epoch, int(row)) for row in order[first:first + self.batch]]
-
-
-def ignore_sigterm(_):
-    """For the loader's workers: schedulers signal the whole process group, and the run still has to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Views(Dataset):

@@ -30,7 +30,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -47,8 +46,9 @@ from torchvision.transforms.v2 import functional as TF
 
 import evaluate
 import model as models
-from clips import EpochBatches, TrainingClips, clip_times, ignore_sigterm, repeat_seed, uniform_times
+from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
 from manifest import ManifestError, read_manifest
+from stopping import StopSignal, ignore_signals
 from video import VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
@@ -189,6 +189,7 @@ def parse_args(argv=None):
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
     run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
+    run.add_argument("--save-every", type=int, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
     run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
     return parser.parse_args(argv)
 
@@ -217,7 +218,7 @@ def open_data(args):
 
 
 def train(args, model, splits, out, say, device, autocast, amp, rank, ranks):
-    """Trains and validates; True when the last step is done, False if SIGTERM stopped it. The model holds the last weights."""
+    """Trains and validates; True when the last step is done, False if a signal stopped it. The model holds the last weights."""
     (videos, labels), checkpoint_path, log_path = splits["train"], out / "checkpoint.pt", out / "log.jsonl"
     if checkpoint_path.exists() and args.resume is None:
         sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew")
@@ -263,17 +264,16 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
             models.save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                             best=best, args=vars(args))
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
     loader = DataLoader(Clips(videos, rows, labels.tolist(), args), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_sigterm)
+                        pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_signals)
     mix, wrapped = make_mix(args.mixup, args.cutmix, len(args.classes)), model
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are
     if ranks > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     model.train()
+    stop = StopSignal(ranks)
 
     window, used, failed = [], [], set()  # since the last log line: losses on the device, rows; in the whole run: bad rows
     began, data_time = time.time(), 0.0
@@ -307,15 +307,16 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
             optimizer.zero_grad(set_to_none=True)
             window.append(torch.stack([torch.stack(losses).mean(), norm]))
 
-            ends = step == last_step or step % steps_per_epoch == 0
-            if not (ends or step % args.log_every == 0 or (stop and ranks == 1)):  # ranks must agree where to stop
+            ends, stops = step == last_step or step % steps_per_epoch == 0, stop.agreed()
+            saves = ends or stops or (args.save_every and step % args.save_every == 0)
+            if not (saves or step % args.log_every == 0):
                 continue
             stats = torch.stack(window)                                                      # [steps, 2]
             if not stats[:, 0].isfinite().all():  # the one place where the CPU waits for the GPU
                 bad_step = step - len(window) + 1 + int((~stats[:, 0].isfinite()).int().argmax())
                 bad = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
                 sys.exit(f"step {bad_step}: the loss is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
-            stats = torch.cat([stats.mean(0), torch.tensor([float(len(stop) > 0), len(failed)], device=device)])
+            stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
             if ranks > 1:
                 dist.all_reduce(stats)
             stats = stats.tolist()
@@ -325,7 +326,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
             seconds = (time.time() - began) / len(window)
             log(step=step, epoch=round(step / steps_per_epoch, 3), loss=stats[0] / ranks, lr=optimizer.param_groups[-1]["lr"],
                 grad_norm=stats[1] / ranks, data_ms=1000 * data_time / len(window), step_ms=1000 * seconds,
-                clips_per_s=effective / seconds, left_s=(last_step - step) * seconds, skipped=int(stats[3]))
+                clips_per_s=effective / seconds, left_s=(last_step - step) * seconds, skipped=int(stats[2]))
             if ends:
                 held, held_labels = splits["val"]
                 result = evaluate.score(evaluate.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks), held_labels, len(args.classes))
@@ -334,10 +335,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
                 if result["top1"] > best:
                     best = result["top1"]
                     save(out / "best.pt")
-            if ends or stats[2] > 0:
+            if saves:
                 save(checkpoint_path)
-            if stats[2] > 0:
-                say(f"SIGTERM: saved {checkpoint_path} at step {step}; --resume auto goes on")
+            if stops:
+                say(f"{stop.name or 'a signal to another rank'}: saved {checkpoint_path} at step {step}; --resume auto goes on")
                 return False
             window, used, began, data_time = [], [], time.time(), 0.0
     return True

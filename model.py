@@ -15,6 +15,7 @@ P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], 
 import argparse
 import json
 import math
+import sys
 from collections import OrderedDict, namedtuple
 from functools import reduce
 from pathlib import Path
@@ -341,10 +342,14 @@ def load_pretrained(model, path, new_head=False):
     return [f"missing {k}" for k in missing] + [f"unused {k}" for k in unused]
 
 def save_checkpoint(path, **content):
-    """Written aside and renamed: whatever happens, `path` is a whole checkpoint or not there."""
+    """Written aside and renamed: whatever happens, `path` is a whole checkpoint, this or the last; exits if it cannot be."""
     temporary = path.with_name(path.name + ".new")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    try:
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"{path}: cannot be written, the last checkpoint is kept ({str(error).splitlines()[0]})")
 
 def save_huggingface(model, folder):
     """Write config.json and model.safetensors, which transformers' from_pretrained opens: VideoMAE (but its

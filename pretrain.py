@@ -16,7 +16,7 @@ head trains on detached features and the encoder is untouched (the paper's figur
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (its own crop, flip, caption and mask
 each), so the effective epochs are epochs x R and the effective batch is batch-size x R x accum x ranks, by which the learning
 rate is scaled: lr = blr x effective batch / 256. Every sample is a pure function of (seed, epoch, row, repeat): the number of
-workers changes nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. SIGTERM saves and exits 0.
+workers changes nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. SIGTERM and Ctrl-C save and exit 0.
 
 Letters: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
 """
@@ -25,7 +25,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -41,8 +40,9 @@ from torchvision.utils import save_image
 
 import masking
 import model as models
-from clips import EpochBatches, TrainingClips, clip_times, ignore_sigterm, multi_scale_crop, repeat_seed
+from clips import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
 from manifest import ManifestError, companion, file_hash, open_array, read_manifest
+from stopping import StopSignal, ignore_signals
 from video import VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def parse_args(argv=None):
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
     run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
-    run.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
+    run.add_argument("--save-every", type=int, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
     run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
     run.add_argument("--picture-every", type=int, default=10, help="epochs between reconstruction pictures; 0 draws none")
     args = parser.parse_args(argv)
@@ -288,18 +288,17 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
         log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
         lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
         log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
     loader = DataLoader(Clips(videos, rows, args, grid, **arrays), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=use_cuda, persistent_workers=args.workers > 0, worker_init_fn=ignore_sigterm)
+                        pin_memory=use_cuda, persistent_workers=args.workers > 0, worker_init_fn=ignore_signals)
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are
     wrapped = model
     if ranks > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
         wrapped = DistributedDataParallel(model, device_ids=[local] if use_cuda else None)
+    stop = StopSignal(ranks)
 
     # A head that only monitors has no part in the norm: through it, it would touch the encoder.
     clipped = [p for name, p in model.named_parameters() if args.nce_weight > 0 or not name.startswith("contrastive.")]
@@ -335,8 +334,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
             optimizer.zero_grad(set_to_none=True)
             window.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
 
-            saves = step == last_step or step % (steps_per_epoch * args.save_every) == 0
-            if not (saves or step % args.log_every == 0 or (stop and ranks == 1)):  # ranks must agree where to stop
+            ends, stops = step == last_step or step % steps_per_epoch == 0, stop.agreed()
+            saves = ends or stops or (args.save_every and step % args.save_every == 0)
+            if not (saves or step % args.log_every == 0):
                 continue
             stats = torch.stack(window)                                                      # [steps, 3]
             broken = ~stats[:, :2].isfinite().all(1)
@@ -344,7 +344,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
                 bad_step = step - len(window) + 1 + int(broken.int().argmax())
                 names = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
                 sys.exit(f"step {bad_step}: the loss is not finite; the last checkpoint is kept. Its batch: {', '.join(names)}")
-            stats = torch.cat([stats.mean(0), torch.tensor([float(len(stop) > 0), len(failed)], device=device)])
+            stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
             if ranks > 1:
                 dist.all_reduce(stats)
             stats = stats.cpu()
@@ -355,20 +355,20 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
             entry = {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss_mae": stats[0].item() / ranks,
                      "loss_nce": stats[1].item() / ranks if text is not None else None, "lr": optimizer.param_groups[0]["lr"],
                      "grad_norm": stats[2].item() / ranks, "data_ms": 1000 * data_time / len(window), "step_ms": 1000 * seconds,
-                     "clips_per_s": effective / seconds, "left_s": (last_step - step) * seconds, "skipped": int(stats[4])}
+                     "clips_per_s": effective / seconds, "left_s": (last_step - step) * seconds, "skipped": int(stats[3])}
             say("  ".join(f"{key} {value:.4g}" for key, value in entry.items() if value is not None), flush=True)
             if rank == 0:
                 with open(log_path, "a") as file:
                     file.write(json.dumps(entry) + "\n")
-            if rank == 0 and (saves or stats[3] > 0):
+            if rank == 0 and saves:
                 models.save_checkpoint(checkpoint_path, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                        scaler=scaler.state_dict(), step=step, args=vars(args))
             draws = args.picture_every and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
-            if rank == 0 and saves and draws:
+            if rank == 0 and ends and draws:
                 path = log_path.with_name(f"reconstruction_{step:06d}.png")
                 draw_reconstruction(path, model, loader.dataset, args, device, autocast)
-            if stats[3] > 0:
-                say(f"SIGTERM: saved {checkpoint_path} at step {step}; --resume auto goes on")
+            if stops:
+                say(f"{stop.name or 'a signal to another rank'}: saved {checkpoint_path} at step {step}; --resume auto goes on")
                 step = last_step
                 break
             window, used, began, data_time = [], [], time.time(), 0.0

@@ -51,7 +51,7 @@ def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
 
 def run_here(module, args, cwd, fails):
     before, out, code = os.getcwd(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         os.chdir(cwd)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
@@ -60,7 +60,8 @@ def run_here(module, args, cwd, fails):
         code = stop.code or 0
     finally:
         os.chdir(before)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if fails:
         assert isinstance(code, str) and "\n" not in code, code
         return code

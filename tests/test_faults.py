@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from conftest import BLIP, CLIP, run
 from test_video import pictures, write
 

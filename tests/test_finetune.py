@@ -193,7 +193,10 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
     lines = log(tmp_path / "ft")
     assert [line["step"] for line in lines if "val_top1" in line] == [4, 8, 12]
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
-    assert best["best"] == max(line["val_top1"] for line in lines if "val_top1" in line)
+    first = max((line for line in lines if "val_top1" in line), key=lambda line: line["val_top1"])  # of equals, the first
+    assert best["best"] == first["val_top1"] and best["step"] == first["step"]
+    groups = torch.load(tmp_path / "ft/checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert len({group["scale"] for group in groups}) == 5 and np.ptp([group["lr"] / group["scale"] for group in groups]) < 1e-12
     summary = json.loads((tmp_path / "ft/test.json").read_text())
     labels = [[video.label for video in read_manifest(world / f"data/{split}.csv")] for split in ("train", "val")]
     assert summary["majority"] in {np.mean([label == common for label in labels[1]]) for common in set(labels[0])
@@ -281,6 +284,15 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
 def test_every_choice_trains(world, tmp_path, flags):
     run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--out", tmp_path, "--max-steps", 2, *flags)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint.pt").values())
+
+
+def test_label_smoothing_reaches_the_loss(world, tmp_path):
+    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.02, "--views", 1, 1,
+             "--mixup", 0, "--cutmix", 0)
+    for name, smoothing in (("hard", 0), ("soft", 0.5)):
+        run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
+    hard, soft = (log(tmp_path / name)[1]["loss"] for name in ("hard", "soft"))  # the mean of steps 3 and 4
+    assert hard != soft and soft < 3
 
 
 def test_it_learns(world, tmp_path):

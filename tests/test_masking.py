@@ -102,7 +102,19 @@ def test_camera_motion_does_not_count():
     field = moving_block((4, 8, 8), (0.25, -0.125), lambda t: (2, 2 + t))
     noise = torch.rand(1, 256, generator=torch.Generator().manual_seed(0))
     mask = lambda motion: make_mask("motion", 0.4, 1, (4, 8, 8), motion=motion, noise=noise)
-    assert torch.equal(mask(field), mask(field + torch.tensor([0.5, 1.0])[:, None, None]))
+    for camera in ((0.5, 1.0), (-0.25, 0.125)):  # with the second the object stands still and all else moves
+        assert torch.equal(mask(field), mask(field + torch.tensor(camera)[:, None, None]))
+
+
+def test_a_jump_becomes_a_glide():
+    """What moves is at the left, then from slice 4 on at the right: the window's centre goes over in steps of the binomial."""
+    field = moving_block((8, 10, 20), (0.1, 0.0), lambda t: (3, 1 if t < 4 else 16))
+    mask = make_mask("motion", 0.09, 1, (8, 10, 20), motion=field, noise=torch.rand(1, 1600, generator=torch.Generator().manual_seed(0)))
+    centre = torch.stack([slice_.nonzero()[:, 1].float().mean() + 0.5 for slice_ in mask.view(8, 10, 20)])
+    low, high = centre[0], centre[-1]
+    assert 1 < low < 5 and 15 < high < 19
+    share = (centre - low) / (high - low)
+    assert torch.allclose(share, torch.tensor([0, 0, 1 / 16, 5 / 16, 11 / 16, 15 / 16, 1, 1]), atol=0.05)
 
 
 def test_motion_where_nothing_moves():

@@ -1,0 +1,121 @@
+"""Runs that end before their time, by kill -9 at random moments, by signals, on a full disk: what they leave is whole, and gone on with
+it is what an uninterrupted run writes, bit for bit. Three kills a stage here; twenty on demand (pytest -m slow)."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
+
+STAGES = {  # the command, and the outputs to compare; batches of one, since a batch's size can change the last bit of a sum
+    "caption": (("caption.py", "--model", BLIP, "--batch-size", 1, "--workers", 0), "data/train.captions.jsonl"),
+    "saliency": (("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 1, "--workers", 0), "data/train.saliency.npy"),
+    "motion": (("saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, "--batch-size", 1, "--workers", 0), "data/train.motion.npy"),
+    "pretrain": (("pretrain.py", "--size", "tiny", "--batch-size", 4, "--epochs", 6, "--warmup-epochs", 1, "--workers", 1, "--save-every", 3,
+                  "--log-every", 2, "--picture-every", 0, "--resume", "auto", "--out", "run"), "run/checkpoint.pt"),
+    "finetune": (("finetune.py", "--size", "tiny", "--batch-size", 4, "--epochs", 4, "--warmup-epochs", 1, "--workers", 1, "--save-every", 3,
+                  "--log-every", 2, "--views", 1, 1, "--no-flip", "--resume", "auto", "--out", "run"), "run/checkpoint.pt"),
+    "linprobe": (("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--attentive", "--seeds", 1, "--batch-size", 1, "--workers", 0,
+                  "--out", "run"), "run/label.json"),
+}
+
+
+def start(command, cwd, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def contents(path):
+    """What a file holds, for comparing: weights without what only tells how they came about."""
+    if path.suffix == ".pt":
+        return {key: value.numpy().tobytes() for key, value in torch.load(path, weights_only=True)["model"].items()}
+    return path.read_bytes()
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+
+
+def fresh(copy, name, folder):
+    """A world of its own for one run, without what the stage is to write."""
+    (folder / "data").mkdir(parents=True)
+    for path in (copy / "data").iterdir():
+        os.symlink(path, folder / "data" / path.name)
+    output = folder / STAGES[name][1]
+    for path in (output, output.with_suffix(".json"), *([folder / "data/train.text.npy", folder / "data/train.text.json"] if name == "saliency" else [])):
+        path.unlink(missing_ok=True)
+    return folder, output
+
+
+def kill_and_go_on(name, copy, tmp_path, kills):
+    command = STAGES[name][0]
+    whole, expected = fresh(copy, name, tmp_path / "whole")
+    began = time.time()
+    process = start(command, whole)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    lasted = time.time() - began
+    killed, output = fresh(copy, name, tmp_path / "killed")
+    rng, times = np.random.default_rng(0), []
+    for _ in range(kills):
+        process = start(command, killed)
+        times.append(rng.uniform(0.3, 1.0) * lasted)
+        try:
+            process.communicate(timeout=times[-1])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    run(*command, cwd=killed)
+    assert contents(output) == contents(expected)
+    assert not [path for path in killed.rglob("*") if ".part-" in path.name]
+    if name in ("pretrain", "finetune"):
+        lines, reference = ([line for line in log(folder) if "lr" in line] for folder in (killed, whole))
+        assert [line["step"] for line in lines] == [line["step"] for line in reference]
+        assert [line["grad_norm"] for line in lines] == [line["grad_norm"] for line in reference]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_three_times_it_writes_the_same(name, copy, tmp_path):
+    kill_and_go_on(name, copy, tmp_path / "runs", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_twenty_times_it_writes_the_same(name, copy, tmp_path):
+    kill_and_go_on(name, copy, tmp_path / "runs", 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
+    """Between log lines, and only one rank is told."""
+    command = (*STAGES["pretrain"][0], "--epochs", 1000, "--save-every", 0, "--log-every", 100000)
+    process = start(command, copy, ranks=2)
+    while not (copy / "run/checkpoint.pt").exists():  # the end of the first epoch
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and ": saved run/checkpoint.pt at step" in out, errors
+    assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == log(copy)[-1]["step"] < 4000
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
+    """Files may not grow beyond a limit that the first checkpoint respects: the second ends the run, and the first is whole."""
+    from model import save_checkpoint
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model={"x": torch.ones(1000)}, step=1)
+    code = ("import resource, signal, sys, pathlib, torch; sys.path.insert(0, sys.argv[1]); from model import save_checkpoint; "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
+            "save_checkpoint(pathlib.Path(sys.argv[2]), model={'x': torch.ones(100000)}, step=2)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0 and "checkpoint.pt: cannot be written" in done.stderr, done.stderr
+    saved = torch.load(path, weights_only=True)
+    assert saved["step"] == 1 and torch.equal(saved["model"]["x"], torch.ones(1000)) and not list(tmp_path.glob("*.new"))
