@@ -4,7 +4,7 @@ Reads   a training and a test manifest with labels, their videos, a checkpoint (
 Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
         with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; beside each a .json: if that changes, it is made anew
 
-    python linprobe.py --checkpoint runs/text/checkpoint.pt                          CPU, the toy world: 15 seconds
+    python linprobe.py --checkpoint runs/text/checkpoint.pt                          CPU, the toy world: 20 seconds
     python linprobe.py --checkpoint none --size tiny                                 its floor: the same encoder, untrained
     torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
     python linprobe.py --checkpoint checkpoint.pth --protocol videomae --augment 8   VideoMAE's setting, on augmented clips
