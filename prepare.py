@@ -7,7 +7,7 @@
 
 A check decodes the first, the middle and the last frame of each file, once however many rows it has, and sums up durations, codecs,
 sizes and frame rates. Re-encoded videos show what the source shows at the same times, upright and without sound, so start and end in
-the manifest still hold. On 51 short clips of public repositories random 16-frame clips loaded 4.4 times faster than as distributed.
+the manifest still hold.
 """
 import argparse
 import contextlib

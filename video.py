@@ -30,7 +30,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from manifest import ManifestError, Video, read_manifest  # noqa: F401  also found here
+from manifest import read_manifest  # noqa: F401  also found here
 
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
 

@@ -119,3 +119,28 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
     assert done.returncode != 0 and "checkpoint.pt: cannot be written" in done.stderr, done.stderr
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 1 and torch.equal(saved["model"]["x"], torch.ones(1000)) and not list(tmp_path.glob("*.new"))
+
+
+def test_an_error_does_not_wait_for_the_loaders_workers(tmp_path):
+    """They ignore the SIGTERM with which Python would end them: a rank that fails must end all the same, and soon."""
+    (tmp_path / "fails.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from torch.utils.data import DataLoader
+from stopping import StopSignal, ignore_signals
+class Slow:
+    def __len__(self): return 1000
+    def __getitem__(self, index): time.sleep(0.05); return index
+stop = StopSignal()
+held = iter(DataLoader(Slow(), num_workers=2, persistent_workers=True, worker_init_fn=ignore_signals))
+next(held)
+sys.last_held = held  # what a traceback's frames do: nothing shuts the loader down
+raise RuntimeError("a rank fails")
+""")
+    process = subprocess.Popen([sys.executable, str(tmp_path / "fails.py")], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=40)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 1 and "a rank fails" in errors
