@@ -15,7 +15,7 @@ draws one at random per sample. Any image-to-text model of `transformers` serves
 remote code is run. With `--labels` the caption is the label itself, once (a class number becomes text through `--classes`).
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
-its own; when all are done rank 0 joins them.
+its own; when all are done rank 0 joins them. Where rows were added at the manifest's end, `--extend` describes those alone.
 """
 import argparse
 import datetime
@@ -29,15 +29,16 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from manifest import ManifestError, companion, manifest_hash, read_manifest
-from video import VideoError, VideoReader, segment_midpoints
+from manifest import ManifestError, companion, grown_from, hold, manifest_hash, read_manifest
+from stopping import StopSignal, ignore_signals, join_ranks
+from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 
 class KeyFrames(Dataset):
     """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it failed)."""
 
-    def __init__(self, videos, frames, processor, prompt):
-        self.videos, self.frames, self.processor, self.prompt = videos, frames, processor, prompt
+    def __init__(self, videos, frames, processor, prompt, timeout):
+        self.videos, self.frames, self.processor, self.prompt, self.timeout = videos, frames, processor, prompt, timeout
 
     def __len__(self):
         return len(self.videos)
@@ -45,7 +46,7 @@ class KeyFrames(Dataset):
     def __getitem__(self, index):
         video = self.videos[index]
         try:
-            with VideoReader(video.path) as reader:
+            with VideoReader(video.path, timeout=self.timeout) as reader:
                 images = reader.read(segment_midpoints(*reader.span(video), self.frames))        # [K, H, W, 3]
         except VideoError as error:
             return video, None, str(error)
@@ -109,6 +110,8 @@ def write_joined(out, entries, videos):
     for path in part_files(out):
         path.unlink()
     failed = sum(not entry["captions"] for entry in entries.values())
+    if failed == len(videos):
+        sys.exit(f"{out}: none of the videos could be captioned; the reasons are in it")
     print(f"{out}: {len(videos) - failed} videos captioned, {failed} failed")
 
 
@@ -132,6 +135,7 @@ def parse_args(argv=None):
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     parser.add_argument("--out", help="file to write (default: beside the manifest, train.captions.jsonl)")
     model = parser.add_argument_group("captioner")
     model.add_argument("--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder")
@@ -148,8 +152,12 @@ def parse_args(argv=None):
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
+    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
+    run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: describe those")
     args = parser.parse_args(argv)
+    if args.extend and args.resume == "none":
+        parser.error("--extend keeps what --resume none throws away")
     args.data = args.manifest or args.data
     return args
 
@@ -157,12 +165,12 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = read_manifest(args.data, args.root, args.label_column)
+        videos = read_manifest(args.data, args.root, args.label_column, args.strict_root)
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        join_ranks("gloo", timeout=datetime.timedelta(days=7))
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU that torch can use was found")
@@ -170,11 +178,11 @@ def main(argv=None):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
     out = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
-    about = {"manifest": manifest_hash(videos), "model": "labels" if args.labels else args.model}
+    about = {"manifest": manifest_hash(videos), "videos": len(videos), "model": "labels" if args.labels else args.model}
     if not args.labels:
         about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
     if rank == 0:
-        prepare(out, about, args)
+        prepare(out, about, args, videos)
     if ranks > 1:
         dist.barrier()
 
@@ -183,18 +191,19 @@ def main(argv=None):
         if rank == 0:
             write_joined(out, label_captions(videos, classes), videos)
         return
-    done = {row for row, entry in read_entries(out, videos).items() if entry["captions"]}
+    done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
     mine = [video for video in videos if video.row not in done][rank::ranks]
     if mine:
         model, processor = load_model(args.model, device, dtype)
         if rank == 0:
             print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
-        loader = DataLoader(KeyFrames(mine, args.frames, processor, args.prompt), args.batch_size, num_workers=args.workers,
-                            collate_fn=list)
+        stop = StopSignal()
+        loader = DataLoader(KeyFrames(mine, args.frames, processor, args.prompt, args.video_timeout), args.batch_size,
+                            num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
         with open(f"{out}.part-{rank}", "a") as file, tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
             file.write("\n")  # ends the line that a kill may have cut off
             for step, items in enumerate(loader):
-                if step == args.max_steps:
+                if step == args.max_steps or stop.name:
                     break
                 good = [item for item in items if item[2] is None]
                 texts = iter(describe(model, processor, good, device, dtype, args.beams, args.max_tokens) if good else ())
@@ -211,15 +220,25 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def prepare(out, about, args):
+def prepare(out, about, args, videos):
     """Refuses to go on with captions of another manifest or model; with --resume none, removes what there is."""
     path = out.with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hold(out)
     if args.resume == "none" or args.labels:
         for old in (out, *part_files(out)):
             old.unlink(missing_ok=True)
-    elif path.exists() and json.loads(path.read_text()) != about:
-        sys.exit(f"{path}: these captions are of another manifest or model; remake them with: "
-                 f"python caption.py {args.data} --resume none (and the flags you want)")
+    elif path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            old = None
+        count = grown_from(videos, old)
+        if count and not args.extend:
+            sys.exit(f"{out}: has the first {count} of {len(videos)} rows of the manifest: --extend describes the rest")
+        if old != about | ({key: old[key] for key in ("manifest", "videos")} if count else {}):
+            sys.exit(f"{path}: these captions are of another manifest or model; remake them with: "
+                     f"python caption.py {args.data} --resume none (and the flags you want)")
     path.write_text(json.dumps(about, indent=1) + "\n")
 
 

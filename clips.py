@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from video import VideoError, VideoReader
+from video import TIMEOUT, VideoError, VideoReader
 
 
 def clip_times(start, end, fps, frames, stride, where):
@@ -110,8 +110,8 @@ class Views(Dataset):
     evenly over the video (dense, or uniform with clips that interleave), crops along the long side; a video's views stay together,
     so nothing has to be merged by name. Loaders want collate_fn=list."""
 
-    def __init__(self, videos, frames, image_size, stride, clips=1, crops=1, sampling="dense"):
-        self.videos, self.frames, self.image_size, self.stride = videos, frames, image_size, stride
+    def __init__(self, videos, frames, image_size, stride, clips=1, crops=1, sampling="dense", timeout=TIMEOUT):
+        self.videos, self.frames, self.image_size, self.stride, self.timeout = videos, frames, image_size, stride, timeout
         self.clips, self.crops, self.sampling = clips, crops, sampling
 
     def __len__(self):
@@ -120,7 +120,7 @@ class Views(Dataset):
     def __getitem__(self, index):
         video = self.videos[index]
         try:
-            with VideoReader(video.path) as reader:
+            with VideoReader(video.path, timeout=self.timeout) as reader:
                 start, end = reader.span(video)
                 places = (np.arange(self.clips) + 0.5) / self.clips
                 times = [uniform_times(start, end, reader.fps, self.frames, where) if self.sampling == "uniform" else

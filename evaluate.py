@@ -26,7 +26,7 @@ def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks
     read. Rows are shared out over the ranks, summed up by row, and each asserted to have come once."""
     mine = videos[rank::ranks]
     probabilities, counted = torch.zeros(len(videos), classes, device=device), torch.zeros(len(videos), device=device)
-    loader = DataLoader(Views(mine, args.frames, args.image_size, args.stride, *views, args.sampling),
+    loader = DataLoader(Views(mine, args.frames, args.image_size, args.stride, *views, args.sampling, args.video_timeout),
                         max(1, args.batch_size // math.prod(views)), num_workers=args.workers, collate_fn=list)
     model.eval()
     with tqdm(total=len(mine), desc=f"{views[0]} x {views[1]} views", unit="video", disable=None if rank == 0 else True) as bar:

@@ -47,9 +47,9 @@ from torchvision.transforms.v2 import functional as TF
 import evaluate
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
-from manifest import ManifestError, read_manifest
-from stopping import StopSignal, ignore_signals
-from video import VideoReader
+from manifest import ManifestError, hold, read_manifest
+from stopping import StopSignal, ignore_signals, join_ranks
+from video import TIMEOUT, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 
@@ -67,7 +67,7 @@ class Clips(TrainingClips):
 
     def sample(self, epoch, row, rng):
         args = self.args
-        with VideoReader(self.videos[row].path) as reader:
+        with VideoReader(self.videos[row].path, timeout=args.video_timeout) as reader:
             start, end = reader.span(self.videos[row])
             times = (uniform_times(start, end, reader.fps, args.frames, rng.random(args.frames)) if args.sampling == "uniform" else
                      clip_times(start, end, reader.fps, args.frames, args.stride, rng.random()))
@@ -147,12 +147,14 @@ def parse_args(argv=None):
     data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
     data.add_argument("--test", help="manifest of the final test (default: --val)")
     data.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
+    data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     data.add_argument("--label-column", default="label", help="column that holds the label")
     data.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
     data.add_argument("--stride", type=int, help="video frames from one clip frame to the next (default: the checkpoint's)")
     data.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's)")
     data.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="a window, or one frame of each of T parts")
     data.add_argument("--repeat", type=int, default=2, help="samples of each decoded clip (repeated augmentation)")
+    data.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
@@ -201,7 +203,7 @@ def open_data(args):
     for split, path in (("train", args.data), ("val", args.val), ("test", args.test or args.val)):
         if args.test_only and split != "test":
             continue
-        videos = read_manifest(path, args.root, args.label_column)
+        videos = read_manifest(path, args.root, args.label_column, args.strict_root)
         if unlabelled := [video for video in videos if video.label is None]:
             raise ManifestError(f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}")
         if names is None and args.test_only:  # somebody else's checkpoint: labels are the numbers of its classes
@@ -312,10 +314,11 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
             if not (saves or step % args.log_every == 0):
                 continue
             stats = torch.stack(window)                                                      # [steps, 2]
-            if not stats[:, 0].isfinite().all():  # the one place where the CPU waits for the GPU
-                bad_step = step - len(window) + 1 + int((~stats[:, 0].isfinite()).int().argmax())
+            broken = ~stats[:, :1 if scaler.is_enabled() else 2].isfinite().all(1)           # fp16's scaler skips infinite gradients
+            if broken.any():  # the one place where the CPU waits for the GPU
+                bad_step = step - len(window) + 1 + int(broken.int().argmax())
                 bad = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
-                sys.exit(f"step {bad_step}: the loss is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
+                sys.exit(f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
             stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
             if ranks > 1:
                 dist.all_reduce(stats)
@@ -376,12 +379,14 @@ def main(argv=None):
     args.stride = args.stride or saved.get("stride", model.config["stride"])
     model.to(device).set_checkpointing(args.checkpointing)
     if ranks > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        join_ranks("nccl" if use_cuda else "gloo")
     say(f"""device       {device} ({'as asked' if args.device != 'auto' else 'there is a GPU' if use_cuda else 'no GPU found'}), amp {amp}, {ranks} ranks
 model        {args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.frames} frames of {args.image_size} pixels, {len(names)} classes
 weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
     out, args.out = args.out, str(args.out)  # a checkpoint holds plain types alone
     out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        hold(out / "checkpoint.pt")
     tested = args.checkpoint
     if not args.test_only:
         finished = train(args, model, splits, out, say, device, autocast, amp, rank, ranks)

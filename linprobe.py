@@ -31,6 +31,7 @@ left out of training and counts as wrong in the test set, as does a class withou
 Letters: N videos, V views, A random views, T frames, M tokens kept, D width, C classes, L settings, S seeds, B batch.
 """
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -50,8 +51,9 @@ from tqdm import tqdm
 import model as models
 from clips import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
 from evaluate import bootstrap
-from manifest import ManifestError, file_hash, manifest_hash, read_manifest
-from video import VideoError, VideoReader
+from manifest import ManifestError, create_array, file_hash, hold, manifest_hash, open_rows, read_manifest
+from stopping import StopSignal, ignore_signals, join_ranks
+from video import TIMEOUT, VideoError, VideoReader
 
 PROTOCOLS = {  # learning rates are for batches of 256
     "sweep": dict(rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), decays=(0.0, 1e-4, 1e-2), epochs=50, warmup=0, probe_batch=256),
@@ -70,7 +72,7 @@ class RandomViews(Views):
         video, args, views = self.videos[index], self.args, []
         seeds = [repeat_seed(args.seed, 0, video.row, view) for view in range(args.augment)]
         try:
-            with VideoReader(video.path) as reader:
+            with VideoReader(video.path, timeout=args.video_timeout) as reader:
                 start, end = reader.span(video)
                 wheres = [np.random.default_rng(seed).random(args.frames) for seed in seeds]
                 times = [uniform_times(start, end, reader.fps, args.frames, where) if args.sampling == "uniform" else
@@ -89,12 +91,10 @@ class RandomViews(Views):
 def create_or_resume(path, shape, dtype, about, anew):
     """Makes an array of NaN and, beside it, a .json of `about`, unless they are there already, with rows filled or not."""
     about_path, about = path.with_suffix(".json"), about | {"shape": list(shape)}
-    if not anew and path.exists() and about_path.exists() and json.loads(about_path.read_text()) == about:
-        return
-    about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    array[:] = np.nan
-    about_path.write_text(json.dumps(about, indent=1) + "\n")
+    with contextlib.suppress(OSError, ValueError):
+        if not anew and path.exists() and json.loads(about_path.read_text()) == about:
+            return
+    create_array(path, shape, dtype, about)
 
 def filled(array):
     """Which rows are there, bool [N]: a row is written from its first number to its last."""
@@ -116,14 +116,15 @@ def extract(model, identity, videos, split, kinds, args, rank, ranks, barrier, a
         if rank == 0:
             create_or_resume(path, shapes[kind], dtype, about, args.resume == "none")
         barrier()
-        arrays[kind] = np.load(path, mmap_mode="r+")
+        arrays[kind] = open_rows(path)
     there = np.all([filled(array) for array in arrays.values()], axis=0)
     todo = [video for video in videos[rank::ranks] if not there[video.row]]
-    data = Views(todo, args.frames, args.image_size, args.stride, args.clips, args.crops, args.sampling)
+    data = Views(todo, args.frames, args.image_size, args.stride, args.clips, args.crops, args.sampling, args.video_timeout)
     data = RandomViews(todo, args) if random else data
-    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=list)
+    stop = StopSignal()
+    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
     for step, items in enumerate(tqdm(loader, f"{split} {' '.join(kinds)}", unit="batch", disable=rank > 0 or not todo)):
-        if step == args.max_steps:
+        if step == args.max_steps or stop.name:
             break
         for error in (error for _, _, error in items if error):
             tqdm.write(error)
@@ -139,6 +140,9 @@ def extract(model, identity, videos, split, kinds, args, rank, ranks, barrier, a
     for array in arrays.values():
         array.flush()
     barrier()
+    if stop.name:
+        print(f"{stop.name}: stopped; run it again to go on")
+        sys.exit()
     return arrays
 
 def schedule(epoch, epochs, warmup=0):
@@ -290,6 +294,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="data/train.csv", help="training manifest")
     parser.add_argument("--test", default="data/val.csv", help="test manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
+    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     parser.add_argument("--label-column", default="label", help="column of both manifests that holds the label")
     parser.add_argument("--out", type=Path, help="folder (default: probe/ beside the checkpoint, or runs/untrained/probe)")
     features = parser.add_argument_group("features")
@@ -317,6 +322,7 @@ def parse_args(argv=None):
     run.add_argument("--batch-size", type=int, default=32, help="videos a batch and rank")
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     run.add_argument("--max-steps", type=int, help="stop an extraction after this many batches; the next run continues")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: extract anew")
     args = parser.parse_args(argv)
@@ -329,8 +335,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = {"train": read_manifest(args.data, args.root, args.label_column),
-                  "test": read_manifest(args.test, args.root, args.label_column)}
+        videos = {"train": read_manifest(args.data, args.root, args.label_column, args.strict_root),
+                  "test": read_manifest(args.test, args.root, args.label_column, args.strict_root)}
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     for video in videos["train"] + videos["test"]:
@@ -344,11 +350,13 @@ def main(argv=None):
     dtype = torch.float16 if args.device != "cpu" and not torch.cuda.is_bf16_supported() else torch.bfloat16
     autocast = torch.autocast(args.device.split(":")[0], dtype, enabled=args.device != "cpu")
     if ranks > 1:  # ranks only wait for one another, after work of very different length
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        join_ranks("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
     model, identity = build_encoder(args)
     args.out = args.out or (Path("runs/untrained") if args.checkpoint == "none" else Path(args.checkpoint).parent) / "probe"
     args.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        hold(args.out / "features")
     arrays, kinds = {split: {} for split in videos}, ["features", "tokens"][:1 + args.attentive]
     for split, of_split in videos.items():  # random views are for the features alone, clean ones for both
         for some in [[kind] for kind in kinds] if args.augment and split == "train" else [kinds]:

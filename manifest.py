@@ -5,10 +5,12 @@ of ours.
     text, about = open_array("data/train.text.npy", videos, remedy="python saliency.py")
 
 Arrays are memory-mapped .npy files pre-filled with NaN; a row that stays NaN is a video that failed. The .json beside each holds what
-made it and a hash of the manifest's rows, so that a stale file is refused.
+made it and a hash of the manifest's rows, so that a stale file is refused. Who writes a file holds its lock (FILE.lock) meanwhile.
 """
+import atexit
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +18,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 import numpy as np
 
 
@@ -32,14 +38,16 @@ class Video(NamedTuple):
     name: str            # the path as the manifest writes it
 
 
-def read_manifest(path, root=None, label_column="label"):
+def read_manifest(path, root=None, label_column="label", strict_root=False):
     """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns are ignored.
 
     Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from another column, which must
     then exist. `start` and `end` may each be empty or absent. Blank lines are allowed at the end only, since row i of
-    every companion array is line i of the manifest. Raises ManifestError "file:line: expected ..., found ...".
+    every companion array is line i of the manifest. With `strict_root` a path that leads out of that folder, be it absolute,
+    by .. or by a link, is refused. Raises ManifestError "file:line: expected ..., found ...".
     """
     folder = os.fspath(Path(path).parent if root is None else root)
+    inside = os.path.join(os.path.realpath(folder), "")
     videos, labels, number = [], {}, lambda text: float(text) if text else None  # labels are few: each is kept once
 
     def fail(line, what):
@@ -79,6 +87,8 @@ def read_manifest(path, root=None, label_column="label"):
                 name = fields[at_path]
                 if not name.strip():
                     fail(line, "a path, found none")
+                if strict_root and not os.path.realpath(os.path.join(folder, name)).startswith(inside):
+                    fail(line, f"a path inside {folder} (--strict-root), found {name!r}")
                 start = seconds(line, "start", fields[at_start]) if at_start is not None else None
                 end = seconds(line, "end", fields[at_end]) if at_end is not None else None
                 if end is not None and end <= (start or 0):
@@ -114,11 +124,17 @@ def manifest_hash(videos):
     return digest.hexdigest()[:16]
 
 
-def file_hash(path):
-    """16 hex digits that change with the file's contents."""
+def grown_from(videos, about):
+    """Of how many rows a file was made whose .json is `about`, if rows were added at the manifest's end since; else 0."""
+    count = about.get("videos", 0) if isinstance(about, dict) else 0
+    return count if 0 < count < len(videos) and about.get("manifest") == manifest_hash(videos[:count]) else 0
+
+
+def file_hash(path, lines=None):
+    """16 hex digits that change with the file's contents, or with those of its first `lines` lines."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        for block in iter(lambda: file.read(1 << 20), b"") if lines is None else itertools.islice(file, lines):
             digest.update(block)
     return digest.hexdigest()[:16]
 
@@ -128,16 +144,45 @@ def companion(manifest, kind):
     return Path(manifest).with_suffix(f".{kind}")
 
 
+def hold(path):
+    """Keeps other processes from writing `path` until this one ends, however it ends: by a lock on PATH.lock, a file that is removed
+    then. Exits with one line if another process has it. Where locks do not work, nothing is locked."""
+    lock = f"{path}.lock"
+    try:
+        while fcntl:
+            file = open(lock, "a")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not one just removed
+                atexit.register(lambda: (Path(lock).unlink(missing_ok=True), file.close()))
+                return
+    except BlockingIOError:
+        sys.exit(f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)")
+    except OSError:  # a file system without locks
+        pass
+
+
+def is_held(path):
+    """Whether another process holds `path`."""
+    try:
+        with open(f"{path}.lock") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError):  # nobody, or no locks
+        pass
+    return False
+
+
 def open_array(path, videos, remedy, **expect):
     """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the .json beside it).
 
     Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
     floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
-    other settings (`expect`: values the .json must hold, such as captions=hash).
+    other settings (`expect`: values the .json must hold, such as captions=hash). And, while another process writes it.
     """
     path = Path(path)
 
-    def fail(reason):
+    def fail(reason, remedy=remedy):
         raise ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
 
     try:
@@ -149,6 +194,10 @@ def open_array(path, videos, remedy, **expect):
         fail(f"cannot be read ({error})")
     if not isinstance(meta, dict):
         fail("its .json holds no settings")
+    if is_held(path):
+        raise ManifestError(f"{path}: another process is writing it: wait for its end")
+    if count := grown_from(videos, meta):
+        fail(f"has the first {count} of {len(videos)} rows of the manifest", " && ".join(f"{part} --extend" for part in remedy.split(" && ")))
     if meta.get("manifest") != manifest_hash(videos):
         fail("is of another manifest")
     if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
@@ -171,29 +220,77 @@ def read_captions(path, videos, remedy):
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path}: is damaged ({error}); make it with: {remedy}") from None
     if not same:
+        if [entry["path"] for entry in entries] == [video.name for video in videos[:len(entries)]]:
+            raise ManifestError(f"{path}: has the first {len(entries)} of {len(videos)} rows of the manifest; make it with: {remedy} --extend")
         raise ManifestError(f"{path}: is of another manifest; make it with: {remedy} --resume none")
     return captions
 
 
-def create_or_resume(path, shape, about, resume, rank, barrier):
-    """The float16 array at `path`, filled with NaN where it is new, writable, mapped; `about` lands in the json beside it.
+def create_array(path, shape, dtype, about, head=None):
+    """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape to the .json beside it. Exits
+    with one line if that is impossible, such as on a full disk: all its space is taken now, and none when rows are filled in."""
+    about_path, aside = path.with_suffix(".json"), path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)})
+            for start in range(0, 0 if head is None else len(head), 4096):
+                file.write(head[start:start + 4096].tobytes())
+            empty = np.full(shape[1:], np.nan, dtype).tobytes()
+            for start in range(0 if head is None else len(head), shape[0], 4096):
+                file.write(empty * min(4096, shape[0] - start))
+        if head is None:
+            about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
+        aside.replace(path)
+        about_path.write_text(json.dumps(about | {"shape": list(shape)}, indent=1) + "\n")
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        sys.exit(f"{path}: cannot be written ({error.strerror})")
 
-    An array that is there must carry the same `about`, else this exits with the command that remakes it."""
-    about = about | {"shape": list(shape)}
-    about_path = path.with_suffix(".json")
+
+def create_or_resume(path, videos, shape, about, resume, rank, barrier):
+    """The float16 array [len(videos), *shape] at `path`, filled with NaN where it is new, writable, mapped, held by rank 0; `about`
+    and a hash of the manifest land in the .json beside it.
+
+    An array that is there must carry the same `about`, else this exits with the command that remakes it. resume: "none" starts
+    anew; "auto" goes on; "extend" also takes an array of the manifest's first rows, and adds the rest. An entry of `about` may be
+    a function of the number of rows, to tell what it was for fewer."""
+    at = lambda count: ({"manifest": manifest_hash(videos[:count]), "videos": count}
+                        | {key: value(count) if callable(value) else value for key, value in about.items()} | {"shape": [count, *shape]})
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if resume == "auto" and path.exists() and about_path.exists():
-            old = json.loads(about_path.read_text())
-            changed = [key for key in about if old.get(key) != about[key]]
-            if changed:
+        hold(path)
+        try:
+            old = json.loads(path.with_suffix(".json").read_text()) if resume != "none" and path.exists() else None
+        except (OSError, ValueError):
+            old = None
+        count = grown_from(videos, old)
+        if count and resume != "extend":
+            sys.exit(f"{path}: has the first {count} of {len(videos)} rows of the manifest: --extend computes the rest")
+        if old is not None:
+            expected = at(count or len(videos))
+            if changed := [key for key in expected if not isinstance(old, dict) or old.get(key) != expected[key]]:
                 sys.exit(f"{path}: made with another {', '.join(changed)}; --resume none remakes it")
-        else:
-            about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
-            array = np.lib.format.open_memmap(path, "w+", np.float16, tuple(shape))
-            for start in range(0, len(array), 4096):
-                array[start:start + 4096] = np.nan
-            array.flush()
-            about_path.write_text(json.dumps(about, indent=1) + "\n")
+        if count or old is None:
+            create_array(path, (len(videos), *shape), np.float16, at(len(videos)), open_rows(path)[:count] if count else None)
     barrier()
-    return np.load(path, mmap_mode="r+", allow_pickle=False)
+    return open_rows(path)
+
+
+def fill(array, row, value):
+    """Writes value [K, ...] to the first K of array[row], the first of them last, so that `filled` tells a row from half of one."""
+    for part in reversed(range(len(value))):
+        array[row, part] = value[part]
+
+
+def filled(array):
+    """Which rows of an array [N, K, ...] `fill` has written, bool [N]."""
+    return ~np.isnan(array[(slice(None), 0) + (-1,) * (array.ndim - 2)])
+
+
+def open_rows(path):
+    """An array of ours, mapped, to fill rows in; exits with one line if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r+", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        sys.exit(f"{path}: cannot be read ({error}); --resume none remakes it")

@@ -177,6 +177,14 @@ def make_mask(name, ratio, batch, grid, saliency=None, motion=None, generator=No
     return mask
 
 
+def some_masked(mask, noise, count):
+    """`count` of each row's masked tokens, for a decoder that reconstructs only these (VideoMAE V2's dual masking, arXiv 2303.16727,
+    which takes a fixed pattern of cells): int64 [B, count]. mask bool [B, N]; noise [B, N], which made it."""
+    # The noise of slice 0 alone makes a tube, so by its own order that slice would come last; the fraction of 997 times it is
+    # uniform whatever the mask.
+    return (noise * 997 % 1).masked_fill(~mask, 2).argsort(dim=1, stable=True)[:, :count]
+
+
 def cut_maps(maps, times, box, flip, grid, oversample=2):
     """Brings stored maps to the tokens of a sample: the maps' value where each token lies, by trilinear interpolation.
 

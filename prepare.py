@@ -59,7 +59,7 @@ def reencode(job):
     aside = f"{target}.new.mp4"
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with VideoReader(source) as reader, av.open(aside, "w", options={"movflags": "+faststart"}) as container, reader._errors():
+        with VideoReader(source, timeout=math.inf) as reader, av.open(aside, "w", options={"movflags": "+faststart"}) as container, reader._errors():
             stream, size = None, None
             for seconds, frame in reader.frames():
                 if seconds < 0:  # before the first that is displayed
@@ -139,6 +139,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="whose videos to check, or to re-encode")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--frames", type=int, default=16, help="a video with fewer than frames x stride frames is called short")
     parser.add_argument("--stride", type=int, default=4)
@@ -152,7 +153,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = read_manifest(args.manifest, args.root)
+        videos = read_manifest(args.manifest, args.root, strict_root=args.strict_root)
     except ManifestError as error:
         sys.exit(str(error))
     if not args.reencode:

@@ -41,9 +41,9 @@ from torchvision.utils import save_image
 import masking
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
-from manifest import ManifestError, companion, file_hash, open_array, read_manifest
-from stopping import StopSignal, ignore_signals
-from video import VideoReader
+from manifest import ManifestError, companion, file_hash, filled, hold, open_array, read_manifest
+from stopping import StopSignal, ignore_signals, join_ranks
+from video import TIMEOUT, VideoError, VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class Clips(TrainingClips):
 
     def sample(self, epoch, row, rng):
         args, video = self.args, self.videos[row]
-        with VideoReader(video.path) as reader:
+        with VideoReader(video.path, timeout=args.video_timeout) as reader:
             start, end = reader.span(video)
             times = clip_times(start, end, reader.fps, args.frames, args.stride, rng.random())
             frames = reader.read(times)                                                      # uint8 [T, H, W, 3]
@@ -95,6 +95,9 @@ class Clips(TrainingClips):
             view["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())          # float16 [S, G, G]
         if self.motion is not None:
             view["motion"] = torch.from_numpy(self.motion[row].copy())                       # float16 [S, 2, G, G]
+        for kind in ("saliency", "motion"):
+            if kind in view and not view[kind].isfinite().all():
+                raise VideoError(f"{self.videos[row].path}: its {kind} has numbers that are not finite")
         return view
 
 
@@ -150,6 +153,7 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
     data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,motion,text}.npy, not the manifest's")
     data.add_argument("--frames", type=int, help="frames of a clip (default: the size's)")
     data.add_argument("--stride", type=int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
@@ -158,10 +162,12 @@ def parse_args(argv=None):
     data.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the samples")
     data.add_argument("--repeat", type=int, default=1, help="samples of each decoded clip")
+    data.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
     method = parser.add_argument_group("method")
     method.add_argument("--mask", choices=tuple(masking.MASKS), default="text")
     method.add_argument("--mask-ratio", type=float, help="share of tokens masked (default: the mask's own)")
+    method.add_argument("--decoder-keep", type=float, default=1.0, help="share of the masked tokens that are reconstructed; VideoMAE V2: 0.5")
     method.add_argument("--nce-weight", type=float, default=1.0, help="weight of the contrastive loss; 0 only monitors it")
     method.add_argument("--size", choices=tuple(models.SIZES), default="base")
     method.add_argument("--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder")
@@ -194,7 +200,7 @@ def parse_args(argv=None):
 
 def open_data(args):
     """The manifest and what the method needs beside it: videos, rows to train on, {"text", "saliency", "motion": array or None}."""
-    videos = read_manifest(args.data, args.root)
+    videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
     remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
     prefix = args.companions or Path(args.data).with_suffix("")
     captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
@@ -208,7 +214,7 @@ def open_data(args):
         arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
     usable = np.ones(len(videos), bool)
     for array in arrays.values():
-        usable &= True if array is None else ~np.isnan(array[(slice(None),) + (0,) * (array.ndim - 1)])
+        usable &= True if array is None else filled(array)
     return videos, np.flatnonzero(usable), arrays
 
 
@@ -233,7 +239,10 @@ def main(argv=None):
         args.text_dim = text.shape[-1] if text is not None else 512
         torch.manual_seed(args.seed)
         model = models.VideoMAE(args.size, args.frames, args.image_size, args.text_dim, nce_detach=args.nce_weight == 0)
-        visible = model.num_tokens - masking.masked_count(args.mask_ratio, model.grid)
+        masked = masking.masked_count(args.mask_ratio, model.grid)
+        visible, decoded = model.num_tokens - masked, round(args.decoder_keep * masked)
+        if not 0 < decoded <= masked:
+            raise ValueError(f"--decoder-keep {args.decoder_keep} reconstructs {decoded} of {masked} masked tokens")
     except (ManifestError, ValueError) as error:
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     args.frames, args.image_size, grid = model.config["frames"], model.config["image_size"], model.grid
@@ -275,7 +284,7 @@ def main(argv=None):
 steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
 device       {device} ({found}), amp {amp}, {ranks} ranks
 model        {args.size}, {millions:.1f} M parameters, {args.frames} frames of {args.image_size} pixels
-tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {" x ".join(map(str, grid))}
+tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {" x ".join(map(str, grid))}; {decoded} reconstructed
 contrastive  {contrastive}
 batch        {effective} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
 lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epochs, {args.epochs * args.repeat} effective""")
@@ -285,6 +294,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
     args.out = str(args.out)  # a checkpoint holds plain types alone
     if rank == 0:
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        hold(checkpoint_path)
         log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
         lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
         log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
@@ -296,7 +306,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
         model.compile()  # in place: the checkpoint's keys stay as they are
     wrapped = model
     if ranks > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        join_ranks("nccl" if use_cuda else "gloo")
         wrapped = DistributedDataParallel(model, device_ids=[local] if use_cuda else None)
     stop = StopSignal(ranks)
 
@@ -320,10 +330,11 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
                 used.append((step, batch["row"].tolist()))
                 batch = {key: value.to(device, non_blocking=True).flatten(0, 1) for key, value in batch.items() if value.ndim > 1}
                 mask = mask_batch(batch, model, args)                                        # bool [B*R, N]
+                chosen = masking.some_masked(mask, batch["noise"], decoded) if decoded < masked else None
                 last = micro == args.accum - 1
                 with contextlib.nullcontext() if last or ranks == 1 else wrapped.no_sync():
                     with autocast:
-                        loss_mae, loss_nce = wrapped(models.normalize(batch["clip"]), mask, batch.get("text"), visible)
+                        loss_mae, loss_nce = wrapped(models.normalize(batch["clip"]), mask, batch.get("text"), visible, chosen)
                     loss_nce = torch.zeros_like(loss_mae) if loss_nce is None else loss_nce
                     scaler.scale((loss_mae + (args.nce_weight or 1.0) * loss_nce) / args.accum).backward()
                 losses.append(torch.stack([loss_mae.detach(), loss_nce.detach()]))
@@ -339,11 +350,11 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
             if not (saves or step % args.log_every == 0):
                 continue
             stats = torch.stack(window)                                                      # [steps, 3]
-            broken = ~stats[:, :2].isfinite().all(1)
+            broken = ~stats[:, :2 if scaler.is_enabled() else 3].isfinite().all(1)           # fp16's scaler skips infinite gradients
             if broken.any():  # the one place where the CPU waits for the GPU
                 bad_step = step - len(window) + 1 + int(broken.int().argmax())
                 names = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
-                sys.exit(f"step {bad_step}: the loss is not finite; the last checkpoint is kept. Its batch: {', '.join(names)}")
+                sys.exit(f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(names)}")
             stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
             if ranks > 1:
                 dist.all_reduce(stats)

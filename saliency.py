@@ -32,7 +32,8 @@ HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as a reference:
 the codec's error on the toy world.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
-rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out.
+rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out. Where rows were added at
+the manifest's end, `--extend` keeps those that there are (after caption.py --extend).
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
 """
 import argparse
@@ -43,6 +44,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -52,8 +54,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import motion
-from manifest import ManifestError, companion, create_or_resume, file_hash, manifest_hash, read_captions, read_manifest
-from video import VideoError, VideoReader, segment_midpoints
+from manifest import ManifestError, companion, create_or_resume, file_hash, fill, filled, read_captions, read_manifest
+from stopping import StopSignal, ignore_signals, join_ranks
+from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
 
@@ -75,16 +78,16 @@ class Moments(Dataset):
             return video.row, None, str(error)
 
 
-def read_moments(video, moments, size):
+def read_moments(video, moments, size, timeout):
     """uint8 [S, 3, H, W], squashed to the size (H, W)."""
-    with VideoReader(video.path) as reader:
+    with VideoReader(video.path, timeout=timeout) as reader:
         frames = reader.read(segment_midpoints(*reader.span(video), moments), size)
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
-def read_codec_field(video, moments, window, grid):
+def read_codec_field(video, moments, window, grid, timeout):
     """float32 [S, 2, G, G]: the motion field from the codec's vectors in a window of frames around each moment."""
-    with VideoReader(video.path, vectors=True) as reader:
+    with VideoReader(video.path, vectors=True, timeout=timeout) as reader:
         start, end = reader.span(video)
         middles, window = segment_midpoints(start, end, moments), window / reader.fps
         times = np.arange(math.ceil(start * reader.fps), math.ceil(end * reader.fps)) / reader.fps
@@ -93,9 +96,9 @@ def read_codec_field(video, moments, window, grid):
     return torch.from_numpy(motion.codec_field(frames, middles, window, grid))
 
 
-def read_pairs(video, moments, size):
+def read_pairs(video, moments, size, timeout):
     """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds between them, float32 [S]."""
-    with VideoReader(video.path) as reader:
+    with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
         times, apart = motion.pair_times(segment_midpoints(start, end, moments), start, end, reader.fps)
         frames = reader.read(times.ravel(), (size, size))
@@ -110,7 +113,7 @@ def load_clip(name, pretrained, image_size, device):
         model = open_clip.create_model(name, pretrained=None if ":" in name else pretrained, force_image_size=image_size,
                                        device=device)
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         sys.exit(f"--clip {name} --pretrained {pretrained}: cannot load it: {str(error).splitlines()[0]} "
                  f"(for the toy world: --clip local-dir:data/toy/clip)")
     if not all(hasattr(model.visual, part) for part in ("transformer", "ln_post", "proj", "grid_size")):
@@ -165,6 +168,8 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
 def text_cue(args, videos, device, autocast, create):
     caption_path = args.captions or companion(args.data, "captions.jsonl")
     captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
+    if not any(captions):
+        raise ManifestError(f"{caption_path}: no video has a caption; the reasons are in it")
     model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
     visual = model.visual
     grid, size, moments = tuple(visual.grid_size), tuple(visual.image_size), args.moments or 16
@@ -174,10 +179,10 @@ def text_cue(args, videos, device, autocast, create):
         embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
     width = len(next(iter(embedded.values())))
 
-    about = {"captions": file_hash(caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
-    text_array = create("text", (len(videos), texts, width), about)
+    about = {"captions": partial(file_hash, caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
+    text_array = create("text", (texts, width), about)
     about |= {"dense": args.dense, "moments": moments, "image_size": size[0]}
-    array = create("saliency", (len(videos), texts, moments, *grid), about)
+    array = create("saliency", (texts, moments, *grid), about)
 
     def write(good):
         images = torch.cat([frames for _, frames in good]).to(device)                           # [B*S, 3, H, W]
@@ -186,12 +191,15 @@ def text_cue(args, videos, device, autocast, create):
         for (row, _), of_video in zip(good, patches.unflatten(0, (len(good), moments))):        # [S, G*G, D]
             text = torch.stack([embedded[text] for text in captions[row]])                      # [K, D]
             maps = torch.einsum("spd,kd->ksp", of_video, text.to(device)).unflatten(-1, grid)
-            text_array[row, :len(text)] = text.numpy()
-            array[row, :len(text)] = maps.cpu().numpy()
+            if not (maps.isfinite().all() and text.isfinite().all()):
+                tqdm.write(f"{videos[row].path}: {args.clip} gives numbers that are not finite")
+                continue
+            fill(text_array, row, text.numpy())
+            fill(array, row, maps.cpu().numpy())
 
     says = (f"{args.clip}, {sum(not of_video for of_video in captions)} videos without captions, {texts} captions x "
             f"{moments} moments x {grid[0]} x {grid[1]} patches")
-    return array, [video for video in videos if captions[video.row]], partial(read_moments, moments=moments, size=size), write, says
+    return array, [video for video in videos if captions[video.row]], partial(read_moments, moments=moments, size=size, timeout=args.video_timeout), write, says
 
 
 def motion_cue(args, videos, device, autocast, create):
@@ -201,18 +209,18 @@ def motion_cue(args, videos, device, autocast, create):
         model = motion.load_raft(args.flow_weights, device)
         weights = args.flow_weights and file_hash(args.flow_weights)
         about |= {"weights": weights, "image_size": size}
-        read = partial(read_pairs, moments=moments, size=size)
+        read = partial(read_pairs, moments=moments, size=size, timeout=args.video_timeout)
     else:
         about |= {"window": args.window}
-        read = partial(read_codec_field, moments=moments, window=args.window, grid=args.grid)
-    array = create("motion", (len(videos), moments, 2, args.grid, args.grid), about)
+        read = partial(read_codec_field, moments=moments, window=args.window, grid=args.grid, timeout=args.video_timeout)
+    array = create("motion", (moments, 2, args.grid, args.grid), about)
 
     def write(good):
         for row, field in good:
             if flow == "raft":
                 pairs, seconds = field
                 field = motion.raft_field(model, pairs.to(device), seconds.to(device), args.grid).cpu()
-            array[row] = field.numpy()
+            fill(array, row, field.numpy())
 
     says = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
     return array, videos, read, write, says
@@ -223,6 +231,7 @@ def parse_args(argv=None):
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
+    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and so on (default: beside the manifest)")
     parser.add_argument("--cue", choices=("text", "motion"), default="text", help="what the maps show")
     parser.add_argument("--moments", type=int, help="moments of a video (default: 16, of motion 32)")
@@ -242,12 +251,16 @@ def parse_args(argv=None):
     run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
+    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
+    run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: compute those")
     args = parser.parse_args(argv)
     if args.cue == "text" and (args.flow or args.flow_weights):
         parser.error("--flow and --flow-weights are for --cue motion")
     if args.flow_weights and args.flow != "raft":
         parser.error("--flow-weights is for --flow raft")
+    if args.extend and args.resume == "none":
+        parser.error("--extend keeps what --resume none throws away")
     args.data = args.manifest or args.data
     return args
 
@@ -263,31 +276,32 @@ def main(argv=None):
     autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(
         "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        join_ranks("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
 
     prefix, written = args.out or Path(args.data).with_suffix(""), {}
 
     def create(kind, shape, about):
-        path, about = Path(f"{prefix}.{kind}.npy"), {"manifest": manifest_hash(videos)} | about
-        written[path] = create_or_resume(path, shape, about, args.resume, rank, barrier)
+        path = Path(f"{prefix}.{kind}.npy")
+        written[path] = create_or_resume(path, videos, shape, about, "extend" if args.extend else args.resume, rank, barrier)
         return written[path]
 
     try:
-        videos = read_manifest(args.data, args.root)
+        videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
         cue = text_cue if args.cue == "text" else motion_cue
         array, able, read, write, says = cue(args, videos, device, autocast, create)
     except ManifestError as error:
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
 
-    first = (slice(None),) + (0,) * (array.ndim - 1)  # a row is written whole: its first number tells
-    todo = [video for video in able[rank::ranks] if np.isnan(array[first][video.row])]
+    there = filled(array)
+    todo = [video for video in able[rank::ranks] if not there[video.row]]
     if rank == 0:
         print(f"{says}, on {device}: {len(videos)} videos, {len(todo)} to do on rank 0 of {ranks}")
-    loader = DataLoader(Moments(todo, read), args.batch_size, num_workers=args.workers, collate_fn=list)
+    stop = StopSignal()
+    loader = DataLoader(Moments(todo, read), args.batch_size, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
     with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
         for step, items in enumerate(loader):
-            if step == args.max_steps:
+            if step == args.max_steps or stop.name:
                 break
             for error in (error for _, _, error in items if error):
                 tqdm.write(error)
@@ -298,9 +312,11 @@ def main(argv=None):
         memory.flush()
     barrier()
     if rank == 0:
-        done = int((~np.isnan(array[first])).sum())
+        done = int(filled(array).sum())
         print(*(f"{path} {list(memory.shape)}" for path, memory in written.items()), sep=", ", end=f": {done} of {len(videos)} videos\n")
-        if done == 0 and args.max_steps is None:
+        if stop.name:
+            print(f"{stop.name}: stopped; run it again to go on")
+        elif done == 0 and args.max_steps is None:
             sys.exit(f"{args.data}: none of its videos could be read; the reasons are above")
     if ranks > 1:
         dist.destroy_process_group()

@@ -1,6 +1,8 @@
-"""Being told to stop: SIGTERM, as a scheduler sends it, or Ctrl-C. A training run then saves and ends, all ranks at the same step.
+"""Starting and stopping together. Being told to stop is SIGTERM, as a scheduler sends it, or Ctrl-C: a training run then saves and
+ends, all ranks at the same step; a stage whose rows stand alone ends after its batch.
 
-    stop = StopSignal(ranks)                            after dist.init_process_group
+    join_ranks("nccl")                                  dist.init_process_group, for runs that torchrun may restart
+    stop = StopSignal(ranks)
     loader = DataLoader(..., worker_init_fn=ignore_signals)
     for step in ...:
         ...
@@ -9,10 +11,20 @@
 """
 import atexit
 import multiprocessing
+import os
 import signal
 
 import torch
 import torch.distributed as dist
+
+
+def join_ranks(backend, **options):
+    """dist.init_process_group, each of torchrun's attempts (--max-restarts) under names of its own: its store outlives them, and
+    gloo would connect to the addresses of ranks that are dead. On several nodes the attempts are counted apart: not there."""
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
 
 
 class StopSignal:

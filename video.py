@@ -22,6 +22,8 @@ import bisect
 import contextlib
 import math
 import os
+import stat
+from time import monotonic
 from typing import NamedTuple
 
 import av
@@ -34,6 +36,7 @@ from manifest import read_manifest  # noqa: F401  also found here
 
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
 
+TIMEOUT = 60.0  # seconds that reading one video may take, unless told otherwise
 SEEK_GAP = 1.0  # seconds between wanted frames from which looking for a key frame in between costs less than it saves
 
 
@@ -61,11 +64,13 @@ class VideoReader:
 
     duration: seconds from the first frame to the end of the last, by the file's header; only if that does not say is the
     whole file demuxed. fps: average frame rate. Times everywhere are seconds since the first displayed frame.
-    vectors: the decoder keeps the codec's motion vectors, for `read_vectors`.
+    vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from opening to the last frame read;
+    past them, a VideoError. It is looked at between packets: one call into libav that never returns is not ended by it.
     """
 
-    def __init__(self, path, vectors=False):
+    def __init__(self, path, vectors=False, timeout=TIMEOUT):
         self.path, self._container, self._vectors = os.fspath(path), None, vectors
+        self._timeout, self._began, self._demuxer = timeout, monotonic(), None
         try:
             with self._errors():
                 self._open()
@@ -80,6 +85,8 @@ class VideoReader:
             raise
 
     def close(self, *_):
+        if self._demuxer is not None:
+            self._demuxer.close()  # left to itself, PyAV's generator leaks a quarter of a kilobyte each time
         if self._container is not None:
             self._container.close()
 
@@ -159,8 +166,10 @@ class VideoReader:
 
     def _open(self):
         self.close()
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would be waited for
+            raise VideoError(f"{self.path}: a directory, a pipe or a device, not a file")
         # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video reaches no network.
-        self._container = av.open(f"file:{self.path}", options={"protocol_whitelist": "file"})
+        self._container = av.open(f"file:{self.path}", options={"protocol_whitelist": "file"}, timeout=min(self._timeout, 1e9))
         if not self._container.streams.video:
             raise VideoError(f"{self.path}: no video stream")
         self._stream = self._container.streams.video[0]
@@ -171,8 +180,18 @@ class VideoReader:
         options = {"err_detect": "explode", "max_pixels": str(2 ** 27)}
         self._stream.codec_context.options = options | ({"flags2": "+export_mvs"} if self._vectors else {})
 
-    def _packets(self):
-        return (packet for packet in self._container.demux(self._stream) if packet.size)
+    def _packets(self, drain=False):
+        """The stream's packets from here on, at its end one that drains the decoder, if asked for. Ends those asked for before."""
+        if self._demuxer is not None:
+            self._demuxer.close()
+        self._demuxer = self._container.demux(self._stream)
+        return (packet for packet in self._in_time(self._demuxer) if packet.size or drain)
+
+    def _in_time(self, items):
+        for item in items:
+            if monotonic() - self._began > self._timeout:
+                raise av.error.ExitError(0, "")
+            yield item
 
     def _first_pts(self):
         """The pts of the first frame displayed, or None if packets carry no pts.
@@ -253,7 +272,7 @@ class VideoReader:
                 packets.pop()
 
             distances = self._distances(packets) if self._vectors else {}
-            for packet in [*packets, None]:  # None drains the decoder
+            for packet in self._in_time([*packets, None]):  # None drains the decoder
                 if packet is not None and codec.name in ("h264", "hevc"):
                     codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 for frame in codec.decode(packet):
@@ -265,7 +284,7 @@ class VideoReader:
     def frames(self):
         """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's start."""
         self._open()
-        for index, frame in enumerate(self._container.decode(self._stream)):
+        for index, frame in enumerate(frame for packet in self._packets(drain=True) for frame in packet.decode()):
             counted = self._first is None or frame.pts is None
             yield index / self.fps if counted else (frame.pts - self._first) * self._tick, frame
 
@@ -343,6 +362,8 @@ class VideoReader:
         """Whatever goes wrong with the file becomes a VideoError of one line."""
         try:
             yield
+        except av.error.ExitError as error:  # libav's own, when a call took too long
+            raise VideoError(f"{self.path}: reading it takes more than {self._timeout:g} s (--video-timeout)") from error
         except (av.FFmpegError, OSError, ValueError) as error:
             log = getattr(error, "log", None)
             reason = f"{getattr(error, 'strerror', None) or error}" + (f" ({log[2].strip()})" if log else "")

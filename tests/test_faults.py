@@ -10,6 +10,7 @@ from conftest import BLIP, CLIP, run
 from test_video import pictures, write
 
 import prepare
+import video
 from video import VideoError, VideoReader
 
 
@@ -49,6 +50,8 @@ def plant(folder):
     put("one.mp4", open(write(folder / "single.mp4", pictures(1, 64, 64), fps=10), "rb").read(), True)
     pts = [-7, -3, 0, 4, 9, 13, 20]
     put("negative.mkv", open(write(folder / "n.mkv", pictures(7, 64, 64), pts=pts, tick=prepare.Fraction(1, 10)), "rb").read(), True)
+    os.mkfifo(folder / "pipe.mp4")  # to open it would wait for somebody to write
+    files["pipe.mp4"] = False
     if os.geteuid():
         put("forbidden.mp4", good)
         (folder / "forbidden.mp4").chmod(0)
@@ -112,6 +115,31 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
     results = [json.loads((tmp_path / name / "label.json").read_text()) for name in ("mixed", "good")]
     assert results[0]["unreadable"] == len(bad) and results[0]["train"] == results[1]["train"] == 16
     assert all(results[0][key] == results[1][key] for key in ("linear", "knn", "majority"))
+
+
+def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypatch):
+    """The clock is looked at between packets, and not stopped by the second way of decoding; every stage has the flag."""
+    path = write(tmp_path / "long.mp4", pictures(300, 64, 64), fps=10, options={"g": "1000", "sc_threshold": "0"})
+    now = [0.0]
+    monkeypatch.setattr(video, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])  # each look at the clock is a second
+    with VideoReader(path, timeout=900) as reader:
+        assert reader.read([29.0]).shape == (1, 64, 64, 3)
+        with pytest.raises(VideoError, match=f"^{path}: reading it takes more than 900 s"):
+            reader.read([29.0])
+    with VideoReader(path, timeout=20) as reader, pytest.raises(VideoError, match="more than 20 s"):
+        reader.read([29.0])
+    monkeypatch.undo()
+    for args in (("saliency.py", "data/train.csv", "--clip", CLIP, "--out", "none"), ("saliency.py", "data/train.csv", "--cue", "motion", "--out", "none")):
+        assert "none of its videos could be read" in run(*args, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
+    line = run("caption.py", "data/train.csv", "--model", BLIP, "--resume", "none", "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
+    assert line == "data/train.captions.jsonl: none of the videos could be captioned; the reasons are in it"
+    assert all("more than 0 s (--video-timeout)" in json.loads(line)["error"] for line in (copy / "data/train.captions.jsonl").read_text().splitlines())
+    assert "no video has a caption" in run("saliency.py", "data/train.csv", "--clip", CLIP, "--out", "other", cwd=copy, fails=True)
+    assert not np.isfinite(np.load(copy / "none.saliency.npy")).any() and not np.isfinite(np.load(copy / "none.motion.npy")).any()
+    for args in (("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no"), ("finetune.py",)):
+        with pytest.raises(VideoError, match="nine videos drawn in its place cannot be read"):
+            run(*args, "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy)
+    assert "0 readable videos" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
 
 
 # ---- damage at random

@@ -255,7 +255,7 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
     run("finetune.py", *flags, "--out", tmp_path / "whole")
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 3)
     assert "is there already: --resume auto" in run("finetune.py", *flags, "--out", tmp_path / "parts", fails=True)
-    run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 8, "--resume", "auto", "--workers", 1)
+    run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 8, "--resume", "auto", "--workers", 4)
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
     whole, parts = weights(tmp_path / "whole/checkpoint.pt"), weights(tmp_path / "parts/checkpoint.pt")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

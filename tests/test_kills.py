@@ -25,8 +25,8 @@ STAGES = {  # the command, and the outputs to compare; batches of one, since a b
 }
 
 
-def start(command, cwd, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+def start(command, cwd, ranks=1, *flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, env=ENVIRONMENT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -36,6 +36,10 @@ def contents(path):
     if path.suffix == ".pt":
         return {key: value.numpy().tobytes() for key, value in torch.load(path, weights_only=True)["model"].items()}
     return path.read_bytes()
+
+
+def children(process):
+    return list(map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()))
 
 
 def log(folder):
@@ -53,25 +57,31 @@ def fresh(copy, name, folder):
     return folder, output
 
 
-def kill_and_go_on(name, copy, tmp_path, kills):
+def kill_and_go_on(name, copy, tmp_path, kills, ranks=1):
+    """ranks: 2 kills any of the processes, the ranks' or torchrun's, or all."""
     command = STAGES[name][0]
     whole, expected = fresh(copy, name, tmp_path / "whole")
     began = time.time()
-    process = start(command, whole)
+    process = start(command, whole, ranks)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     lasted = time.time() - began
     killed, output = fresh(copy, name, tmp_path / "killed")
     rng, times = np.random.default_rng(0), []
     for _ in range(kills):
-        process = start(command, killed)
+        process = start(command, killed, ranks)
         times.append(rng.uniform(0.3, 1.0) * lasted)
         try:
             process.communicate(timeout=times[-1])
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    run(*command, cwd=killed)
+            if ranks > 1 and (of_ranks := children(process)):
+                os.kill(int(rng.choice(of_ranks)), signal.SIGKILL)
+                _, errors = process.communicate(timeout=60)  # the other rank does not outlive it by more than torchrun's 30 s
+                assert process.returncode == 1 and "exitcode: -9" in errors or process.returncode == 0, errors
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+    run(*command, cwd=killed, ranks=ranks)
     assert contents(output) == contents(expected)
     assert not [path for path in killed.rglob("*") if ".part-" in path.name]
     if name in ("pretrain", "finetune"):
@@ -85,10 +95,48 @@ def test_killed_three_times_it_writes_the_same(name, copy, tmp_path):
     kill_and_go_on(name, copy, tmp_path / "runs", 3)
 
 
+def test_when_one_of_two_ranks_is_killed_the_other_ends_and_the_next_run_goes_on(copy, tmp_path):
+    kill_and_go_on("pretrain", copy, tmp_path / "runs", 2, ranks=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_twenty_times_it_writes_the_same(name, copy, tmp_path):
     kill_and_go_on(name, copy, tmp_path / "runs", 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_two_ranks_killed_twenty_times_write_the_same(name, copy, tmp_path):
+    kill_and_go_on(name, copy, tmp_path / "runs", 20, ranks=2)
+
+
+def heal(copy, kills):
+    """torchrun --max-restarts: after each kill -9 of a rank it starts both again, and the run ends as if nothing had been."""
+    command = (*STAGES["pretrain"][0], "--epochs", 30, "--log-every", 1)
+    run(*command, "--out", "whole", cwd=copy, ranks=2)
+    process = start(command, copy, 2, f"--max-restarts={kills}")
+    rng, seen = np.random.default_rng(0), set()
+    step = lambda: ([0] + [line["step"] for line in log(copy)])[-1] if (copy / "run/log.jsonl").exists() else 0
+    for reached in np.cumsum(rng.integers(3, 9, kills)):
+        until = time.time() + 120
+        while step() < reached or seen & set(children(process)):
+            assert process.poll() is None and time.time() < until, process.communicate()
+            time.sleep(0.02)
+        seen |= set(children(process))
+        os.kill(int(rng.choice(children(process))), signal.SIGKILL)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert contents(copy / "run/checkpoint.pt") == contents(copy / "whole/checkpoint.pt") and out.count("120 = 30 epochs x 4") == kills + 1
+
+
+def test_torchrun_heals_a_run_by_restarts(copy):
+    heal(copy, 1)
+
+
+@pytest.mark.slow
+def test_torchrun_heals_a_run_by_ten_restarts(copy):
+    heal(copy, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -119,6 +167,21 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
     assert done.returncode != 0 and "checkpoint.pt: cannot be written" in done.stderr, done.stderr
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 1 and torch.equal(saved["model"]["x"], torch.ones(1000)) and not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize("name", ["saliency", "motion", "linprobe"])
+def test_a_disk_that_fills_while_an_array_is_made(copy, name):
+    """All of an array's space is taken before anything is computed: then it either is there, or the stage ends with one line."""
+    for path in [*(copy / "data").glob("train.saliency.*"), *(copy / "data").glob("train.text.*"), *(copy / "data").glob("train.motion.*")]:
+        path.unlink()
+    code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); import importlib; "
+            "importlib.import_module(sys.argv[2]).main(sys.argv[3:])")
+    command = list(map(str, STAGES[name][0]))
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), command[0][:-3], *command[1:]], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot be written (File too large)" in done.stderr.splitlines()[-1]
+    assert not [path for path in copy.rglob("*.new")] and not [*copy.glob("data/train.motion.*"), *copy.glob("data/train.saliency.*")]
+    run(*command, cwd=copy)
 
 
 def test_an_error_does_not_wait_for_the_loaders_workers(tmp_path):

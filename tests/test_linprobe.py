@@ -278,7 +278,7 @@ def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (abs(features[:, a] - features[:, b]).max(1)[[0, 1, 3]] > 1e-3).all()
     assert of(tmp_path / "a", "train.tokens").shape == (4, 128, 96)  # clean
-    args = SimpleNamespace(seed=0, augment=20, frames=8, stride=2, image_size=32, sampling="dense", flip=False)
+    args = SimpleNamespace(seed=0, augment=20, frames=8, stride=2, image_size=32, sampling="dense", flip=False, video_timeout=60)
     videos = read_manifest(folder / "all.csv")
     views = lambda videos, **changed: linprobe.RandomViews(videos, SimpleNamespace(**vars(args) | changed))
     plain, flipped = (views(videos, flip=flip)[1][1] for flip in (False, True))

@@ -53,6 +53,27 @@ def test_random_and_tube():
         assert len(mask.flatten(1).unique(dim=0)) == 64
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_some_masked_are_a_fair_draw_by_the_samples_own_noise(name):
+    grid, batch = (4, 6, 6), 3000
+    noise = torch.rand(batch, 144, generator=torch.Generator().manual_seed(0))
+    maps = {kind: map_[:1].expand(batch, *map_.shape[1:]) for kind, map_ in maps_for(name, 1, grid).items()}
+    mask = make_mask(name, 0.75, batch, grid, noise=noise, **maps)
+    some = masking.some_masked(mask, noise, 54)
+    chosen = torch.zeros_like(mask).scatter(1, some, True)
+    assert some.shape == (batch, 54) and (chosen.sum(1) == 54).all() and not (chosen & ~mask).any()
+    share = lambda *dims: chosen.view(batch, 4, 36).float().sum(dims) / mask.view(batch, 4, 36).float().sum(dims)
+    assert (share(0, 2) - 0.5).abs().max() < 0.01           # of each slice a half,
+    often = mask.float().mean(0).view(4, 36) > 0.1
+    assert (share(0)[often] - 0.5).abs().max() < 0.1         # of each token,
+    assert (share(2) - 0.5).abs().mean() > 0.03              # but not in each sample,
+    first = (chosen[:, :36] & mask[:, 36:72]).float().sum() / (mask[:, :36] & mask[:, 36:72]).float().sum()
+    assert abs(first - 0.5) < 0.01                           # whatever is masked elsewhere;
+    both = (chosen[:, :36] & chosen[:, 36:72]).float().sum() / (mask[:, :36] & mask[:, 36:72]).float().sum()
+    assert abs(both - 0.25) < 0.01                           # a tube is not kept whole
+    assert torch.equal(masking.some_masked(mask[7:8], noise[7:8], 54), some[7:8])
+
+
 def test_text_masks_the_known_square_and_inverse_all_but_it():
     saliency = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.1
     for slice_ in range(3):
@@ -231,7 +252,8 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
     toy.write_video(tmp_path / "square.mp4", frames)
     bright = torch.from_numpy(frames[1::2, ..., 0] / 255.0)                                  # 10 moments, at 0.1, 0.3, ... s
     saliency = bright.unflatten(1, (16, 4)).unflatten(3, (16, 4)).mean((2, 4))[None, None].numpy().astype(np.float16)
-    args = SimpleNamespace(seed=0, frames=8, stride=2, image_size=64, repeat=1, flip=True, crop=crop, crop_scale=(0.3, 1.0))
+    args = SimpleNamespace(seed=0, frames=8, stride=2, image_size=64, repeat=1, flip=True, crop=crop, crop_scale=(0.3, 1.0),
+                           video_timeout=60)
     data = Clips([Video(str(tmp_path / "square.mp4"), None, None, None, 0, "square.mp4")], [0], args, (4, 4, 4), None, saliency)
     agreement, forgotten, flips = [], [], 0
     for epoch in range(24):
@@ -259,7 +281,8 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
     toy.write_video(tmp_path / "square.mp4", frames)
     (tmp_path / "one.csv").write_text("path\nsquare.mp4\n")
     run("saliency.py", "one.csv", "--cue", "motion", "--moments", 10, "--grid", 12, "--workers", 0, cwd=tmp_path)
-    args = SimpleNamespace(seed=0, frames=8, stride=2, image_size=96, repeat=1, flip=True, crop="resized", crop_scale=(0.4, 1.0))
+    args = SimpleNamespace(seed=0, frames=8, stride=2, image_size=96, repeat=1, flip=True, crop="resized", crop_scale=(0.4, 1.0),
+                           video_timeout=60)
     field, grid = np.load(tmp_path / "one.motion.npy"), (4, 6, 6)
     data, errors, flips = Clips(read_manifest(tmp_path / "one.csv"), [0], args, grid, motion=field), [], 0
     for epoch in range(16):

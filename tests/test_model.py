@@ -434,6 +434,34 @@ def test_loss_ignores_visible_targets(monkeypatch):
     assert not torch.equal(mae(unpatchify(cubes, mae.grid), mask).loss_mae, loss)
 
 
+def test_decoding_some_of_the_masked_tokens(monkeypatch):
+    """The decoder sees the visible and the chosen tokens alone: the same as attention over all with the others barred, and the
+    loss is the mean over the chosen."""
+    mae = randomize(VideoMAE("tiny"))
+    video, mask = random_video(mae), random_mask(mae)
+    hidden = mask.nonzero()[:, 1].view(2, -1)
+    decoded = torch.stack([row[torch.randperm(len(row))[:20]] for row in hidden])
+    loss = mae(video, mask, decoded=decoded).loss_mae
+    barred = mask.scatter(1, decoded, False)                                                # [B,N]
+    cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
+    target, plain = mae.target(cubes)[0], F.scaled_dot_product_attention
+    tokens = mae.encoder.encode(cubes, seen)
+    order = torch.cat([seen, every], 1)[..., 0]
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v: plain(q, k, v, attn_mask=~barred.gather(1, order)[:, None, None, :]))
+    prediction = torch.zeros_like(target).scatter(1, every.expand(-1, -1, target.shape[-1]), mae.decode(tokens, seen, every))
+    monkeypatch.undo()
+    errors = (prediction - target).square().mean(-1)
+    by_hand = sum(errors[row, token] for row in range(2) for token in decoded[row]) / 40
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    whole = mae(video, mask)
+    assert torch.equal(mae(video, mask, decoded=hidden).loss_mae, whole.loss_mae) and whole.loss_mae.item() != pytest.approx(loss.item(), rel=1e-5)
+    shuffled = mae(video, mask, decoded=hidden[:, torch.randperm(hidden.shape[1])]).loss_mae
+    assert shuffled.item() == pytest.approx(whole.loss_mae.item(), rel=1e-5)
+    with pytest.raises(RuntimeError, match="not every token is masked"):
+        mae(video, mask, decoded=torch.arange(20).expand(2, -1))
+
+
 def test_trivial_predictor_scores_one():
     mae = VideoMAE("nano")
     for p in mae.decoder.head.parameters():
@@ -590,8 +618,9 @@ def test_compiles_to_one_graph_when_told_the_count():
     mae = randomize(VideoMAE("nano", text_dim=5))
     video, mask, text = random_video(mae), random_mask(mae, visible=3), torch.randn(2, 5)
     compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")  # a read of the device would break the graph
-    for a, b in zip(compiled(video, mask, text, visible=3), mae(video, mask, text)):
-        close(a, b)
+    for decoded in (None, mask.nonzero()[:, 1].view(2, -1)[:, 1:4]):
+        for a, b in zip(compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)):
+            close(a, b)
 
 
 def test_drop_path_grows_linearly_and_keeps_the_mean():
@@ -620,9 +649,11 @@ def test_cost_counts():
     from torch.utils.flop_counter import FlopCounterMode
     mae = VideoMAE("tiny")
     from torch.nn.attention import SDPBackend, sdpa_kernel  # torch 2.8 does not count the CPU's fused attention
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        mae(random_video(mae, 1), random_mask(mae, 1, visible=28), visible=28)
-    assert counter.get_total_flops() / 2 == sum(M.count_flops(mae, 28))
+    video, mask = random_video(mae, 1), random_mask(mae, 1, visible=28)
+    for decoded, count in ((None, None), (mask.nonzero()[None, :18, 1], 18)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            mae(video, mask, visible=28, decoded=decoded)
+        assert counter.get_total_flops() / 2 == sum(M.count_flops(mae, 28, count))
     with torch.device("meta"):
         base = VideoMAE("base")
     assert M.count_flops(base, 1568)[0] / 1e9 == pytest.approx(180, abs=1)  # VideoMAE's model zoo

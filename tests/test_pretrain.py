@@ -129,7 +129,7 @@ def test_resuming_and_workers_change_nothing(copy):
     run("pretrain.py", *TINY, "--repeat", 2, "--flip", "--out", "parts", "--max-steps", 6, "--resume", "auto", cwd=copy)
     (copy / "parts/log.jsonl").open("a").write('{"step": 7}\n')  # logged after the last checkpoint, lost in a kill
     flags = [*TINY, "--repeat", 2, "--flip", "--out", "parts", "--resume", "auto"]
-    flags[flags.index("--workers") + 1] = 2
+    flags[flags.index("--workers") + 1] = 4
     assert "from step 6" in run("pretrain.py", *flags, cwd=copy)
     whole, parts = weights(copy / "whole"), weights(copy / "parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -137,6 +137,27 @@ def test_resuming_and_workers_change_nothing(copy):
     assert [line["loss_mae"] for line in log(copy / "parts")] == [line["loss_mae"] for line in log(copy / "whole")]
     assert "already at step 12" in run("pretrain.py", *flags, cwd=copy)
     assert "--resume auto goes on from it" in run("pretrain.py", *TINY, "--out", "whole", cwd=copy, fails=True)
+
+
+@pytest.mark.parametrize("mask", ["text", "tube", "random"])
+def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
+    """Half the masked tokens of every sample reach the decoder; resuming changes nothing; --decoder-keep 1 is the default."""
+    counts, decode = [], pretrain.models.VideoMAE.decode
+    monkeypatch.setattr(pretrain.models.VideoMAE, "decode", lambda self, tokens, seen, hidden: counts.append(
+        (seen.shape[1], hidden.shape[1])) or decode(self, tokens, seen, hidden))
+    flags = (*TINY, "--mask", mask, "--mask-ratio", 0.6, "--epochs", 2)
+    half = (*flags, "--decoder-keep", 0.5)
+    assert "28 of 64 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy)) and "; 18 reconstructed" in out
+    assert set(counts) == {(28, 18)}
+    run("pretrain.py", *half, "--out", "parts", "--max-steps", 3, cwd=copy)
+    run("pretrain.py", *half, "--out", "parts", "--resume", "auto", cwd=copy)
+    whole, parts = weights(copy / "whole"), weights(copy / "parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    run("pretrain.py", *flags, "--out", "default", cwd=copy)
+    assert counts[-1] == (28, 36)
+    run("pretrain.py", *flags, "--decoder-keep", 1, "--out", "one", cwd=copy)
+    default, one = weights(copy / "default"), weights(copy / "one")
+    assert all(torch.equal(default[key], one[key]) for key in one) and not torch.equal(one["mask_token"], whole["mask_token"])
 
 
 def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
@@ -228,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_with_names(copy):
     array[:, :, 5] = np.inf
     array.flush()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
-    assert "step 1: the loss is not finite" in line and "videos/train/000" in line
+    assert "step 1: the loss or its gradient is not finite" in line and "videos/train/000" in line
     assert not (copy / "runs/text/checkpoint.pt").exists()
 
 
@@ -239,6 +260,8 @@ def test_refusals_name_the_command_that_mends(copy):
     assert "nowhere.pt: no checkpoint there" in run("pretrain.py", *TINY, "--init", "nowhere.pt", cwd=copy, fails=True)
     if not torch.cuda.is_available():
         assert "no GPU" in run("pretrain.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
+    for keep in (0, 1.1):
+        assert "--decoder-keep" in run("pretrain.py", *TINY, "--decoder-keep", keep, cwd=copy, fails=True)
     assert "mask ratio 0.01" in run("pretrain.py", *TINY, "--mask-ratio", 0.01, cwd=copy, fails=True)
     captions = (copy / "data/train.captions.jsonl").read_text()
     (copy / "data/train.captions.jsonl").write_text(captions.replace("red", "blue"))
