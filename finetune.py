@@ -79,7 +79,7 @@ class Clips(TrainingClips):
         """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H, W] -> [3, T, size, size]."""
         args = self.args
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             box = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
             clip = TF.resized_crop(frames, *box, [args.image_size, args.image_size], antialias=True)
             clip = clip.flip(-1) if args.flip and torch.rand(()) < 0.5 else clip

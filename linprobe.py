@@ -33,6 +33,7 @@ Letters: N videos, V views, A random views, T frames, M tokens kept, D width, C 
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -82,7 +83,7 @@ class RandomViews(Views):
             return video.row, None, str(error)
         for seed, clip in zip(seeds, frames.split(args.frames)):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 box, mirror = multi_scale_crop(*clip.shape[-2:]), args.flip and bool(torch.rand(()) < 0.5)
             clip = TF.resized_crop(clip, *box, [args.image_size, args.image_size], antialias=True)
             views.append((clip.flip(-1) if mirror else clip).transpose(0, 1))
@@ -339,7 +340,7 @@ def main(argv=None):
                   "test": read_manifest(args.test, args.root, args.label_column, args.strict_root)}
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
-    for video in videos["train"] + videos["test"]:
+    for video in itertools.chain(*videos.values()):
         if video.label is None:
             sys.exit(f"{video.name}: has no label in column {args.label_column!r}")
     rank, local, ranks = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

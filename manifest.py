@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,38 @@ class Video(NamedTuple):
     name: str            # the path as the manifest writes it
 
 
+class Videos(Sequence):
+    """The rows of a manifest, a sequence of Video, held as a few arrays: about 50 bytes a row and a path's own length. A list of
+    tuples takes 400, and each of a loader's workers would come to hold a copy, by counting references in it."""
+
+    def __init__(self, folder, names, labels, starts, ends):
+        number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+        names = [name.encode() for name in names]
+        self._folder, self._classes, self._text = folder, list(number), b"".join(names)
+        self._at = np.cumsum([0, *map(len, names)])                          # row i's name is text[at[i]:at[i + 1]]
+        self._labels = np.array([number[label] for label in labels], np.int32)
+        self._starts, self._ends = np.array(starts, float), np.array(ends, float)  # None becomes NaN
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return list(self._some(np.arange(len(self))[index]))
+        return next(self._some(np.array([range(len(self))[index]])))
+
+    def __iter__(self):
+        for first in range(0, len(self), 4096):
+            yield from self._some(np.arange(first, min(first + 4096, len(self))))
+
+    def _some(self, rows):
+        known = lambda seconds: None if math.isnan(seconds) else seconds
+        columns = (self._at[rows], self._at[rows + 1], self._labels[rows], self._starts[rows], self._ends[rows], rows)
+        for a, b, label, start, end, row in zip(*(column.tolist() for column in columns)):
+            name = self._text[a:b].decode()
+            yield Video(os.path.join(self._folder, name), self._classes[label], known(start), known(end), row, name)
+
+
 def read_manifest(path, root=None, label_column="label", strict_root=False):
     """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns are ignored.
 
@@ -48,7 +81,7 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
     """
     folder = os.fspath(Path(path).parent if root is None else root)
     inside = os.path.join(os.path.realpath(folder), "")
-    videos, labels, number = [], {}, lambda text: float(text) if text else None  # labels are few: each is kept once
+    names, labels, starts, ends, number = [], [], [], [], lambda text: float(text) if text else None
 
     def fail(line, what):
         raise ManifestError(f"{path}:{line}: expected {what}") from None
@@ -94,7 +127,8 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
                 if end is not None and end <= (start or 0):
                     fail(line, f"end after start, found {start or 0:g} to {end:g}")
                 label = fields[at_label] or None if at_label is not None else None
-                videos.append(Video(os.path.join(folder, name), labels.setdefault(label, label), start, end, len(videos), name))
+                for column, value in ((names, name), (labels, label), (starts, start), (ends, end)):
+                    column.append(value)
     except OSError as error:
         fail(1, f"a csv with the header path[,label][,start,end], found none ({error.strerror})")
     except UnicodeDecodeError:
@@ -103,9 +137,9 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
         fail(bad, "UTF-8 text")
     except csv.Error as error:
         fail(rows.line_num, f"csv ({error})")
-    if not videos:
+    if not names:
         fail(max(1, rows.line_num), "at least one video after the header, found none")
-    return videos
+    return Videos(folder, names, labels, starts, ends)
 
 
 def is_utf8(text):

@@ -17,7 +17,7 @@ def manifest(tmp_path, text, **options):
 
 def test_manifest(tmp_path):
     text = '\ufeffpath,source,label,end,start\na b.mp4,x,running,2.5,1\n"c,d.mp4",y,,,\n/abs/e.mp4,z,"a ""b""",,3\n\n\n'
-    rows = manifest(tmp_path, text)
+    rows = list(manifest(tmp_path, text))
     assert rows == [M.Video(str(tmp_path / "a b.mp4"), "running", 1.0, 2.5, 0, "a b.mp4"),
                     M.Video(str(tmp_path / "c,d.mp4"), None, None, None, 1, "c,d.mp4"),
                     M.Video("/abs/e.mp4", 'a "b"', 3.0, None, 2, "/abs/e.mp4")]
