@@ -26,6 +26,9 @@ except ImportError:  # Windows: nothing is locked there
 import numpy as np
 
 
+HELD = []  # open lock files of this process
+
+
 class ManifestError(Exception):
     """A manifest or an array beside it that cannot be used: one line, with the place and what was expected."""
 
@@ -179,20 +182,29 @@ def companion(manifest, kind):
 
 
 def hold(path):
-    """Keeps other processes from writing `path` until this one ends, however it ends: by a lock on PATH.lock, a file that is removed
-    then. Exits with one line if another process has it. Where locks do not work, nothing is locked."""
-    lock = f"{path}.lock"
+    """Keeps other processes from writing `path` until `release` or until this one ends, however it ends: by a lock on PATH.lock, a
+    file that is removed then. Exits with one line if another process has it. Where locks do not work, nothing is locked."""
+    lock = os.path.abspath(f"{path}.lock")
     try:
         while fcntl:
             file = open(lock, "a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not one just removed
-                atexit.register(lambda: (Path(lock).unlink(missing_ok=True), file.close()))
+                HELD.append(file)
                 return
     except BlockingIOError:
         sys.exit(f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)")
     except OSError:  # a file system without locks
         pass
+
+
+@atexit.register
+def release():
+    """Lets go of all that this process holds; its end does, too."""
+    while HELD:
+        file = HELD.pop()
+        Path(file.name).unlink(missing_ok=True)
+        file.close()
 
 
 def is_held(path):

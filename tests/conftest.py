@@ -16,6 +16,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
+import manifest  # noqa: E402
+
 torch.set_num_threads(1)
 CLIP, BLIP = f"local-dir:{ROOT}/data/toy/clip", f"{ROOT}/data/toy/blip"
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -60,6 +62,7 @@ def run_here(module, args, cwd, fails):
         code = stop.code or 0
     finally:
         os.chdir(before)
+        manifest.release()  # as the end of its process would
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if fails:

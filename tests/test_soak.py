@@ -14,13 +14,13 @@ from video import VideoReader
 
 
 def usage(pids):
-    """Resident bytes of the processes that are theirs alone, and their open files; shared pages count once, with their writer."""
-    private = 0
+    """Bytes that the processes hold together and no file backs (a page they share counts once), and their open files."""
+    held = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                private += 1024 * int(line.split()[1])
-    return private, sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+            if line.startswith("Pss_Anon:"):
+                held += 1024 * int(line.split()[1])
+    return held, sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
 
 def soak(world, clips, samples):
@@ -64,6 +64,6 @@ def test_reading_a_video_leaves_nothing_behind(world):
 def test_twenty_thousand_clips_through_four_workers(world):
     found = soak(world, 20_000, 10)
     memory, files = zip(*found[2:])  # after a fifth; before, workers fill their caches
-    print(f"20,000 clips, 4 workers: {memory[0] / 2**20:.1f} MiB private after a fifth, {memory[-1] / 2**20:.1f} at the end; "
+    print(f"20,000 clips, 4 workers: {memory[0] / 2**20:.1f} MiB after a fifth, {memory[-1] / 2**20:.1f} at the end; "
           f"{files[0]} and {files[-1]} open files")
     assert max(memory) < 1.02 * memory[0] and max(files) <= files[0] + 2

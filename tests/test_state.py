@@ -122,6 +122,10 @@ def test_a_file_is_one_process_to_write(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not M.is_held(path) and (tmp_path / "x.npy.lock").exists()
+    M.hold(path)
+    assert begin().wait(30) == 1
+    M.release()
+    assert not (tmp_path / "x.npy.lock").exists()
     third = begin()
     assert third.stdout.readline() == "held\n"
     third.send_signal(signal.SIGINT)  # an end that Python sees takes the lock's file away
