@@ -1,7 +1,6 @@
 """State on disk: manifests that grow, files that another process writes, arrays and models that carry code."""
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
