@@ -11,8 +11,6 @@ from conftest import run
 
 import bench
 
-pytest.importorskip("decord")
-
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
@@ -57,6 +55,7 @@ def test_made_videos_are_as_asked(videos):
 
 
 def test_sections_of_videos(videos, tmp_path):
+    pytest.importorskip("decord")
     page = tmp_path / "BENCHMARKS.md"
     page.write_text("# Text\n<!-- decode -->\nold\n<!-- end of decode -->\nbetween\n<!-- paper -->\n<!-- end of paper -->\nafter\n")
     flags = ("--videos", videos, "--repeats", 2, "--files", 1, "--out", tmp_path / "bench.json")
