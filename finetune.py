@@ -117,8 +117,7 @@ def make_optimizer(model, lr, layer_decay, weight_decay):
         scale = layer_decay ** (depth + 1 - layer)
         groups.setdefault((layer, decays), {"params": [], "layer": layer, "scale": scale, "lr": lr * scale,
                                             "weight_decay": weight_decay if decays else 0.0})["params"].append(parameter)
-    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=(0.9, 0.999),
-                             fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=(0.9, 0.999), fused=True)
 
 
 def layer_table(optimizer, depth):

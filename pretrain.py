@@ -118,7 +118,7 @@ def make_optimizer(model, args):
     still = lambda name, p: p.ndim < 2 or name == "mask_token"
     groups = [{"params": [p for name, p in named if not still(name, p)], "weight_decay": args.weight_decay},
               {"params": [p for name, p in named if still(name, p)], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=named[0][1].is_cuda)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()

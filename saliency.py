@@ -116,37 +116,38 @@ def load_clip(name, pretrained, image_size, device):
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         sys.exit(f"--clip {name} --pretrained {pretrained}: cannot load it: {str(error).splitlines()[0]} "
                  f"(for the toy world: --clip local-dir:data/toy/clip)")
-    if not all(hasattr(model.visual, part) for part in ("transformer", "ln_post", "proj", "grid_size")):
+    blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", ())
+    if {type(block) for block in blocks} != {open_clip.transformer.ResidualAttentionBlock} or not hasattr(model.visual, "grid_size"):
         sys.exit(f"--clip {name}: patch maps need an open_clip model whose image tower is a plain vision transformer")
     return model.eval(), tokenizer
 
 
-def self_attention(block, x):
-    """Query-query plus key-key attention of a residual block's own projections: x [B, L, W] -> [B, L, W], no residual."""
-    q, k, v = (F.linear(x, weight, bias).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for weight, bias in
-               zip(block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)))        # [B, heads, L, W / heads]
-    scale = q.shape[-1] ** -0.5
-    attention = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
-    return block.attn.out_proj((attention @ v).transpose(1, 2).flatten(2))
+def project(block, x):
+    """Queries, keys and values of a residual block's attention: x [B, L, W] -> three of [B, heads, L, W / heads]."""
+    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def value_only(block, x):
-    """Each token's own value through the output projection: x [B, L, W] -> [B, L, W]."""
-    width = x.shape[-1]
-    return block.attn.out_proj(F.linear(x, block.attn.in_proj_weight[2 * width:], block.attn.in_proj_bias[2 * width:]))
+def join_heads(block, heads):
+    """[B, heads, L, W / heads] through the block's output projection: [B, L, W]."""
+    return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def patch_features(visual, images, dense):
     """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised -> [B, G*G, D] float32."""
     x, path = visual._embeds(images), 0.0                                                       # [B, L, W], class token first
-    blocks = visual.transformer.resblocks
+    blocks, attend = visual.transformer.resblocks, F.scaled_dot_product_attention
     for index, block in enumerate(blocks):
         last = index == len(blocks) - 1
-        if dense == "value" and last:
-            path = value_only(block, block.ln_1(x))
         if dense == "self" and index >= len(blocks) // 2:
-            path = path + self_attention(block, block.ln_1(x))
-        if dense == "last" or not last:
+            q, k, v = project(block, x)
+            path = path + join_heads(block, attend(q, q, v) + attend(k, k, v))
+            if not last:  # the block itself, written out: its projections are computed once for all
+                x = x + block.ls_1(join_heads(block, attend(q, k, v)))
+                x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        elif dense == "value" and last:  # each token's own value
+            path = join_heads(block, project(block, x)[2])
+        elif dense == "last" or not last:
             x = block(x)
     x = visual.ln_post((x if dense == "last" else path)[:, 1:])
     return F.normalize((x @ visual.proj).float(), dim=-1)
