@@ -34,9 +34,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,17 +42,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import caption  # noqa: E402
 import manifest  # noqa: E402
 import masking  # noqa: E402
 import model as models  # noqa: E402
+import peers  # noqa: E402
 import prepare  # noqa: E402
 import pretrain  # noqa: E402
 import saliency  # noqa: E402
-import toy  # noqa: E402
-from clips import EpochBatches, multi_scale_crop  # noqa: E402
+from clips import EpochBatches  # noqa: E402
 from video import VideoReader  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,53 +108,6 @@ def resident(pid="self"):
     return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss_Anon:")) / 1e3
 
 
-# ---- videos --------------------------------------------------------------------------------------------------------------
-
-
-class File(NamedTuple):
-    times: np.ndarray  # seconds when frame i is on screen
-    gop: int           # the longest way from key frame to key frame
-    short: int         # pixels of the short side
-
-
-def make_videos(folder, count=10, size=(256, 340), frames=300, gops=(250, 70)):
-    """H.264 files of toy scenes, in FFmpeg's defaults but for the key frames."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in range(count):
-        images = toy.render(toy.scene(0, "val", row), 1 - abs(np.arange(frames) / 60 % 2 - 1))[0]  # to and fro
-        with av.open(str(folder / f"{row:02}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=30, options={"g": str(gops[row % len(gops)]), "threads": "1"})
-            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-            for image in images:
-                container.mux(stream.encode(av.VideoFrame.from_image(Image.fromarray(image).resize(size[::-1], Image.BICUBIC))))
-            container.mux(stream.encode())
-
-
-def find_videos(args, temporary):
-    """{path: File} of the H.264 files that hold a clip of 16 frames at stride 4."""
-    source, found = args.videos or SHARED / "videos/clips.csv", {}
-    if not args.videos and not source.exists():
-        make_videos(source := temporary / "videos")
-    paths = sorted(map(str, source.glob("**/*.*"))) if source.is_dir() else [video.path for video in manifest.read_manifest(source)]
-    for path in paths:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            if stream.codec_context.name != "h264" or len(container.streams.video) > 1:  # of several, peers take different ones
-                continue
-            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
-            starts = np.sort([pts for pts, _ in packets]) * float(stream.time_base)
-            gop = int(np.diff([*np.flatnonzero([key for _, key in packets]), len(packets)]).max())
-            if len(packets) >= 64:
-                middles = starts + np.diff(starts, append=starts[-1] + 0.01) / 2
-                found[path] = File(middles - starts[0], gop, min(stream.width, stream.height))
-    return found
-
-
-def clip_frames(file, where):
-    """16 frames at stride 4, at a place of the file in [0, 1)."""
-    return [int(where * (len(file.times) - 60)) + 4 * k for k in range(16)]
-
-
 def clip_dataset(paths, folder, *flags):
     """pretrain.py's samples of these files, at 16 x 224 x 224."""
     with open(folder / "clips.csv", "w", newline="") as file:
@@ -184,34 +134,13 @@ def read_ours(path, times):
         return reader.read(times)
 
 
-def read_plain(path, frames):
-    """Decodes everything from the start to the last wanted frame, and converts those wanted."""
-    images = {}
-    with av.open(path) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in frames:
-                images[index] = frame.to_ndarray(format="rgb24")
-            if index >= frames[-1]:
-                return np.stack([images[index] for index in frames])
-
-
-def read_decord(path, frames):
-    return importlib.import_module("decord").VideoReader(path, num_threads=1).get_batch(frames).asnumpy()
-
-
-def read_torchcodec(path, frames):
-    decoder = importlib.import_module("torchcodec.decoders").VideoDecoder
-    return decoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate").get_frames_at(frames).data.numpy()
-
-
 def decode(args, temporary):
-    files, rows, pixels, rng = find_videos(args, temporary), [], [], np.random.default_rng(0)
+    files, rows, pixels, rng = peers.find_videos(args.videos, temporary), [], [], np.random.default_rng(0)
     for name, gops in (("250", range(150, 9999)), ("70", range(40, 150))):
         paths = [path for path, file in files.items() if file.gop in gops]
-        picks = [(path, clip_frames(files[path], rng.random())) for path in (paths * args.repeats)[:max(args.repeats, len(paths))]]
-        for peer, read, aim in (("decord get_batch", read_decord, "at least 1.25"), ("PyAV, decoding all", read_plain, ""),
-                                ("torchcodec, approximate seeking", read_torchcodec, "")):
+        picks = [(path, peers.clip_frames(files[path], rng.random())) for path in (paths * args.repeats)[:max(args.repeats, len(paths))]]
+        for peer, read, aim in (("decord get_batch", peers.read_decord, "at least 1.25"), ("PyAV, decoding all", peers.read_plain, ""),
+                                ("torchcodec, approximate seeking", peers.read_torchcodec, "")):
             work = f"16 frames at stride 4, a key frame about every {name} ({len(paths)} files)"
             if not paths or (row := missing(work, peer, lambda: read(*picks[0]))):
                 rows += [row] if paths else []
@@ -222,28 +151,16 @@ def decode(args, temporary):
             pixels.append({"pixels against": peer, "key frames": name, "clips": len(paths), "identical": sum(not a.any() for a in apart),
                            "mean difference of the others": float(np.mean([a.mean() for a in apart if a.any()] or [0])),
                            "largest": max(int(a.max()) for a in apart)})
-            assert read is not read_plain or pixels[-1]["largest"] == 0, f"not what plain decoding gives: {pixels[-1]}"
+            assert read is not peers.read_plain or pixels[-1]["largest"] == 0, f"not what plain decoding gives: {pixels[-1]}"
     return rows + pixels
 
 
-def videomae_sample(path, frames, size=224):
-    """VideoMAE's pretraining sample, written from its description: decord, one multi-scale crop of all frames by PIL, resized,
-    stacked, to float, normalised -> float32 [3, T, H, W]."""
-    images = [Image.fromarray(image) for image in read_decord(path, frames)]
-    top, left, h, w = multi_scale_crop(images[0].height, images[0].width)
-    images = [image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR) for image in images]
-    clip = torch.from_numpy(np.concatenate([np.asarray(image) for image in images], axis=2)).permute(2, 0, 1).contiguous()
-    clip = clip.float().div(255).unflatten(0, (len(images), 3))                             # [T, 3, H, W]
-    mean, std = (torch.tensor(value)[:, None, None] for value in (models.MEAN, models.STD))
-    return ((clip - mean) / std).transpose(0, 1)
-
-
 def sample(args, temporary):
-    files, peer = find_videos(args, temporary), "VideoMAE's: decord, PIL, float, normalised"
+    files, peer = peers.find_videos(args.videos, temporary), "VideoMAE's: decord, PIL, float, normalised"
     paths, rows = list(files), []
     one, four = (clip_dataset(paths, temporary, "--repeat", repeat) for repeat in "14")
     key = lambda i: (i // len(paths), i % len(paths))                                       # (epoch, row)
-    its = lambda i: videomae_sample(paths[i % len(paths)], clip_frames(files[paths[i % len(paths)]],
+    its = lambda i: peers.videomae_sample(paths[i % len(paths)], peers.clip_frames(files[paths[i % len(paths)]],
                                                                        np.random.default_rng([0, *key(i), 0]).random()))  # our place
     if row := missing("a training sample", peer, lambda: its(0)):
         return [row]
@@ -257,7 +174,7 @@ def sample(args, temporary):
 
 
 def reencode(args, temporary):
-    files = find_videos(args, temporary)
+    files = peers.find_videos(args.videos, temporary)
     paths = list(files)[::max(1, round(len(files) / args.files))]
     small = {path: str(temporary / f"small{i}.mp4") for i, path in enumerate(paths)}
     for path, target in small.items():
@@ -302,10 +219,8 @@ def base_step(keep, ratio, dtype, folder, batch):
     data, grid = random_batch(batch), (8, 14, 14)
     mask, video = masking.make_mask("tube", ratio, batch, grid, noise=data["noise"]), models.normalize(data["clip"])
     if keep is None:
-        hf = importlib.import_module("transformers").VideoMAEForPreTraining.from_pretrained(folder, attn_implementation="sdpa")
-        hf.decoder.norm.eps = models.EPS  # the authors' value; transformers fixes 1e-5
-        video = video.transpose(1, 2).contiguous()
-        return train_step(hf.to(DEVICE).train(), lambda: hf(video, bool_masked_pos=mask).loss, dtype)
+        hf, video = peers.transformers_mae(folder).to(DEVICE).train(), video.transpose(1, 2).contiguous()
+        return train_step(hf, lambda: hf(video, bool_masked_pos=mask).loss, dtype)
     model, masked = models.VideoMAE("base").to(DEVICE), masking.masked_count(ratio, grid)
     models.load_pretrained(model, folder)
     model.contrastive.requires_grad_(False)
@@ -397,23 +312,14 @@ def clip_maps(args, temporary):
     return rows
 
 
-def random_blip(vocabulary):
-    """BLIP-base for captions from its configuration, weights random, with its processor and BERT's vocabulary."""
-    transformers = importlib.import_module("transformers")
-    config = transformers.BlipConfig(text_config={"num_attention_heads": 12}, vision_config={"image_size": 384})
-    images = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
-    processor = transformers.BlipProcessor(images, transformers.BertTokenizer(vocab=str(vocabulary)))
-    return transformers.BlipForConditionalGeneration(config).to(DEVICE).eval(), processor
-
-
 def captions(args, temporary):
     """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 2 on a CPU, 32 on a GPU."""
-    vocabulary, dtype, videos = SHARED / "vocab/bert-base-uncased.txt", torch.bfloat16 if ON_GPU else torch.float32, 32 if ON_GPU else 2
+    vocabulary, dtype, videos = peers.SHARED / "vocab/bert-base-uncased.txt", torch.bfloat16 if ON_GPU else torch.float32, 32 if ON_GPU else 2
     work, peer = f"captions of a video, BLIP-base, greedy, {videos} videos a batch", "transformers' generate, an image at a time"
     if not vocabulary.exists():
         return [{"work": work, "peer": peer, "ratio": f"not measured: no {vocabulary}"}]
-    model, processor = random_blip(vocabulary)
-    model, images = model.to(dtype), np.random.default_rng(0).integers(0, 256, (videos, 3, 256, 340, 3), dtype=np.uint8)
+    model, processor = peers.random_blip(vocabulary)
+    model, images = model.to(DEVICE, dtype), np.random.default_rng(0).integers(0, 256, (videos, 3, 256, 340, 3), dtype=np.uint8)
 
     def ours(_=0):
         items = [(None, processor(images=list(of_video), return_tensors="pt"), None) for of_video in images]
@@ -446,7 +352,7 @@ def manifest_cost(path):
 
 
 def growth(args, temporary):
-    rows, paths = [], list(find_videos(args, temporary))
+    rows, paths = [], list(peers.find_videos(args.videos, temporary))
     torch.set_num_threads(1)  # as in a loader's worker
     for workers in (0, 1, 2, 4):
         marks = [(time.perf_counter(), clips) for clips, _ in load_clips(clip_dataset(paths * 3, temporary), workers, 4, 2 * args.repeats)]
@@ -480,7 +386,7 @@ def growth(args, temporary):
 def soak(args, temporary):
     """Clips through four workers: memory and open files of all five processes, medians over each tenth of the run."""
     rows, seen = [], []
-    for clips, workers in load_clips(clip_dataset(list(find_videos(args, temporary)) * 8, temporary), 4, 8, args.clips):
+    for clips, workers in load_clips(clip_dataset(list(peers.find_videos(args.videos, temporary)) * 8, temporary), 4, 8, args.clips):
         pids = [os.getpid(), *workers]
         seen.append((sum(map(resident, pids)), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)))
         if clips >= args.clips * (len(rows) + 1) / 10:

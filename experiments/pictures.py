@@ -58,7 +58,7 @@ def contrastive(logs):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.4)
         if axis.lines:
-            axis.legend(fontsize=8, loc="lower left")
+            axis.legend(fontsize=8, loc="upper right")
     axes[0].set_ylabel("contrastive loss")
     return figure
 
@@ -77,7 +77,7 @@ def attention(model, video):
 
 def reconstructions(folders, row):
     """The paper's figures 3 and 5, of one video's middle square: {name: folder of a pretraining run}, a line each."""
-    titles = ("clip", "what the encoder sees", "reconstruction*", "attention of the encoder, which sees all")
+    titles = ("clip", "what the encoder sees", "reconstruction*", "attention, all tokens seen")
     lines = {}
     for name, folder in folders.items():
         run = argparse.Namespace(**json.loads((folder / "args.json").read_text()))

@@ -10,12 +10,13 @@ import torch
 from conftest import run
 
 import bench
+import peers
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    bench.make_videos(folder, count=2, size=(96, 128), frames=170)
+    peers.make_videos(folder, count=2, size=(96, 128), frames=170)
     return folder
 
 
@@ -48,10 +49,10 @@ def test_a_ratio_is_the_median_of_the_pairs_ratios():
 
 
 def test_made_videos_are_as_asked(videos):
-    files = list(bench.find_videos(bench.parse_args(["--videos", str(videos)]), None).values())
+    files = list(peers.find_videos(videos, None).values())
     assert [(file.gop, file.short, len(file.times)) for file in files] == [(170, 96, 170), (70, 96, 170)]
     assert np.allclose(files[0].times[:-1], (np.arange(169) + 0.5) / 30, atol=1e-3)
-    assert bench.clip_frames(files[0], 0.0)[0] == 0 and bench.clip_frames(files[0], 0.9999)[-1] == 169
+    assert peers.clip_frames(files[0], 0.0)[0] == 0 and peers.clip_frames(files[0], 0.9999)[-1] == 169
 
 
 def test_sections_of_videos(videos, tmp_path):
@@ -84,8 +85,8 @@ def test_sections_of_videos(videos, tmp_path):
 
 
 def test_pixels_that_differ_are_an_error(videos, monkeypatch, tmp_path):
-    plain = bench.read_plain
-    monkeypatch.setattr(bench, "read_plain", lambda path, frames: plain(path, [frames[0] + 1, *frames[1:]]))
+    plain = peers.read_plain
+    monkeypatch.setattr(peers, "read_plain", lambda path, frames: plain(path, [frames[0] + 1, *frames[1:]]))
     with pytest.raises(AssertionError, match="not what plain decoding gives"):
         bench.decode(bench.parse_args(["--videos", str(videos), "--repeats", "1"]), tmp_path)
 

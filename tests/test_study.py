@@ -2,17 +2,23 @@
 import csv
 import json
 import math
+import os
+import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLIP, run
 
+import cells
 import controls
 import masking
 import study
 import tables
 from manifest import open_array, read_captions, read_manifest
+from stopping import StopSignal
 
 SHORT = ("--finetuned", "action", "--pretrain", "--size tiny --epochs 1 --repeat 2 --batch-size 8 --warmup-epochs 0.5", "--probe", "--clips 1 --seeds 1 --epochs 3",
          "--finetune", "--size tiny --epochs 1 --warmup-epochs 0.5 --repeat 1 --batch-size 16 --views 1 1 --rand-augment 0 0")
@@ -21,15 +27,15 @@ CELLS = ("tube-0.9-nce1-seed0", "text-0.6-nce1-seed0", "tube-0.9-nce1-seed1", "t
 
 def test_the_plan():
     laptop, gpu = (study.plan(tier, study.TIERS[tier]["seeds"]) for tier in ("laptop", "gpu"))
-    for cells, seeds in ((laptop, 3), (gpu, 5)):
-        assert len({cell.name for cell in cells}) == len(cells)
-        assert {cell.seed for cell in cells} == set(range(seeds))
-        assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # whole comparisons first
-        trained = [cell for cell in cells if cell.ratio]
+    for of_tier, seeds in ((laptop, 4), (gpu, 5)):
+        assert len({cell.name for cell in of_tier}) == len(of_tier)
+        assert {cell.seed for cell in of_tier} == set(range(seeds))
+        assert [cell.seed for cell in of_tier] == sorted(cell.seed for cell in of_tier)  # whole comparisons first
+        trained = [cell for cell in of_tier if cell.ratio]
         for cell in trained:  # whatever is compared with tube masks has its pair
-            assert study.Cell("tube", 0.9, nce=cell.nce, seed=cell.seed) in cells
+            assert study.Cell("tube", 0.9, nce=cell.nce, seed=cell.seed) in of_tier
         assert {cell.saliency for cell in trained} == {"own", *study.CONTROLS}
-    assert set(laptop) <= set(gpu) and (len(laptop), len(gpu)) == (33, 5 * (2 * (15 + 3) + 2))
+    assert set(laptop) <= set(gpu) and (len(laptop), len(gpu)) == (44, 5 * (2 * (15 + 3) + 2))
     for ratio in study.EQUAL:
         assert {(cell.mask, cell.nce) for cell in gpu if cell.ratio == ratio and cell.saliency == "own"} == {(m, n) for m in masking.MASKS for n in (0, 1)}
     every = [pair[1:] for pair in study.questions({(cell.what, cell.nce): {} for cell in laptop})]
@@ -115,6 +121,31 @@ def test_two_cells_twice(copy):
     assert "made with other settings" in go("--only", CELLS[0], "--probe", "--clips 2", fails=True)
     (copy / "RESULTS.md").write_text("nothing\n")
     assert "has no lines" in go("--gather", "--only", CELLS[0], fails=True)
+
+
+def test_a_stage_that_was_told_to_stop_stops_the_study(monkeypatch, tmp_path):
+    """Stages note the signal and return as if done; which signal, and whether they return or exit, makes no difference."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def main(argv):
+        StopSignal()
+        if argv[0] != "none":
+            os.kill(os.getpid(), getattr(signal, argv[0]))
+        if argv[1:]:
+            sys.exit(argv[1])
+    monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(main=main))
+    try:
+        for name in ("SIGTERM", "SIGINT"):
+            with pytest.raises(KeyboardInterrupt):
+                cells.stage("a_stage", name, log=tmp_path / "log.txt")
+            assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+        cells.stage("a_stage", "none", log=tmp_path / "log.txt")
+        with pytest.raises(RuntimeError, match="a reason"):
+            cells.stage("a_stage", "none", "a reason", log=tmp_path / "log.txt")
+        assert (tmp_path / "log.txt").read_text().count("+ python a_stage.py") == 4
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
 
 
 def test_attention_adds_up():

@@ -1,0 +1,62 @@
+"""The README keeps to what is there: links, files to copy, commands and their flags, and figures that the study printed."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*.md"))]
+
+
+def rows_under(text, head):
+    """The cells of the rows of the table whose head line begins with `head`."""
+    lines = iter(text[text.index(head):].splitlines()[2:])
+    found = []
+    for line in lines:
+        if not line.startswith("|"):
+            return found
+        found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert links and not [link for link in links if "*" not in link and "://" not in link and not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("row", rows_under(README, "| file | of ours |")[:-1], ids=lambda row: row[0].split()[0])
+def test_files_can_be_copied_out(row, tmp_path):
+    """Each file with what the README says it needs, in an empty folder, and no other package than those named."""
+    ours, needs = [row[0].split()[0], *re.findall(r"\w+\.py", row[1])], set(re.findall(r"\w+", row[2]))
+    for name in ours:
+        shutil.copy(ROOT / name, tmp_path)
+    installed = {"av", "matplotlib", "numpy", "open_clip", "PIL", "pytest", "safetensors", "torch", "torchvision", "tqdm", "transformers"}
+    blocked = installed - needs - ({"numpy", "PIL"} if "torch" in needs else set())  # torch and torchvision bring these along
+    code = f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\nimport {ours[0].removesuffix('.py')} as copied\nprint(copied.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / ours[0]), done.stderr
+
+
+def commands(text):
+    """The commands of ours in a page, as lists of words: in blocks, and in `code` that begins with python or torchrun."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
+    for line in [*blocks, *re.findall(r"`((?:python|torchrun) [^`]+\.py[^`]*)`", text.replace("\n", " "))]:
+        for command in line.split("#")[0].split("&&"):
+            if re.match(r"\s*(python|torchrun) .*\.py", command):
+                yield shlex.split(command)
+
+
+def test_commands_name_scripts_and_flags_that_exist():
+    seen = 0
+    for words in (words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))):
+        script = next(word for word in words if word.endswith(".py"))
+        source = (ROOT / script).read_text() + "".join((ROOT / name).read_text() for name in ("data/lists.py", "prepare.py"))
+        for flag in (word.split("=")[0] for word in words[words.index(script):] if word.startswith("--")):
+            assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, (script, flag)
+            seen += 1
+    assert seen > 50
