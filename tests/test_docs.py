@@ -1,4 +1,5 @@
 """The README keeps to what is there: links, files to copy, commands and their flags, and figures that the study printed."""
+import csv
 import re
 import shlex
 import shutil
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+import study
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*.md"))]
@@ -60,3 +63,17 @@ def test_commands_name_scripts_and_flags_that_exist():
             assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, (script, flag)
             seen += 1
     assert seen > 50
+
+
+def test_the_studys_figures_are_those_of_its_runs():
+    """The tables of RESULTS.md from runs.csv anew, and the README's figures among them."""
+    results = ROOT / "experiments/RESULTS.md"
+    page = results.read_text(encoding="utf-8")
+    for tier in study.TIERS:
+        args = study.parse_args(["--tier", tier])
+        with open(args.results / "runs.csv", newline="", encoding="utf-8") as file:
+            rows = [{key: study.number(value) for key, value in row.items()} for row in csv.DictReader(file) if row["tier"] == tier]
+        start = f"<!-- study.py: {tier} -->"
+        assert not rows or page.split(start)[1].startswith("\n" + study.text_between(rows, args).split("### What the saliencies")[0].rstrip())
+    figures = re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", README)
+    assert len(figures) > 10 and not [figure for figure in figures if figure not in page]
