@@ -25,7 +25,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import shlex
 import subprocess
 import sys
@@ -231,9 +231,10 @@ def base_step(keep, ratio, dtype, folder, batch):
 def step_memory(*args):
     """MB that a model and its first step take at their peak, in a process of its own."""
     importlib.import_module("transformers").VideoMAEForPreTraining
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3  # ru_maxrss begins at the parent's
+    before = peak()
     base_step(*args)()
-    return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else peak() - before
 
 
 def step(args, temporary):
@@ -313,8 +314,8 @@ def clip_maps(args, temporary):
 
 
 def captions(args, temporary):
-    """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 2 on a CPU, 32 on a GPU."""
-    vocabulary, dtype, videos = peers.SHARED / "vocab/bert-base-uncased.txt", torch.bfloat16 if ON_GPU else torch.float32, 32 if ON_GPU else 2
+    """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 8 on a CPU, 32 on a GPU."""
+    vocabulary, dtype, videos = peers.SHARED / "vocab/bert-base-uncased.txt", torch.bfloat16 if ON_GPU else torch.float32, 32 if ON_GPU else 8
     work, peer = f"captions of a video, BLIP-base, greedy, {videos} videos a batch", "transformers' generate, an image at a time"
     if not vocabulary.exists():
         return [{"work": work, "peer": peer, "ratio": f"not measured: no {vocabulary}"}]
@@ -355,7 +356,7 @@ def growth(args, temporary):
     rows, paths = [], list(peers.find_videos(args.videos, temporary))
     torch.set_num_threads(1)  # as in a loader's worker
     for workers in (0, 1, 2, 4):
-        marks = [(time.perf_counter(), clips) for clips, _ in load_clips(clip_dataset(paths * 3, temporary), workers, 4, 2 * args.repeats)]
+        marks = [(time.perf_counter(), clips) for clips, _ in load_clips(clip_dataset(paths * 3, temporary), workers, 4, 5 * args.repeats)]
         first = len(marks) // 3  # workers start, and fill their queues
         rows.append({"loader's workers": workers, "clips/s": (marks[-1][1] - marks[first][1]) / (marks[-1][0] - marks[first][0])})
     torch.set_num_threads(os.cpu_count())
