@@ -1,6 +1,6 @@
 """The study: does text-guided masking help, does the contrastive loss, and does the text matter or would any saliency do?
 
-    python experiments/study.py                                  the laptop tier, on the toy world: 45 minutes on two CPU cores
+    python experiments/study.py                                  the laptop tier, on the toy world: 40 minutes on two CPU cores
     python experiments/study.py --tier gpu --device cuda --workers 14          everything; in hours, on one GPU (never run so far)
     python experiments/study.py --tier gpu --device cuda --workers 14 --max-minutes 10 --skip experiments/results/runs.csv     a piece
     python experiments/study.py --list                           the plan: cells, nothing run
@@ -44,7 +44,7 @@ from toy_report import score_saliency  # noqa: E402
 LIGHT = ("--size tiny --batch-size 32 --repeat 2 --blr 4e-3 --warmup-epochs 1 --layer-decay 0.9 --no-flip --crop-scale 0.5 1 --mixup 0 "
          "--cutmix 0 --erase 0 --rand-augment 0 0 --views 2 1")  # experiments/evaluation.py's
 TIERS = {
-    "laptop": dict(  # 24,000 clips a cell: 110 s on one core, of which a third decodes; probes 26 s
+    "laptop": dict(  # 24,000 clips a cell: 80 to 100 s on one core; probes 13 s
         seeds=4, jobs=2, finetuned=[], pretrain="--size tiny --batch-size 16 --repeat 2 --epochs 4 --warmup-epochs 0.4 --blr 8e-3",
         probe="--clips 1 --seeds 1", finetune=f"{LIGHT} --epochs 10", supervised=f"{LIGHT} --epochs 60"),
     "gpu": dict(  # 240,000 clips a cell
