@@ -208,7 +208,7 @@ def draw(rows, args):
     summary = {(what, nce if what.split()[0] in masking.MASKS else None):
                {tables.title(measure): tables.spread(values) for measure in measures if (values := tables.column(of_seed, measure))}
                for (what, nce), of_seed in groups(rows).items()}
-    drawn, logs, done = {"accuracies": pictures.accuracies(summary, [tables.title(measure) for measure in measures])}, {}, {}
+    drawn, logs, done = {"accuracies": pictures.accuracies(summary, [tables.title(measure) for measure in measures])} if measures else {}, {}, {}
     for cell in plan(args.tier, args.seeds):
         folder = args.out / args.tier / cell.name
         if cell.ratio == masking.RATIOS.get(cell.mask) and cell.saliency == "own" and (folder / "result.json").exists():

@@ -90,8 +90,9 @@ def test_controls_saliency(copy):
 def test_two_cells_twice(copy):
     go = lambda *more, **how: run("experiments/study.py", "--jobs", 1, "--results", "results", "--report", "RESULTS.md", *SHORT, *more, cwd=copy, **how)
     (copy / "RESULTS.md").write_text("before\n<!-- study.py: laptop -->\nTO BE REPLACED\n<!-- end -->\nafter\n")
+    assert "1 cells of the laptop tier" in go("--only", CELLS[0])  # nothing to compare yet
     out = go("--seeds", 2, "--only", *CELLS[:2])
-    assert "2 cells, 2 to do" in out and "2 cells of the laptop tier" in out
+    assert "2 cells, 1 to do" in out and "2 cells of the laptop tier" in out
     folder = copy / "runs/study/laptop"
     first = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     assert not list(folder.glob("*/probe/*.npy"))  # bulky
