@@ -271,8 +271,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args, began = parse_args(argv), time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cells = [cell for cell in plan(args.tier, args.seeds) if not args.only or cell.name in args.only]
+    planned = {cell.name: cell for cell in plan(args.tier, args.seeds)}
+    if unknown := [name for name in args.only or () if name not in planned]:
+        sys.exit(f"--only {' '.join(unknown)}: no such cell in the {args.tier} tier of {args.seeds} seeds (--list names them)")
+    cells = [cell for cell in planned.values() if not args.only or cell.name in args.only]
     if args.skip:
+        if not args.skip.exists():
+            sys.exit(f"--skip {args.skip}: no such file")
         with open(args.skip, newline="", encoding="utf-8") as file:
             there = {row["name"] for row in csv.DictReader(file) if row["tier"] == args.tier}
         cells = [cell for cell in cells if cell.name not in there]

@@ -119,6 +119,8 @@ def test_two_cells_twice(copy):
     with open(copy / "results/runs.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 4  # its line stays
     assert "0 cells, 0 to do" in go("--only", CELLS[3], "--skip", "results/runs.csv", "--list")
+    assert "--only tube: no such cell" in go("--only", "tube", fails=True)
+    assert "--skip absent.csv: no such file" in go("--skip", "absent.csv", fails=True)
     assert "made with other settings" in go("--only", CELLS[0], "--probe", "--clips 2", fails=True)
     (copy / "RESULTS.md").write_text("nothing\n")
     assert "has no lines" in go("--gather", "--only", CELLS[0], fails=True)
