@@ -52,9 +52,15 @@ class Vectors(NamedTuple):
     seconds: np.ndarray  # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
 
 
-def orientation(frame):
-    """How a player shows a decoded frame: (rows and columns swapped, then mirrored left to right, then upside down)."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
+def side_data(frame):
+    """A decoded frame's side data. In PyAV they and their frame hold each other until Python looks for cycles; a thumbnail has
+    the same ones, and leaves the picture's memory free to go at once."""
+    return VideoReformatter().reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT).side_data
+
+
+def orientation(data):
+    """How a player shows a frame of this side data: (rows and columns swapped, then mirrored left to right, then upside down)."""
+    matrix = data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
 
@@ -114,14 +120,13 @@ class VideoReader:
         times = np.asarray(times, np.float64)
         if times.ndim != 1 or not len(times) or np.isnan(times).any():
             raise ValueError(f"times: expected a list of one or more seconds, got {times}")
-        times = times.clip(0, self.duration + 1).tolist()  # headers may fall a few frames short of the last
-        wanted = sorted(set(times))
+        times = times.clip(0, self.duration + 1)  # headers may fall a few frames short of the last
+        wanted = np.unique(times).tolist()
         with self._errors():
             try:
-                images = self._convert(self._decode_quickly(wanted), size)
+                return self._convert(self._decode_quickly(wanted), times, size)
             except (LookupError, av.FFmpegError):  # the quick way does not work for this file; the plain one may
-                images = self._convert(self._decode_plainly(wanted), size)
-        return np.stack([images[time] for time in times])
+                return self._convert(self._decode_plainly(wanted), times, size)
 
     def read_vectors(self, times):
         """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in order of time.
@@ -143,7 +148,8 @@ class VideoReader:
     def _read_vectors(self, frames):
         found, latest = [], None
         for time, frame, (past, future) in frames:
-            vectors = frame.side_data.get(SideData.MOTION_VECTORS)
+            data = side_data(frame)
+            vectors = data.get(SideData.MOTION_VECTORS)
             # libav's MPEG-4 decoder leaves the vectors of B pictures at zero
             empty = self._stream.codec_context.name == "mpeg4" and frame.pict_type == PictureType.B
             if vectors is None or empty or frame is latest:
@@ -154,7 +160,7 @@ class VideoReader:
             x, y = v["dst_x"] - v["w"] / 2, v["dst_y"] - v["h"] / 2
             dx, dy = (forward * v[axis] / v["motion_scale"] for axis in ("motion_x", "motion_y"))
             w, h, width, height = v["w"], v["h"], frame.width, frame.height
-            turned, mirror_x, mirror_y = orientation(frame)
+            turned, mirror_x, mirror_y = orientation(data)
             if turned:
                 x, y, w, h, dx, dy, width, height = y, x, h, w, dy, dx, height, width
             x, dx = (width - x - w, -dx) if mirror_x else (x, dx)
@@ -336,25 +342,26 @@ class VideoReader:
         if min(time, self.duration) - end > min(1, self.duration / 10):
             raise VideoError(f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header")
 
-    def _convert(self, frames, size):
-        """(time, frame, _) -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
-        reformatter, images, latest = VideoReformatter(), {}, None
+    def _convert(self, frames, times, size):
+        """(time, frame, _) of each of `times` -> uint8 [T, H, W, 3], turned as a player would and resized."""
+        reformatter, images, latest = VideoReformatter(), None, None
         for time, frame, _ in frames:
             if frame is not latest:
                 if frame.is_corrupt:
                     raise VideoError(f"{self.path}: damaged frame near {time:.2f} s")
-                turned, mirror_x, mirror_y = orientation(frame)
-                if not images:  # the first frame decides, should a stream change its size
+                if latest is None:  # the first frame decides, should a stream change its size
+                    turned, mirror_x, mirror_y = orientation(side_data(frame))
                     shape = np.array([frame.height, frame.width])[::-1 if turned else 1]
                     if size is not None:
                         shape = np.rint(shape * size / shape.min()) if np.ndim(size) == 0 else np.array(size)
+                    images = np.empty((len(times), *map(int, shape), 3), np.uint8)  # written in place: no second copy of a clip
                 height, width = map(int, shape[::-1 if turned else 1])
                 same = (height, width) == (frame.height, frame.width)  # then only chroma is scaled, as players do
                 image = reformatter.reformat(frame, width, height, "rgb24", threads=1, interpolation=(
                     Interpolation.BILINEAR if same else Interpolation.BICUBIC)).to_ndarray()
                 image = image.swapaxes(0, 1) if turned else image
                 image, latest = image[::-1 if mirror_y else 1, ::-1 if mirror_x else 1], frame
-            images[time] = image
+            images[times == time] = image
         return images
 
     @contextlib.contextmanager

@@ -5,6 +5,8 @@ import itertools
 import os
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
@@ -58,6 +60,19 @@ def test_reading_a_video_leaves_nothing_behind(world):
         trim(0)
         found.append(usage([os.getpid()]))
     assert found[1][0] - found[0][0] < 3000 * 100 and found[1][1] == found[0][1]
+
+
+def test_no_picture_waits_for_the_cycle_collector(world):
+    """Frames are freed as soon as they are read, not when Python next looks for cycles, or a loader's worker holds a hundred MB more."""
+    gc.collect()
+    gc.disable()
+    try:
+        with VideoReader(world / "data/videos/train/00003.mp4", vectors=True) as reader:
+            assert len(reader.read(np.arange(8) / 8)) == 8 and len(reader.read_vectors(np.arange(8) / 8)) > 0
+            assert len(list(reader.frames())) > 8
+        assert [frame for frame in gc.get_objects() if isinstance(frame, av.VideoFrame) and frame.width > 16] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
