@@ -120,13 +120,14 @@ class VideoReader:
         times = np.asarray(times, np.float64)
         if times.ndim != 1 or not len(times) or np.isnan(times).any():
             raise ValueError(f"times: expected a list of one or more seconds, got {times}")
-        times = times.clip(0, self.duration + 1)  # headers may fall a few frames short of the last
-        wanted = np.unique(times).tolist()
+        times = times.clip(0, self.duration + 1).tolist()  # headers may fall a few frames short of the last
+        wanted = sorted(set(times))
         with self._errors():
             try:
-                return self._convert(self._decode_quickly(wanted), times, size)
+                images = self._convert(self._decode_quickly(wanted), size)
             except (LookupError, av.FFmpegError):  # the quick way does not work for this file; the plain one may
-                return self._convert(self._decode_plainly(wanted), times, size)
+                images = self._convert(self._decode_plainly(wanted), size)
+        return np.stack([images[time] for time in times])
 
     def read_vectors(self, times):
         """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in order of time.
@@ -342,9 +343,9 @@ class VideoReader:
         if min(time, self.duration) - end > min(1, self.duration / 10):
             raise VideoError(f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header")
 
-    def _convert(self, frames, times, size):
-        """(time, frame, _) of each of `times` -> uint8 [T, H, W, 3], turned as a player would and resized."""
-        reformatter, images, latest = VideoReformatter(), None, None
+    def _convert(self, frames, size):
+        """(time, frame, _) -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
+        reformatter, images, latest = VideoReformatter(), {}, None
         for time, frame, _ in frames:
             if frame is not latest:
                 if frame.is_corrupt:
@@ -354,14 +355,13 @@ class VideoReader:
                     shape = np.array([frame.height, frame.width])[::-1 if turned else 1]
                     if size is not None:
                         shape = np.rint(shape * size / shape.min()) if np.ndim(size) == 0 else np.array(size)
-                    images = np.empty((len(times), *map(int, shape), 3), np.uint8)  # written in place: no second copy of a clip
                 height, width = map(int, shape[::-1 if turned else 1])
                 same = (height, width) == (frame.height, frame.width)  # then only chroma is scaled, as players do
                 image = reformatter.reformat(frame, width, height, "rgb24", threads=1, interpolation=(
                     Interpolation.BILINEAR if same else Interpolation.BICUBIC)).to_ndarray()
                 image = image.swapaxes(0, 1) if turned else image
                 image, latest = image[::-1 if mirror_y else 1, ::-1 if mirror_x else 1], frame
-            images[times == time] = image
+            images[time] = image
         return images
 
     @contextlib.contextmanager
