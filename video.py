@@ -10,7 +10,7 @@
 `VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted time and demuxes until
 packets pass the last one; packets carry their presentation time (pts), so which frames are wanted is known before any is
 decoded. H.264 and HEVC then skip the pictures that no other refers to, unless wanted. Only wanted frames are converted
-and resized, in one swscale call each, on one thread: 1.4 to 1.8 times faster than decord on ordinary H.264 clips
+and resized, in one swscale call each, on one thread: about 1.5 times faster than decord on ordinary H.264 clips
 (experiments/BENCHMARKS.md). Where that cannot work (AVI has no pts, a damaged index, hidden frames), the file is decoded
 plainly from its start. Both ways give the same frames, bit for bit.
 

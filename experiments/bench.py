@@ -1,6 +1,6 @@
 """How fast: against peers in the same run, pair by pair (ours peer, peer ours, ...); how cost grows; and what that means on paper.
 
-    python experiments/bench.py                          every section but soak and gpu: about 15 minutes on two CPU cores
+    python experiments/bench.py                          every section but soak and gpu: about 25 minutes on two CPU cores
     python experiments/bench.py decode sample --repeats 80 --videos my.csv
     python experiments/bench.py soak                     20,000 clips through the loader: half an hour
     python experiments/bench.py step overhead saliency captions gpu paper        on a GPU
