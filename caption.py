@@ -17,20 +17,34 @@ remote code is run. With `--labels` the caption is the label itself, once (a cla
 Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
 its own; when all are done rank 0 joins them. Where rows were added at the manifest's end, `--extend` describes those alone.
 """
-import argparse
 import datetime
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from manifest import ManifestError, companion, grown_from, hold, manifest_hash, read_manifest
-from stopping import StopSignal, ignore_signals, join_ranks
+from tgm.run import (
+    Parser,
+    StopSignal,
+    choose_device,
+    device_name,
+    frame_count,
+    join_ranks,
+    launch,
+    make_loader,
+    not_negative,
+    one_line_errors,
+    part_of_rank,
+    patient,
+    positive_int,
+    torchrun_ranks,
+    worker_count,
+)
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 
@@ -131,7 +145,7 @@ def label_captions(videos, classes):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
@@ -139,20 +153,20 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="file to write (default: beside the manifest, train.captions.jsonl)")
     model = parser.add_argument_group("captioner")
     model.add_argument("--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder")
-    model.add_argument("--frames", type=int, default=3, help="key frames, and so captions, a video")
+    model.add_argument("--frames", type=frame_count, default=3, help="key frames, and so captions, a video")
     model.add_argument("--prompt", default="", help="text that the caption continues")
-    model.add_argument("--beams", type=int, default=1, help="beam search; 1 is greedy")
-    model.add_argument("--max-tokens", type=int, default=30, help="longest caption")
+    model.add_argument("--beams", type=positive_int, default=1, help="beam search; 1 is greedy")
+    model.add_argument("--max-tokens", type=positive_int, default=30, help="longest caption")
     labels = parser.add_argument_group("captions without a model")
     labels.add_argument("--labels", action="store_true", help="the label of each video is its caption")
     labels.add_argument("--label-column", default="label", help="column that holds the label")
     labels.add_argument("--classes", help="text file: line i is the text of integer label i")
     run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=int, default=32, help="videos a batch")
-    run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
-    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    run.add_argument("--batch-size", type=positive_int, default=32, help="videos a batch")
+    run.add_argument("--workers", type=worker_count, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
+    run.add_argument("--max-steps", type=positive_int, help="stop after this many batches, for a trial")
+    run.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
     run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: describe those")
     args = parser.parse_args(argv)
@@ -162,20 +176,18 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     try:
         videos = read_manifest(args.data, args.root, args.label_column, args.strict_root)
     except ManifestError as error:
         sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local = torchrun_ranks()
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("--device cuda: no GPU that torch can use was found")
-    device = f"cuda:{local}" if device == "cuda" else device
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    device, _ = choose_device(args.device, local)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
     out = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     about = {"manifest": manifest_hash(videos), "videos": len(videos), "model": "labels" if args.labels else args.model}
@@ -192,17 +204,17 @@ def main(argv=None):
             write_joined(out, label_captions(videos, classes), videos)
         return
     done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
-    mine = [video for video in videos if video.row not in done][rank::ranks]
+    mine = part_of_rank([video for video in videos if video.row not in done], rank, ranks)
     if mine:
         model, processor = load_model(args.model, device, dtype)
         if rank == 0:
             print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
-        stop = StopSignal()
-        loader = DataLoader(KeyFrames(mine, args.frames, processor, args.prompt, args.video_timeout), args.batch_size,
-                            num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
+        stop = StopSignal(then="ending after this batch")
+        frames = KeyFrames(mine, args.frames, processor, args.prompt, args.video_timeout)
+        loader = make_loader(frames, args.batch_size, args.workers)
         with open(f"{out}.part-{rank}", "a") as file, tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
             file.write("\n")  # ends the line that a kill may have cut off
-            for step, items in enumerate(loader):
+            for step, items in enumerate(patient(loader)):
                 if step == args.max_steps or stop.name:
                     break
                 good = [item for item in items if item[2] is None]
@@ -243,4 +255,4 @@ def prepare(out, about, args, videos):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

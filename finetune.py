@@ -48,7 +48,31 @@ import evaluate
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
 from manifest import ManifestError, hold, read_manifest
-from stopping import StopSignal, ignore_signals, join_ranks
+from tgm.run import (
+    Parser,
+    StopSignal,
+    choose_device,
+    count,
+    device_name,
+    fraction,
+    frame_count,
+    ignore_signals,
+    join_ranks,
+    keep_log,
+    launch,
+    make_folder,
+    not_negative,
+    one_line_errors,
+    patient,
+    pixel_count,
+    positive,
+    positive_int,
+    ratio,
+    refuse_changes,
+    seed_number,
+    torchrun_ranks,
+    worker_count,
+)
 from video import TIMEOUT, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
@@ -141,7 +165,7 @@ def learning_rate(step, lr, warmup, total, floor=1e-6):
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="training manifest")
     data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
@@ -149,50 +173,50 @@ def parse_args(argv=None):
     data.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
     data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     data.add_argument("--label-column", default="label", help="column that holds the label")
-    data.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
-    data.add_argument("--stride", type=int, help="video frames from one clip frame to the next (default: the checkpoint's)")
-    data.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's)")
+    data.add_argument("--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)")
+    data.add_argument("--stride", type=positive_int, help="video frames from one clip frame to the next (default: the checkpoint's)")
+    data.add_argument("--image-size", type=pixel_count, help="pixels (default: the checkpoint's)")
     data.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="a window, or one frame of each of T parts")
-    data.add_argument("--repeat", type=int, default=2, help="samples of each decoded clip (repeated augmentation)")
-    data.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
-    data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
+    data.add_argument("--repeat", type=positive_int, default=2, help="samples of each decoded clip (repeated augmentation)")
+    data.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    data.add_argument("--max-bad", type=fraction, default=0.05, help="stop when more than this share of the videos cannot be read")
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
+    augment.add_argument("--crop-scale", type=ratio, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
     augment.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the samples")
-    augment.add_argument("--rand-augment", type=int, nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
-    augment.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
-    augment.add_argument("--mixup", type=float, default=0.8, help="its alpha; 0: off")
-    augment.add_argument("--cutmix", type=float, default=1.0, help="its alpha; 0: off")
-    augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    augment.add_argument("--rand-augment", type=count, nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
+    augment.add_argument("--erase", type=fraction, default=0.25, help="probability of random erasing")
+    augment.add_argument("--mixup", type=not_negative, default=0.8, help="its alpha; 0: off")
+    augment.add_argument("--cutmix", type=not_negative, default=1.0, help="its alpha; 0: off")
+    augment.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
     method = parser.add_argument_group("model")
     method.add_argument("--checkpoint", default="none", help="file or folder to start from; none: from scratch")
     method.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it (default: base)")
-    method.add_argument("--drop-path", type=float, default=0.1)
+    method.add_argument("--drop-path", type=fraction, default=0.1)
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=int, default=16, help="videos a rank and step, before --repeat")
-    optim.add_argument("--accum", type=int, default=1, help="batches whose gradients are added up in a step")
-    optim.add_argument("--epochs", type=int, default=75)
-    optim.add_argument("--warmup-epochs", type=float, default=5)
-    optim.add_argument("--blr", type=float, default=1e-3, help="learning rate for an effective batch of 256")
-    optim.add_argument("--layer-decay", type=float, default=0.75, help="factor on the learning rate from layer to layer; 1: none")
-    optim.add_argument("--weight-decay", type=float, default=0.05)
-    optim.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
+    optim.add_argument("--batch-size", type=positive_int, default=16, help="videos a rank and step, before --repeat")
+    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step")
+    optim.add_argument("--epochs", type=positive_int, default=75)
+    optim.add_argument("--warmup-epochs", type=not_negative, default=5)
+    optim.add_argument("--blr", type=positive, default=1e-3, help="learning rate for an effective batch of 256")
+    optim.add_argument("--layer-decay", type=ratio, default=0.75, help="factor on the learning rate from layer to layer; 1: none")
+    optim.add_argument("--weight-decay", type=not_negative, default=0.05)
+    optim.add_argument("--clip-grad", type=not_negative, default=0.0, help="largest gradient norm; 0 does not clip")
     test = parser.add_argument_group("testing")
-    test.add_argument("--views", type=int, nargs=2, default=(5, 3), metavar=("CLIPS", "CROPS"), help="of each test video")
+    test.add_argument("--views", type=positive_int, nargs=2, default=(5, 3), metavar=("CLIPS", "CROPS"), help="of each test video")
     test.add_argument("--use", choices=("last", "best"), default="last", help="the epoch tested at the end")
     test.add_argument("--test-only", action="store_true", help="test --checkpoint as it is")
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--seed", type=seed_number, default=0)
+    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
+    run.add_argument("--workers", type=worker_count, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
-    run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
+    run.add_argument("--max-steps", type=positive_int, help="stop after this many steps, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
-    run.add_argument("--save-every", type=int, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
-    run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
+    run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
+    run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
     return parser.parse_args(argv)
 
 
@@ -252,8 +276,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
 {layer_table(optimizer, model.config["depth"])}""")
     if rank == 0:
         log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
-        log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        keep_log(log_path, step)
 
     def log(**entry):
         say("  ".join(f"{key} {value:.4g}" for key, value in entry.items()), flush=True)
@@ -282,7 +305,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
     while step < last_step:
         epoch = step // steps_per_epoch
         batches.epoch, batches.start = epoch, step % steps_per_epoch * args.accum
-        iterator = iter(loader)
+        iterator = patient(loader)
         for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate(step - 1, args.lr, args.warmup_epochs * steps_per_epoch, total_steps)
@@ -347,15 +370,14 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
     return True
 
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local = torchrun_ranks()
     say = print if rank == 0 else lambda *_, **__: None
-    use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
+    device, why = choose_device(args.device, local)
+    use_cuda = device.type == "cuda"
     if use_cuda:
-        if not torch.cuda.is_available():
-            sys.exit("--device cuda: no GPU that torch can use was found")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -380,11 +402,11 @@ def main(argv=None):
     model.to(device).set_checkpointing(args.checkpointing)
     if ranks > 1:
         join_ranks("nccl" if use_cuda else "gloo")
-    say(f"""device       {device} ({'as asked' if args.device != 'auto' else 'there is a GPU' if use_cuda else 'no GPU found'}), amp {amp}, {ranks} ranks
+    say(f"""device       {device} ({why}), amp {amp}, {ranks} ranks
 model        {args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.frames} frames of {args.image_size} pixels, {len(names)} classes
 weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
     out, args.out = args.out, str(args.out)  # a checkpoint holds plain types alone
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if rank == 0:
         hold(out / "checkpoint.pt")
     tested = args.checkpoint
@@ -410,4 +432,4 @@ weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -36,7 +36,6 @@ import datetime
 import itertools
 import json
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -53,7 +52,28 @@ import model as models
 from clips import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
 from evaluate import bootstrap
 from manifest import ManifestError, create_array, file_hash, hold, manifest_hash, open_rows, read_manifest
-from stopping import StopSignal, ignore_signals, join_ranks
+from tgm.run import (
+    Parser,
+    StopSignal,
+    choose_device,
+    count,
+    device_name,
+    frame_count,
+    join_ranks,
+    launch,
+    make_folder,
+    make_loader,
+    not_negative,
+    one_line_errors,
+    part_of_rank,
+    patient,
+    pixel_count,
+    positive,
+    positive_int,
+    seed_number,
+    torchrun_ranks,
+    worker_count,
+)
 from video import TIMEOUT, VideoError, VideoReader
 
 PROTOCOLS = {  # learning rates are for batches of 256
@@ -119,12 +139,12 @@ def extract(model, identity, videos, split, kinds, args, rank, ranks, barrier, a
         barrier()
         arrays[kind] = open_rows(path)
     there = np.all([filled(array) for array in arrays.values()], axis=0)
-    todo = [video for video in videos[rank::ranks] if not there[video.row]]
+    todo = part_of_rank([video for video in videos if not there[video.row]], rank, ranks)
     data = Views(todo, args.frames, args.image_size, args.stride, args.clips, args.crops, args.sampling, args.video_timeout)
     data = RandomViews(todo, args) if random else data
-    stop = StopSignal()
-    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
-    for step, items in enumerate(tqdm(loader, f"{split} {' '.join(kinds)}", unit="batch", disable=rank > 0 or not todo)):
+    stop = StopSignal(then="ending after this batch")
+    loader = make_loader(data, args.batch_size, args.workers)
+    for step, items in enumerate(tqdm(patient(loader), f"{split} {' '.join(kinds)}", total=len(loader), unit="batch", disable=rank > 0 or not todo)):
         if step == args.max_steps or stop.name:
             break
         for error in (error for _, _, error in items if error):
@@ -143,7 +163,7 @@ def extract(model, identity, videos, split, kinds, args, rank, ranks, barrier, a
     barrier()
     if stop.name:
         print(f"{stop.name}: stopped; run it again to go on")
-        sys.exit()
+        stop.end()
     return arrays
 
 def schedule(epoch, epochs, warmup=0):
@@ -290,7 +310,7 @@ def build_encoder(args):
     return model.eval().to(args.device), f"none {args.seed}" if untrained else file_hash(file)
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="file or folder; none: an untrained encoder")
     parser.add_argument("--data", default="data/train.csv", help="training manifest")
     parser.add_argument("--test", default="data/val.csv", help="test manifest")
@@ -300,31 +320,31 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="folder (default: probe/ beside the checkpoint, or runs/untrained/probe)")
     features = parser.add_argument_group("features")
     features.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it themselves")
-    features.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
-    features.add_argument("--stride", type=int, help="video frames from one clip frame to the next (default: the checkpoint's)")
-    features.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's)")
+    features.add_argument("--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)")
+    features.add_argument("--stride", type=positive_int, help="video frames from one clip frame to the next (default: the checkpoint's)")
+    features.add_argument("--image-size", type=pixel_count, help="pixels (default: the checkpoint's)")
     features.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="uniform: for SSv2")
-    features.add_argument("--clips", type=int, default=2, help="clips a video")
-    features.add_argument("--crops", type=int, default=1, help="squares along a frame's long side; 1: its centre")
-    features.add_argument("--augment", type=int, default=0, metavar="A", help="random views of a training video instead")
+    features.add_argument("--clips", type=positive_int, default=2, help="clips a video")
+    features.add_argument("--crops", type=positive_int, default=1, help="squares along a frame's long side; 1: its centre")
+    features.add_argument("--augment", type=count, default=0, metavar="A", help="random views of a training video instead")
     features.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the random views")
     probe = parser.add_argument_group("probes")
     probe.add_argument("--protocol", choices=tuple(PROTOCOLS), default="sweep", help="defaults of the next four flags")
-    probe.add_argument("--rates", type=float, nargs="+", help="learning rates for batches of 256")
-    probe.add_argument("--decays", type=float, nargs="+", help="weight decays, each with each rate")
-    probe.add_argument("--epochs", type=int, help="passes over the training set")
-    probe.add_argument("--probe-batch", type=int, help="videos a step")
-    probe.add_argument("--k", type=int, nargs="+", default=(1, 5, 10, 20, 50, 100, 200), help="neighbours to choose from")
+    probe.add_argument("--rates", type=positive, nargs="+", help="learning rates for batches of 256")
+    probe.add_argument("--decays", type=not_negative, nargs="+", help="weight decays, each with each rate")
+    probe.add_argument("--epochs", type=positive_int, help="passes over the training set")
+    probe.add_argument("--probe-batch", type=positive_int, help="videos a step")
+    probe.add_argument("--k", type=positive_int, nargs="+", default=(1, 5, 10, 20, 50, 100, 200), help="neighbours to choose from")
     probe.add_argument("--attentive", action=argparse.BooleanOptionalAction, default=False, help="the attentive probe, too")
-    probe.add_argument("--token-grid", type=int, nargs=3, metavar=tuple("THW"), help="tokens it sees (default: t 4 4 at most)")
-    probe.add_argument("--seeds", type=int, default=3, help="repetitions of each probe")
+    probe.add_argument("--token-grid", type=positive_int, nargs=3, metavar=tuple("THW"), help="tokens it sees (default: t 4 4 at most)")
+    probe.add_argument("--seeds", type=positive_int, default=3, help="repetitions of each probe")
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of the first repetition, the random views and an untrained encoder")
-    run.add_argument("--batch-size", type=int, default=32, help="videos a batch and rank")
-    run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
-    run.add_argument("--max-steps", type=int, help="stop an extraction after this many batches; the next run continues")
+    run.add_argument("--seed", type=seed_number, default=0, help="of the first repetition, the random views and an untrained encoder")
+    run.add_argument("--batch-size", type=positive_int, default=32, help="videos a batch and rank")
+    run.add_argument("--workers", type=worker_count, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
+    run.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    run.add_argument("--max-steps", type=positive_int, help="stop an extraction after this many batches; the next run continues")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: extract anew")
     args = parser.parse_args(argv)
     for key, value in PROTOCOLS[args.protocol].items():
@@ -333,6 +353,7 @@ def parse_args(argv=None):
         parser.error("--seeds, --clips, --crops and --k: expected 1 or more")
     return args
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -343,19 +364,17 @@ def main(argv=None):
     for video in itertools.chain(*videos.values()):
         if video.label is None:
             sys.exit(f"{video.name}: has no label in column {args.label_column!r}")
-    rank, local, ranks = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("--device cuda: no GPU that torch can use was found")
-    args.device = f"cuda:{local}" if args.device == "cuda" else args.device
-    dtype = torch.float16 if args.device != "cpu" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-    autocast = torch.autocast(args.device.split(":")[0], dtype, enabled=args.device != "cpu")
+    rank, ranks, local = torchrun_ranks()
+    args.device, _ = choose_device(args.device, local)
+    on_gpu = args.device.type == "cuda"
+    dtype = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    autocast = torch.autocast(args.device.type, dtype, enabled=on_gpu)
     if ranks > 1:  # ranks only wait for one another, after work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
     barrier = dist.barrier if ranks > 1 else lambda: None
     model, identity = build_encoder(args)
     args.out = args.out or (Path("runs/untrained") if args.checkpoint == "none" else Path(args.checkpoint).parent) / "probe"
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     if rank == 0:
         hold(args.out / "features")
     arrays, kinds = {split: {} for split in videos}, ["features", "tokens"][:1 + args.attentive]
@@ -398,4 +417,4 @@ def main(argv=None):
     print_table(result)
 
 if __name__ == "__main__":
-    main()
+    launch(main)

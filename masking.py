@@ -22,7 +22,6 @@ the whole frame, to the times, crop and flip of a training sample.
 draws the clip, its saliency and every mask in one strip (the paper's figure 1). Letters: B batch, N = t*h*w tokens in
 (t, h, w) order, S moments of the stored maps, G x G their grid.
 """
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -304,24 +303,27 @@ def write_video(path, pictures, fps):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from tgm.run import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number  # the masks stand alone
+
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", default="data/train.csv", help="manifest; captions, saliency and motion are read beside it")
     parser.add_argument("--companions", metavar="PREFIX", help="read PREFIX.saliency.npy and PREFIX.motion.npy instead")
-    parser.add_argument("--row", type=int, default=0, help="line of the manifest, from 0")
-    parser.add_argument("--caption", type=int, default=0, help="which of the video's captions")
+    parser.add_argument("--row", type=count, default=0, help="line of the manifest, from 0")
+    parser.add_argument("--caption", type=count, default=0, help="which of the video's captions")
     parser.add_argument("--out", default="mask.png", help="picture to write")
     parser.add_argument("--video", metavar="FILE", help="write the clip and its masks as a moving picture too: .mp4 or .gif")
-    parser.add_argument("--mask-ratio", type=float, help="one ratio for all masks (default: each mask's own)")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--stride", type=int, default=4, help="frames of the video between frames of the clip")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mask-ratio", type=ratio, help="one ratio for all masks (default: each mask's own)")
+    parser.add_argument("--frames", type=frame_count, default=16)
+    parser.add_argument("--stride", type=positive_int, default=4, help="frames of the video between frames of the clip")
+    parser.add_argument("--image-size", type=pixel_count, default=224)
+    parser.add_argument("--patch-size", type=positive_int, default=16)
+    parser.add_argument("--seed", type=seed_number, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     import av
+
 
     import clips  # only the preview opens videos: the masks above stand alone
     import manifest

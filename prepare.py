@@ -9,7 +9,6 @@ A check decodes the first, the middle and the last frame of each file, once howe
 sizes and frame rates. Re-encoded videos show what the source shows at the same times, upright and without sound, so start and end in
 the manifest still hold.
 """
-import argparse
 import contextlib
 import csv
 import math
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from manifest import ManifestError, companion, read_manifest
+from tgm.run import Parser, frame_count, launch, one_line_errors, pixel_count, positive_int, worker_count
 from video import VideoError, VideoReader
 
 
@@ -136,20 +136,21 @@ def copy_rows(source, target, keep=lambda row: True, path_of=lambda row: None):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("manifest", help="whose videos to check, or to re-encode")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
     parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--frames", type=int, default=16, help="a video with fewer than frames x stride frames is called short")
-    parser.add_argument("--stride", type=int, default=4)
+    parser.add_argument("--workers", type=worker_count, default=os.cpu_count(), help="processes")
+    parser.add_argument("--frames", type=frame_count, default=16, help="a video with fewer than frames x stride frames is called short")
+    parser.add_argument("--stride", type=positive_int, default=4)
     parser.add_argument("--good", metavar="CSV", help="write a manifest without the rows that cannot be used")
     parser.add_argument("--reencode", metavar="FOLDER", help="re-encode instead: FOLDER/NAME.mp4 and FOLDER/MANIFEST")
-    parser.add_argument("--short-side", type=int, default=256, help="pixels of re-encoded videos, at most")
-    parser.add_argument("--gop", type=int, default=12, help="frames from key frame to key frame of re-encoded videos")
+    parser.add_argument("--short-side", type=pixel_count, default=256, help="pixels of re-encoded videos, at most")
+    parser.add_argument("--gop", type=positive_int, default=12, help="frames from key frame to key frame of re-encoded videos")
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -181,4 +182,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

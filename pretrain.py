@@ -42,7 +42,31 @@ import masking
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
 from manifest import ManifestError, companion, file_hash, filled, hold, open_array, read_manifest
-from stopping import StopSignal, ignore_signals, join_ranks
+from tgm.run import (
+    Parser,
+    StopSignal,
+    choose_device,
+    count,
+    device_name,
+    fraction,
+    frame_count,
+    ignore_signals,
+    join_ranks,
+    keep_log,
+    launch,
+    make_folder,
+    not_negative,
+    one_line_errors,
+    patient,
+    pixel_count,
+    positive,
+    positive_int,
+    ratio,
+    refuse_changes,
+    seed_number,
+    torchrun_ranks,
+    worker_count,
+)
 from video import TIMEOUT, VideoError, VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
@@ -149,49 +173,49 @@ def mask_batch(batch, model, args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
     data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
     data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,motion,text}.npy, not the manifest's")
-    data.add_argument("--frames", type=int, help="frames of a clip (default: the size's)")
-    data.add_argument("--stride", type=int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
-    data.add_argument("--image-size", type=int, help="pixels (default: the size's)")
+    data.add_argument("--frames", type=frame_count, help="frames of a clip (default: the size's)")
+    data.add_argument("--stride", type=positive_int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
+    data.add_argument("--image-size", type=pixel_count, help="pixels (default: the size's)")
     data.add_argument("--crop", choices=("multiscale", "resized"), default="multiscale", help="VideoMAE's, or random resized")
-    data.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
+    data.add_argument("--crop-scale", type=ratio, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the samples")
-    data.add_argument("--repeat", type=int, default=1, help="samples of each decoded clip")
-    data.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
-    data.add_argument("--max-bad", type=float, default=0.05, help="stop when more than this share of the videos cannot be read")
+    data.add_argument("--repeat", type=positive_int, default=1, help="samples of each decoded clip")
+    data.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    data.add_argument("--max-bad", type=fraction, default=0.05, help="stop when more than this share of the videos cannot be read")
     method = parser.add_argument_group("method")
     method.add_argument("--mask", choices=tuple(masking.MASKS), default="text")
-    method.add_argument("--mask-ratio", type=float, help="share of tokens masked (default: the mask's own)")
-    method.add_argument("--decoder-keep", type=float, default=1.0, help="share of the masked tokens that are reconstructed; VideoMAE V2: 0.5")
-    method.add_argument("--nce-weight", type=float, default=1.0, help="weight of the contrastive loss; 0 only monitors it")
+    method.add_argument("--mask-ratio", type=ratio, help="share of tokens masked (default: the mask's own)")
+    method.add_argument("--decoder-keep", type=ratio, default=1.0, help="share of the masked tokens that are reconstructed; VideoMAE V2: 0.5")
+    method.add_argument("--nce-weight", type=not_negative, default=1.0, help="weight of the contrastive loss; 0 only monitors it")
     method.add_argument("--size", choices=tuple(models.SIZES), default="base")
     method.add_argument("--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder")
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=int, default=32, help="videos a rank and step, before --repeat")
-    optim.add_argument("--accum", type=int, default=1, help="batches whose gradients are added up in a step")
-    optim.add_argument("--epochs", type=int, default=200)
-    optim.add_argument("--warmup-epochs", type=float, default=20)
-    optim.add_argument("--blr", type=float, default=1.5e-4, help="learning rate for an effective batch of 256")
-    optim.add_argument("--weight-decay", type=float, default=0.05)
-    optim.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 does not clip")
+    optim.add_argument("--batch-size", type=positive_int, default=32, help="videos a rank and step, before --repeat")
+    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step")
+    optim.add_argument("--epochs", type=positive_int, default=200)
+    optim.add_argument("--warmup-epochs", type=not_negative, default=20)
+    optim.add_argument("--blr", type=positive, default=1.5e-4, help="learning rate for an effective batch of 256")
+    optim.add_argument("--weight-decay", type=not_negative, default=0.05)
+    optim.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest gradient norm; 0 does not clip")
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/MASK)")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--seed", type=seed_number, default=0)
+    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
+    run.add_argument("--workers", type=worker_count, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
-    run.add_argument("--max-steps", type=int, help="stop after this many steps, for a trial")
+    run.add_argument("--max-steps", type=positive_int, help="stop after this many steps, for a trial")
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
-    run.add_argument("--save-every", type=int, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
-    run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
-    run.add_argument("--picture-every", type=int, default=10, help="epochs between reconstruction pictures; 0 draws none")
+    run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
+    run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
+    run.add_argument("--picture-every", type=count, default=10, help="epochs between reconstruction pictures; 0 draws none")
     args = parser.parse_args(argv)
     args.mask_ratio = masking.RATIOS[args.mask] if args.mask_ratio is None else args.mask_ratio
     args.out = Path(args.out or f"runs/{args.mask}")
@@ -218,15 +242,14 @@ def open_data(args):
     return videos, np.flatnonzero(usable), arrays
 
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local = torchrun_ranks()
     say = print if rank == 0 else lambda *_, **__: None
-    use_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device(f"cuda:{local}" if use_cuda else "cpu")
+    device, why = choose_device(args.device, local)
+    use_cuda = device.type == "cuda"
     if use_cuda:
-        if not torch.cuda.is_available():
-            sys.exit("--device cuda: no GPU that torch can use was found")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -276,13 +299,12 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(str(error))
 
-    found = "as asked" if args.device != "auto" else "there is a GPU" if use_cuda else "no GPU found"
     monitored = "monitored: the head trains, the encoder does not see it"
     contrastive = "no text array: not computed" if text is None else f"weight {args.nce_weight:g}" if args.nce_weight else monitored
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"""data         {args.data}: {len(rows)} of {len(videos)} videos usable
 steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
-device       {device} ({found}), amp {amp}, {ranks} ranks
+device       {device} ({why}), amp {amp}, {ranks} ranks
 model        {args.size}, {millions:.1f} M parameters, {args.frames} frames of {args.image_size} pixels
 tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {" x ".join(map(str, grid))}; {decoded} reconstructed
 contrastive  {contrastive}
@@ -293,11 +315,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
         return
     args.out = str(args.out)  # a checkpoint holds plain types alone
     if rank == 0:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log_path.parent)
         hold(checkpoint_path)
         log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        lines = log_path.read_text().splitlines() if step and log_path.exists() else []  # those after the checkpoint are void
-        log_path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        keep_log(log_path, step)
 
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
     loader = DataLoader(Clips(videos, rows, args, grid, **arrays), batch_sampler=batches, num_workers=args.workers,
@@ -317,7 +338,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
     while step < last_step:
         epoch = step // steps_per_epoch
         batches.epoch, batches.start = epoch, step % steps_per_epoch * args.accum
-        iterator = iter(loader)
+        iterator = patient(loader)
         for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args.lr, args.warmup_epochs * steps_per_epoch, total_steps)
@@ -388,4 +409,4 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epo
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

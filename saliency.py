@@ -36,11 +36,9 @@ rows that are NaN. A row that stays NaN is a video that failed or has no caption
 the manifest's end, `--extend` keeps those that there are (after caption.py --extend).
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
 """
-import argparse
 import contextlib
 import datetime
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,12 +48,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import motion
 from manifest import ManifestError, companion, create_or_resume, file_hash, fill, filled, read_captions, read_manifest
-from stopping import StopSignal, ignore_signals, join_ranks
+from tgm.run import (
+    Parser,
+    StopSignal,
+    choose_device,
+    device_name,
+    frame_count,
+    grid_size,
+    join_ranks,
+    launch,
+    make_loader,
+    not_negative,
+    one_line_errors,
+    part_of_rank,
+    patient,
+    pixel_count,
+    positive,
+    positive_int,
+    torchrun_ranks,
+    worker_count,
+)
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
@@ -228,15 +245,15 @@ def motion_cue(args, videos, device, autocast, create):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
     parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
     parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
     parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and so on (default: beside the manifest)")
     parser.add_argument("--cue", choices=("text", "motion"), default="text", help="what the maps show")
-    parser.add_argument("--moments", type=int, help="moments of a video (default: 16, of motion 32)")
-    parser.add_argument("--image-size", type=int, help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)")
+    parser.add_argument("--moments", type=frame_count, help="moments of a video (default: 16, of motion 32)")
+    parser.add_argument("--image-size", type=pixel_count, help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)")
     text = parser.add_argument_group("--cue text")
     text.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
     text.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
@@ -245,14 +262,14 @@ def parse_args(argv=None):
     field = parser.add_argument_group("--cue motion")
     field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")
     field.add_argument("--flow-weights", metavar="FILE", help="RAFT-small's weights (default: torchvision's, downloaded once)")
-    field.add_argument("--grid", type=int, default=14, help="cells of the field along each side")
-    field.add_argument("--window", type=float, default=5, help="frames around a moment that a codec's field averages")
+    field.add_argument("--grid", type=grid_size, default=14, help="cells of the field along each side")
+    field.add_argument("--window", type=positive, default=5, help="frames around a moment that a codec's field averages")
     run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=int, default=16, help="videos a batch")
-    run.add_argument("--workers", type=int, default=2, help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--max-steps", type=int, help="stop after this many batches, for a trial")
-    run.add_argument("--video-timeout", type=float, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    run.add_argument("--batch-size", type=positive_int, default=16, help="videos a batch")
+    run.add_argument("--workers", type=worker_count, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
+    run.add_argument("--max-steps", type=positive_int, help="stop after this many batches, for a trial")
+    run.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
     run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: compute those")
     args = parser.parse_args(argv)
@@ -266,15 +283,13 @@ def parse_args(argv=None):
     return args
 
 
+@one_line_errors
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("--device cuda: no GPU that torch can use was found")
-    device = f"cuda:{local}" if device == "cuda" else device
-    autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(
+    rank, ranks, local = torchrun_ranks()
+    device, _ = choose_device(args.device, local)
+    autocast = contextlib.nullcontext() if device.type == "cpu" else torch.autocast(
         "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
@@ -295,13 +310,13 @@ def main(argv=None):
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
 
     there = filled(array)
-    todo = [video for video in able[rank::ranks] if not there[video.row]]
+    todo = part_of_rank([video for video in able if not there[video.row]], rank, ranks)
     if rank == 0:
         print(f"{says}, on {device}: {len(videos)} videos, {len(todo)} to do on rank 0 of {ranks}")
-    stop = StopSignal()
-    loader = DataLoader(Moments(todo, read), args.batch_size, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
+    stop = StopSignal(then="ending after this batch")
+    loader = make_loader(Moments(todo, read), args.batch_size, args.workers)
     with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
-        for step, items in enumerate(loader):
+        for step, items in enumerate(patient(loader)):
             if step == args.max_steps or stop.name:
                 break
             for error in (error for _, _, error in items if error):
@@ -324,4 +339,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

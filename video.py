@@ -390,4 +390,5 @@ def segment_midpoints(start, end, count):
 
 if __name__ == "__main__":
     import prepare
-    prepare.main()
+    from tgm.run import launch
+    launch(prepare.main)

@@ -28,6 +28,7 @@ import masking  # noqa: E402
 import model as models  # noqa: E402
 import tables  # noqa: E402
 from manifest import ManifestError  # noqa: E402
+from tgm.run import Stopped  # noqa: E402
 
 CONTROLS = ("shuffled", "no-text", "truth")
 
@@ -61,10 +62,12 @@ def stage(name, *argv, log):
         print("+ python", name + ".py", shlex.join(argv))
         try:
             importlib.import_module(name).main(argv)
+        except Stopped:
+            raise KeyboardInterrupt from None
         except SystemExit as stop:
             if stop.code:
                 raise RuntimeError(f"{name}.py: {stop.code} ({log})") from None
-        finally:  # stages note SIGTERM and Ctrl-C (stopping.StopSignal) and end as if done; here they end the study again
+        finally:  # stages note SIGTERM and Ctrl-C (tgm.run.StopSignal); here they end the study
             noted = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)

@@ -190,7 +190,7 @@ def test_an_error_does_not_wait_for_the_loaders_workers(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from torch.utils.data import DataLoader
-from stopping import StopSignal, ignore_signals
+from tgm.run import StopSignal, ignore_signals
 class Slow:
     def __len__(self): return 1000
     def __getitem__(self, index): time.sleep(0.05); return index

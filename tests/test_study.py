@@ -18,7 +18,7 @@ import masking
 import study
 import tables
 from manifest import open_array, read_captions, read_manifest
-from stopping import StopSignal
+from tgm.run import StopSignal
 
 SHORT = ("--finetuned", "action", "--pretrain", "--size tiny --epochs 1 --repeat 2 --batch-size 8 --warmup-epochs 0.5", "--probe", "--clips 1 --seeds 1 --epochs 3",
          "--finetune", "--size tiny --epochs 1 --warmup-epochs 0.5 --repeat 1 --batch-size 16 --views 1 1 --rand-augment 0 0")
