@@ -6,6 +6,8 @@
     python experiments/study.py --list                           the plan: cells, nothing run
     python experiments/study.py --gather                         tables and pictures anew from what there is, nothing trained
 
+The first study was run on a world that could not answer (experiments/RESULTS.md says why); its answers are withdrawn.
+
 A cell is one pretraining run (mask x ratio x where the saliency comes from x contrastive weight x seed) and what is measured of it,
 by the stages as they are: reconstruction and contrastive loss, linear probe, kNN and, where planned, fine-tuning of each label.
 Beside them stand an untrained encoder and one trained with labels alone. Controls take the place of the text's saliency:

@@ -76,4 +76,5 @@ def test_the_studys_figures_are_those_of_its_runs():
         start = f"<!-- study.py: {tier} -->"
         assert not rows or page.split(start)[1].startswith("\n" + study.text_between(rows, args).split("### What the saliencies")[0].rstrip())
     figures = re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", README)
-    assert len(figures) > 10 and not [figure for figure in figures if figure not in page]
+    assert not [figure for figure in figures if figure not in page]
+    assert len(figures) > 10 or "answers are withdrawn" in README  # no figures only while the study's answers do not stand
