@@ -901,3 +901,20 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_pat
     with pytest.raises(RuntimeError, match="a bug, not a disk"):
         M.save_checkpoint(path, step=Broken())
     assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(path.parent) == [path.name]
+
+
+def test_what_the_stages_write_is_exported(copy):
+    transformers = pytest.importorskip("transformers")
+    tiny = ("--size", "tiny", "--batch-size", 8, "--max-steps", 1, "--workers", 0)
+    run("pretrain.py", *tiny, "--out", "pre", cwd=copy)
+    run("finetune.py", *tiny, "--views", 1, 1, "--checkpoint", "pre/checkpoint.pt", "--out", "ft", cwd=copy)
+    run("model.py", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)
+    run("model.py", "--export", "ft/checkpoint.pt", "--out", "hf/ft", cwd=copy)
+    hf = transformers.VideoMAEForPreTraining.from_pretrained(copy / "hf/pre")
+    saved = torch.load(copy / "pre/checkpoint.pt", weights_only=True)["model"]
+    assert torch.equal(hf.mask_token, saved["mask_token"])
+    classify = transformers.pipeline("video-classification", model=str(copy / "hf/ft"))
+    found = classify(np.zeros((8, 32, 32, 3), np.uint8), top_k=8)
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    column = lines[0].split(",").index("label")
+    assert {one["label"] for one in found} == {line.split(",")[column] for line in lines[1:]}
