@@ -6,7 +6,8 @@
 A library that imports nothing of ours.  Architecture, initialisation and state-dict keys are VideoMAE's
 (arXiv:2203.12602), so published checkpoints load with no renaming; Hugging Face's layout is one key map away.
 
-    python model.py    # seconds: parameters of each size, and tokens and GFLOPs a clip at each mask's ratio
+    python model.py                                         # parameters of each size, and each mask's tokens and GFLOPs
+    python model.py --export runs/finetune/best.pt --out hf # a checkpoint as a folder for Hugging Face's transformers
 
 Letters: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M decoded ones,
 D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], True = masked.
@@ -14,9 +15,8 @@ D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is boo
 import argparse
 import json
 import math
-import sys
-from collections import OrderedDict, namedtuple
-from functools import reduce
+from collections import Counter, OrderedDict, namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -271,112 +271,326 @@ class VideoViT(Encoder):
 
 HF_KEYS = [  # (ours, Hugging Face's); VideoViT's keys with "encoder." before them
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
-    ("encoder.blocks.", "videomae.encoder.layer."), ("encoder.norm.", "videomae.layernorm."),
-    ("decoder.blocks.", "decoder.decoder_layers."), ("encoder.fc_norm.", "fc_norm."), ("encoder.head.", "classifier."),
-    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."), (".attn.proj.", ".attention.output.dense."),
-    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."), (".attn.", ".attention.attention."),
+    ("encoder.blocks.", "videomae.encoder.layer."),
+    ("encoder.norm.", "videomae.layernorm."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    ("encoder.fc_norm.", "fc_norm."),
+    ("encoder.head.", "classifier."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    (".attn.", ".attention.attention."),
 ]
 SPLIT = ("query", "key", "value")  # Hugging Face cuts attn.qkv in these
+DECODER = ("decoder.", "encoder_to_decoder.", "mask_token")
+CLASSIFIER = ("fc_norm.", "head.")
+
+
+class Ignored:
+    """Stands for numpy's scalars while a checkpoint is opened. VideoMAE's optimiser state holds its
+    learning rates as such; nobody here reads them, so nothing of numpy's has to be let in."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+SAFE = [  # what torch.load lets in beside tensors: all of it inert
+    argparse.Namespace,  # VideoMAE's flags
+    (Ignored, "numpy.dtype"),
+    (Ignored, "numpy.core.multiarray.scalar"),  # as numpy 1 calls it
+    (Ignored, "numpy._core.multiarray.scalar"),  # as numpy 2 calls it
+]
+
 
 def rename(key, pairs):
-    return reduce(lambda key, pair: key.replace(*pair), pairs, key)
+    for old, new in pairs:
+        key = key.replace(old, new)
+    return key
+
+
+def weights_file(path):
+    """The file with the weights: `path` itself, or the one in a Hugging Face folder."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    return path
+
 
 def read_checkpoint(path):
-    """File or folder -> {key: tensor} under VideoMAE's names, those of VideoViT with "encoder." before them."""
-    file = next((f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()), path)
+    """File or folder -> {key: tensor} under VideoMAE's names, those of VideoViT with "encoder."
+    before them. ValueError, one line with the file, where there is none that can be read safely."""
+    file = weights_file(Path(path))
     if not file.is_file():
         raise ValueError(f"{file}: no checkpoint there")
-    try:  # official files carry their argparse.Namespace, which is inert; beyond it only plain tensors are let in
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        state = {k: v.detach() for k, v in state.get("model", state.get("module", state)).items()}
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            with torch.serialization.safe_globals(SAFE):
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("model", state.get("module", state))  # DeepSpeed says "module"
+        state = {key: tensor.detach() for key, tensor in state.items()}
     except Exception as error:  # garbage makes the parsers raise anything
-        raise ValueError(f"{file}: no checkpoint that can be read safely ({type(error).__name__})") from None
-    prefix = "videomae." if "embeddings.patch_embeddings.projection.weight" in state else ""  # a bare VideoMAEModel
-    # transformers 5 calls the biases query.bias and value.bias in memory, but writes q_bias and v_bias as ever
-    pairs = [pair[::-1] for pair in HF_KEYS] + [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]
-    state = {rename(prefix + k, pairs): v for k, v in state.items()}
-    for key in [k for k in state if k.endswith(".query.weight")]:
-        parts = [state.pop(key.replace("query", part), torch.empty(0)) for part in SPLIT]
-        state[key.replace("query", "qkv")] = torch.cat(parts)
-    bare = ("patch_embed.", "blocks.", "norm.", "head.")  # the fine-tuning layout
-    return {"encoder." + k if k.startswith(bare) else k: v for k, v in state.items()}
+        reason = type(error).__name__
+        raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
+    return join_qkv(official_names(state), file)
+
+
+def official_names(state):
+    """The tensors of any layout under VideoMAE's names, but query, key and value still apart."""
+    if "embeddings.patch_embeddings.projection.weight" in state:  # a bare VideoMAEModel
+        state = {"videomae." + key: tensor for key, tensor in state.items()}
+    pairs = [(theirs, ours) for ours, theirs in HF_KEYS]
+    # transformers 5 calls these query.bias and value.bias in memory, but writes q_bias and v_bias
+    pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]
+    named = {}
+    for key, tensor in state.items():
+        key = rename(key, pairs)
+        if key.startswith(("patch_embed.", "blocks.", "norm.", "head.")):  # the fine-tuning layout
+            key = "encoder." + key
+        named[key] = tensor
+    return named
+
+
+def join_qkv(state, file):
+    """Joins Hugging Face's query, key and value weights; ValueError where one of them is missing."""
+    for query in [key for key in state if key.endswith(".query.weight")]:
+        parts = []
+        for part in SPLIT:
+            key = query.replace("query", part)
+            if key not in state:
+                raise ValueError(f"{file}: has {query} but no {key}")
+            parts.append(state.pop(key))
+        state[query.replace("query", "qkv")] = torch.cat(parts)
+    return state
+
 
 def head_classes(path):
     """How many classes the classifier in `path` has; ValueError if there is none, or no checkpoint."""
-    head = read_checkpoint(Path(path)).get("encoder.head.weight")
+    head = read_checkpoint(path).get("encoder.head.weight")
     if head is None:
         raise ValueError(f"{path}: holds no classifier")
     return len(head)
 
+
 def saved_args(path):
-    """The flags that pretrain.py or finetune.py kept in their checkpoint; {} for anybody else's, or none."""
+    """The flags that pretrain.py or finetune.py kept in their checkpoint; {} for anybody else's, or
+    none."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return saved["args"] if isinstance(saved["args"], dict) else {}
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["args"]
     except Exception:  # other people's files are load_pretrained's to judge
         return {}
+    return saved if isinstance(saved, dict) else {}
+
 
 def load_pretrained(model, path, new_head=False):
-    """Load `path` into a VideoMAE or VideoViT; returns what was tolerated, such as ["unused norm.weight", ...].
-    path: our checkpoint.pt, an official VideoMAE .pth, or a Hugging Face VideoMAE folder, for any frames and image
-    size.  What does not fit raises ValueError with keys and shapes, and nothing is loaded; but a file may lack, as a
-    whole: for VideoMAE, contrastive.*, the decoder, or the final norm (Hugging Face's bare encoders may); for VideoViT,
-    fc_norm.* and head.*, being then a pretrained one whose decoder, contrastive head and final norm (fc_norm replaces
-    it) stay unused.  Of a fine-tuned file VideoMAE takes fc_norm for its final norm, and leaves the head; new_head:
-    VideoViT leaves it too, for other classes."""
-    path, own, decoder = Path(path), model.state_dict(), ("decoder.", "encoder_to_decoder.", "mask_token")
-    state, spare, optional = read_checkpoint(path), (), [("contrastive.",), decoder, ("encoder.norm.",)]
+    """Load `path` into a VideoMAE or VideoViT, of any frames and image size.
+
+    path: our checkpoint.pt, an official VideoMAE .pth, or a Hugging Face VideoMAE folder
+    new_head: a VideoViT leaves the head of a fine-tuned file, for other classes
+
+    Returns what was tolerated, such as ["missing head.bias", "unused norm.weight"]; `summary_of`
+    says it in words. Which parts a file may lack as a whole, or have too many, `for_autoencoder`
+    and `for_classifier` say. Whatever else does not fit raises ValueError, one line with keys and
+    shapes, and nothing is loaded.
+    """
+    path = Path(path)
+    state = read_checkpoint(path)
     if isinstance(model, VideoViT):
-        state, optional = {k.removeprefix("encoder."): v for k, v in state.items()}, [("fc_norm.", "head.")]
-        spare = () if any(k.startswith(optional[0]) for k in state) else ("norm.", "contrastive.", *decoder)
-        if new_head and "head.weight" in state:
-            state, optional, spare = {k: v for k, v in state.items() if not k.startswith("head.")}, [("head.",)], ()
-    elif "encoder.head.weight" in state and "encoder.norm.weight" not in state:
-        state, spare = {k.replace("fc_norm", "norm"): v for k, v in state.items()}, ("encoder.head.",)
-    lacked = sum((group for group in optional if not any(k.startswith(group) for k in state)), ())
-    missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
-    problems = [f"{k}: file {list(v.shape)}, model {list(own[k].shape)}"
-                for k, v in state.items() if k in own and v.shape != own[k].shape]
-    problems += [f"missing {k}" for k in missing if not k.startswith(lacked)]
-    problems += [f"unexpected {k}" for k in unused if not k.startswith(spare)]
-    if (path / "config.json").is_file():  # a number of heads leaves no trace in the shapes
-        heads = json.loads((path / "config.json").read_text()).get("num_attention_heads")
-        problems += [f"num_attention_heads: file {heads}"] if heads not in (None, model.config["heads"]) else []
+        state, may_lack, may_spare = for_classifier(state, new_head)
+    else:
+        state, may_lack, may_spare = for_autoencoder(state)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unused = [key for key in state if key not in own]
+    tolerated = ()
+    for part in may_lack:
+        if not any(key.startswith(part) for key in state):
+            tolerated += part
+
+    problems = wrong_heads(model, path)
+    for key, tensor in state.items():
+        if key in own and tensor.shape != own[key].shape:
+            problems.append(f"{key}: file {list(tensor.shape)}, model {list(own[key].shape)}")
+    problems += [f"missing {key}" for key in missing if not key.startswith(tolerated)]
+    problems += [f"unexpected {key}" for key in unused if not key.startswith(may_spare)]
     if problems:
+        if len(problems) > 8:  # a file of another size: every key
+            problems[8:] = [f"and {len(problems) - 8} more"]
         raise ValueError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(state, strict=False)
-    return [f"missing {k}" for k in missing] + [f"unused {k}" for k in unused]
+    return [f"missing {key}" for key in missing] + [f"unused {key}" for key in unused]
+
+
+def for_autoencoder(state):
+    """How VideoMAE takes a file -> (its tensors under the model's names, parts that it may lack as
+    a whole, beginnings of keys that stay unused)."""
+    may_lack = [("contrastive.",), DECODER, ("encoder.norm.",)]  # a bare encoder may lack its norm
+    fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
+    if fine_tuned:  # fc_norm becomes the final norm
+        state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
+        return state, may_lack, ("encoder.head.",)
+    return state, may_lack, ()
+
+
+def for_classifier(state, new_head):
+    """The same for VideoViT."""
+    state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
+    if not any(key.startswith(CLASSIFIER) for key in state):  # pretrained: fc_norm replaces norm
+        return state, [CLASSIFIER], ("norm.", "contrastive.", *DECODER)
+    if new_head and "head.weight" in state:  # fine-tuned, for other classes
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+        return state, [("head.",)], ()
+    return state, [], ()  # fine-tuned
+
+
+def wrong_heads(model, folder):
+    """[what is wrong] if a Hugging Face folder's model has another number of heads, which leaves no
+    trace in the shapes; else []."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return []
+    try:
+        heads = json.loads(file.read_text()).get("num_attention_heads")
+    except (ValueError, AttributeError):
+        return ["its config.json cannot be read"]
+    if heads in (None, model.config["heads"]):
+        return []
+    return [f"num_attention_heads: file {heads}, model {model.config['heads']}"]
+
+
+def summary_of(notes):
+    """What `load_pretrained` returned, in words: "encoder loaded; not used: decoder (63 keys)"."""
+    if not notes:
+        return "every key loaded"
+    parts = {
+        "decoder": DECODER,
+        "contrastive head": ("contrastive.",),
+        "final norm": ("norm.", "fc_norm."),
+        "classifier": ("head.",),
+    }
+    counts = {"unused": Counter(), "missing": Counter()}
+    for note in notes:
+        kind, key = note.split(" ", 1)
+        key = key.removeprefix("encoder.")
+        part = next(name for name, beginnings in parts.items() if key.startswith(beginnings))
+        counts[kind][part] += 1
+    sentences = ["encoder loaded"]
+    for kind, words in (("unused", "not used"), ("missing", "new, as the file has none")):
+        listed = [f"{part} ({number} keys)" for part, number in counts[kind].items()]
+        if listed:
+            sentences.append(f"{words}: {', '.join(listed)}")
+    return "; ".join(sentences)
+
 
 def save_checkpoint(path, **content):
-    """Written aside and renamed: whatever happens, `path` is a whole checkpoint, this or the last; exits if it cannot be."""
+    """torch.save(content, path), written aside and renamed: whatever happens, `path` is a whole
+    checkpoint, this one or the last. OSError, with the path and the reason, if it cannot be."""
     temporary = path.with_name(path.name + ".new")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:  # given the name alone, torch keeps the reason to itself
+            torch.save(content, file)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"{path}: cannot be written, the last checkpoint is kept ({str(error).splitlines()[0]})")
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's own hides it
+        if not isinstance(cause, OSError):
+            raise
+        message = f"cannot be written, the last checkpoint is kept ({cause.strerror})"
+        raise OSError(cause.errno, message, str(path)) from None
 
-def save_huggingface(model, folder):
-    """Write config.json and model.safetensors, which transformers' from_pretrained opens: VideoMAE (but its
-    contrastive head) as VideoMAEForPreTraining, VideoViT as VideoMAEForVideoClassification.  transformers fixes the
-    epsilon of decoder.norm and fc_norm at 1e-5, ours is 1e-6: equal outputs need those two set by hand."""
-    folder, c, state, classifier = Path(folder), model.config, {}, isinstance(model, VideoViT)
-    folder.mkdir(parents=True, exist_ok=True)
+
+def save_huggingface(model, folder, classes=None):
+    """Write a folder that transformers' from_pretrained opens: config.json, model.safetensors and
+    preprocessor_config.json, which AutoImageProcessor and pipelines want.
+
+    VideoMAE (but its contrastive head) becomes VideoMAEForPreTraining, VideoViT becomes
+    VideoMAEForVideoClassification. classes: the names of a VideoViT's classes, in the order of its
+    outputs (None: their numbers); ValueError unless there is one for each.
+
+    transformers fixes the epsilon of decoder.norm and fc_norm at 1e-5, ours is 1e-6: equal outputs
+    need those two set by hand.
+    """
+    folder = Path(folder)
+    classifier = isinstance(model, VideoViT)
+    c = model.config
+    config = {
+        "model_type": "videomae",
+        "architectures": ["VideoMAEForPreTraining"],
+        "layer_norm_eps": EPS,
+        "use_mean_pooling": classifier,
+        "num_frames": c["frames"],
+        "image_size": c["image_size"],
+        "tubelet_size": c["tubelet"],
+        "patch_size": c["patch"],
+        "hidden_size": c["width"],
+        "num_hidden_layers": c["depth"],
+        "num_attention_heads": c["heads"],
+        "intermediate_size": 4 * c["width"],
+        "decoder_hidden_size": c["decoder_width"],
+        "decoder_intermediate_size": 4 * c["decoder_width"],
+        "decoder_num_hidden_layers": c["decoder_depth"],
+        "decoder_num_attention_heads": c["decoder_heads"],
+    }
+    if classifier:
+        outputs = model.head.out_features
+        names = [str(name) for name in (range(outputs) if classes is None else classes)]
+        if len(set(names)) != outputs or len(names) != outputs:
+            raise ValueError(f"classes: expected {outputs} different names, found {len(names)}")
+        config["architectures"] = ["VideoMAEForVideoClassification"]
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: number for number, name in enumerate(names)}
+    processor = {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": c["image_size"]},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": c["image_size"], "width": c["image_size"]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    state = {}
     for key, tensor in model.state_dict(prefix="encoder." if classifier else "").items():
-        for part, x in zip(SPLIT, tensor.chunk(3) if ".qkv." in key else [tensor]):
-            state[rename(key, HF_KEYS).replace("qkv", part)] = x.detach().cpu().contiguous()
-    state = {k: v for k, v in state.items() if not k.startswith("contrastive.")}
+        if key.startswith("contrastive."):
+            continue
+        pieces = tensor.chunk(3) if ".qkv." in key else [tensor]
+        for part, piece in zip(SPLIT, pieces):
+            name = rename(key, HF_KEYS).replace("qkv", part)
+            state[name] = piece.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = dict(model_type="videomae", layer_norm_eps=EPS, use_mean_pooling=classifier, num_frames=c["frames"],
-                  image_size=c["image_size"], tubelet_size=c["tubelet"], patch_size=c["patch"], hidden_size=c["width"],
-                  num_hidden_layers=c["depth"], num_attention_heads=c["heads"], intermediate_size=4 * c["width"],
-                  decoder_hidden_size=c["decoder_width"], decoder_intermediate_size=4 * c["decoder_width"],
-                  decoder_num_hidden_layers=c["decoder_depth"], decoder_num_attention_heads=c["decoder_heads"],
-                  architectures=["VideoMAEForVideoClassification" if classifier else "VideoMAEForPreTraining"],
-                  id2label={i: str(i) for i in range(model.head.out_features if classifier else 2)})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def export(path, folder):
+    """Write the checkpoint `path`, pretrain.py's or finetune.py's, as a Hugging Face folder, and
+    return the model. ValueError, one line with the file, if it is neither's."""
+    state = read_checkpoint(path)
+    saved = saved_args(path)
+    if not {"size", "frames", "image_size"} <= saved.keys():
+        raise ValueError(f"{path}: not a checkpoint of pretrain.py or finetune.py")
+    shape = {"frames": saved["frames"], "image_size": saved["image_size"]}
+    classes = None
+    if "encoder.head.weight" in state:
+        classes = saved["classes"]
+        model = VideoViT(saved["size"], len(classes), **shape)
+    else:
+        model = VideoMAE(saved["size"], text_dim=saved["text_dim"], **shape)
+    load_pretrained(model, path)
+    save_huggingface(model, folder, classes)
+    return model
+
 
 def count_flops(model, visible, decoded=None):
     """Multiply-adds (the literature's FLOPs) of one clip's forward pass with `visible` tokens encoded and `decoded` (all)
@@ -387,7 +601,7 @@ def count_flops(model, visible, decoded=None):
                         for n, width, depth in ((visible, D, c["depth"]), (visible + M, E, c["decoder_depth"])))
     return visible * P * D + encoder, visible * D * E + decoder + M * E * P
 
-def main():
+def print_sizes():
     print("GFLOPs: multiply-adds of a clip's forward pass in pretraining, encoder + decoder (tokens kept)\n"
           f"size  encoder  whole   tokens{'random, tube, flow 0.9':>25}{'motion 0.75':>25}{'text 0.6':>25}")
     for size in SIZES:
@@ -398,6 +612,37 @@ def main():
         for kept in (t * (h * w - math.floor(ratio * h * w)) for ratio in (0.9, 0.75, 0.6)):
             row += f"{' + '.join(f'{f / 1e9:.3g}' for f in count_flops(model, kept)) + f' ({kept})':>25}"
         print(row)
+
+
+def run(argv=None):
+    from tgm.run import Parser, RunError
+
+    parser = Parser(description=__doc__)
+    parser.add_argument("--export", type=Path, metavar="FILE", help="our checkpoint, for transformers")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --export writes")
+    args = parser.parse_args(argv)
+    if (args.export is None) != (args.out is None):
+        parser.error("--export FILE and --out FOLDER go together")
+    if args.export is None:
+        print_sizes()
+        return
+    if args.out.is_file() or weights_file(args.out).is_file():
+        raise RunError(f"--out {args.out}: is there already; remove it, or write elsewhere")
+    try:
+        model = export(args.export, args.out)
+    except ValueError as error:
+        raise RunError(f"--export {error}") from None
+    opened = "VideoMAEForPreTraining.from_pretrained"
+    if isinstance(model, VideoViT):
+        opened = 'pipeline("video-classification", model=...)'
+    print(f"{args.out}: transformers opens it with {opened}")
+
+
+def main(argv=None):
+    from tgm.run import one_line_errors  # here alone: the model needs nothing of ours
+
+    one_line_errors(run)(argv)
+
 
 if __name__ == "__main__":
     main()

@@ -160,11 +160,24 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
     from model import save_checkpoint
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, model={"x": torch.ones(1000)}, step=1)
-    code = ("import resource, signal, sys, pathlib, torch; sys.path.insert(0, sys.argv[1]); from model import save_checkpoint; "
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
-            "save_checkpoint(pathlib.Path(sys.argv[2]), model={'x': torch.ones(100000)}, step=2)")
+    code = """
+import pathlib, resource, signal, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from model import save_checkpoint
+from tgm.run import one_line_errors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+
+@one_line_errors
+def main(_):
+    save_checkpoint(pathlib.Path(sys.argv[2]), model={"x": torch.ones(100000)}, step=2)
+
+main()
+"""
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode != 0 and "checkpoint.pt: cannot be written" in done.stderr, done.stderr
+    assert done.returncode == 1
+    assert done.stderr == f"{path}: cannot be written, the last checkpoint is kept (File too large)\n"
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 1 and torch.equal(saved["model"]["x"], torch.ones(1000)) and not list(tmp_path.glob("*.new"))
 

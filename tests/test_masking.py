@@ -1,12 +1,17 @@
 """Masks: equal counts, known answers, and maps that follow the crop, the flip and the time of a sample."""
+import json
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
-from PIL import Image
+from conftest import ENVIRONMENT, ROOT, run
+from PIL import Image, ImageFont, ImageOps
 
+import manifest
 import masking
 import toy
 from masking import MASKS, cut_maps, make_mask
@@ -299,12 +304,19 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
     assert np.median(errors) < 0.2 and max(errors) < 0.4, errors
 
 
+def rows_and_columns(picture, step=128 + 4):
+    """How many tiles a strip has each way; the rest, for title and names, is less than one."""
+    width, height = picture.size
+    assert 20 < width % step and 20 < height % step < 60
+    return height // step, width // step
+
+
 def test_the_preview_draws_every_mask(world, tmp_path):
     import av
     flags = ("--data", world / "data/train.csv", "--row", 3, "--frames", 8, "--stride", 2, "--image-size", 64)
     run("masking.py", *flags, "--out", tmp_path / "mask.png", process=True)
     with Image.open(tmp_path / "mask.png") as picture:
-        assert picture.size == (90 + 4 * (128 + 4), 22 + (3 + len(MASKS)) * (128 + 4))
+        assert rows_and_columns(picture) == (3 + len(MASKS), 4)
     run("masking.py", *flags, "--caption", 2, "--mask-ratio", 0.75, "--companions", world / "data/train", "--out", tmp_path / "b.png")
     assert "has rows 0 to 31" in run("masking.py", *flags, "--row", 32, fails=True)
     assert "has 3 captions" in run("masking.py", *flags, "--caption", 3, fails=True)
@@ -314,9 +326,10 @@ def test_the_preview_draws_every_mask(world, tmp_path):
         with av.open(str(tmp_path / name)) as container:
             moving = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert float(container.streams.video[0].average_rate) == pytest.approx(5, rel=0.01)  # 10 a second, every other
-        assert len(moving) == 8 and moving[0].shape == (3 * (128 + 4 + 14), 3 * (128 + 4), 3)
-        assert np.abs(moving[0][14:142, :128].astype(float) - moving[7][14:142, :128]).mean() > 1  # the clip's tile moves
-    assert "--video x.what: cannot be written" in run("masking.py", *flags, "--out", tmp_path / "c.png", "--video", "x.what", fails=True)
+        assert len(moving) == 8 and moving[0].shape == (3 * (128 + 4 + 20), 3 * (128 + 4), 3)
+        assert np.abs(moving[0][20:148, :128].astype(float) - moving[7][20:148, :128]).mean() > 1  # the clip's tile moves
+    line = run("masking.py", *flags, "--out", tmp_path / "c.png", "--video", "x.what", fails=True)
+    assert line == "--video x.what: expected a name that ends in .mp4, .gif, .mov, .mkv"
 
 
 def test_the_preview_without_one_of_the_maps(copy):
@@ -325,13 +338,13 @@ def test_the_preview_without_one_of_the_maps(copy):
     out = run("masking.py", *flags, cwd=copy)
     assert "motion: left out, there is no data/val.motion.npy; make it with: python saliency.py data/val.csv --cue motion" in out
     with Image.open(copy / "mask.png") as picture:
-        assert picture.size[1] == 22 + (2 + 4) * (128 + 4)
+        assert rows_and_columns(picture) == (2 + 4, 4)
     (copy / "elsewhere.motion.npy").rename(copy / "data/val.motion.npy")
     (copy / "data/val.saliency.npy").unlink()
     (copy / "data/val.captions.jsonl").unlink()
     assert "text: left out" in run("masking.py", *flags, cwd=copy)
     with Image.open(copy / "mask.png") as picture:
-        assert picture.size[1] == 22 + (2 + 4) * (128 + 4)
+        assert rows_and_columns(picture) == (2 + 4, 4)
     (copy / "data/val.csv").write_text("path\nx.mp4\n")
     assert "is of another manifest; make it with: python saliency.py" in run("masking.py", *flags, cwd=copy, fails=True)
 
@@ -349,8 +362,187 @@ def test_heat_colours_and_tiles():
     assert red[0] > 0.9 and red[1:].max() < 0.1 and white.min() > 0.98
     picture = masking.draw_strip(tiles, 2, "title")
     side = 32 * 4 + 4
-    assert picture.size == (90 + 2 * side, 22 + 4 * side)
-    assert picture.getpixel((90 + 5, 22 + 3 * side + 5)) == (140, 140, 140)   # masked: grey
-    assert picture.getpixel((90 + side + 5, 22 + 3 * side + 5)) == (0, 0, 0)  # visible: the clip
+    assert rows_and_columns(picture) == (4, 2)
+    x, y = picture.width - 2 * side + 5, picture.height - side + 5  # in the last row's first tile
+    assert picture.getpixel((x, y)) == (140, 140, 140)   # masked: grey
+    assert picture.getpixel((x + side, y)) == (0, 0, 0)  # visible: the clip
     frames = masking.draw_frames(tiles)
-    assert [frame.getpixel((5, side + 14 + 14 + 5)) for frame in frames] == [(140, 140, 140)] * 2 + [(0, 0, 0)] * 2
+    assert [frame.getpixel((5, side + 20 + 20 + 5)) for frame in frames] == [(140, 140, 140)] * 2 + [(0, 0, 0)] * 2
+
+
+# ---- the preview, misused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_needs_says_which_map_a_mask_reads(name):
+    maps = {kind: torch.rand(1, *shape) for kind, shape in {"saliency": (2, 4, 4), "motion": (2, 2, 4, 4)}.items()}
+    needed = masking.NEEDS[name]
+    assert list(masking.NEEDS) == list(MASKS) and needed in (None, "saliency", "motion")
+    alone = {} if needed is None else {needed: maps[needed]}
+    noise = torch.rand(1, 32)
+    assert torch.equal(make_mask(name, 0.5, 1, (2, 4, 4), noise=noise, **alone), make_mask(name, 0.5, 1, (2, 4, 4), noise=noise, **maps))
+    if needed:
+        with pytest.raises(ValueError, match=f"need {needed}"):
+            make_mask(name, 0.5, 1, (2, 4, 4), noise=noise, **{kind: map_ for kind, map_ in maps.items() if kind != needed})
+
+
+SMALL = ("--data", "data/val.csv", "--frames", 8, "--stride", 2, "--image-size", 64, "--out", "mask.png")
+NUMBERS = ("--row", "--caption", "--frames", "--stride", "--image-size", "--patch-size", "--seed", "--mask-ratio")
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+@pytest.mark.parametrize("value", ["0", "-1", "1e9", "1000000000", "nan", "x"])
+def test_wrong_numbers_end_in_one_line(copy, flag, value):
+    works = [("--row", "0"), ("--caption", "0"), ("--seed", "0"), ("--seed", "1000000000"), ("--stride", "1000000000")]
+    line = run("masking.py", *SMALL, flag, value, cwd=copy, fails=(flag, value) not in works)
+    assert flag in line or line == "mask.png\n"
+    assert (copy / "mask.png").exists() == ((flag, value) in works)
+
+
+@pytest.mark.parametrize("flags, line", [
+    (("--frames", 7), "--frames 7: expected a multiple of 2, the frames of a token"),
+    (("--patch-size", 24), "--frames 8 --image-size 64 --patch-size 24: the image size is not a multiple of the patch size"),
+    (("--patch-size", 128), "--frames 8 --image-size 64 --patch-size 128: the image size is not a multiple of the patch size"),
+    (("--patch-size", 64), "--frames 8 --image-size 64 --patch-size 64: random's mask ratio 0.9 masks 0 of 1 tokens in a slice: "
+                           "some must be masked and some not"),
+    (("--mask-ratio", 0.01), "--mask-ratio 0.01 --frames 8 --image-size 64 --patch-size 16: random's mask ratio 0.01 masks 0 of 16 "
+                             "tokens in a slice: some must be masked and some not"),
+    (("--mask-ratio", 1), "--mask-ratio 1 --frames 8 --image-size 64 --patch-size 16: random's mask ratio 1.0 masks 16 of 16 tokens "
+                          "in a slice: some must be masked and some not"),
+    (("--image-size", 8192), "--frames 8 --image-size 8192 --patch-size 16: drawing that takes 739 GB of memory: ask for less"),
+    (("--frames", 10000), "--frames 10000 --image-size 64 --patch-size 16: drawing that takes 11 GB of memory: ask for less"),
+    (("--image-size", 512, "--patch-size", 1), "--frames 8 --image-size 512 --patch-size 1: drawing that takes 660 GB of memory: ask for less"),
+    (("--out", "nowhere/mask.png"), "--out nowhere/mask.png: cannot be written (No such file or directory)"),
+    (("--out", "data/val.csv/mask.png"), "--out data/val.csv/mask.png: cannot be written (Not a directory)"),
+    (("--out", "mask"), "--out mask: expected a name that ends in .png, .jpg, .jpeg, .webp, .pdf"),
+    (("--out", "data"), "--out data: expected a name that ends in .png, .jpg, .jpeg, .webp, .pdf"),
+    (("--video", "nowhere/masks.mp4"), "--video nowhere/masks.mp4: cannot be written (No such file or directory)"),
+    (("--video", "data/videos/val/00000.mp4"), "--video data/videos/val/00000.mp4: is the video that is to be drawn"),
+    (("--row", 24), "--row 24: data/val.csv has rows 0 to 23"),
+    (("--caption", 3), "--caption 3: row 0 has 3 captions"),
+    (("--data", "gone.csv"), "gone.csv:1: expected a csv with the header path[,label][,start,end], found none (No such file or directory)"),
+])
+def test_wrong_flags_end_in_one_line_that_names_them(copy, flags, line):
+    before = {path: path.stat().st_size for path in (copy / "data/videos/val").iterdir()}
+    assert run("masking.py", *SMALL, *flags, cwd=copy, fails=True) == line
+    assert not (copy / "mask.png").exists()
+    assert before == {path: path.stat().st_size for path in (copy / "data/videos/val").iterdir()}
+
+
+def test_wrong_flags_end_in_one_line_in_a_process_of_its_own(copy):
+    line = run("masking.py", *SMALL, "--out", "nowhere/mask.png", cwd=copy, process=True, fails=True)
+    assert line == "--out nowhere/mask.png: cannot be written (No such file or directory)"
+
+
+def test_a_disk_that_fills_while_the_picture_is_written(copy):
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import masking\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "masking.main(sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), *map(str, SMALL)]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "--out mask.png: cannot be written ([Errno 27] File too large)\n"
+
+
+def empty(path, row):
+    array = np.lib.format.open_memmap(path, mode="r+")
+    array[row] = np.nan
+    array.flush()
+
+
+def test_a_row_without_motion_is_drawn_without_it(copy):
+    """As of a GIF or an MJPEG video, whose codecs have no motion vectors."""
+    empty(copy / "data/val.motion.npy", 1)
+    lines = run("masking.py", *SMALL, "--row", 1, cwd=copy).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["motion", "flow", "mask.png"]
+    for line in lines[:2]:
+        assert "left out, data/val.motion.npy is empty for videos/val/00001.mp4" in line
+        assert "no motion vectors (for any codec: python saliency.py data/val.csv --cue motion --flow raft --resume none)" in line
+    with Image.open(copy / "mask.png") as picture:
+        assert rows_and_columns(picture) == (2 + 4, 4)
+
+
+def test_a_row_without_saliency_is_refused_with_the_reason(copy):
+    empty(copy / "data/val.saliency.npy", 1)
+    refused = lambda *flags: run("masking.py", *SMALL, *flags, cwd=copy, fails=True)
+    assert refused("--row", 1) == (
+        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (to be made with: python saliency.py data/val.csv)"
+    )
+    # its caption failed
+    path = copy / "data/val.captions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({"path": "videos/val/00002.mp4", "captions": [], "error": "videos/val/00002.mp4: is empty"})
+    path.write_text("\n".join(lines) + "\n")
+    about = copy / "data/val.saliency.json"
+    settings = json.loads(about.read_text())
+    about.write_text(json.dumps(settings | {"captions": manifest.file_hash(path)}))
+    empty(copy / "data/val.saliency.npy", 2)
+    assert refused("--row", 2) == (
+        "--row 2: videos/val/00002.mp4 has no caption (videos/val/00002.mp4: is empty); choose another row"
+    )
+    # its video is gone
+    (copy / "data/videos").unlink()
+    assert refused("--row", 1) == (
+        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (data/videos/val/00001.mp4: No such file or directory)"
+    )
+    assert refused("--row", 0) == "data/videos/val/00000.mp4: No such file or directory"
+    assert not (copy / "mask.png").exists()
+
+
+def test_captions_remade_with_other_frames_make_the_saliency_stale(copy):
+    path = copy / "data/val.captions.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        entry["captions"] += entry["captions"]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    line = run("masking.py", *SMALL, "--caption", 4, cwd=copy, fails=True)
+    assert line.startswith("data/val.saliency.npy: expected captions ")
+    assert line.endswith("; make it with: python caption.py data/val.csv && python saliency.py data/val.csv")
+    (copy / "other").mkdir()
+    for kind in ("npy", "json"):
+        shutil.copy(copy / f"data/val.saliency.{kind}", copy / f"other/val.saliency.{kind}")
+    line = run("masking.py", *SMALL, "--caption", 4, "--companions", "other/val", cwd=copy, fails=True)
+    assert line == "--caption 4: other/val.saliency.npy has 3 captions per video, data/val.captions.jsonl has 6"
+    assert run("masking.py", *SMALL, "--caption", 2, "--companions", "other/val", cwd=copy).endswith("mask.png\n")
+
+
+def ink(picture, box):
+    """The box of what is drawn in a part of a picture: left, top, right, bottom, from the part's corner."""
+    return ImageOps.invert(picture.crop(box).convert("L")).getbbox()
+
+
+def test_letters_grow_with_the_picture():
+    heights = {}
+    for size, slices in ((32, 2), (224, 8), (224, 16)):
+        tiles = {"clip": torch.ones(2 * slices, size, size, 3), "text-inverse 0.6": torch.ones(2 * slices, size, size, 3)}
+        picture = masking.draw_strip(tiles, slices, "a title")
+        step = masking.tile_side(size) + 4
+        margin, top = picture.width - slices * step, picture.height - 2 * step
+        _, first, right, last = ink(picture, (0, top, margin, top + step))  # "clip"
+        heights[size, slices] = (last - first, picture.width)
+        assert ink(picture, (0, top + step, margin, top + 2 * step))[2] <= margin - 4  # the longest name is whole
+        assert margin < step + 20
+    assert heights[32, 2][0] >= 10
+    for height, width in heights.values():
+        assert height / width > 0.011  # seen 1000 pixels wide, 11 of them
+
+
+def test_long_titles_wrap_and_longer_ones_are_cut():
+    tiles = {"clip": torch.ones(4, 32, 32, 3)}
+    height, ends = {}, {}
+    for words in (1, 12, 400):
+        picture = masking.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
+        top = picture.height - 132
+        height[words] = top
+        assert ink(picture, (0, 0, picture.width, top))[2] < picture.width
+    assert height[1] < height[12] <= height[400] < 4 * height[1]
+    font = ImageFont.load_default(size=14)
+    assert masking.wrap("one two", font, 1000, 1) == "one two"
+    assert masking.wrap("one  two\n three", font, font.getlength("one twox"), 3) == "one two\nthree"
+    cut = masking.wrap("word " * 400, font, 200, 2)
+    assert cut.endswith("…") and cut.count("\n") == 1 and max(map(font.getlength, cut.split("\n"))) <= 200
+    long = masking.wrap("folder" * 20, font, 150, 3)
+    assert long.replace("\n", "").rstrip("…") == ("folder" * 20)[: len(long) - 3]
+    assert max(map(font.getlength, long.split("\n"))) <= 150

@@ -4,18 +4,24 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as M  # noqa: E402
 from model import VideoMAE, VideoViT, info_nce, load_pretrained, patchify, save_huggingface, unpatchify  # noqa: E402
+from tgm.run import one_line_errors  # noqa: E402
 
 torch.set_num_threads(1)
 NANO = dict(M.SIZES["tiny"], frames=4, image_size=32, patch=16, width=24, depth=2, heads=2,
@@ -661,3 +667,254 @@ def test_cost_counts():
     base = next(line for line in done.stdout.splitlines() if line.startswith("base"))
     for text in ("94.", "1568", "(160)", "(392)", "(632)"):
         assert text in base
+
+
+# --- what others write, and what others read ---
+
+
+def official_file(path, numpy_module, **more):
+    """A checkpoint as VideoMAE's own code writes it: its schedule puts numpy numbers into the
+    optimiser's state. numpy_module: what numpy 1 or 2 calls the module of its scalars."""
+    state = official_state()
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["lr"] = np.float64(1.5e-4)
+    optimizer.param_groups[0]["lr_scale"] = np.float32(0.75)
+    args = argparse.Namespace(lr=np.float64(1e-3), epochs=np.int64(800), amp=np.bool_(True))
+    content = {"model": state, "optimizer": optimizer.state_dict(), "epoch": 800, "args": args}
+    torch.save(content | more, path)
+    rewrite_pickle(path, b"numpy._core.multiarray", numpy_module)
+    return state
+
+
+def rewrite_pickle(path, old, new):
+    """Replaces bytes in the pickle inside a file that torch.save wrote."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            if name.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("numpy_module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_official_checkpoints_with_numpys_numbers_load(tmp_path, numpy_module):
+    file = tmp_path / "checkpoint-799.pth"
+    state = official_file(file, numpy_module)
+    mae = VideoMAE("nano")
+    report = load_pretrained(mae, file)
+    assert report == ["missing contrastive.logit_scale", "missing contrastive.proj.weight"]
+    assert all(torch.equal(mae.state_dict()[key], value) for key, value in state.items())
+    assert M.saved_args(file) == {}
+
+
+def test_beyond_numpys_numbers_nothing_is_let_in(tmp_path, monkeypatch):
+    file = tmp_path / "bad.pth"
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "owned"))
+    official_file(file, b"numpy.core.multiarray", scaler=Payload())
+    with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
+        load_pretrained(VideoMAE("nano"), file)
+    assert not (tmp_path / "owned").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "owned").exists()  # so the payload was live
+
+    for other in (np.ones(2), np.random.default_rng(0), np.array(None, dtype=object)):
+        torch.save({"model": official_state(), "extra": other}, file)
+        with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
+            load_pretrained(VideoMAE("nano"), file)
+    # another function of the module whose scalars are let in
+    official_file(file, b"numpy.core.multiarray")
+    rewrite_pickle(file, b"multiarray\nscalar", b"multiarray\nfromfile")
+    with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
+        load_pretrained(VideoMAE("nano"), file)
+    # a number is no weight
+    torch.save({"model": official_state() | {"mask_token": np.float64(1)}}, file)
+    with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
+        load_pretrained(VideoMAE("nano"), file)
+    allowed = torch.serialization.get_safe_globals()  # ours are there only while a file is opened
+    assert not [one for one in allowed if one in M.SAFE]
+
+
+def test_a_folder_without_one_of_its_keys_says_which(tmp_path):
+    mae = VideoMAE("nano")
+    save_huggingface(mae, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    gone = "videomae.encoder.layer.1.attention.attention.key.weight"
+    del state[gone]
+    save_file(state, file)
+    with pytest.raises(ValueError) as error:
+        load_pretrained(mae, tmp_path)
+    name = "encoder.blocks.1.attn"
+    assert str(error.value) == f"{file}: has {name}.query.weight but no {name}.key.weight"
+
+
+def test_a_file_of_another_size_is_refused_in_a_line_that_can_be_read(tmp_path):
+    torch.save({"model": VideoViT("nano", 3).state_dict()}, tmp_path / "nano.pt")
+    with pytest.raises(ValueError) as error:
+        load_pretrained(VideoViT("tiny", 3), tmp_path / "nano.pt")
+    first, *others = str(error.value).split("; ")
+    expected = "does not fit VideoViT: blocks.0.norm1.weight: file [24], model [96]"
+    assert first == f"{tmp_path / 'nano.pt'} {expected}"
+    wrong = 31 + 13  # nano's 32 keys, but the head's bias fits; and tiny's third block
+    assert len(others) == 8 and others[-1] == f"and {wrong - 8} more"
+
+
+def test_notes_in_words(tmp_path):
+    torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
+    torch.save({"model": VideoViT("nano", classes=3).state_dict()}, tmp_path / "vit.pt")
+    torch.save({"model": official_state()}, tmp_path / "official.pth")
+    words = lambda model, name, **options: M.summary_of(load_pretrained(model, tmp_path / name, **options))
+    assert words(VideoMAE("nano"), "mae.pt") == "every key loaded"
+    # 13 keys of one block, norm and head with weight and bias, encoder_to_decoder, mask_token
+    decoder = "decoder (19 keys)"
+    head = "contrastive head (2 keys)"
+    new = "new, as the file has none"
+    classifier = f"{new}: final norm (2 keys), classifier (2 keys)"
+    unused = f"not used: {decoder}, {head}, final norm (2 keys)"
+    found = words(VideoViT("nano", classes=3), "mae.pt")
+    assert found.split("; ")[::2] == ["encoder loaded", classifier]
+    assert sorted(found.split("; ")[1][10:].split(", ")) == sorted(unused[10:].split(", "))
+    assert words(VideoMAE("nano"), "official.pth") == f"encoder loaded; {new}: {head}"
+    found = words(VideoViT("nano", classes=7), "vit.pt", new_head=True)
+    assert found == f"encoder loaded; {new}: classifier (2 keys)"
+    found = words(VideoMAE("nano"), "vit.pt")
+    assert found.startswith("encoder loaded; not used: classifier (2 keys); new, as the file has none: ")
+    assert decoder in found and head in found
+
+
+def frames_of(config, seed=5):
+    shape = (config["frames"], config["image_size"], config["image_size"], 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def in_our_layout(frames):
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
+
+
+def test_huggingfaces_processor_normalises_as_we_do(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for model in (VideoMAE("nano"), VideoViT("nano", classes=3)):
+        folder = tmp_path / type(model).__name__
+        save_huggingface(model, folder)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        assert type(processor).__name__.startswith("VideoMAEImageProcessor")
+        frames = frames_of(model.config)
+        theirs = processor(list(frames), return_tensors="pt")["pixel_values"]
+        close(theirs.transpose(1, 2), M.normalize(in_our_layout(frames)), 1e-6)
+        wide = list(np.zeros((4, 64, 100, 3), np.uint8))
+        assert processor(wide, return_tensors="pt")["pixel_values"].shape == (1, 4, 3, 32, 32)
+
+
+def test_huggingfaces_pipeline_classifies_a_clip_by_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    names = ["arm wrestling", "tai chi", "zumba", "abseiling", "yoga"]
+    vit = randomize(VideoViT("nano", classes=5)).eval()
+    save_huggingface(vit, tmp_path, names)
+    classify = transformers.pipeline("video-classification", model=str(tmp_path))
+    assert classify.model.config.label2id == {name: i for i, name in enumerate(names)}
+    official_eps(classify.model)
+    frames = frames_of(vit.config)  # as numbers: this transformers decodes files by torchcodec alone
+    found = classify(frames)
+    with torch.no_grad():
+        expected = vit(M.normalize(in_our_layout(frames))).softmax(-1)[0]
+    assert [one["label"] for one in found] == [names[i] for i in expected.argsort(descending=True)]
+    for one in found:
+        assert one["score"] == pytest.approx(expected[names.index(one["label"])].item(), rel=1e-4)
+    assert max(expected) > 1.2 * min(expected)
+
+
+def test_names_that_do_not_fit_the_head_are_refused(tmp_path):
+    vit = VideoViT("nano", classes=3)
+    for names in (["a", "b"], ["a", "b", "a"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match=f"expected 3 different names, found {len(names)}"):
+            save_huggingface(vit, tmp_path / "hf", names)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_our_checkpoints_are_exported_by_a_command(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vit = randomize(VideoViT("tiny", classes=2, frames=4, image_size=64)).eval()
+    args = {"size": "tiny", "frames": 4, "image_size": 64, "classes": ["calm", "fight"]}
+    torch.save({"model": vit.state_dict(), "args": args, "step": 3}, tmp_path / "best.pt")
+    out = run("model.py", "--export", tmp_path / "best.pt", "--out", tmp_path / "vit")
+    assert out == f'{tmp_path}/vit: transformers opens it with pipeline("video-classification", model=...)\n'
+    classify = transformers.pipeline("video-classification", model=str(tmp_path / "vit"))
+    official_eps(classify.model)
+    frames = frames_of(vit.config)
+    best = classify(frames, top_k=1)[0]
+    with torch.no_grad():
+        expected = vit(M.normalize(in_our_layout(frames))).softmax(-1)[0]
+    assert best["label"] == args["classes"][int(expected.argmax())]
+    assert best["score"] == pytest.approx(expected.max().item(), rel=1e-4)
+
+    mae = randomize(VideoMAE("tiny", text_dim=7))
+    args = {"size": "tiny", "frames": 8, "image_size": 32, "text_dim": 7}
+    torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "checkpoint.pt")
+    out = run("model.py", "--export", tmp_path / "checkpoint.pt", "--out", tmp_path / "mae", process=True)
+    assert "VideoMAEForPreTraining.from_pretrained" in out
+    back = VideoMAE("tiny", text_dim=7)
+    load_pretrained(back, tmp_path / "mae")
+    assert torch.equal(back.encoder_to_decoder.weight, mae.encoder_to_decoder.weight)
+
+
+def test_exports_that_cannot_be_end_in_one_line(tmp_path):
+    export = lambda file, out: run("model.py", "--export", file, "--out", out, fails=True)
+    torch.save({"model": official_state()}, tmp_path / "official.pth")
+    line = export(tmp_path / "official.pth", tmp_path / "hf")
+    assert line == f"--export {tmp_path}/official.pth: not a checkpoint of pretrain.py or finetune.py"
+    assert export("gone.pt", tmp_path / "hf") == "--export gone.pt: no checkpoint there"
+    (tmp_path / "file").write_text("mine")
+    save_huggingface(VideoMAE("nano"), tmp_path / "full")
+    for taken in ("file", "full"):
+        line = export(tmp_path / "official.pth", tmp_path / taken)
+        assert line == f"--out {tmp_path}/{taken}: is there already; remove it, or write elsewhere"
+    args = {"size": "nano", "frames": 4, "image_size": 32, "text_dim": 512}
+    torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "mae.pt")
+    assert "Not a directory" in export(tmp_path / "mae.pt", tmp_path / "file/hf")
+    line = run("model.py", "--export", tmp_path / "mae.pt", fails=True)
+    assert "--export FILE and --out FOLDER go together" in line
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_path):
+    path = tmp_path / "gone/checkpoint.pt"
+    with pytest.raises(FileNotFoundError) as error:
+        M.save_checkpoint(path, step=1)
+    reason = "cannot be written, the last checkpoint is kept (No such file or directory)"
+    assert (error.value.strerror, error.value.filename) == (reason, str(path))
+
+    @one_line_errors
+    def main(_):
+        M.save_checkpoint(path, step=1)
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == f"{path}: {reason}"
+
+    class Broken:
+        def __reduce__(self):
+            raise RuntimeError("a bug, not a disk")
+
+    path.parent.mkdir()
+    M.save_checkpoint(path, step=1)
+    with pytest.raises(RuntimeError, match="a bug, not a disk"):
+        M.save_checkpoint(path, step=Broken())
+    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(path.parent) == [path.name]
+
+
+def test_what_the_stages_write_is_exported(copy):
+    transformers = pytest.importorskip("transformers")
+    tiny = ("--size", "tiny", "--batch-size", 8, "--max-steps", 1, "--workers", 0)
+    run("pretrain.py", *tiny, "--out", "pre", cwd=copy)
+    run("finetune.py", *tiny, "--views", 1, 1, "--checkpoint", "pre/checkpoint.pt", "--out", "ft", cwd=copy)
+    run("model.py", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)
+    run("model.py", "--export", "ft/checkpoint.pt", "--out", "hf/ft", cwd=copy)
+    hf = transformers.VideoMAEForPreTraining.from_pretrained(copy / "hf/pre")
+    saved = torch.load(copy / "pre/checkpoint.pt", weights_only=True)["model"]
+    assert torch.equal(hf.mask_token, saved["mask_token"])
+    classify = transformers.pipeline("video-classification", model=str(copy / "hf/ft"))
+    found = classify(np.zeros((8, 32, 32, 3), np.uint8), top_k=8)
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    column = lines[0].split(",").index("label")
+    assert {one["label"] for one in found} == {line.split(",")[column] for line in lines[1:]}
