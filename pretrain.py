@@ -27,9 +27,9 @@ number of ranks and --batch-size, if their product stays; and --epochs, upwards:
 cosine, so the rate jumps up to where that one is. --resume none renames an old checkpoint to checkpoint.old.pt, at once.
 
 SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143 and 130). torchrun
-passes a signal on to its ranks and does not restart them then. A rank that ends, by a signal sent to it alone or by
-kill -9, is a failure to torchrun: with --max-restarts it starts all ranks again, and --resume auto goes on. Several
-nodes must share the folder --out.
+passes a signal on to its ranks, does not restart them then, and exits with 1. If a rank alone gets the signal, all save
+and end as well, but to torchrun that is a failure, as is kill -9: with --max-restarts it starts all ranks again, on all
+nodes, and --resume auto goes on. Several nodes must share the folder --out.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
 """
@@ -383,24 +383,25 @@ MAY_CHANGE = {  # flags that do not change what is learnt
 
 def refuse_other_run(path, saved, args):
     """RunError if the checkpoint at `path`, begun with the flags `saved`, is of another run than `args`."""
-    if "mask" not in saved:
+    if "mask" not in saved or "identity" not in saved:
         models.read_checkpoint(path)  # a damaged file is a ValueError with its reason
-        raise RunError(f"{path}: pretrain.py did not write it: write elsewhere (--out), or start from it with --init")
+        raise RunError(
+            f"{path}: this version of pretrain.py did not write it: write elsewhere (--out), or start from it with --init"
+        )
     before = dict(saved)
     now = dict(vars(args))
-    may_change = MAY_CHANGE | {"ranks", "identity"}
+    may_change = MAY_CHANGE | {"ranks", "identity", "lr"}
     if args.epochs >= saved["epochs"]:
         may_change = may_change | {"epochs"}
-    if "ranks" in saved:
-        before["batch_size"] = saved["batch_size"] * saved["ranks"]
-        now["batch_size"] = args.batch_size * args.ranks
-        if before["batch_size"] != now["batch_size"]:
-            before["batch_size"] = f"{saved['batch_size']} on {saved['ranks']} ranks"
-            now["batch_size"] = f"{args.batch_size} on {args.ranks} ranks"
+    before["batch_size"] = saved["batch_size"] * saved["ranks"]
+    now["batch_size"] = args.batch_size * args.ranks
+    if before["batch_size"] != now["batch_size"]:
+        before["batch_size"] = f"{saved['batch_size']} on {saved['ranks']} ranks"
+        now["batch_size"] = f"{args.batch_size} on {args.ranks} ranks"
     whose = f"{path}, {whose_run(saved)}"
     refuse_changes(whose, before, now, may_change)
     for what, value in args.identity.items():
-        known = saved.get("identity", args.identity).get(what)
+        known = saved["identity"].get(what)
         if known != value:
             raise RunError(
                 f"{whose}: {what} was changed since (was {known or 'not there'}, is {value or 'not there'}): bring it back, write "
@@ -612,7 +613,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
             say(f"note         the old checkpoint is now {checkpoint_path.with_suffix('.old.pt')}")
         args_path = log_path.with_name("args.json")
         with writing(args_path):
-            args_path.write_text(json.dumps(vars(args), indent=1) + "\n")
+            aside = args_path.with_name("args.json.new")
+            aside.write_text(json.dumps(vars(args), indent=1) + "\n")
+            aside.replace(args_path)
         with writing(log_path):
             keep_log(log_path, start)
 
