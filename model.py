@@ -169,28 +169,47 @@ class AllGather(torch.autograd.Function):
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
-def info_nce(video_emb, text_emb, scale):
+def gather_rows(own):
+    """The rows of all ranks, [B] -> [ranks*B], without a gradient."""
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own.contiguous())
+    return torch.cat(every)
+
+def info_nce(video_emb, text_emb, scale, group=None):
     """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], any length; scale is 1 / temperature.
-    Texts of cosine above 0.999 are one caption, hence positives of each other, the target uniform over them.
+    Positives of each other, the target uniform over them, are samples of one video, that is of one number in group
+    ([B] integers; None: all differ), and samples of one caption, that is texts of cosine above 0.999.
     Under torch.distributed a collective, with equal B: a rank's loss is the mean over its own rows against everyone's
     columns; gathering passes gradients back, so DistributedDataParallel averages to the whole batch's gradient."""
     own = torch.stack([F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)])  # [2,B,D]
-    every = AllGather.apply(own) if dist.is_available() and dist.is_initialized() else own  # [2,ranks*B,D]
-    same = (own[1] @ every[1].T > 0.999).float()
+    together = dist.is_available() and dist.is_initialized()
+    every = AllGather.apply(own) if together else own  # [2,ranks*B,D]
+    if group is None:
+        first = dist.get_rank() * len(own[0]) if together else 0
+        group = first + torch.arange(len(own[0]), device=own.device)
+    every_group = gather_rows(group) if together else group  # [ranks*B]
+    # A sample is its own positive by its group: the product alone may be below 0.999 with itself (TF32), and 0 / 0 follow.
+    same = (group[:, None] == every_group) | (own[1] @ every[1].T > 0.999)
     target = same / same.sum(dim=1, keepdim=True)
     to_text, to_video = scale * own[0] @ every[1].T, scale * own[1] @ every[0].T
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_video, target)) / 2
 
 class ContrastiveHead(nn.Module):
-    """tokens [B,V,D], text [B,text_dim] -> InfoNCE of the tokens' projected mean and the text, in float32."""
+    """tokens [B,V,D], text [B,text_dim], group [B] -> InfoNCE of the tokens' projected mean and the text, in float32."""
     def __init__(self, width, text_dim):
         super().__init__()
         self.proj = Linear(width, text_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, tokens, text):
+    def forward(self, tokens, text, group=None):
         with torch.autocast(tokens.device.type, enabled=False):
-            return info_nce(self.proj(tokens.float().mean(1)), text, self.logit_scale.clamp(max=math.log(100)).exp())
+            return info_nce(self.proj(tokens.float().mean(1)), text, self.logit_scale.exp(), group)
+
+    @torch.no_grad()
+    def limit_temperature(self):
+        """After each step of the optimiser, as open_clip: 1 / temperature stays between 1 and 100. In the forward pass
+        the limit would have no gradient, and the temperature could never come back."""
+        self.logit_scale.clamp_(0, math.log(100))
 
 MAEOutput = namedtuple("MAEOutput", "loss_mae loss_nce")
 
@@ -214,8 +233,9 @@ class VideoMAE(nn.Module):
     def set_checkpointing(self, on=True):
         self.encoder.checkpointing = self.decoder.checkpointing = on
 
-    def forward(self, video, mask, text=None, visible=None, decoded=None):
+    def forward(self, video, mask, text=None, visible=None, decoded=None, group=None):
         """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> MAEOutput of float32 scalars.
+        group: [B] integers, equal for samples of one video, which the contrastive loss takes for one (None: all differ).
         visible: how many tokens a row of the mask keeps, if the caller knows (see `split_mask`).  decoded: indices
         [B,M] of the masked tokens that the decoder sees and the loss is over (VideoMAE V2, arXiv:2303.16727; None: all)."""
         cubes, (seen, hidden) = self.encoder.cubes(video), split_mask(mask, visible)
@@ -227,7 +247,7 @@ class VideoMAE(nn.Module):
         with torch.autocast(video.device.type, enabled=False):
             loss_mae = F.mse_loss(prediction.float(), self.target(take(cubes, hidden))[0])
         tokens = tokens.detach() if self.nce_detach else tokens
-        return MAEOutput(loss_mae, None if text is None else self.contrastive(tokens, text))
+        return MAEOutput(loss_mae, None if text is None else self.contrastive(tokens, text, group))
 
     def encode(self, video, mask=None, visible=None):
         """-> the visible tokens (without a mask, all) after the final norm, [B,V,D], in (t, h, w) order."""

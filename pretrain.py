@@ -1,27 +1,41 @@
-"""Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance; optionally with captions.
+"""Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance.
 
-Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the masks motion and flow;
-        train.text.npy for the contrastive loss
-Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line a logged step), reconstruction_*.png
+Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the masks motion and
+        flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
+Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step), reconstruction_*.png
 
-    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2e-3     CPU, the toy world: 5 minutes
+    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 8e-3     CPU, toy world: 5 minutes
     python pretrain.py --mask text                                                        one GPU, ViT-B
     torchrun --nproc_per_node=8 pretrain.py --mask text                                   eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --mask text
 
-The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a
-symmetric InfoNCE between the mean visible token and the caption. With weight 0 the contrastive loss is only monitored: its
-head trains on detached features and the encoder is untouched (the paper's figure 4).
+The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight
+times a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the other videos of the
+batch, over all ranks; with --accum they are those of one of the accumulated batches, so for this loss, unlike the
+other, accumulating is not the same as a larger batch. With weight 0 the contrastive loss is only monitored: its head
+trains on detached features and the encoder is untouched (the paper's figure 4).
 
-One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (its own crop, flip, caption and mask
-each), so the effective epochs are epochs x R and the effective batch is batch-size x R x accum x ranks, by which the learning
-rate is scaled: lr = blr x effective batch / 256. Every sample is a pure function of (seed, epoch, row, repeat): the number of
-workers changes nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. SIGTERM and Ctrl-C save and exit 0.
+One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with its own crop, flip,
+caption and mask), so the effective epochs are epochs x R. The learning rate follows the videos per step, not their
+samples, as in VideoMAE and mae_st: lr = blr x (batch-size x accum x ranks) / 256. It rises over --warmup-epochs, then
+falls along a cosine to 1e-5 x (batch-size x accum x ranks) / 256.
 
-Letters: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
+Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes nothing, and a resumed run
+repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on from the checkpoint in --out, if there is one,
+and refuses flags and data other than those that it was begun with. Free to change are the flags of MAY_CHANGE; the
+number of ranks and --batch-size, if their product stays; and --epochs, upwards: the rest of the run follows the longer
+cosine, so the rate jumps up to where that one is. --resume none renames an old checkpoint to checkpoint.old.pt, at once.
+
+SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143 and 130). torchrun
+passes a signal on to its ranks, does not restart them then, and exits with 1. If a rank alone gets the signal, all save
+and end as well, but to torchrun that is a failure, as is kill -9: with --max-restarts it starts all ranks again, on all
+nodes, and --resume auto goes on. Several nodes must share the folder --out.
+
+Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -41,9 +55,19 @@ from torchvision.utils import save_image
 import masking
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
-from manifest import ManifestError, companion, file_hash, filled, hold, open_array, read_manifest
+from manifest import (
+    ManifestError,
+    companion,
+    file_hash,
+    filled,
+    hold,
+    manifest_hash,
+    open_array,
+    read_manifest,
+)
 from tgm.run import (
     Parser,
+    RunError,
     StopSignal,
     choose_device,
     count,
@@ -66,6 +90,7 @@ from tgm.run import (
     seed_number,
     torchrun_ranks,
     worker_count,
+    writing,
 )
 from video import TIMEOUT, VideoError, VideoReader
 
@@ -91,7 +116,8 @@ class Clips(TrainingClips):
         repeats = [self.view(frames, row, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
         stacked = {key: torch.stack([view[key] for view in repeats]) for key in repeats[0]}
         seconds = torch.full((args.repeat,), end - start, dtype=torch.float32)
-        return stacked | {"times": middles.expand(args.repeat, -1), "seconds": seconds, "row": row}
+        rows = torch.full((args.repeat,), row)
+        return stacked | {"times": middles.expand(args.repeat, -1), "seconds": seconds, "row": rows}
 
     def view(self, frames, row, seed):
         """One crop, flip, caption and mask noise of a decoded clip; all randomness from `seed`."""
@@ -128,7 +154,10 @@ class Clips(TrainingClips):
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, lr, warmup, total, floor=1e-5):
+FLOOR = 1e-5  # where the learning rate ends, for 256 videos per step; VideoMAE's min_lr
+
+
+def learning_rate(step, lr, warmup, total, floor=FLOOR):
     """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the step."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -197,10 +226,10 @@ def parse_args(argv=None):
     method.add_argument("--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch-size", type=positive_int, default=32, help="videos a rank and step, before --repeat")
-    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step")
+    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step (each has its own negatives)")
     optim.add_argument("--epochs", type=positive_int, default=200)
     optim.add_argument("--warmup-epochs", type=not_negative, default=20)
-    optim.add_argument("--blr", type=positive, default=1.5e-4, help="learning rate for an effective batch of 256")
+    optim.add_argument("--blr", type=positive, default=1.5e-4, help="learning rate for 256 videos per step")
     optim.add_argument("--weight-decay", type=not_negative, default=0.05)
     optim.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest gradient norm; 0 does not clip")
     run = parser.add_argument_group("run")
@@ -212,11 +241,13 @@ def parse_args(argv=None):
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
     run.add_argument("--max-steps", type=positive_int, help="stop after this many steps, for a trial")
-    run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
+    run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the checkpoint in --out, if any; none: begin again")
     run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
     run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
     run.add_argument("--picture-every", type=count, default=10, help="epochs between reconstruction pictures; 0 draws none")
     args = parser.parse_args(argv)
+    if args.crop_scale[0] > args.crop_scale[1]:
+        parser.error(f"argument --crop-scale: expected MIN up to MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}")
     args.mask_ratio = masking.RATIOS[args.mask] if args.mask_ratio is None else args.mask_ratio
     args.out = Path(args.out or f"runs/{args.mask}")
     return args
@@ -226,7 +257,7 @@ def open_data(args):
     """The manifest and what the method needs beside it: videos, rows to train on, {"text", "saliency", "motion": array or None}."""
     videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
     remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
-    prefix = args.companions or Path(args.data).with_suffix("")
+    prefix = companion_prefix(args)
     captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
     expect = {"captions": file_hash(captions)} if captions.exists() and not args.companions else {}
     arrays = {"text": None, "saliency": None, "motion": None}
@@ -235,33 +266,240 @@ def open_data(args):
     if args.mask in ("motion", "flow"):
         arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion")
     if args.nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
-        arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
+        try:
+            arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
+        except ManifestError as error:
+            if args.mask.startswith("text") or args.nce_weight == 0:
+                raise
+            raise ManifestError(f"{error}; or train without captions: --nce-weight 0") from None
     usable = np.ones(len(videos), bool)
     for array in arrays.values():
-        usable &= True if array is None else filled(array)
+        if array is not None:
+            usable &= filled(array)
     return videos, np.flatnonzero(usable), arrays
+
+
+def companion_prefix(args):
+    """What the companion arrays' names begin with."""
+    return args.companions or Path(args.data).with_suffix("")
+
+
+# ---- before it begins ----------------------------------------------------------------------------------------------------
+
+
+def refuse_gigabytes(args, ranks_here):
+    """RunError if one batch's clips, or the table of positions, would not fit into the memory of this machine."""
+    config = models.SIZES[args.size]
+    frames = args.frames or config["frames"]
+    pixels = args.image_size or config["image_size"]
+    memory = machine_memory()
+    batch = batch_bytes(args.batch_size, args.repeat, frames, pixels) * ranks_here
+    tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
+    table = 3 * 8 * tokens * config["width"]  # sines and cosines in float64, and what they are chosen into
+    if batch > memory:
+        raise RunError(
+            f"one batch is {batch / 1e9:.0f} GB of pixels ({ranks_here} ranks x {args.batch_size} videos x {args.repeat} "
+            f"repeats x {frames} frames of {pixels} pixels), this machine has {memory / 1e9:.0f} GB: lower --batch-size, "
+            "--repeat, --frames or --image-size"
+        )
+    if table > memory:
+        raise RunError(
+            f"{frames} frames of {pixels} pixels are {tokens} tokens, more than this machine's {memory / 1e9:.0f} GB "
+            "hold: lower --frames or --image-size"
+        )
+
+
+def machine_memory():
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def batch_bytes(videos, repeat, frames, pixels):
+    """The size of one rank's batch of uint8 clips."""
+    return videos * repeat * 3 * frames * pixels * pixels
+
+
+def refuse_missing(args, videos, rows):
+    """RunError if too many of some 256 videos, evenly from all, are not there: it is said before workers stumble on each."""
+    looked_for = rows[:: max(1, len(rows) // 256)]
+    missing = [int(row) for row in looked_for if not os.path.exists(videos[int(row)].path)]
+    if missing and len(missing) > args.max_bad * len(looked_for):
+        folder = args.root or Path(args.data).parent
+        raise RunError(
+            f"{args.data}: {len(missing)} of {len(looked_for)} videos that were looked for are not there, such as "
+            f"{videos[missing[0]].path}: relative paths start at {folder} (--root names another folder)"
+        )
+
+
+def refuse_small(args, usable, videos, device, ranks):
+    """RunError if the usable videos do not fill one step."""
+    if usable == 0:
+        raise RunError(
+            f"{args.data}: none of the {len(videos)} videos has what --mask {args.mask} needs: every row of an array is "
+            "empty; the reasons are in captions.jsonl and what saliency.py printed"
+        )
+    if usable >= args.batch_size * args.accum * ranks:
+        return
+    reason = (
+        f"{args.data}: {usable} usable videos do not fill one step of {args.batch_size} videos x {args.accum} accumulated "
+        f"x {ranks} ranks: "
+    )
+    if usable < ranks:
+        raise RunError(reason + "start fewer ranks (--nproc_per_node), or add videos")
+    batch = 1
+    while batch * 8 * ranks <= usable:  # four steps an epoch, or more
+        batch *= 2
+    trial = f"--batch-size {batch} --accum 1 --epochs 20 --warmup-epochs 2"
+    if device.type == "cpu" and args.size != "tiny":
+        trial = f"--size tiny {trial}"
+    raise RunError(f"{reason}lower --batch-size or --accum; for a trial: {trial}")
+
+
+def seconds_per_step(model, samples, visible, decoded):
+    """A guess for a CPU, from the time of one matrix product: forward and backward are three times the forward pass."""
+    x = torch.ones(1024, 1024)
+    x @ x
+    began = time.time()
+    x @ x
+    per_second = 1024**3 / (time.time() - began)  # multiply-adds
+    return 3 * samples * sum(models.count_flops(model, visible, decoded)) / per_second
+
+
+def data_identity(args, videos, rows, arrays):
+    """What a resumed run must find as it was: {what: a text that changes with it}."""
+    digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()[:16]
+    identity = {args.data: manifest_hash(videos), "usable videos": f"{len(rows)} ({digest})"}
+    for kind, array in arrays.items():
+        path = f"{companion_prefix(args)}.{kind}.npy"
+        identity[path] = None if array is None else file_hash(Path(path).with_suffix(".json"))
+    return identity
+
+
+MAY_CHANGE = {  # flags that do not change what is learnt
+    "workers", "log_every", "save_every", "picture_every", "device", "compile", "checkpointing", "video_timeout",
+    "max_bad", "max_steps", "out", "resume", "strict_root",
+}  # fmt: skip
+
+
+def refuse_other_run(path, saved, args):
+    """RunError if the checkpoint at `path`, begun with the flags `saved`, is of another run than `args`."""
+    if "mask" not in saved or "identity" not in saved:
+        models.read_checkpoint(path)  # a damaged file is a ValueError with its reason
+        raise RunError(
+            f"{path}: this version of pretrain.py did not write it: write elsewhere (--out), or start from it with --init"
+        )
+    before = dict(saved)
+    now = dict(vars(args))
+    may_change = MAY_CHANGE | {"ranks", "identity", "lr"}
+    if args.epochs >= saved["epochs"]:
+        may_change = may_change | {"epochs"}
+    before["batch_size"] = saved["batch_size"] * saved["ranks"]
+    now["batch_size"] = args.batch_size * args.ranks
+    if before["batch_size"] != now["batch_size"]:
+        before["batch_size"] = f"{saved['batch_size']} on {saved['ranks']} ranks"
+        now["batch_size"] = f"{args.batch_size} on {args.ranks} ranks"
+    whose = f"{path}, {whose_run(saved)}"
+    refuse_changes(whose, before, now, may_change)
+    for what, value in args.identity.items():
+        known = saved["identity"].get(what)
+        if known != value:
+            raise RunError(
+                f"{whose}: {what} was changed since (was {known or 'not there'}, is {value or 'not there'}): bring it back, write "
+                "elsewhere (--out), or begin again with --resume none"
+            )
+
+
+def whose_run(saved):
+    """What the flags of a checkpoint say of its run, for the user."""
+    return f"a run of {saved['data']} with mask {saved['mask']} at {saved['mask_ratio']:g}"
+
+
+OF_A_NODE = {"workers", "device", "root", "data", "companions", "out", "resume", "strict_root", "video_timeout", "identity"}
+
+
+def refuse_unequal_ranks(rank, ranks, step, args):
+    """Ends the run on every rank if they were started with other flags or data, or found other checkpoints, as nodes do that
+    do not share a folder."""
+    own = {name: value for name, value in vars(args).items() if name not in OF_A_NODE}
+    own["what it reads"] = list(args.identity.values())
+    found = [None] * ranks
+    dist.all_gather_object(found, (step, own))
+    first_step, first = found[0]
+    for other, (its_step, its_own) in enumerate(found):
+        if its_step != first_step:
+            steps = f"rank 0 would go on from step {first_step}, rank {other} from step {its_step}"
+            give_up(f"--out {args.out}: {steps}: all nodes must see the same folder", rank)
+        for name, value in its_own.items():
+            if value != first[name]:
+                give_up(f"{name} is {first[name]} on rank 0, {value} on rank {other}: start every node alike", rank)
+
+
+def give_up(message, rank):
+    """Ends the run on every rank, all of which call this, with one line that rank 0 prints."""
+    if not dist.is_initialized():
+        raise RunError(message)
+    if rank == 0:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+    dist.barrier()  # torchrun ends the others as soon as one has ended: only when the line is out
+    dist.destroy_process_group()
+    sys.exit(1)
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------------
+
+
+def choose_precision(asked, device):
+    """What --amp auto stands for on a device: bf16, fp16 or off."""
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def batches_from(step, loader, steps_per_epoch, accum):
+    """The batches of all steps after `step`, one epoch after the other, without end."""
+    while True:
+        epoch, done = divmod(step, steps_per_epoch)
+        loader.batch_sampler.epoch = epoch
+        loader.batch_sampler.start = done * accum
+        try:
+            yield from patient(loader)
+        except VideoError as error:  # a worker puts its traceback before the message
+            reason = str(error).strip().splitlines()[-1].removeprefix("video.VideoError: ")
+            raise RunError(f"{reason} (more than --max-bad)") from None
+        step = (epoch + 1) * steps_per_epoch
+
+
+def first_bad_step(finite, step):
+    """The number of the first step that is not finite, of steps that end with `step`: finite is bool [steps]."""
+    return step - len(finite) + 1 + int((~finite).int().argmax())
 
 
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    rank, ranks, local = torchrun_ranks()
+    rank, ranks, local_rank = torchrun_ranks()
     say = print if rank == 0 else lambda *_, **__: None
-    device, why = choose_device(args.device, local)
+    device, why = choose_device(args.device, local_rank)
     use_cuda = device.type == "cuda"
     if use_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    autocast = torch.autocast(device.type, dtype, enabled=amp != "off")
+    args.amp = choose_precision(args.amp, device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
 
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    refuse_gigabytes(args, ranks_here)
     try:
         videos, rows, arrays = open_data(args)
         text = arrays["text"]
         args.text_dim = text.shape[-1] if text is not None else 512
         torch.manual_seed(args.seed)
-        model = models.VideoMAE(args.size, args.frames, args.image_size, args.text_dim, nce_detach=args.nce_weight == 0)
+        model = models.VideoMAE(
+            args.size, args.frames, args.image_size, args.text_dim, nce_detach=args.nce_weight == 0
+        )
         masked = masking.masked_count(args.mask_ratio, model.grid)
         visible, decoded = model.num_tokens - masked, round(args.decoder_keep * masked)
         if not 0 < decoded <= masked:
@@ -270,142 +508,266 @@ def main(argv=None):
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
     args.frames, args.image_size, grid = model.config["frames"], model.config["image_size"], model.grid
     args.stride = args.stride or model.config["stride"]
+    refuse_small(args, len(rows), videos, device, ranks)
+    refuse_missing(args, videos, rows)
     model.contrastive.requires_grad_(text is not None)
     model.set_checkpointing(args.checkpointing)
-    steps_per_epoch = len(rows) // (args.batch_size * ranks * args.accum)
-    if steps_per_epoch == 0:
-        sys.exit(f"{args.data}: {len(rows)} usable videos do not fill one step of {args.batch_size} videos x {args.accum} "
-                 f"accumulated x {ranks} ranks: lower --batch-size or --accum")
+
+    videos_per_step = args.batch_size * args.accum * ranks
+    samples_per_step = videos_per_step * args.repeat
+    steps_per_epoch, left_out = divmod(len(rows), videos_per_step)
+    warmup_steps = args.warmup_epochs * steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
-    effective = args.batch_size * args.repeat * args.accum * ranks
-    args.lr = args.blr * effective / 256
-    checkpoint_path, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    if checkpoint_path.exists() and args.resume is None:
-        sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew")
+    args.ranks = ranks
+    args.lr = args.blr * videos_per_step / 256
+    floor = FLOOR * videos_per_step / 256
+    args.identity = data_identity(args, videos, rows, arrays)
 
-    step = 0
+    checkpoint_path = args.out / "checkpoint.pt"
+    log_path = args.out / "log.jsonl"
+    saved_args = {}
+    if args.resume != "none" and checkpoint_path.exists():
+        saved_args = models.saved_args(checkpoint_path)
+        try:
+            refuse_other_run(checkpoint_path, saved_args, args)
+        except ValueError as error:
+            sys.exit(str(error))
+        if args.resume is None:
+            raise RunError(
+                f"{checkpoint_path} is there already, {whose_run(saved_args)}: --resume auto goes on from it, --resume none "
+                "begins again and keeps it as checkpoint.old.pt, --out writes elsewhere"
+            )
+
+    start = 0  # steps done by the run that goes on
     optimizer = make_optimizer(model.to(device), args)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     try:
         if args.resume == "auto" and checkpoint_path.exists():
             models.load_pretrained(model, checkpoint_path)
             saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            step = saved["step"]
+            start = saved["step"]
         elif args.init:
             say(f"from {args.init}:", *(models.load_pretrained(model, args.init) or ["every key"]), sep="\n  ")
     except ValueError as error:
         sys.exit(str(error))
+    args.out = str(args.out)  # a checkpoint holds plain types alone
+    if ranks > 1:
+        join_ranks("nccl" if use_cuda else "gloo")
+        refuse_unequal_ranks(rank, ranks, start, args)
 
-    monitored = "monitored: the head trains, the encoder does not see it"
-    contrastive = "no text array: not computed" if text is None else f"weight {args.nce_weight:g}" if args.nce_weight else monitored
+    if text is None:
+        contrastive = "no text array: not computed"
+    elif args.nce_weight == 0:
+        contrastive = "monitored: the head trains, the encoder does not see it"
+    else:
+        contrastive = f"weight {args.nce_weight:g}"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"""data         {args.data}: {len(rows)} of {len(videos)} videos usable
-steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
-device       {device} ({why}), amp {amp}, {ranks} ranks
+steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {start}
+device       {device} ({why}), amp {args.amp}, {ranks} ranks
 model        {args.size}, {millions:.1f} M parameters, {args.frames} frames of {args.image_size} pixels
 tokens       {visible} of {math.prod(grid)} visible: mask {args.mask} at {args.mask_ratio}, grid {" x ".join(map(str, grid))}; {decoded} reconstructed
 contrastive  {contrastive}
-batch        {effective} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
-lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256; {args.epochs} epochs, {args.epochs * args.repeat} effective""")
-    if step >= last_step:
-        say(f"{checkpoint_path}: already at step {step}, nothing left to do")
+batch        {samples_per_step} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
+lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down to {min(floor, args.lr):.3g}; {args.epochs} epochs, {args.epochs * args.repeat} effective""")
+    if left_out > 0:
+        say(f"note         each epoch leaves out {left_out} videos, others each time, which fill no step of {videos_per_step}")
+    for kind, array in arrays.items():
+        rows_filled = len(videos) if array is None else int(filled(array).sum())
+        if rows_filled < len(videos):
+            say(
+                f"note         the {kind} array has {rows_filled} of {len(videos)} rows: the others failed or have no caption; if "
+                "saliency.py was stopped, run it again"
+            )
+    if warmup_steps >= last_step:
+        say(f"note         the warm-up of {args.warmup_epochs:g} epochs is longer than the run, whose learning rate only rises")
+    if start > 0 and args.epochs != saved_args.get("epochs", args.epochs):
+        longer = learning_rate(start, args.lr, warmup_steps, total_steps, floor)
+        shorter = learning_rate(start, args.lr, warmup_steps, saved_args["epochs"] * steps_per_epoch, floor)
+        say(
+            f"note         begun for {saved_args['epochs']} epochs, now {args.epochs}: the learning rate jumps from {shorter:.3g} "
+            f"to {longer:.3g}, the longer schedule's"
+        )
+    if not use_cuda and args.size != "tiny":
+        seconds = seconds_per_step(model, samples_per_step // ranks, visible, decoded)
+        say(
+            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * total_steps / 3600:.2g} hours in "
+            "all; it wants a GPU; --size tiny is for CPUs"
+        )
+    ahead = batch_bytes(args.batch_size, args.repeat, args.frames, args.image_size) * 2 * args.workers * ranks_here
+    if ahead > machine_memory():
+        say(f"note         {args.workers} workers may hold {ahead / 1e9:.0f} GB of clips, more than this machine has: lower --workers")
+    if start >= last_step:
+        say(f"{checkpoint_path}: already at step {start}, nothing left to do")
+        if ranks > 1:
+            dist.destroy_process_group()
         return
-    args.out = str(args.out)  # a checkpoint holds plain types alone
     if rank == 0:
         make_folder(log_path.parent)
         hold(checkpoint_path)
-        log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        keep_log(log_path, step)
+        if args.resume == "none" and checkpoint_path.exists():  # at once: a kill must not leave it for --resume auto
+            checkpoint_path.replace(checkpoint_path.with_suffix(".old.pt"))
+            say(f"note         the old checkpoint is now {checkpoint_path.with_suffix('.old.pt')}")
+        args_path = log_path.with_name("args.json")
+        with writing(args_path):
+            aside = args_path.with_name("args.json.new")
+            aside.write_text(json.dumps(vars(args), indent=1) + "\n")
+            aside.replace(args_path)
+        with writing(log_path):
+            keep_log(log_path, start)
 
-    batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
-    loader = DataLoader(Clips(videos, rows, args, grid, **arrays), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=use_cuda, persistent_workers=args.workers > 0, worker_init_fn=ignore_signals)
+    sampler = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
+    loader = DataLoader(
+        Clips(videos, rows, args, grid, **arrays),
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        pin_memory=use_cuda,
+        persistent_workers=args.workers > 0,
+        worker_init_fn=ignore_signals,
+    )
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are
     wrapped = model
     if ranks > 1:
-        join_ranks("nccl" if use_cuda else "gloo")
-        wrapped = DistributedDataParallel(model, device_ids=[local] if use_cuda else None)
+        wrapped = DistributedDataParallel(model, device_ids=[local_rank] if use_cuda else None)
     stop = StopSignal(ranks)
 
+    # With weight 0 the loss is the head's alone, and trains it at full weight.
+    nce_weight = args.nce_weight if args.nce_weight > 0 else 1.0
     # A head that only monitors has no part in the norm: through it, it would touch the encoder.
     clipped = [p for name, p in model.named_parameters() if args.nce_weight > 0 or not name.startswith("contrastive.")]
-    window, used, failed = [], [], set()  # since the last log line: losses on the device, rows; in the whole run: bad rows
-    began, data_time = time.time(), 0.0
-    while step < last_step:
-        epoch = step // steps_per_epoch
-        batches.epoch, batches.start = epoch, step % steps_per_epoch * args.accum
-        iterator = patient(loader)
-        for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, args.lr, args.warmup_epochs * steps_per_epoch, total_steps)
-            losses = []
-            for micro in range(args.accum):
-                waited = time.time()
-                batch = next(iterator)
-                data_time += time.time() - waited
-                failed.update(row for row in batch["failed"].tolist() if row >= 0)
-                used.append((step, batch["row"].tolist()))
-                batch = {key: value.to(device, non_blocking=True).flatten(0, 1) for key, value in batch.items() if value.ndim > 1}
-                mask = mask_batch(batch, model, args)                                        # bool [B*R, N]
-                chosen = masking.some_masked(mask, batch["noise"], decoded) if decoded < masked else None
-                last = micro == args.accum - 1
-                with contextlib.nullcontext() if last or ranks == 1 else wrapped.no_sync():
-                    with autocast:
-                        loss_mae, loss_nce = wrapped(models.normalize(batch["clip"]), mask, batch.get("text"), visible, chosen)
-                    loss_nce = torch.zeros_like(loss_mae) if loss_nce is None else loss_nce
-                    scaler.scale((loss_mae + (args.nce_weight or 1.0) * loss_nce) / args.accum).backward()
-                losses.append(torch.stack([loss_mae.detach(), loss_nce.detach()]))
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(clipped, args.clip_grad or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            window.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
+    largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
+    failed = set()  # rows that could not be read, of all ranks
+    newly_failed = set()  # since the last log line: of this rank
+    window = []  # since the last log line: the losses and the gradient's norm of each step, on the device
+    used = []  # since the last log line: the rows of each step
+    began = time.time()
+    data_time = 0.0
+    stopped = False
+    batches = batches_from(start, loader, steps_per_epoch, args.accum)
+    for step in range(start + 1, last_step + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, args.lr, warmup_steps, total_steps, floor)
+        losses = []
+        used.append([])
+        for micro in range(args.accum):
+            waited = time.time()
+            batch = next(batches)
+            data_time += time.time() - waited
+            newly_failed.update(row for row in batch["failed"].tolist() if row >= 0)
+            used[-1] += batch["row"][:, 0].tolist()
+            batch = {  # [B, R, ...] -> [B*R, ...]
+                key: value.to(device, non_blocking=True).flatten(0, 1) for key, value in batch.items() if value.ndim > 1
+            }
+            mask = mask_batch(batch, model, args)                                            # bool [B*R, N]
+            chosen = masking.some_masked(mask, batch["noise"], decoded) if decoded < masked else None
+            is_last = micro == args.accum - 1
+            with contextlib.nullcontext() if is_last or ranks == 1 else wrapped.no_sync():
+                with autocast:
+                    clip = models.normalize(batch["clip"])
+                    loss_mae, loss_nce = wrapped(clip, mask, batch.get("text"), visible, chosen, batch["row"])
+                if loss_nce is None:
+                    loss_nce = torch.zeros_like(loss_mae)
+                scaler.scale((loss_mae + nce_weight * loss_nce) / args.accum).backward()
+            losses.append(torch.stack([loss_mae.detach(), loss_nce.detach()]))
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(clipped, largest_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.contrastive.limit_temperature()
+        window.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
 
-            ends, stops = step == last_step or step % steps_per_epoch == 0, stop.agreed()
-            saves = ends or stops or (args.save_every and step % args.save_every == 0)
-            if not (saves or step % args.log_every == 0):
-                continue
-            stats = torch.stack(window)                                                      # [steps, 3]
-            broken = ~stats[:, :2 if scaler.is_enabled() else 3].isfinite().all(1)           # fp16's scaler skips infinite gradients
-            if broken.any():  # the one place where the CPU waits for the GPU
-                bad_step = step - len(window) + 1 + int(broken.int().argmax())
-                names = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
-                sys.exit(f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(names)}")
-            stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
-            if ranks > 1:
-                dist.all_reduce(stats)
-            stats = stats.cpu()
+        ends_epoch = step == last_step or step % steps_per_epoch == 0
+        stopped = stop.agreed()
+        saves = ends_epoch or stopped or (args.save_every > 0 and step % args.save_every == 0)
+        if not saves and step % args.log_every != 0:
+            continue
+        stats = torch.stack(window)                                                          # [steps, 3]
+        judged = stats[:, :2] if scaler.is_enabled() else stats                              # fp16's scaler skips infinite gradients
+        finite = judged.isfinite().all(1)
+        counts = torch.tensor([len(newly_failed - failed), 0.0], device=device)
+        counts[1] = (~finite).any()
+        stats = torch.cat([stats.mean(0), counts])
+        if ranks > 1:
+            dist.all_reduce(stats)
+        stats = stats.cpu()  # the one place where the CPU waits for the GPU
+        if stats[4] > 0:
+            give_up_on_values(finite.cpu(), step, used, videos, rank, ranks)
+        if stats[3] > 0:
+            failed |= of_all_ranks(newly_failed, ranks)
             if len(failed) > args.max_bad * len(rows):
-                sys.exit(f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: "
-                         + ", ".join(videos[row].name for row in sorted(failed)[:20]))
-            seconds = (time.time() - began) / len(window)
-            entry = {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss_mae": stats[0].item() / ranks,
-                     "loss_nce": stats[1].item() / ranks if text is not None else None, "lr": optimizer.param_groups[0]["lr"],
-                     "grad_norm": stats[2].item() / ranks, "data_ms": 1000 * data_time / len(window), "step_ms": 1000 * seconds,
-                     "clips_per_s": effective / seconds, "left_s": (last_step - step) * seconds, "skipped": int(stats[3])}
-            say("  ".join(f"{key} {value:.4g}" for key, value in entry.items() if value is not None), flush=True)
-            if rank == 0:
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            if rank == 0 and saves:
-                models.save_checkpoint(checkpoint_path, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                       scaler=scaler.state_dict(), step=step, args=vars(args))
-            draws = args.picture_every and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
-            if rank == 0 and ends and draws:
-                path = log_path.with_name(f"reconstruction_{step:06d}.png")
+                names = ", ".join(videos[row].name for row in sorted(failed)[:20])
+                give_up(f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: {names}", rank)
+        seconds = (time.time() - began) / len(window)
+        entry = {
+            "step": step,
+            "epoch": round(step / steps_per_epoch, 3),
+            "loss_mae": stats[0].item() / ranks,
+            "loss_nce": stats[1].item() / ranks if text is not None else None,
+            "lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": stats[2].item() / ranks,
+            "data_ms": 1000 * data_time / len(window),
+            "step_ms": 1000 * seconds,
+            "clips_per_s": samples_per_step / seconds,
+            "left_s": (last_step - step) * seconds,
+            "skipped": len(failed),
+        }
+        say("  ".join(f"{key} {value:.4g}" for key, value in entry.items() if value is not None), flush=True)
+        if rank == 0:
+            with writing(log_path), open(log_path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        if rank == 0 and saves:
+            models.save_checkpoint(
+                checkpoint_path,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                step=step,
+                args=vars(args),
+            )
+        draws = args.picture_every > 0 and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
+        if rank == 0 and ends_epoch and draws:
+            path = log_path.with_name(f"reconstruction_{step:06d}.png")
+            try:
                 draw_reconstruction(path, model, loader.dataset, args, device, autocast)
-            if stops:
-                say(f"{stop.name or 'a signal to another rank'}: saved {checkpoint_path} at step {step}; --resume auto goes on")
-                step = last_step
-                break
-            window, used, began, data_time = [], [], time.time(), 0.0
+            except (VideoError, OSError, RuntimeError) as error:  # a picture is not worth the run
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(f"{path}: left out ({reason})", file=sys.stderr)
+        if stopped:
+            say(f"{stop.name}: saved {checkpoint_path} at step {step}; --resume auto goes on")
+            break
+        window, used, newly_failed = [], [], set()
+        began, data_time = time.time(), 0.0
     if ranks > 1:
+        dist.barrier()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
         dist.destroy_process_group()
+    if stopped:
+        stop.end()
+    stop.at_once()
+
+
+def of_all_ranks(rows, ranks):
+    """The union of the ranks' sets of rows."""
+    if ranks == 1:
+        return set(rows)
+    found = [None] * ranks
+    dist.all_gather_object(found, sorted(rows))
+    return set().union(*found)
+
+
+def give_up_on_values(finite, step, used, videos, rank, ranks):
+    """Ends the run on every rank, naming the first step whose loss or gradient is not finite, and its videos.
+
+    finite: bool [steps], of this rank; used: the rows of each of these steps, which end with `step`."""
+    bad = [] if finite.all() else [first_bad_step(finite, step)]
+    first = min(of_all_ranks(bad, ranks))
+    rows = used[first - step - 1] if first in bad else []
+    names = ", ".join(videos[row].name for row in sorted(of_all_ranks(rows, ranks)))
+    give_up(f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {names}", rank)
 
 
 if __name__ == "__main__":

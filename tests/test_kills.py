@@ -151,7 +151,8 @@ def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and ": saved run/checkpoint.pt at step" in out, errors
+    assert process.returncode == 1 and ": saved run/checkpoint.pt at step" in out, errors
+    assert errors.count(f"exitcode  : -{number.value}") == 2, errors  # both ranks end by the signal; to torchrun that is a failure
     assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == log(copy)[-1]["step"] < 4000
 
 

@@ -517,7 +517,7 @@ def test_info_nce_equals_a_double_loop_also_with_shared_captions():
     assert info_nce(video[:1].expand(6, 5), same, 10.0).item() == pytest.approx(math.log(6), rel=1e-5)
 
 
-def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_clamped_temperature():
+def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_limited_temperature():
     mae = randomize(VideoMAE("nano", text_dim=5))
     assert mae.contrastive.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     video, mask, text = random_video(mae, 4), random_mask(mae, 4), torch.randn(4, 5).half()
@@ -526,6 +526,7 @@ def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_clamped_temperat
     close(out.loss_nce, info_nce(z, text.float(), 1 / 0.07))
     assert mae(video, mask).loss_nce is None and torch.equal(mae(video, mask).loss_mae, out.loss_mae)
     mae.contrastive.logit_scale.data.fill_(50.0)
+    mae.contrastive.limit_temperature()
     close(mae(video, mask, text).loss_nce, info_nce(z, text.float(), 100.0))
 
 
@@ -918,3 +919,86 @@ def test_what_the_stages_write_is_exported(copy):
     lines = (copy / "data/train.csv").read_text().splitlines()
     column = lines[0].split(",").index("label")
     assert {one["label"] for one in found} == {line.split(",")[column] for line in lines[1:]}
+# --- the contrastive loss: samples of one video, and the temperature ---
+
+def nce_by_pairs(video, text, scale, positive):
+    """InfoNCE pair by pair; positive(i, j) says which pairs belong together."""
+    video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+    total = 0.0
+    for one, other in ((video, text), (text, video)):
+        for i in range(len(one)):
+            logits = [scale * (one[i] @ other[j]).item() for j in range(len(other))]
+            log_sum = math.log(sum(math.exp(logit) for logit in logits))
+            positives = [j for j in range(len(other)) if positive(i, j)]
+            total += sum(log_sum - logits[j] for j in positives) / len(positives)
+    return total / (2 * len(video))
+
+
+def test_info_nce_takes_samples_of_one_video_for_positives():
+    video, text = torch.randn(6, 5), torch.randn(6, 5)
+    rows = [7, 7, 7, 10**9, 4, 4]
+    expected = nce_by_pairs(video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j])
+    loss = info_nce(video, text, 10.0, torch.tensor(rows))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert info_nce(video, text, 10.0).item() != pytest.approx(expected, rel=1e-2)  # each sample for itself
+    text[3] = text[4]  # the same caption as well: 3 with 4, 4 with 3 and with the other of its video
+    pairs = {(3, 4), (4, 3)}
+    expected = nce_by_pairs(video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j] or (i, j) in pairs)
+    assert info_nce(video, text, 10.0, torch.tensor(rows)).item() == pytest.approx(expected, rel=1e-5)
+    assert info_nce(video[:1], text[:1], 10.0, torch.tensor([3])).item() == 0  # alone: nothing to tell apart
+    same = info_nce(video[:1].expand(4, 5), text[:4], 10.0, torch.full((4,), 3))  # one video alone, four times
+    own = (10 * F.normalize(text[:4], dim=-1) @ F.normalize(video[0], dim=0)).double()
+    assert same.item() == pytest.approx(((own.logsumexp(0) - own.mean()) + math.log(4)).item() / 2, rel=1e-5)
+
+
+def test_info_nce_is_its_own_positive_whatever_the_product_says(monkeypatch):
+    """TF32 may compute a cosine of 0.998 of a text with itself; without a positive, 0 / 0 follows."""
+    video, text = torch.randn(4, 5), torch.randn(4, 5)
+    expected = nce_by_pairs(video.double(), text.double(), 10.0 * 0.99**2, lambda i, j: i == j)
+    normalize = F.normalize
+    monkeypatch.setattr(M.F, "normalize", lambda x, dim: 0.99 * normalize(x, dim=dim))
+    assert info_nce(video, text, 10.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_temperature_at_its_limit_comes_back():
+    """The limit is set on the parameter after the step; in the forward pass its gradient would be 0 beyond it."""
+    head = M.ContrastiveHead(8, 5)
+    head.logit_scale.data.fill_(6.0)
+    tokens, text = torch.randn(4, 3, 8), torch.randn(4, 5)  # no match: a high 1 / temperature costs
+    optimizer = torch.optim.SGD([head.logit_scale], lr=1e-3)
+    values = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        head(tokens, text).backward()
+        assert head.logit_scale.grad.item() > 0
+        optimizer.step()
+        head.limit_temperature()
+        values.append(head.logit_scale.item())
+    assert values[0] == pytest.approx(math.log(100)) and values[1] < values[0] and values[2] < values[1]
+    head.logit_scale.data.fill_(-1.0)
+    head.limit_temperature()
+    assert head.logit_scale.item() == 0
+
+
+def nce_of_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    video, text, rows = torch.load(folder / "batch.pt")
+    part = slice(3 * rank, 3 * rank + 3)
+    own = video[part].clone().requires_grad_()
+    loss = info_nce(own, text[part], 10.0, rows[part])
+    loss.backward()
+    torch.save((loss.detach(), info_nce(video[part], text[part], 10.0), own.grad), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_samples_of_one_video_on_two_ranks(tmp_path):
+    video, text, rows = torch.randn(6, 5), torch.randn(6, 5), torch.tensor([7, 1, 7, 1, 5, 7])
+    torch.save((video, text, rows), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(nce_of_rank, (tmp_path,), nprocs=2)
+    whole = video.clone().requires_grad_()
+    loss = info_nce(whole, text, 10.0, rows)
+    loss.backward()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert (ranks[0][0] + ranks[1][0]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
+    assert (ranks[0][1] + ranks[1][1]).item() / 2 == pytest.approx(info_nce(video, text, 10.0).item(), rel=1e-5)
+    close(torch.cat([ranks[0][2], ranks[1][2]]) / 2, whole.grad)

@@ -1,10 +1,13 @@
 """Stage 3: schedules and samples by value, then the command line: ranks, workers, resuming, every choice, every refusal."""
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -125,10 +128,11 @@ def test_accumulation_equals_one_large_batch(copy):
 
 
 def test_resuming_and_workers_change_nothing(copy):
-    run("pretrain.py", *TINY, "--repeat", 2, "--flip", "--out", "whole", cwd=copy)
-    run("pretrain.py", *TINY, "--repeat", 2, "--flip", "--out", "parts", "--max-steps", 6, "--resume", "auto", cwd=copy)
+    repeated = (*TINY, "--repeat", 2, "--blr", 4e-3, "--flip")
+    run("pretrain.py", *repeated, "--out", "whole", cwd=copy)
+    run("pretrain.py", *repeated, "--out", "parts", "--max-steps", 6, "--resume", "auto", cwd=copy)
     (copy / "parts/log.jsonl").open("a").write('{"step": 7}\n')  # logged after the last checkpoint, lost in a kill
-    flags = [*TINY, "--repeat", 2, "--flip", "--out", "parts", "--resume", "auto"]
+    flags = [*repeated, "--out", "parts", "--resume", "auto"]
     flags[flags.index("--workers") + 1] = 4
     assert "from step 6" in run("pretrain.py", *flags, cwd=copy)
     whole, parts = weights(copy / "whole"), weights(copy / "parts")
@@ -136,7 +140,11 @@ def test_resuming_and_workers_change_nothing(copy):
     assert [line["step"] for line in log(copy / "parts")] == [line["step"] for line in log(copy / "whole")] == [2, 4, 6, 8, 10, 12]
     assert [line["loss_mae"] for line in log(copy / "parts")] == [line["loss_mae"] for line in log(copy / "whole")]
     assert "already at step 12" in run("pretrain.py", *flags, cwd=copy)
-    assert "--resume auto goes on from it" in run("pretrain.py", *TINY, "--out", "whole", cwd=copy, fails=True)
+    line = run("pretrain.py", *repeated, "--out", "whole", cwd=copy, fails=True)
+    assert line.startswith("whole/checkpoint.pt is there already, a run of data/train.csv with mask text at 0.6: --resume auto goes on")
+    line = run("pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True)  # not an offer to go on
+    assert line.startswith("whole/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: ")
+    assert "--repeat was 2, is 1; " in line and "--mask was text, is tube" in line and "--resume auto" not in line
 
 
 @pytest.mark.parametrize("mask", ["text", "tube", "random"])
@@ -173,7 +181,7 @@ def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
 
 @pytest.mark.parametrize("flags", [
     *[("--mask", mask, "--crop", crop) for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3, strict=True)],
-    *[("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--flip") for mask in masking.MASKS],
+    *[("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--blr", 4e-3, "--flip") for mask in masking.MASKS],
     ("--mask", "random", "--mask-ratio", 0.75, "--crop-scale", 0.2, 0.9), ("--amp", "bf16"), ("--amp", "fp16"), ("--amp", "off"),
     ("--checkpointing",), ("--frames", 4, "--image-size", 96, "--no-flip"), ("--clip-grad", 0, "--device", "cpu"),
 ], ids=str)
@@ -211,17 +219,17 @@ def test_init_starts_from_a_checkpoint(world, tmp_path):
     assert "encoder.patch_embed.proj.weight" in line and "[96, 3, 2, 8, 8]" in line
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_and_exits_0(world, tmp_path, workers):
-    """As a scheduler sends it: to the whole process group, the loader's workers included."""
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_saves_and_ends_the_run_by_itself(world, tmp_path, workers, number):
+    """As a scheduler or a terminal sends it: to the whole process group, the loader's workers included."""
     command = ["pretrain.py", *TINY, "--epochs", 1000, "--workers", workers, "--data", world / "data/train.csv", "--out", tmp_path]
     process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM: saved" in out, errors
+    assert process.returncode == -number and f"{number.name}: saved" in out, errors
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert step == log(tmp_path)[-1]["step"] < 4000
 
@@ -273,3 +281,395 @@ def test_refusals_name_the_command_that_mends(copy):
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join(lines[:-1]) + "\n")
     assert "is of another manifest" in run("pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True)
+
+
+# ---- learning rates
+
+
+def test_the_rate_and_its_floor_follow_the_videos_not_their_samples(world, tmp_path):
+    """VideoMAE's and mae_st's rule: 16 videos a step, whatever --repeat; the floor is 1e-5 at 256 videos."""
+    flags = (*TINY, "--repeat", 4, "--accum", 2, "--epochs", 4, "--log-every", 1, "--data", world / "data/train.csv")
+    out = run("pretrain.py", *flags, "--out", tmp_path)
+    assert "64 = 8 videos x 4 repeats x 2 accumulated x 1 ranks" in out
+    assert "0.000125 = 0.002 x 16 videos / 256, down to 6.25e-07; 4 epochs, 16 effective" in out
+    peak, floor = 2e-3 * 16 / 256, 1e-5 * 16 / 256
+    rates = [line["lr"] for line in log(tmp_path)]
+    falling = [floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx([peak / 2, peak, *falling])
+
+
+# ---- the contrastive loss
+
+
+def test_the_model_is_told_which_samples_are_of_one_video(world, tmp_path, monkeypatch):
+    groups = []
+    forward = pretrain.models.info_nce
+    monkeypatch.setattr(pretrain.models, "info_nce", lambda *args: groups.append(args[3].tolist()) or forward(*args))
+    run("pretrain.py", *TINY, "--repeat", 3, "--max-steps", 1, "--data", world / "data/train.csv", "--out", tmp_path)
+    (group,) = groups
+    order = np.random.default_rng([0, 0]).permutation(np.arange(32))
+    assert group == np.repeat(order[:8], 3).tolist()
+
+
+def test_the_temperature_of_a_run_stays_below_its_limit_and_moves(world, tmp_path):
+    flags = (*TINY, "--data", world / "data/train.csv", "--max-steps", 4)
+    run("pretrain.py", *flags, "--out", tmp_path / "a")
+    saved = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)
+    saved["model"]["contrastive.logit_scale"].fill_(6.0)
+    torch.save(saved, tmp_path / "hot.pt")
+    run("pretrain.py", *flags, "--init", tmp_path / "hot.pt", "--out", tmp_path / "b")
+    limit = float(np.log(100))
+    assert limit - 0.01 < weights(tmp_path / "b")["contrastive.logit_scale"].item() < limit
+
+
+# ---- going on
+
+
+@pytest.fixture
+def begun(copy):
+    """A run of four of twelve steps, in copy/run, and its flags."""
+    flags = (*TINY, "--max-steps", 4, "--out", "run")
+    run("pretrain.py", *flags, cwd=copy)
+    return copy, (*TINY, "--out", "run", "--resume", "auto")
+
+
+def test_a_run_goes_on_with_its_own_flags_only(begun):
+    copy, flags = begun
+    before = (copy / "run/checkpoint.pt").read_bytes()
+    refused = {
+        ("--mask", "tube"): "--mask was text, is tube; --mask-ratio was 0.6, is 0.9",
+        ("--nce-weight", 0): "--nce-weight was 1.0, is 0.0",
+        ("--batch-size", 4): "--batch-size was 8 on 1 ranks, is 4 on 1 ranks",
+        ("--accum", 2): "--accum was 1, is 2",
+        ("--seed", 7): "--seed was 0, is 7",
+        ("--weight-decay", 0): "--weight-decay was 0.05, is 0.0",
+        ("--blr", 1e-3): "--blr was 0.002, is 0.001",
+        ("--epochs", 2): "--epochs was 3, is 2",
+        ("--amp", "bf16"): "--amp was off, is bf16",
+        ("--stride", 4): "--stride was 2, is 4",
+        ("--crop-scale", 0.6, 1): "--crop-scale was (0.5, 1.0), is [0.6, 1.0]",
+        ("--size", "small"): "--image-size was 32, is 224",
+        ("--data", "data/val.csv"): "--data was data/train.csv, is data/val.csv",
+        ("--root", "data/"): "--root was None, is data/",
+        ("--flip",): "--flip was False, is True",
+        ("--init", "run/checkpoint.pt"): "--init was None, is run/checkpoint.pt",
+    }
+    for changed, expected in refused.items():
+        line = run("pretrain.py", *flags, *changed, cwd=copy, fails=True)
+        assert line.startswith("run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "), line
+        assert expected in line and "write elsewhere (--out)" in line, line
+    assert (copy / "run/checkpoint.pt").read_bytes() == before and log(copy / "run")[-1]["step"] == 4
+    free = ("--workers", 1, "--log-every", 1, "--save-every", 3, "--picture-every", 1, "--device", "cpu", "--checkpointing", "--video-timeout", 50,
+            "--max-bad", 0.5, "--max-steps", 5, "--crop-scale", 0.5, 1)
+    assert "from step 4" in run("pretrain.py", *flags, *free, cwd=copy)
+
+
+def test_a_run_goes_on_with_its_own_data_only(begun):
+    copy, flags = begun
+    text = copy / "data/train.text.json"
+    about = json.loads(text.read_text())
+    text.write_text(json.dumps(about | {"clip": "another"}))
+    line = run("pretrain.py", *flags, cwd=copy, fails=True)
+    assert line.startswith("run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: data/train.text.npy was changed since (was ")
+    text.write_text(json.dumps(about, indent=1) + "\n")
+    array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
+    kept = array[3].copy()
+    array[3] = np.nan
+    array.flush()
+    line = run("pretrain.py", *flags, cwd=copy, fails=True)
+    assert "usable videos was changed since (was 32 (" in line and "), is 31 (" in line
+    array[3] = kept
+    array.flush()
+    assert "from step 4" in run("pretrain.py", *flags, cwd=copy)
+    run("pretrain.py", *TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "no", "--out", "bare", "--max-steps", 1, cwd=copy)
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/train.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    line = run("pretrain.py", *TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "no", "--out", "bare", "--resume", "auto", cwd=copy, fails=True)
+    assert line.startswith("bare/checkpoint.pt, a run of data/train.csv with mask tube at 0.9: data/train.csv was changed since (was ")
+
+
+def test_the_product_of_ranks_and_batch_counts(tmp_path):
+    """Two ranks of four videos go on as one of eight, not as one of four."""
+    args = pretrain.parse_args([*map(str, TINY)])
+    args.ranks, args.identity = 1, {"data/train.csv": "x"}
+    saved = vars(args) | {"ranks": 2, "batch_size": 4}
+    pretrain.refuse_other_run(tmp_path, saved, args)
+    args.batch_size = 4
+    with pytest.raises(pretrain.RunError, match="--batch-size was 4 on 2 ranks, is 4 on 1 ranks"):
+        pretrain.refuse_other_run(tmp_path, saved, args)
+
+
+def test_more_epochs_follow_the_longer_schedule(begun):
+    """From step 8 of 12 on, of 24: the rate is that of the longer cosine, at once."""
+    copy, flags = begun
+    run("pretrain.py", *flags, "--max-steps", 8, cwd=copy)
+    out = run("pretrain.py", *flags, "--epochs", 6, "--log-every", 1, cwd=copy)
+    peak, floor = 2e-3 * 8 / 256, 1e-5 * 8 / 256
+    rate = lambda step, total: floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * (step - 4) / (total - 4)))
+    assert f"begun for 3 epochs, now 6: the learning rate jumps from {rate(8, 12):.3g} to {rate(8, 24):.3g}, the longer schedule's" in out
+    assert [line["lr"] for line in log(copy / "run") if line["step"] > 8] == pytest.approx([rate(step, 24) for step in range(8, 24)])
+
+
+def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
+    """A kill before the first save must not leave it to --resume auto, which would go on with the old run."""
+    copy, flags = begun
+    before = (copy / "run/checkpoint.pt").read_bytes()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(pretrain.models, "save_checkpoint", kill)
+    with pytest.raises(Killed):
+        run("pretrain.py", *TINY, "--out", "run", "--resume", "none", cwd=copy)
+    monkeypatch.undo()
+    assert not (copy / "run/checkpoint.pt").exists() and (copy / "run/checkpoint.old.pt").read_bytes() == before
+    assert "from step 0" in run("pretrain.py", *flags, "--max-steps", 1, cwd=copy)
+
+
+def test_a_checkpoint_that_is_not_ours(begun):
+    copy, flags = begun
+    run("finetune.py", "--size", "tiny", "--batch-size", 8, "--max-steps", 1, "--views", 1, 1, "--workers", 0, "--out", "run2", cwd=copy)
+    for resume in (["--resume", "auto"], []):
+        line = run("pretrain.py", *TINY, "--out", "run2", *resume, cwd=copy, fails=True)
+        assert line.startswith("run2/checkpoint.pt: this version of pretrain.py did not write it: write elsewhere (--out)")
+    (copy / "run/checkpoint.pt").write_bytes(b"x")
+    assert "no checkpoint that can be read safely" in run("pretrain.py", *flags, cwd=copy, fails=True)
+
+
+def test_a_log_that_a_full_disk_left_half_written(begun):
+    copy, flags = begun
+    with open(copy / "run/log.jsonl", "a") as file:
+        file.write('{"step": 5, "epoch": 1.2')
+    process = [sys.executable, str(ROOT / "pretrain.py"), *map(str, flags), "--max-steps", "6"]
+    done = subprocess.run(process, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "broken" in line] == ["run/log.jsonl: 1 broken line dropped"]
+    assert [line["step"] for line in log(copy / "run")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "args.json"])
+def test_a_disk_that_is_full_under_the_log_or_the_flags(begun, monkeypatch, file):
+    """One line with the reason, and the last checkpoint is kept."""
+    copy, flags = begun
+    before = {path.name: path.read_bytes() for path in (copy / "run").iterdir()}
+    if file == "log.jsonl":  # which is appended to
+        (copy / "run/log.jsonl").unlink()
+        (copy / "run/log.jsonl").symlink_to("/dev/full")
+        monkeypatch.setattr(pretrain, "keep_log", lambda path, step: None)
+        line = run("pretrain.py", *flags, cwd=copy, fails=True)
+        assert line == "run/log.jsonl: cannot be written (No space left on device)"
+    else:  # which is written aside
+        (copy / "run/args.json.new").symlink_to("/dev/full")
+        line = run("pretrain.py", *flags, cwd=copy, fails=True)
+        assert line == "run/args.json: cannot be written (No space left on device)"
+        assert (copy / "run/args.json").read_bytes() == before["args.json"]
+    assert (copy / "run/checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+
+
+# ---- several ranks and nodes
+
+
+def start(command, cwd, *launcher):
+    return subprocess.Popen([sys.executable, *map(str, launcher), str(ROOT / "pretrain.py"), *map(str, command)], cwd=cwd, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def two_nodes(commands, folders, restarts=0):
+    """Two torchrun agents on this machine, one rank each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+                f"--max-restarts={restarts}")
+    return [start(command, folder, *launcher) for command, folder in zip(commands, folders, strict=True)]
+
+
+def wait_for_step(folder, step, processes):
+    until = time.time() + 200
+    while not (folder / "log.jsonl").exists() or not (lines := log(folder)) or lines[-1]["step"] < step:
+        assert all(process.poll() is None for process in processes) and time.time() < until, [process.communicate() for process in processes]
+        time.sleep(0.1)
+
+
+def ranks_of(agent):
+    return list(map(int, subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()))
+
+
+def test_two_nodes_equal_one_with_two_ranks(copy):
+    flags = (*TINY, "--epochs", 1, "--log-every", 1)
+    run("pretrain.py", *flags, "--out", "one", cwd=copy, ranks=2)
+    nodes = two_nodes([(*flags, "--out", "two")] * 2, [copy] * 2)
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    one, two = weights(copy / "one"), weights(copy / "two")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert sorted("16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out for out, _ in said) == [False, True]
+
+
+def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
+    """Rank 0 would go on from step 2, rank 1 begin at 0, and so the other way round; and so nodes with other flags."""
+    flags = (*TINY, "--batch-size", 4, "--log-every", 1, "--out", "run")
+    run("pretrain.py", *flags, "--batch-size", 8, "--max-steps", 2, cwd=copy)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "data").symlink_to(copy / "data")
+    nodes = two_nodes([(*flags, "--resume", "auto")] * 2, [copy, other])
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], said
+    lines = [line for _, errors in said for line in errors.splitlines() if "all nodes must see the same folder" in line]
+    first, second = (2, 0) if "rank 0 would go on from step 2" in lines[0] else (0, 2)
+    assert lines == [f"--out run: rank 0 would go on from step {first}, rank 1 from step {second}: all nodes must see the same folder"]
+    nodes = two_nodes([(*flags, "--resume", "none"), (*flags, "--resume", "none", "--seed", 1)], [other, other])
+    said = [node.communicate(timeout=200) for node in nodes]
+    lines = [line for _, errors in said for line in errors.splitlines() if "start every node alike" in line]
+    assert len(lines) == 1 and lines[0].startswith("seed is ") and [node.returncode for node in nodes] == [1, 1]
+    assert not (other / "run").exists()
+
+
+def test_two_nodes_heal_by_one_restart(copy):
+    """kill -9 of the second node's rank: both agents start theirs again, once, and the end is that of an uninterrupted run."""
+    flags = (*TINY, "--batch-size", 4, "--epochs", 12, "--log-every", 1, "--save-every", 3, "--resume", "auto")
+    run("pretrain.py", *flags, "--out", "whole", cwd=copy, ranks=2)
+    nodes = two_nodes([(*flags, "--out", "run")] * 2, [copy] * 2, restarts=1)
+    wait_for_step(copy / "run", 7, nodes)
+    os.kill(ranks_of(nodes[1])[0], signal.SIGKILL)
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum(out.count("48 = 12 epochs x 4, from step") for out, _ in said) == 2
+    whole, healed = weights(copy / "whole"), weights(copy / "run")
+    assert all(torch.equal(whole[key], healed[key]) for key in whole)
+
+
+def test_torchrun_does_not_restart_what_a_signal_to_it_ended(copy):
+    flags = (*TINY, "--epochs", 1000, "--log-every", 1, "--resume", "auto", "--out", "run")
+    agent = start(flags, copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    wait_for_step(copy / "run", 3, [agent])
+    agent.send_signal(signal.SIGTERM)
+    out, errors = agent.communicate(timeout=100)
+    assert agent.returncode == 1 and out.count("2000 = 1000 epochs x 2, from step") == 1, errors
+    step = torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"]
+    assert f"SIGTERM: saved run/checkpoint.pt at step {step}; --resume auto goes on" in out and step == log(copy / "run")[-1]["step"]
+
+
+def test_torchrun_restarts_when_one_rank_alone_is_told_to_stop(copy):
+    """All save and end by the signal, a failure to torchrun; the restart goes on where they were."""
+    flags = (*TINY, "--epochs", 12, "--log-every", 1, "--resume", "auto", "--out", "run")
+    agent = start(flags, copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    wait_for_step(copy / "run", 3, [agent])
+    os.kill(ranks_of(agent)[1], signal.SIGTERM)
+    out, errors = agent.communicate(timeout=200)
+    assert agent.returncode == 0, errors
+    saved = int(re.search(r"SIGTERM.*: saved run/checkpoint.pt at step (\d+)", out).group(1))
+    assert re.findall(r"24 = 12 epochs x 2, from step (\d+)", out) == ["0", str(saved)]
+    assert [line["step"] for line in log(copy / "run")] == list(range(1, 25))
+
+
+def test_max_bad_counts_the_videos_of_all_ranks(copy):
+    """One unreadable video on each of two ranks, one allowed in all."""
+    order = np.random.default_rng([0, 0]).permutation(np.arange(32))
+    bad = [int(order[0]), int(order[8])]
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    for row in bad:
+        lines[1 + row] = f"bad{row}.mp4" + lines[1 + row][lines[1 + row].index(","):]
+        (copy / f"data/bad{row}.mp4").write_bytes(b"not a video")
+    (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
+    flags = (*TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "none")
+    agent = start((*flags, "--out", "run"), copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    out, errors = agent.communicate(timeout=200)
+    names = ", ".join(f"bad{row}.mp4" for row in sorted(bad))
+    assert agent.returncode == 1 and errors.count(f"2 of 32 videos cannot be read, more than --max-bad 0.05: {names}\n") == 1, errors
+    run("pretrain.py", *flags, "--max-bad", 0.0625, "--out", "more", cwd=copy, ranks=2)
+    assert log(copy / "more")[-1]["skipped"] == 2  # each is counted once, whichever ranks met it
+
+
+def test_a_loss_that_is_not_finite_stops_both_ranks_with_one_line(copy):
+    array = np.load(copy / "data/train.text.npy", mmap_mode="r+")
+    array[:, :, 5] = np.inf
+    array.flush()
+    agent = start((*TINY, "--out", "run"), copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    _, errors = agent.communicate(timeout=200)
+    (line,) = [line for line in errors.splitlines() if "not finite" in line]
+    assert line.startswith("step 1: the loss or its gradient is not finite") and line.count(".mp4") == 16 and agent.returncode == 1
+
+
+# ---- said before nonsense begins
+
+
+def test_videos_that_are_gone_are_one_line(copy):
+    (copy / "data/videos").unlink()
+    line = run("pretrain.py", *TINY, cwd=copy, fails=True)
+    assert line == ("data/train.csv: 32 of 32 videos that were looked for are not there, such as data/videos/train/00000.mp4: relative paths start "
+                    "at data (--root names another folder)")
+
+
+def test_videos_that_no_worker_can_read_are_one_line(copy):
+    line = run("pretrain.py", *TINY, "--video-timeout", 0, "--workers", 1, cwd=copy, fails=True)
+    assert "nine videos drawn in its place cannot be read" in line and "Traceback" not in line
+
+
+@pytest.mark.parametrize("error", [pretrain.VideoError("data/a.mp4: gone"), OSError(28, "No space left on device")])
+def test_a_picture_that_cannot_be_drawn_ends_nothing(copy, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pretrain, "draw_reconstruction", fail)
+    run("pretrain.py", *TINY, "--picture-every", 1, "--out", "run", cwd=copy)
+    assert log(copy / "run")[-1]["step"] == 12
+
+
+def test_few_videos_get_flags_that_work(copy):
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/few.csv").write_text("\n".join(lines[:21]) + "\n")
+    few = ("--data", "data/few.csv", "--mask", "tube", "--nce-weight", 0)
+    line = run("pretrain.py", *few, cwd=copy, fails=True)
+    assert line.startswith("data/few.csv: 20 usable videos do not fill one step of 32 videos x 1 accumulated x 1 ranks: lower --batch-size or --accum; ")
+    trial = line.split("for a trial: ")[1].split()
+    assert trial == "--size tiny --batch-size 4 --accum 1 --epochs 20 --warmup-epochs 2".split()
+    assert "steps        100 = 20 epochs x 5" in run("pretrain.py", *few, *trial, "--workers", 0, "--max-steps", 1, cwd=copy)
+
+
+def test_gigabytes_are_refused_before_they_are_taken(copy):
+    line = run("pretrain.py", *TINY, "--batch-size", 10**6, "--repeat", 100, cwd=copy, fails=True)
+    assert line.startswith("one batch is 2458 GB of pixels (1 ranks x 1000000 videos x 100 repeats x 8 frames of 32 pixels), this machine has ")
+    line = run("pretrain.py", "--batch-size", 1, "--frames", 1000, "--image-size", 2048, cwd=copy, fails=True)
+    assert line.startswith("1000 frames of 2048 pixels are 8192000 tokens, more than this machine's ")
+
+
+def test_without_captions_the_flag_that_needs_none_is_named(copy):
+    (copy / "data/train.text.npy").unlink()
+    line = run("pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True)
+    assert line.endswith("make it with: python caption.py data/train.csv && python saliency.py data/train.csv; or train without captions: --nce-weight 0")
+    assert "--nce-weight" not in run("pretrain.py", *TINY, "--mask", "text", cwd=copy, fails=True)
+
+
+def test_what_is_left_out_and_what_is_half_made_is_said(copy):
+    array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
+    array[[3, 9, 11]] = np.nan
+    array.flush()
+    out = run("pretrain.py", *TINY, "--warmup-epochs", 40, "--max-steps", 1, cwd=copy)
+    assert "29 of 32 videos usable" in out and "each epoch leaves out 5 videos, others each time" in out
+    assert "the saliency array has 29 of 32 rows: the others failed or have no caption; if saliency.py was stopped, run it again" in out
+    assert "the warm-up of 40 epochs is longer than the run" in out and "the text array" not in out
+    array[:] = np.nan
+    array.flush()
+    assert "none of the 32 videos has what --mask text needs" in run("pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True)
+
+
+def test_a_large_model_on_a_cpu_is_told_what_it_takes(world, tmp_path):
+    flags = (*TINY, "--data", world / "data/train.csv", "--max-steps", 1)
+    out = run("pretrain.py", *flags, "--size", "small", "--frames", 2, "--image-size", 32, "--out", tmp_path / "small")
+    assert re.search(r"--size small on a CPU: about [0-9.e-]+ s per step, [0-9.e-]+ hours in all; it wants a GPU; --size tiny is for CPUs", out)
+    assert "on a CPU" not in run("pretrain.py", *flags, "--out", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("flags", [
+    ("--crop-scale", "0.9", "0.2"), ("--crop-scale", "0", "1"), ("--decoder-keep", "0"), ("--mask-ratio", "0"), ("--mask-ratio", "nan"),
+    ("--clip-grad", "-1"), ("--nce-weight", "-1"), ("--weight-decay", "-1"), ("--stride", "-1"), ("--max-steps", "0"), ("--blr", "0"),
+    ("--device", "mps"), ("--warmup-epochs", "-1"), ("--epochs", "0"), ("--repeat", "0"), ("--max-bad", "2"), ("--seed", "-1"), ("--frames", "0"),
+], ids=" ".join)
+def test_numbers_out_of_range_name_their_flag(copy, flags):
+    line = run("pretrain.py", *flags, cwd=copy, fails=True)
+    assert f"argument {flags[0]}: expected " in line

@@ -20,6 +20,7 @@
 
 import argparse
 import atexit
+import contextlib
 import functools
 import json
 import math
@@ -27,6 +28,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -126,13 +129,34 @@ def join_ranks(backend, **options):
     """dist.init_process_group for runs that torchrun may restart (--max-restarts).
 
     Each attempt gets names of its own in torchrun's store, which outlives it: gloo would connect to the addresses of ranks
-    that are dead. Over several nodes the attempts are counted apart, so there this is left out.
+    that are dead.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = dist.PrefixStore(name_of_attempt(store, rank, ranks), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
+
+
+def name_of_attempt(store, rank, ranks):
+    """A name that all ranks of this attempt get, and that no earlier one had.
+
+    torchrun's own count does not do: each node counts its own restarts. So every rank leaves a number of its own in the
+    store, rank 0 answers each number with its own, and again until the ranks that live have said that they read it: at first
+    it may find the numbers of dead ones.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"rank {rank} is", own)
+    if rank > 0:
+        name = store.get(f"attempt of {own}").decode()  # waits for it
+        store.set(f"rank {rank} has read {name}", "")
+        return name
+    waiting = list(range(1, ranks))
+    while waiting:
+        for other in waiting:
+            number = store.get(f"rank {other} is").decode()
+            store.set(f"attempt of {number}", own)
+        waiting = [other for other in waiting if not store.check([f"rank {other} has read {own}"])]
+        time.sleep(0.05)
+    return own
 
 
 def choose_device(name, local_rank=0):
@@ -335,6 +359,15 @@ def make_folder(path, flag="--out"):
         trial.unlink()
     except OSError as error:
         raise RunError(f"{flag} {path}: nothing can be written there ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """RunError, naming the file and the reason, where what happens inside cannot write: a full or read-only disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def keep_log(path, step):
