@@ -287,7 +287,7 @@ def test_every_choice_trains(world, tmp_path, flags):
 
 
 def test_label_smoothing_reaches_the_loss(world, tmp_path):
-    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.02, "--views", 1, 1,
+    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.04, "--views", 1, 1,
              "--mixup", 0, "--cutmix", 0)
     for name, smoothing in (("hard", 0), ("soft", 0.5)):
         run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
@@ -298,7 +298,7 @@ def test_label_smoothing_reaches_the_loss(world, tmp_path):
 def test_it_learns(world, tmp_path):
     """The object of 32 videos by heart, from scratch."""
     data = ("--data", world / "data/train.csv", "--val", world / "data/train.csv", "--label-column", "object")
-    run("finetune.py", *TINY, *data, "--epochs", 30, "--blr", 0.02, "--layer-decay", 1, "--mixup", 0, "--cutmix", 0, "--rand-augment", 0, 0,
+    run("finetune.py", *TINY, *data, "--epochs", 30, "--blr", 0.08, "--layer-decay", 1, "--mixup", 0, "--cutmix", 0, "--rand-augment", 0, 0,
         "--erase", 0, "--crop-scale", 0.9, 1, "--repeat", 4, "--log-every", 60, "--out", tmp_path)
     assert json.loads((tmp_path / "test.json").read_text())["top1"] > 0.9
 
