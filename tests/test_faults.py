@@ -136,7 +136,9 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
     assert all("more than 0 s (--video-timeout)" in json.loads(line)["error"] for line in (copy / "data/train.captions.jsonl").read_text().splitlines())
     assert "no video has a caption" in run("saliency.py", "data/train.csv", "--clip", CLIP, "--out", "other", cwd=copy, fails=True)
     assert not np.isfinite(np.load(copy / "none.saliency.npy")).any() and not np.isfinite(np.load(copy / "none.motion.npy")).any()
-    for args in (("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no"), ("finetune.py",)):
+    line = run("finetune.py", "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
+    assert "nine videos drawn in its place cannot be read" in line
+    for args in (("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no"),):
         with pytest.raises(VideoError, match="nine videos drawn in its place cannot be read"):
             run(*args, "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy)
     assert "0 readable videos" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
