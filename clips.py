@@ -4,8 +4,9 @@ Dense sampling takes frames a fixed stride apart from one place of the video; un
 from each of T equal parts. Everything random in a sample is a pure function of (seed, epoch, row, repeat), so that neither the
 number of workers nor that of ranks changes a batch, and a resumed run repeats an uninterrupted one.
 
-Letters: V views of a video, T frames, H W pixels.
+Shapes: V views per video, T frames, H W pixels.
 """
+import math
 import sys
 
 import numpy as np
@@ -31,6 +32,28 @@ def uniform_times(start, end, fps, frames, where):
     return np.minimum(start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps))
 
 
+def view_times(start, end, fps, frames, stride, clips, sampling):
+    """The times of each of `clips` test clips of [start, end] -> float64 [clips, frames], seconds.
+
+    They are VideoMAE's. Dense (its kinetics.py, mode "test"): of every stride-th frame, `frames` in a row; the clips
+    begin evenly from the first frame to the last possible one, number k of K at frame
+    stride * floor(k * (L - frames) / (K - 1)), L such frames in all. A video that has fewer repeats the last of them.
+    Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of each of `frames` equal parts.
+    One clip, for which its dense formula divides by zero, is the middle one: as dense as the video allows, or the
+    middle of each part.
+    """
+    if sampling == "uniform":
+        places = np.arange(clips) / clips if clips > 1 else [0.5]
+        return np.stack([uniform_times(start, end, fps, frames, place) for place in places])
+    if clips == 1:
+        return clip_times(start, end, fps, frames, stride, 0.5)[None]
+    kept = max(1, math.ceil((end - start) * fps / stride - 1e-3))  # less rounding: 30 frames at 30 a second are 1 s
+    room = max(0, kept - frames)
+    firsts = np.arange(clips) * room // (clips - 1)
+    numbers = np.minimum(firsts[:, None] + np.arange(frames), kept - 1)  # [clips, frames]
+    return start + numbers * stride / fps
+
+
 def center_crop(frames, size):
     """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size, size, 3], its box: x0, y0,
     x1, y1 as fractions of the frame)."""
@@ -50,36 +73,58 @@ def side_crops(frames, size, count):
     return np.stack([frames[:, place:place + size] if height > width else frames[:, :, place:place + size] for place in places])
 
 
+# Where a crop may lie, in quarters of the room beside it (down, right): corners, middle, middles of the sides, quarters.
+PLACES = (
+    (0, 0), (0, 4), (4, 0), (4, 4), (2, 2),
+    (2, 0), (2, 4), (4, 2), (0, 2),
+    (1, 1), (1, 3), (3, 1), (3, 3),
+)  # fmt: skip
+
+
 def multi_scale_crop(height, width):
-    """VideoMAE's MultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly square, at one of 5 x 5 places.
+    """VideoMAE's GroupMultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly square, at one of 13 places.
     Returns top, left, height, width in pixels."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     a, b = pairs[torch.randint(len(pairs), ()).item()]
-    h, w = int(min(height, width) * a), int(min(height, width) * b)
-    top, left = ((free * torch.randint(5, ()).item()) // 4 for free in (height - h, width - w))
-    return top, left, h, w
+    h = int(min(height, width) * a)
+    w = int(min(height, width) * b)
+    down, right = PLACES[torch.randint(len(PLACES), ()).item()]
+    return down * ((height - h) // 4), right * ((width - w) // 4), h, w
 
 
 class TrainingClips(Dataset):
-    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns, a dict, with "failed": the row if
-    its video could not be read and another, drawn from `rows`, took its place; else -1."""
+    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns, a dict, with "failed": the
+    row if its video could not be read and another, drawn from `rows`, took its place; else -1. VideoError if none of ten can be
+    read. Each process says the reasons of its first SAID failures; the run counts them all."""
+
+    SAID = 3
 
     def __init__(self, videos, rows, seed):
         self.videos, self.rows, self.seed = videos, rows, seed
+        self.replaced = 0  # samples of this process whose video another replaced
 
     def __getitem__(self, key):
         epoch, row = key
-        failed = -1
+        reason = None
         for attempt in range(10):  # a broken video gives its place to another, the same one whenever this is asked
             rng = np.random.default_rng([self.seed, epoch, row, attempt])
             pick = row if attempt == 0 else int(rng.choice(self.rows))
             try:
-                return self.sample(epoch, pick, rng) | {"failed": failed}
+                sample = self.sample(epoch, pick, rng)
             except VideoError as error:
-                failed = row if failed < 0 else failed
-                print(f"skipped: {error}", file=sys.stderr)
-        raise VideoError(f"{self.videos[row].path}: and nine videos drawn in its place cannot be read either")
+                reason = reason or str(error)
+                continue
+            if reason:
+                self.say(reason)
+            return sample | {"failed": row if reason else -1}
+        raise VideoError(f"{reason}; and nine videos drawn in its place cannot be read either: are the paths right (--root)?")
+
+    def say(self, reason):
+        self.replaced += 1
+        if self.replaced <= self.SAID:
+            more = "; further ones are only counted" if self.replaced == self.SAID else ""
+            print(f"skipped: {reason}{more}", file=sys.stderr)
 
 
 def repeat_seed(seed, epoch, row, repeat):
@@ -106,9 +151,11 @@ class EpochBatches:
 
 
 class Views(Dataset):
-    """Test views: item i is (row, uint8 [V, 3, T, H, W], None) of videos[i], or (row, None, why it failed). V = clips x crops: clips
-    evenly over the video (dense, or uniform with clips that interleave), crops along the long side; a video's views stay together,
-    so nothing has to be merged by name. Loaders want collate_fn=list."""
+    """Test views: item i is (row, uint8 [V, 3, T, H, W], None) of videos[i], or (row, None, why it failed).
+
+    V = clips x crops: clips at `view_times`, crops along the long side. A video's views stay together, so nothing has to be
+    merged by name. Loaders want a collate_fn that makes lists, such as tgm.run.share.
+    """
 
     def __init__(self, videos, frames, image_size, stride, clips=1, crops=1, sampling="dense", timeout=TIMEOUT):
         self.videos, self.frames, self.image_size, self.stride, self.timeout = videos, frames, image_size, stride, timeout
@@ -122,11 +169,11 @@ class Views(Dataset):
         try:
             with VideoReader(video.path, timeout=self.timeout) as reader:
                 start, end = reader.span(video)
-                places = (np.arange(self.clips) + 0.5) / self.clips
-                times = [uniform_times(start, end, reader.fps, self.frames, where) if self.sampling == "uniform" else
-                         clip_times(start, end, reader.fps, self.frames, self.stride, where) for where in places]
-                frames = reader.read(np.concatenate(times), self.image_size)
+                times = view_times(start, end, reader.fps, self.frames, self.stride, self.clips, self.sampling)
+                frames = reader.read(times.ravel(), self.image_size)                         # [clips*T, H, W, 3]
         except VideoError as error:
             return video.row, None, str(error)
-        views = torch.from_numpy(side_crops(frames, self.image_size, self.crops)).unflatten(1, (self.clips, self.frames))
-        return video.row, views.transpose(0, 1).flatten(0, 1).permute(0, 4, 1, 2, 3).contiguous(), None
+        views = torch.from_numpy(side_crops(frames, self.image_size, self.crops))
+        views = views.unflatten(1, (self.clips, self.frames))                                # [crops, clips, T, S, S, 3]
+        views = views.transpose(0, 1).flatten(0, 1).permute(0, 4, 1, 2, 3)                   # [V, 3, T, S, S]
+        return video.row, views.contiguous(), None

@@ -3,7 +3,7 @@
     probabilities = predict(model, videos, classes, views=(5, 3), ...)       [N, C], the same on every rank
     result = score(probabilities, labels, classes)                           top-1, top-5, mean class accuracy, ...
 
-Letters: N videos, V views of each (clips x crops), B videos a batch, C classes.
+Shapes: N videos, V views of each (clips x crops), B videos per batch, C classes.
 """
 import csv
 import json
@@ -13,40 +13,57 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clips import Views
 from model import normalize
+from tgm.run import RunError, make_loader, part_of_rank, patient, writing
+
+SAID = 3  # so many videos that cannot be read are named
 
 
 @torch.inference_mode()
 def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks=1):
     """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank; NaN for a video that cannot be
-    read. Rows are shared out over the ranks, summed up by row, and each asserted to have come once."""
-    mine = videos[rank::ranks]
-    probabilities, counted = torch.zeros(len(videos), classes, device=device), torch.zeros(len(videos), device=device)
-    loader = DataLoader(Views(mine, args.frames, args.image_size, args.stride, *views, args.sampling, args.video_timeout),
-                        max(1, args.batch_size // math.prod(views)), num_workers=args.workers, collate_fn=list)
+    read, and RunError if none can. Rows are shared out over the ranks, summed up by row, and each asserted to have come once."""
+    mine = part_of_rank(videos, rank, ranks)
+    data = Views(mine, args.frames, args.image_size, args.stride, *views, args.sampling, args.video_timeout)
+    loader = make_loader(data, max(1, args.batch_size // math.prod(views)), args.workers)
+    probabilities = torch.zeros(len(videos), classes, device=device)
+    counted = torch.zeros(len(videos), device=device)
+    reasons = []
     model.eval()
-    with tqdm(total=len(mine), desc=f"{views[0]} x {views[1]} views", unit="video", disable=None if rank == 0 else True) as bar:
-        for items in loader:
+    title = f"{views[0]} x {views[1]} views"
+    with tqdm(total=len(mine), desc=title, unit="video", disable=None if rank == 0 else True) as bar:
+        for items in patient(loader):
+            good = []
             for row, clips, error in items:
                 counted[row] += 1
-                if error:
-                    tqdm.write(error, file=sys.stderr)
-                    probabilities[row] = math.nan
-            if good := [(row, clips) for row, clips, error in items if error is None]:
+                if error is None:
+                    good.append((row, clips))
+                    continue
+                probabilities[row] = math.nan
+                reasons.append(error)
+            if good:
                 clips = normalize(torch.cat([clips for _, clips in good]).to(device))              # [B*V, 3, T, H, W]
                 with autocast:
-                    logits = model(clips)
-                probabilities[[row for row, _ in good]] = logits.float().softmax(-1).unflatten(0, (len(good), -1)).mean(1)
+                    logits = model(clips)                                                          # [B*V, C]
+                rows = [row for row, _ in good]
+                probabilities[rows] = logits.float().softmax(-1).unflatten(0, (len(good), -1)).mean(1)
             bar.update(len(items))
     model.train()
+    unreadable = torch.tensor(float(len(reasons)), device=device)
     if ranks > 1:
-        dist.all_reduce(probabilities)
-        dist.all_reduce(counted)
+        for tensor in (probabilities, counted, unreadable):
+            dist.all_reduce(tensor)
     assert (counted == 1).all(), "a test video was left out or counted twice"
+    if unreadable == len(videos):
+        first = reasons[0] if reasons else "another rank says why"
+        raise RunError(f"none of the {len(videos)} videos to be tested can be read: {first}: are the paths right (--root)?")
+    for reason in reasons[:SAID]:
+        print(f"counted as wrong: {reason}", file=sys.stderr)
+    if len(reasons) > SAID:
+        print(f"counted as wrong: {len(reasons) - SAID} more", file=sys.stderr)
     return probabilities.cpu()
 
 
@@ -103,12 +120,14 @@ def write_test(out, result, names, labels, probabilities, about, train_labels=No
     summary = about | {"videos": len(labels), "unreadable": int(probabilities.isnan().any(1).sum()), "top1": result["top1"],
                        "top1_bootstrap": bootstrap(result["correct"]), "top5": result["top5"], "mean_class": result["mean_class"],
                        "majority": majority}
-    (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
-    with open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+    with writing(out / "per_class.csv"), open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "videos", "accuracy"))
         for c, name in enumerate(names):
             accuracy = result["per_class"][c].item()
             writer.writerow((name, int((labels == c).sum()), "" if math.isnan(accuracy) else f"{accuracy:.4f}"))
-    draw_confusion(out / "confusion.png", result["confusion"], names)
+    with writing(out / "confusion.png"):
+        draw_confusion(out / "confusion.png", result["confusion"], names)
+    with writing(out / "test.json"):  # last: where it is, the test is done
+        (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -1,32 +1,57 @@
 """Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over several views of each.
 
-Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint: ours, VideoMAE's .pth, a Hugging Face
-        VideoMAE folder, or none (from scratch)
-Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json, log.jsonl; after testing test.json,
-        per_class.csv, confusion.png
+Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint: ours, VideoMAE's .pth, a
+        Hugging Face VideoMAE folder, or none (from scratch)
+Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json, log.jsonl; after testing
+        per_class.csv, confusion.png and, last, test.json
 
-    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 2e-3     CPU, the toy world
-    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt                                   eight GPUs
+    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 4e-3    CPU, the toy world
+    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3                        eight GPUs
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
 
-Recipes, after VideoMAE's own scripts (learning rates for a batch of 256; ViT-B; scale --batch-size x --accum x ranks as you can):
+Recipes for ViT-B on eight GPUs. Learning rates are scaled as VideoMAE's (run_class_finetuning.py): lr = blr x videos / 256, with
+videos = batch size x accum x ranks of a step, whatever --repeat; so is the floor at which it ends, min-blr. With fewer GPUs raise
+--accum by as much. VideoMAE's scripts (scripts/DATA/.../finetune.sh) say "videos x samples of each":
 
-    Kinetics-400            --epochs 75 --blr 1e-3 --views 5 3                                       (the defaults; small: 150 epochs)
-    Something-Something v2  --epochs 50 --blr 5e-4 --sampling uniform --no-flip --views 2 3
-    UCF101, HMDB51          --epochs 100 --blr 1e-3 --drop-path 0.2 --views 5 3
-    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3         (ours: it tells left from right)
+    Kinetics-400            --accum 3 --epochs 75 --blr 5e-4 --views 5 3
+        epoch_1600: 384 x 2 (64 GPUs of 6), lr 5e-4, 75 epochs: lr 7.5e-4, floor 1.5e-6. ViT-S: the same, 150 epochs;
+        ViT-L: 128 x 2, lr 2e-3, 35 epochs (--accum 1: lr 1e-3)
+        FINETUNE.md: 512 x 1, lr 1e-3, 100 epochs: --accum 4 --repeat 1 --epochs 100 --blr 1e-3, lr 2e-3, floor 2e-6
+    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+        epoch_2400: 384 x 2, lr 5e-4, 30 epochs: lr 7.5e-4, floor 1.5e-6
+        epoch_800: 512 x 1, lr 5e-4, 50 epochs: --accum 4 --repeat 1 --epochs 50, lr 1e-3, floor 2e-6
+    UCF101                  --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3
+        epoch_3200: 128 x 2 (8 GPUs of 16): lr 2.5e-4, floor 5e-6
+    HMDB51                  as UCF101 (ours: there is no script)
+    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3      (ours: it tells left from right)
 
 Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and changed by RandAugment and random
-erasing, alike in every frame; batches are mixed by mixup or cutmix. The learning rate falls by --layer-decay from layer to layer
-towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip. --val is looked at after
-every epoch with one view; the result is --test's (without it --val's), with clips x crops views whose softmax is averaged. Where
---test is --val, best.pt was chosen on what it is tested on, and last is the honest figure: it is the default.
-Every test video is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
+erasing, alike in every frame; batches are mixed by mixup or cutmix, each clip with one of another video. The learning rate falls by
+--layer-decay from layer to layer towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded
+clip. --val is looked at after every epoch with one view; the result is --test's (without it --val's), with clips x crops views whose
+softmax is averaged. Where --test is --val, best.pt was chosen on what it is tested on, and last is the honest figure: it is the
+default. Every test video is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
 
-Letters: B batch, R repeats, V views, T frames, H W pixels, C classes.
+What differs from VideoMAE's fine-tuning:
+    RandAugment    torchvision's operations: Identity is one of them, Invert and SolarizeAdd are not; one magnitude, theirs varies (a
+                   deviation of 0.5 of 10); bilinear, theirs bicubic; after the crop, theirs before it
+    erasing        the noise in a box is the same in every frame, theirs is drawn for each
+    crops          are scaled down with antialiasing
+    mixing         a clip with the one before it in the batch, theirs with the one as far from the batch's other end
+    dense clips    in training --stride frames apart, theirs stride x T / (T - 1)
+    warm-up        from lr / steps, theirs from 0
+    validation     the middle clip, theirs a random one
+    precision      bf16 where there is bf16, theirs fp16
+
+SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests, it ends at once. Both end by the
+signal (exit code 143 or 130), and --resume auto goes on, with the flags that the run was begun with. What may change is listed at
+MAY_CHANGE; --epochs may grow; --batch-size, --accum and the number of ranks may change if their product does not.
+
+Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -47,9 +72,10 @@ from torchvision.transforms.v2 import functional as TF
 import evaluate
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
-from manifest import ManifestError, hold, read_manifest
+from manifest import ManifestError, hold, manifest_hash, read_manifest
 from tgm.run import (
     Parser,
+    RunError,
     StopSignal,
     choose_device,
     count,
@@ -71,14 +97,35 @@ from tgm.run import (
     refuse_changes,
     seed_number,
     torchrun_ranks,
+    whole,
     worker_count,
+    writing,
 )
-from video import TIMEOUT, VideoReader
+from video import TIMEOUT, VideoError, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
+MAY_CHANGE = (  # when a run goes on: what it learns stays the same, but for rounding
+    "strict_root video_timeout max_bad test views use out device workers amp compile checkpointing max_steps resume "
+    "save_every log_every lr"
+).split()
 
 
 # ---- training samples ----------------------------------------------------------------------------------------------------
+
+class EraseWithNoise(v2.RandomErasing):
+    """Torchvision's with value="random", which is normal noise for normalised pixels; here for those of uint8."""
+
+    def __init__(self, probability):
+        super().__init__(probability, value="random")
+
+    def make_params(self, flat_inputs):
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            mean = torch.tensor(models.MEAN)[:, None, None]
+            deviation = torch.tensor(models.STD)[:, None, None]
+            params["v"] = (255 * (mean + deviation * params["v"])).round().clamp(0, 255)     # [3, h, w]
+        return params
+
 
 class Clips(TrainingClips):
     """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], ...}. labels: the class of every row."""
@@ -86,15 +133,19 @@ class Clips(TrainingClips):
     def __init__(self, videos, rows, labels, args):
         super().__init__(videos, rows, args.seed)
         self.labels, self.args = labels, args
-        self.rand_augment = v2.RandAugment(*args.rand_augment, interpolation=TF.InterpolationMode.BILINEAR, fill=GREY)
-        self.erase = v2.RandomErasing(args.erase, value=GREY)
+        operations, magnitude = args.rand_augment
+        one = v2.RandAugment(1, magnitude, interpolation=TF.InterpolationMode.BILINEAR, fill=GREY)
+        self.rand_augment = [v2.RandomApply([one], p=0.5)] * operations  # as VideoMAE's rand-m7-n4: each with probability 0.5
+        self.erase = EraseWithNoise(args.erase)
 
     def sample(self, epoch, row, rng):
         args = self.args
         with VideoReader(self.videos[row].path, timeout=args.video_timeout) as reader:
             start, end = reader.span(self.videos[row])
-            times = (uniform_times(start, end, reader.fps, args.frames, rng.random(args.frames)) if args.sampling == "uniform" else
-                     clip_times(start, end, reader.fps, args.frames, args.stride, rng.random()))
+            if args.sampling == "uniform":
+                times = uniform_times(start, end, reader.fps, args.frames, rng.random(args.frames))
+            else:
+                times = clip_times(start, end, reader.fps, args.frames, args.stride, rng.random())
             frames = torch.from_numpy(reader.read(times)).permute(0, 3, 1, 2)                # uint8 [T, 3, H, W]
         clips = [self.augment(frames, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
         return {"clip": torch.stack(clips), "label": torch.full((args.repeat,), self.labels[row]), "row": row}
@@ -107,8 +158,22 @@ class Clips(TrainingClips):
             box = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
             clip = TF.resized_crop(frames, *box, [args.image_size, args.image_size], antialias=True)
             clip = clip.flip(-1) if args.flip and torch.rand(()) < 0.5 else clip
-            clip = self.rand_augment(clip) if args.rand_augment[0] else clip
+            for operation in self.rand_augment:
+                clip = operation(clip)
             return self.erase(clip).transpose(0, 1).contiguous()
+
+
+def flatten_repeats(x):
+    """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that neighbours are of different videos."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def next_batch(iterator):
+    """The next batch; RunError where a sample and all that could take its place cannot be read."""
+    try:
+        return next(iterator)
+    except VideoError as error:  # out of a worker its text is a whole traceback, with the reason for the last line
+        raise RunError(str(error).strip().splitlines()[-1].removeprefix("video.VideoError: ")) from None
 
 
 def make_mix(mixup, cutmix, classes):
@@ -154,7 +219,7 @@ def layer_table(optimizer, depth):
     return "\n".join(f"  {name(layer):16} lr {lr:<9.3g} {count / 1e6:8.3f} M" for layer, (lr, count) in sorted(layers.items()))
 
 
-def learning_rate(step, lr, warmup, total, floor=1e-6):
+def learning_rate(step, lr, warmup, total, floor):
     """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the step."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -183,7 +248,7 @@ def parse_args(argv=None):
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--crop-scale", type=ratio, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
     augment.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the samples")
-    augment.add_argument("--rand-augment", type=count, nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
+    augment.add_argument("--rand-augment", type=whole(0, 30), nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
     augment.add_argument("--erase", type=fraction, default=0.25, help="probability of random erasing")
     augment.add_argument("--mixup", type=not_negative, default=0.8, help="its alpha; 0: off")
     augment.add_argument("--cutmix", type=not_negative, default=1.0, help="its alpha; 0: off")
@@ -191,13 +256,15 @@ def parse_args(argv=None):
     method = parser.add_argument_group("model")
     method.add_argument("--checkpoint", default="none", help="file or folder to start from; none: from scratch")
     method.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it (default: base)")
-    method.add_argument("--drop-path", type=fraction, default=0.1)
+    method.add_argument("--drop-path", type=fraction, default=0.1, help="share of residual branches dropped in the last block")
+    method.add_argument("--head-dropout", type=fraction, default=0.0, help="dropout before the classifier")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch-size", type=positive_int, default=16, help="videos a rank and step, before --repeat")
     optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step")
     optim.add_argument("--epochs", type=positive_int, default=75)
     optim.add_argument("--warmup-epochs", type=not_negative, default=5)
-    optim.add_argument("--blr", type=positive, default=1e-3, help="learning rate for an effective batch of 256")
+    optim.add_argument("--blr", type=positive, default=5e-4, help="learning rate for 256 videos a step, repeats not counted")
+    optim.add_argument("--min-blr", type=not_negative, default=1e-6, help="where it ends, likewise for 256 videos a step")
     optim.add_argument("--layer-decay", type=ratio, default=0.75, help="factor on the learning rate from layer to layer; 1: none")
     optim.add_argument("--weight-decay", type=not_negative, default=0.05)
     optim.add_argument("--clip-grad", type=not_negative, default=0.0, help="largest gradient norm; 0 does not clip")
@@ -217,7 +284,10 @@ def parse_args(argv=None):
     run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
     run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
     run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.crop_scale[0] > args.crop_scale[1]:
+        parser.error(f"argument --crop-scale: expected MIN before MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}")
+    return args
 
 
 def open_data(args):
@@ -243,51 +313,157 @@ def open_data(args):
     return splits, names
 
 
-def train(args, model, splits, out, say, device, autocast, amp, rank, ranks):
-    """Trains and validates; True when the last step is done, False if a signal stopped it. The model holds the last weights."""
-    (videos, labels), checkpoint_path, log_path = splits["train"], out / "checkpoint.pt", out / "log.jsonl"
-    if checkpoint_path.exists() and args.resume is None:
-        sys.exit(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none starts anew")
+def data_hash(videos):
+    """16 hex digits that change when a row's path, start, end or label does."""
+    digest = hashlib.sha256(manifest_hash(videos).encode())
+    for video in videos:
+        digest.update(json.dumps(video.label).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def refuse_another_run(path, args):
+    """RunError if the checkpoint at `path` is not of the run that args describe: see MAY_CHANGE."""
+    saved = models.saved_args(path)
+    remedy = "write elsewhere (--out), or begin again with --resume none"
+    if "classes" not in saved:
+        raise RunError(f"{path}: no checkpoint of finetune.py: {remedy}")
+    may_change = {*MAY_CHANGE, "batch_size", "accum", "ranks", "classes", "data_hash", "val_hash"}
+    if args.epochs >= saved["epochs"]:
+        may_change.add("epochs")
+    refuse_changes(path, saved, vars(args), may_change)
+    for flag, key in (("--data", "data_hash"), ("--val", "val_hash")):
+        if saved.get(key, vars(args)[key]) != vars(args)[key]:
+            raise RunError(f"{path}: another run: {flag} has other videos or labels than when it was begun; {remedy}")
+    if saved["classes"] != args.classes:
+        raise RunError(f"{path}: another run: of {len(saved['classes'])} classes, now there are {len(args.classes)}; {remedy}")
+    before = saved["batch_size"] * saved["accum"] * saved.get("ranks", args.ranks)
+    now = args.batch_size * args.accum * args.ranks
+    if before != now:
+        raise RunError(f"{path}: another run: --batch-size x --accum x ranks was {before} videos a step, is {now}; {remedy}")
+
+
+UNUSED = {  # beginnings of the notes of load_pretrained, in words
+    "unused decoder.": "decoder",
+    "unused encoder_to_decoder.": "decoder",
+    "unused mask_token": "decoder",
+    "unused contrastive.": "contrastive head",
+    "unused norm.": "final norm",
+}
+UNTRAINED = {"missing fc_norm.": "norm", "missing head.": "head"}
+
+
+def describe(notes):
+    """What load_pretrained tolerated, for somebody who wants to know whether it worked."""
+    if not notes:
+        return "every weight loaded"
+    sentences = ["encoder loaded"]
+    for names, what in ((UNTRAINED, "untrained"), (UNUSED, "not used")):
+        found = [name for start, name in names.items() if any(note.startswith(start) for note in notes)]
+        if found:
+            sentences.append(f"{what}: {', '.join(dict.fromkeys(found))}")
+    expected = (*UNUSED, *UNTRAINED)
+    sentences += [note for note in notes if not note.startswith(expected)]
+    return "; ".join(sentences)
+
+
+def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
+    """Trains and validates to the last step; a signal that stops it ends the process. The model then holds the last weights."""
+    videos, labels = splits["train"]
+    ranks = args.ranks
+    checkpoint_path = out / "checkpoint.pt"
+    best_path = out / "best.pt"
+    log_path = out / "log.jsonl"
+    if checkpoint_path.exists() and args.resume != "none":
+        refuse_another_run(checkpoint_path, args)
+        if args.resume is None:
+            raise RunError(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none begins again")
     rows = np.arange(len(videos))
-    steps_per_epoch = len(rows) // (args.batch_size * ranks * args.accum)
+    step_videos = args.batch_size * ranks * args.accum
+    steps_per_epoch = len(rows) // step_videos
     if steps_per_epoch == 0:
-        sys.exit(f"{args.data}: {len(rows)} videos do not fill one step of {args.batch_size} videos x {args.accum} accumulated x "
-                 f"{ranks} ranks: lower --batch-size or --accum")
+        raise RunError(
+            f"{args.data}: {len(rows)} videos do not fill one step of {args.batch_size} videos x {args.accum} accumulated x "
+            f"{ranks} ranks: lower --batch-size or --accum"
+        )
     total_steps = args.epochs * steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
-    effective = args.batch_size * args.repeat * args.accum * ranks
-    args.lr = args.blr * effective / 256
+    warmup = args.warmup_epochs * steps_per_epoch
+    step_clips = step_videos * args.repeat
+    args.lr = args.blr * step_videos / 256
+    floor = args.min_blr * step_videos / 256
     optimizer = make_optimizer(model, args.lr, args.layer_decay, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    step, best = 0, -1.0
+    step, best, validated = 0, -1.0, 0  # validated: the last step whose weights --val has seen
     if args.resume == "auto" and checkpoint_path.exists():
         try:
             models.load_pretrained(model, checkpoint_path)
         except ValueError as error:
-            sys.exit(str(error))
+            raise RunError(str(error)) from None
         saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run began in another precision
+            scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
+        validated = saved.get("validated", step)
+    left_out = len(rows) - steps_per_epoch * step_videos
+    omitted = f"; the {left_out} videos of its incomplete last step are left out, others each time" if left_out else ""
+    too_long = ""
+    if args.warmup_epochs >= args.epochs:
+        too_long = f"\n             --warmup-epochs {args.warmup_epochs:g} is no shorter than the run: its learning rate only rises"
     say(f"""data         {args.data}: {len(videos)} videos; {args.val}: {len(splits["val"][0])}
-steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}
-batch        {effective} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
-lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer_decay} a layer:
+steps        {total_steps} = {args.epochs} epochs x {steps_per_epoch}, from step {step}{omitted}
+batch        {step_videos} videos = {args.batch_size} x {args.accum} accumulated x {ranks} ranks; x {args.repeat} repeats = {step_clips} clips
+lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(floor, args.lr):.3g}, decay {args.layer_decay} a layer:{too_long}
 {layer_table(optimizer, model.config["depth"])}""")
     if rank == 0:
-        log_path.with_name("args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        keep_log(log_path, step)
+        if args.resume == "none":  # at once: killed before its first save, this run must not be taken for that one
+            for path in (checkpoint_path, best_path):
+                with writing(path), contextlib.suppress(FileNotFoundError):
+                    path.replace(path.with_suffix(".old.pt"))
+        if step < last_step:
+            with writing(out / "test.json"):
+                (out / "test.json").unlink(missing_ok=True)  # of other weights
+        with writing(out / "args.json"):
+            (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        with writing(log_path):
+            keep_log(log_path, step)
 
     def log(**entry):
         say("  ".join(f"{key} {value:.4g}" for key, value in entry.items()), flush=True)
         if rank == 0:
-            with open(log_path, "a") as file:
+            with writing(log_path), open(log_path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def save(path):
         if rank == 0:
-            models.save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                            best=best, args=vars(args))
+            models.save_checkpoint(
+                path,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                step=step,
+                best=best,
+                validated=validated,
+                args=vars(args),
+            )
+
+    def validate():
+        nonlocal best, validated
+        held, held_labels = splits["val"]
+        probabilities = evaluate.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks)
+        result = evaluate.score(probabilities, held_labels, len(args.classes))
+        log(
+            step=step,
+            epoch=round(step / steps_per_epoch, 3),
+            val_top1=result["top1"],
+            val_top5=result["top5"],
+            val_mean_class=result["mean_class"],
+        )
+        validated = step
+        if result["top1"] > best:
+            best = result["top1"]
+            save(best_path)
+        save(checkpoint_path)
 
     batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
     loader = DataLoader(Clips(videos, rows, labels.tolist(), args), batch_sampler=batches, num_workers=args.workers,
@@ -298,7 +474,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
     if ranks > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     model.train()
-    stop = StopSignal(ranks)
+    if validated != step and (step % steps_per_epoch == 0 or step == last_step):  # stopped between saving and validating
+        validate()
+    stop.after_step()
 
     window, used, failed = [], [], set()  # since the last log line: losses on the device, rows; in the whole run: bad rows
     began, data_time = time.time(), 0.0
@@ -308,17 +486,17 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
         iterator = patient(loader)
         for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(step - 1, args.lr, args.warmup_epochs * steps_per_epoch, total_steps)
+                group["lr"] = group["scale"] * learning_rate(step - 1, args.lr, warmup, total_steps, floor)
             losses = []
             for micro in range(args.accum):
                 waited = time.time()
-                batch = next(iterator)
+                batch = next_batch(iterator)
                 data_time += time.time() - waited
                 failed.update(row for row in batch["failed"].tolist() if row >= 0)
                 used.append((step, batch["row"].tolist()))
-                clips, target = (batch[key].to(device, non_blocking=True).flatten(0, 1) for key in ("clip", "label"))
+                clips, target = (flatten_repeats(batch[key].to(device, non_blocking=True)) for key in ("clip", "label"))
                 torch.manual_seed(repeat_seed(args.seed, step, rank, micro))                 # mixup and drop path, resumed or not
-                clips, target = mix(models.normalize(clips), target)                         # [B*R, 3, T, H, W], [B*R, C]
+                clips, target = mix(models.normalize(clips), target)                         # [R*B, 3, T, H, W], [R*B, C]
                 with contextlib.nullcontext() if micro == args.accum - 1 or ranks == 1 else wrapped.no_sync():
                     with autocast:
                         logits = wrapped(clips)
@@ -342,32 +520,41 @@ lr           {args.lr:.3g} = {args.blr:g} x {effective} / 256, decay {args.layer
                 bad_step = step - len(window) + 1 + int(broken.int().argmax())
                 bad = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
                 sys.exit(f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
-            stats = torch.cat([stats.mean(0), torch.tensor([float(len(failed))], device=device)])
+            stats = stats.mean(0)
             if ranks > 1:
                 dist.all_reduce(stats)
-            stats = stats.tolist()
+                of_ranks = [None] * ranks
+                dist.all_gather_object(of_ranks, failed)
+                failed = set().union(*of_ranks)  # not their sum: over the epochs ranks come to meet the same videos
+            stats = (stats / ranks).tolist()
             if len(failed) > args.max_bad * len(rows):
-                sys.exit(f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: "
-                         + ", ".join(videos[row].name for row in sorted(failed)[:20]))
+                raise RunError(
+                    f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: "
+                    + ", ".join(videos[row].name for row in sorted(failed)[:20])
+                )
             seconds = (time.time() - began) / len(window)
-            log(step=step, epoch=round(step / steps_per_epoch, 3), loss=stats[0] / ranks, lr=optimizer.param_groups[-1]["lr"],
-                grad_norm=stats[1] / ranks, data_ms=1000 * data_time / len(window), step_ms=1000 * seconds,
-                clips_per_s=effective / seconds, left_s=(last_step - step) * seconds, skipped=int(stats[2]))
-            if ends:
-                held, held_labels = splits["val"]
-                result = evaluate.score(evaluate.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks), held_labels, len(args.classes))
-                log(step=step, epoch=round(step / steps_per_epoch, 3), val_top1=result["top1"], val_top5=result["top5"],
-                    val_mean_class=result["mean_class"])
-                if result["top1"] > best:
-                    best = result["top1"]
-                    save(out / "best.pt")
+            log(
+                step=step,
+                epoch=round(step / steps_per_epoch, 3),
+                loss=stats[0],
+                lr=optimizer.param_groups[-1]["lr"],
+                grad_norm=stats[1],
+                data_ms=1000 * data_time / len(window),
+                step_ms=1000 * seconds,
+                clips_per_s=step_clips / seconds,
+                left_s=(last_step - step) * seconds,
+                skipped=len(failed),
+            )
             if saves:
                 save(checkpoint_path)
             if stops:
-                say(f"{stop.name or 'a signal to another rank'}: saved {checkpoint_path} at step {step}; --resume auto goes on")
-                return False
+                say(f"{stop.name}: saved {checkpoint_path} at step {step}; --resume auto goes on")
+                stop.end()
+            if ends:
+                stop.at_once("--resume auto goes on from this epoch's end")
+                validate()
+                stop.after_step()
             window, used, began, data_time = [], [], time.time(), 0.0
-    return True
 
 
 @one_line_errors
@@ -390,9 +577,14 @@ def main(argv=None):
         saved = models.saved_args(args.checkpoint)
         args.size, args.classes = args.size or saved.get("size", "base"), names
         torch.manual_seed(args.seed)
-        model = models.VideoViT(args.size, len(names), args.frames or saved.get("frames"), args.image_size or saved.get("image_size"),
-                                drop_path=args.drop_path)
-        notes = models.load_pretrained(model, args.checkpoint, new_head=not args.test_only) if args.checkpoint != "none" else ["from scratch"]
+        frames = args.frames or saved.get("frames")
+        image_size = args.image_size or saved.get("image_size")
+        model = models.VideoViT(args.size, len(names), frames, image_size, args.drop_path, args.head_dropout)
+        notes = []
+        loaded = "from scratch"
+        if args.checkpoint != "none":
+            notes = models.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
+            loaded = f"{args.checkpoint}: {describe(notes)}"
         if args.test_only and any(note.startswith("missing head") for note in notes):
             sys.exit(f"--checkpoint {args.checkpoint}: has no classifier to test: fine-tune it first")
     except (ManifestError, ValueError) as error:
@@ -404,19 +596,30 @@ def main(argv=None):
         join_ranks("nccl" if use_cuda else "gloo")
     say(f"""device       {device} ({why}), amp {amp}, {ranks} ranks
 model        {args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.frames} frames of {args.image_size} pixels, {len(names)} classes
-weights      {args.checkpoint}: {', '.join(notes) or 'every key'}""")
+weights      {loaded}""")
     out, args.out = args.out, str(args.out)  # a checkpoint holds plain types alone
     make_folder(out)
     if rank == 0:
         hold(out / "checkpoint.pt")
     tested = args.checkpoint
+    again = "with --test-only --checkpoint it is tested again"
+    stop = StopSignal(ranks)
+    stop.at_once()
     if not args.test_only:
-        finished = train(args, model, splits, out, say, device, autocast, amp, rank, ranks)
+        args.ranks = ranks
+        args.data_hash = data_hash(splits["train"][0])
+        args.val_hash = data_hash(splits["val"][0])
+        train(args, model, splits, out, say, device, autocast, amp, rank, stop)
         tested = str(out / ("best.pt" if args.use == "best" else "checkpoint.pt"))
-        if finished and args.use == "best":
-            models.load_pretrained(model, tested)
-        if not finished:
-            return
+        again = "--resume auto tests again"
+        if ranks > 1:
+            dist.barrier(device_ids=[device.index] if use_cuda else None)  # rank 0 has written best.pt
+        if args.use == "best":
+            try:
+                models.load_pretrained(model, tested)
+            except ValueError as error:
+                raise RunError(str(error)) from None
+    stop.at_once(again)
     videos, labels = splits["test"]
     probabilities = evaluate.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
     if rank == 0:

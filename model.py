@@ -278,16 +278,16 @@ class VideoMAE(nn.Module):
         return unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"]).clamp(0, 1)
 
 class VideoViT(Encoder):
-    """The classifier in VideoMAE's fine-tuning layout: mean over tokens, then fc_norm in place of norm, then head."""
-    def __init__(self, size="base", classes=400, frames=None, image_size=None, drop_path=0.0):
+    """The classifier in VideoMAE's fine-tuning layout: mean over tokens, fc_norm in place of norm, dropout, head."""
+    def __init__(self, size="base", classes=400, frames=None, image_size=None, drop_path=0.0, head_dropout=0.0):
         super().__init__(size, frames, image_size, drop_path)
         self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.config["width"], eps=EPS)
-        self.head = Linear(self.config["width"], classes)
+        self.dropout, self.head = nn.Dropout(head_dropout), Linear(self.config["width"], classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # VideoMAE's 0.02 * 0.001: starts from uniform predictions
 
     def forward(self, video):
         """video [B,3,T,H,W] normalised -> logits [B,classes]."""
-        return self.head(self.fc_norm(self.encode(self.cubes(video)).mean(dim=1)))
+        return self.head(self.dropout(self.fc_norm(self.encode(self.cubes(video)).mean(dim=1))))
 
 HF_KEYS = [  # (ours, Hugging Face's); VideoViT's keys with "encoder." before them
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),

@@ -52,8 +52,9 @@ def test_views_are_clips_times_crops_in_that_order(tmp_path, sampling):
     views = clips.Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
     row, got, error = views[0]
     assert (row, error, got.shape, got.dtype) == (3, None, (6, 3, 4, 48, 48), torch.uint8)
-    for i, where in enumerate((0.25, 0.75)):
-        times = clips.clip_times(0, 2, 30, 4, 3, where) if sampling == "dense" else clips.uniform_times(0, 2, 30, 4, where)
+    numbers = {"dense": ([0, 3, 6, 9], [48, 51, 54, 57]), "uniform": ([0, 15, 30, 45], [7, 22, 37, 52])}[sampling]  # of 60 frames
+    for i in range(2):
+        times = np.array(numbers[i]) / 30
         frames = read_frames(path, times, 48)                                                # [4, 48, 64, 3]
         for j, left in enumerate((0, 8, 16)):
             assert np.array_equal(got[3 * i + j].permute(1, 2, 3, 0), frames[:, :, left:left + 48])
@@ -74,5 +75,87 @@ def test_a_broken_video_gives_its_place_to_the_same_other():
     assert first["failed"] == 3 and first["row"] not in bad and some[2, 3] == first
     assert len({some[epoch, 3]["row"] for epoch in range(20)}) > 5
     bad = set(rows)
-    with pytest.raises(VideoError, match="3.mp4: and nine videos"):
+    with pytest.raises(VideoError, match="^3: broken; and nine videos"):
         some[0, 3]
+
+
+def videomae_dense(total, clip_len, rate, segments):
+    """The frames of VideoMAE's dense test clips, from the description of its kinetics.py: every rate-th frame, the last one
+    repeated up to clip_len; then windows of clip_len that start evenly, rounded down."""
+    kept = list(range(0, total, rate))
+    kept += [kept[-1]] * (clip_len - len(kept))
+    step = (len(kept) - clip_len) / (segments - 1)
+    return [kept[int(k * step + 1e-9):int(k * step + 1e-9) + clip_len] for k in range(segments)]
+
+
+def videomae_uniform(total, parts):
+    """The frames of VideoMAE's two uniform test clips, from the description of its ssv2.py: the beginnings and the middles of
+    the parts, sorted, dealt out in turn."""
+    part = total / parts
+    numbers = sorted([int(part * i) for i in range(parts)] + [int(part / 2 + part * i) for i in range(parts)])
+    return [numbers[0::2], numbers[1::2]]
+
+
+def frames_on_screen(times, fps):
+    return np.floor(times * fps + 1e-3).astype(int).tolist()
+
+
+@pytest.mark.parametrize("fps", [30, 25, 24000 / 1001])
+def test_test_clips_are_videomaes(fps):
+    for total in (300, 299, 250, 97, 64, 63, 40, 5, 1):
+        for segments, rate in ((5, 4), (2, 4), (10, 2)):
+            found = clips.view_times(0, total / fps, fps, 16, rate, segments, "dense")
+            assert frames_on_screen(found, fps) == videomae_dense(total, 16, rate, segments), (total, segments, rate)
+    for total in (300, 97, 48, 40, 33):
+        assert frames_on_screen(clips.view_times(0, total / fps, fps, 16, 4, 2, "uniform"), fps) == videomae_uniform(total, 16)
+    ten_seconds = clips.view_times(0, 10, 30, 16, 4, 5, "dense")
+    assert frames_on_screen(ten_seconds[:, 0], 30) == [0, 56, 116, 176, 236] and frames_on_screen(ten_seconds[-1], 30)[-1] == 296
+    later = clips.view_times(3, 13, 30, 16, 4, 5, "dense")  # an action within a longer video
+    assert np.allclose(later, ten_seconds + 3)
+
+
+def test_one_test_clip_is_the_middle_one():
+    assert clips.view_times(2, 12, 10, 4, 5, 1, "dense").tolist() == [clips.clip_times(2, 12, 10, 4, 5, 0.5).tolist()]
+    assert clips.view_times(2, 10, 30, 4, 5, 1, "uniform").tolist() == [[3, 5, 7, 9]]
+
+
+def test_multi_scale_crops_lie_at_thirteen_places():
+    """The sides of the pairs, and the places in quarters of the room, each as often as the others."""
+    torch.manual_seed(0)
+    height, width, draws = 240, 320, 20_000
+    places, sides = {}, {}
+    for _ in range(draws):
+        top, left, h, w = clips.multi_scale_crop(height, width)
+        assert 0 <= top <= height - h and 0 <= left <= width - w
+        sides[h, w] = sides.get((h, w), 0) + 1
+        if h < 200:  # a whole short side has no room: its places coincide
+            down, right = top // ((height - h) // 4), left // ((width - w) // 4)
+            assert (top, left) == (down * ((height - h) // 4), right * ((width - w) // 4))
+            places[down, right] = places.get((down, right), 0) + 1
+    lengths = [240, 210, 180, 158]
+    assert set(sides) == {(lengths[i], lengths[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1}
+    corners_and_sides = {(i, j) for i in (0, 2, 4) for j in (0, 2, 4)}
+    quarters = {(i, j) for i in (1, 3) for j in (1, 3)}
+    assert set(places) == corners_and_sides | quarters
+    for counts in (places, sides):
+        expected = sum(counts.values()) / len(counts)
+        assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
+
+
+def test_few_failures_are_said_and_none_where_all_fail(capsys):
+    class Some(clips.TrainingClips):
+        def sample(self, epoch, row, rng):
+            if row in bad:
+                raise VideoError(f"{row}: broken")
+            return {"row": row}
+
+    some = Some([], np.arange(20), seed=0)
+    bad = set(range(10))
+    assert [some[0, row]["failed"] for row in range(20)] == [*range(10), *[-1] * 10]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["skipped: 0: broken", "skipped: 1: broken", "skipped: 2: broken; further ones are only counted"]
+    bad = set(range(20))
+    some = Some([], np.arange(20), seed=0)
+    with pytest.raises(VideoError, match="^5: broken; and nine videos drawn in its place cannot be read either"):
+        some[0, 5]
+    assert capsys.readouterr().err == ""

@@ -49,7 +49,7 @@ def test_layer_wise_decay():
 def test_learning_rate_is_that_of_pretraining():
     import pretrain
     for step in (0, 3, 10, 50, 99):
-        assert finetune.learning_rate(step, 0.1, 10, 100, 1e-5) == pretrain.learning_rate(step, 0.1, 10, 100)
+        assert finetune.learning_rate(step, 0.1, 10, 100, 1e-5) == pretrain.learning_rate(step, 0.1, 10, 100, 1e-5)
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0), (0.8, 1.0)])
@@ -189,7 +189,7 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         tmp_path / "pre", "--mask", "tube")
     data = ("--data", world / "data/train.csv", "--val", world / "data/val.csv")
     out = run("finetune.py", *TINY, *data, "--checkpoint", tmp_path / "pre/checkpoint.pt", "--out", tmp_path / "ft", "--use", "best")
-    assert "unused norm.weight" in out and "block 2" in out and "24 videos, 0 unreadable, 2 x 1 views" in out
+    assert "encoder loaded; untrained: norm, head; not used: decoder, contrastive head, final norm" in out and "block 2" in out and "24 videos, 0 unreadable, 2 x 1 views" in out
     lines = log(tmp_path / "ft")
     assert [line["step"] for line in lines if "val_top1" in line] == [4, 8, 12]
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
@@ -265,15 +265,23 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")  # nothing left: it only tests
 
 
-def test_sigterm_saves_and_exits_0(world, tmp_path):
-    command = ["finetune.py", *TINY, "--epochs", 1000, "--log-every", 1, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+def start(*args, cwd):
+    """finetune.py in a process group of its own."""
+    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_ends_by_it(world, tmp_path, number):
+    process = start(*TINY, "--epochs", 1000, "--log-every", 1, "--data", world / "data/train.csv", "--val", world / "data/val.csv",
+                    "--out", tmp_path, cwd=tmp_path)
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM: saved" in out, errors
+    assert process.returncode == -number and f"{number.name}: saved" in out, errors
+    assert f"{number.name}: saving after this step" in errors
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == log(tmp_path)[-1]["step"]
 
 
@@ -287,7 +295,7 @@ def test_every_choice_trains(world, tmp_path, flags):
 
 
 def test_label_smoothing_reaches_the_loss(world, tmp_path):
-    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.02, "--views", 1, 1,
+    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.04, "--views", 1, 1,
              "--mixup", 0, "--cutmix", 0)
     for name, smoothing in (("hard", 0), ("soft", 0.5)):
         run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
@@ -298,7 +306,7 @@ def test_label_smoothing_reaches_the_loss(world, tmp_path):
 def test_it_learns(world, tmp_path):
     """The object of 32 videos by heart, from scratch."""
     data = ("--data", world / "data/train.csv", "--val", world / "data/train.csv", "--label-column", "object")
-    run("finetune.py", *TINY, *data, "--epochs", 30, "--blr", 0.02, "--layer-decay", 1, "--mixup", 0, "--cutmix", 0, "--rand-augment", 0, 0,
+    run("finetune.py", *TINY, *data, "--epochs", 40, "--blr", 0.08, "--layer-decay", 1, "--mixup", 0, "--cutmix", 0, "--rand-augment", 0, 0,
         "--erase", 0, "--crop-scale", 0.9, 1, "--repeat", 4, "--log-every", 60, "--out", tmp_path)
     assert json.loads((tmp_path / "test.json").read_text())["top1"] > 0.9
 
@@ -317,7 +325,7 @@ def test_others_checkpoints(world, tmp_path):
     assert (summary["videos"], summary["classes"], summary["top5"]) == (7, 3, 1.0)
     out = run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--checkpoint", tmp_path / "hf",
               "--max-steps", 1, "--out", tmp_path / "ft")
-    assert "missing head.weight" in out and "8 classes" in out
+    assert "hf: encoder loaded; untrained: head\n" in out and "8 classes" in out
 
 
 def test_bad_videos(copy):
@@ -344,3 +352,349 @@ def test_refusals_name_what_mends(copy):
     assert "none of its labels is among the classes grow" in run("finetune.py", *TINY, "--val", "data/other.csv", cwd=copy, fails=True)
     if not torch.cuda.is_available():
         assert "no GPU" in run("finetune.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
+
+
+# ---- VideoMAE's recipes
+
+
+def test_learning_rates_of_videomaes_recipes():
+    """What its scripts give, videos x lr / 256 falling to videos x min_lr / 256, from the flags of the docstring on eight GPUs."""
+    recipes = {  # flags -> (learning rate, floor)
+        "--accum 3 --epochs 75 --blr 5e-4 --views 5 3": (7.5e-4, 1.5e-6),
+        "--accum 4 --repeat 1 --epochs 100 --blr 1e-3": (2e-3, 2e-6),
+        "--accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3": (7.5e-4, 1.5e-6),
+        "--accum 4 --repeat 1 --epochs 50": (1e-3, 2e-6),
+        "--epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3": (2.5e-4, 5e-6),
+    }
+    for flags, (lr, floor) in recipes.items():
+        assert flags in finetune.__doc__
+        args = finetune.parse_args(flags.split())
+        videos = args.batch_size * args.accum * 8
+        assert args.blr * videos / 256 == pytest.approx(lr) and args.min_blr * videos / 256 == pytest.approx(floor)
+        steps = args.epochs * 100
+        rates = [finetune.learning_rate(step, lr, 500, steps, floor) for step in (0, 499, 500, steps - 1)]
+        assert rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)] and rates[-1] >= floor
+
+
+@pytest.mark.parametrize("repeat, accum", [(1, 1), (3, 1), (2, 2)])
+def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat, accum):
+    """0.032 x 8 x accum / 256, which falls to a floor of the same scale."""
+    out = run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--out", tmp_path, "--log-every", 1,
+              "--repeat", repeat, "--accum", accum, "--blr", 0.032, "--min-blr", 0.016, "--views", 1, 1)
+    rates = [line["lr"] for line in log(tmp_path) if "loss" in line]
+    steps = 12 // accum
+    lr, floor = 1e-3 * accum, 5e-4 * accum
+    last = floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (steps - 1 - steps // 3) / (steps - steps // 3)))
+    assert len(rates) == steps and max(rates) == pytest.approx(lr) and rates[-1] == pytest.approx(last)
+    assert f"lr           {lr:g} = 0.032 x {8 * accum} / 256, falls to {floor:g}" in out.replace("0.0005,", "0.0005,")
+    assert f"= {8 * accum * repeat} clips" in out
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0)])
+def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
+    """Eight videos of eight classes, two samples each: every target has two classes, and each sample keeps its own."""
+    torch.manual_seed(0)
+    clips = torch.arange(8.0).view(8, 1, 1, 1, 1, 1).expand(8, 2, 3, 2, 16, 16)
+    labels = torch.arange(8)[:, None].expand(8, 2)
+    mix = finetune.make_mix(mixup, cutmix, 8)
+    flat, own = finetune.flatten_repeats(clips), finetune.flatten_repeats(labels)
+    assert flat.shape == (16, 3, 2, 16, 16) and torch.equal(flat[:, 0, 0, 0, 0], own.float())
+    for _ in range(20):
+        mixed, targets = mix(flat.clone(), own)
+        share = targets[0, own[0]].item()
+        if 0.001 < share < 0.999:
+            assert ((targets > 0).sum(1) == 2).all()
+        seen = torch.stack([mixed.mean((1, 2, 3, 4)), targets @ torch.arange(8.0)])  # what is in the clip, and what the target says
+        assert torch.allclose(*seen, atol=1e-4)
+
+
+def test_a_run_mixes_different_videos(world, tmp_path, monkeypatch):
+    seen = []
+    entropy = finetune.F.cross_entropy
+    monkeypatch.setattr(finetune.F, "cross_entropy", lambda logits, target, **flags: seen.append(target) or entropy(logits, target, **flags))
+    lines = (world / "data/train.csv").read_text().splitlines()[1:9]
+    rows = [f"{world}/data/{line.split(',')[0]},{number}" for number, line in enumerate(lines)]
+    (tmp_path / "eight.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
+    run("finetune.py", *TINY, "--data", tmp_path / "eight.csv", "--val", tmp_path / "eight.csv", "--epochs", 6, "--mixup", 1, "--views", 1, 1,
+        "--out", tmp_path / "run")
+    mixed = [target for target in seen if 0.01 < target.max() < 0.99]
+    assert len(mixed) >= 3
+    for target in mixed:
+        assert target.shape == (16, 8) and ((target > 0).sum(1) == 2).all()
+
+
+def test_each_operation_of_rand_augment_comes_with_probability_one_half(world, monkeypatch):
+    """Of four: binomial, none in a sixteenth of the samples."""
+    counts = []
+    apply = finetune.v2.RandAugment._apply_image_or_video_transform
+
+    def counted(self, *args, **flags):
+        counts[-1] += 1
+        return apply(self, *args, **flags)
+    monkeypatch.setattr(finetune.v2.RandAugment, "_apply_image_or_video_transform", counted)
+    data = clips_of(world, "--erase", 0)
+    frames = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
+    for seed in range(1600):
+        counts.append(0)
+        data.augment(frames, seed)
+    found = np.bincount(counts, minlength=5)
+    expected = np.array([1, 4, 6, 4, 1]) * 100
+    assert len(found) == 5 and (np.abs(found - expected) < 4 * expected**0.5).all(), found
+
+
+def test_erasing_fills_in_noise_of_normalised_pixels(world):
+    """Mean 0 and deviation 1 after normalisation, but for what a byte cannot hold; the same in every frame."""
+    data = clips_of(world, "--erase", 1, "--rand-augment", 0, 0, "--crop-scale", 1, 1, "--no-flip")
+    frames = torch.full((4, 3, 64, 64), 7, dtype=torch.uint8)
+    noise, shares = [], []
+    for seed in range(300):
+        clip = data.augment(frames, seed)
+        assert clip.dtype == torch.uint8 and torch.equal(clip, clip[:, :1].expand_as(clip))
+        box = (clip[:, 0] != 7).any(0)
+        shares.append(box.float().mean().item())
+        noise.append(models.normalize(clip[None])[0, :, 0][:, box])
+    noise = torch.cat(noise, 1)                                                                  # [3, pixels]
+    assert noise.mean(1).abs().max() < 0.03 and ((noise.std(1) - 0.97).abs() < 0.05).all(), (noise.mean(1), noise.std(1))
+    assert 0.01 < min(shares) and max(shares) < 0.36 and np.mean(shares) == pytest.approx(0.175, abs=0.03)
+
+
+def test_dropout_before_the_head():
+    torch.manual_seed(0)
+    model = models.VideoViT("tiny", classes=4, head_dropout=0.5)
+    model.head.weight.data.normal_()
+    assert set(model.state_dict()) == set(models.VideoViT("tiny", classes=4).state_dict())
+    seen = []
+    model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    video = torch.randn(64, 3, 8, 32, 32)
+    model.train()
+    model(video)
+    model.eval()
+    model(video)
+    kept = seen[0] != 0
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.03) and torch.allclose(seen[0][kept], 2 * seen[1][kept])
+
+
+# ---- going on with a run
+
+
+def test_resumed_with_other_flags_it_is_refused(copy):
+    base = (*TINY, "--views", 1, 1, "--out", "run")
+    run("finetune.py", *base, "--max-steps", 5, cwd=copy)
+    before = (copy / "run/checkpoint.pt").read_bytes()
+
+    def refused(*flags):
+        line = run("finetune.py", *base, "--resume", "auto", *flags, cwd=copy, fails=True)
+        assert line.startswith("run/checkpoint.pt: another run: ") and "--resume none" in line
+        assert (copy / "run/checkpoint.pt").read_bytes() == before
+        return line
+    for flag, value, was in (("--blr", 0.01, 0.0005), ("--min-blr", 0.1, 1e-06), ("--layer-decay", 0.5, 0.75), ("--weight-decay", 0.1, 0.05),
+                             ("--seed", 7, 0), ("--warmup-epochs", 2, 1.0), ("--mixup", 0, 0.8), ("--repeat", 1, 2), ("--smoothing", 0, 0.1),
+                             ("--drop-path", 0, 0.2), ("--head-dropout", 0.5, 0.0), ("--clip-grad", 1, 0.0), ("--erase", 0, 0.25),
+                             ("--sampling", "uniform", "dense"), ("--stride", 1, 2), ("--label-column", "object", "label"),
+                             ("--epochs", 2, 3)):
+        line = refused(flag, value)
+        assert f"{flag} was {was}, is {type(was)(value)}" in line, line
+    assert "--flip was False, is True" in refused("--flip")
+    assert "was 8 videos a step, is 4" in refused("--batch-size", 4)
+    assert "was 8 videos a step, is 16" in refused("--accum", 2)
+    assert "another run: --blr" in run("finetune.py", *base, "--blr", 1, cwd=copy, fails=True)  # nor is resuming suggested
+    assert "--resume auto goes on" in run("finetune.py", *base, cwd=copy, fails=True)
+
+    csv_path = copy / "data/train.csv"
+    text = csv_path.read_text()
+    lines = text.splitlines()
+    first = lines[1].split(",")
+    other = next(line.split(",")[1] for line in lines[2:] if line.split(",")[1] != first[1])
+    csv_path.write_text("\n".join([lines[0], ",".join([first[0], other, *first[2:]]), *lines[2:]]) + "\n")
+    assert "--data has other videos or labels" in refused()
+    csv_path.write_text("\n".join(lines[:-1]) + "\n")
+    assert "--data has other videos or labels" in refused()
+    csv_path.write_text(text)
+    val = (copy / "data/val.csv").read_text()
+    (copy / "data/val.csv").write_text("\n".join(val.splitlines()[:-1]) + "\n")
+    assert "--val has other videos or labels" in refused()
+    (copy / "data/val.csv").write_text(val)
+    (copy / "other.csv").write_text(text.replace("videos/", f"{copy}/data/videos/"))
+    assert "--data was data/train.csv, is other.csv" in refused("--data", "other.csv")
+
+    run("finetune.py", *base, "--resume", "auto", "--epochs", 4, "--batch-size", 4, "--accum", 2, "--workers", 1, "--log-every", 1, "--views", 2, 1,
+        "--max-bad", 0.5, "--use", "best", cwd=copy)
+    assert log(copy / "run")[-1]["step"] == 16
+
+
+def test_two_ranks_go_on_with_a_run_of_one(copy):
+    flags = [*TINY, "--views", 1, 1, "--out", "run"]
+    run("finetune.py", *flags, "--max-steps", 3, cwd=copy)
+    flags[flags.index("--batch-size") + 1] = 4
+    run("finetune.py", *flags, "--resume", "auto", "--max-steps", 6, "--use", "best", cwd=copy, ranks=2)
+    assert log(copy / "run")[-1]["step"] == 6
+    flags[flags.index("--batch-size") + 1] = 8
+    assert "was 8 videos a step, is 16" in run("finetune.py", *flags, "--resume", "auto", "--accum", 2, cwd=copy, fails=True)
+
+
+def test_another_stages_checkpoint_is_refused(copy):
+    run("pretrain.py", "--size", "tiny", "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--out", "run", "--mask", "tube",
+        "--picture-every", 0, cwd=copy)
+    for resume in ((), ("--resume", "auto")):
+        assert "run/checkpoint.pt: no checkpoint of finetune.py" in run("finetune.py", *TINY, "--out", "run", *resume, cwd=copy, fails=True)
+
+
+def test_begun_again_and_killed_it_does_not_go_on_with_the_run_before(copy):
+    flags = (*TINY, "--views", 1, 1, "--out", "run")
+    run("finetune.py", *flags, cwd=copy)
+    before = weights(copy / "run/checkpoint.pt")
+    process = start(*flags, "--resume", "none", "--seed", 5, cwd=copy)
+    while not process.stdout.readline().startswith("lr "):
+        assert process.poll() is None
+    while not (copy / "run/checkpoint.old.pt").exists():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (copy / "run/checkpoint.pt").exists() and not (copy / "run/best.pt").exists()
+    kept = weights(copy / "run/checkpoint.old.pt")
+    assert all(torch.equal(kept[key], before[key]) for key in before)
+    assert "from step 0" in run("finetune.py", *flags, "--resume", "auto", "--seed", 5, "--max-steps", 1, cwd=copy)
+
+
+def test_a_finished_test_of_other_weights_is_taken_away(copy):
+    flags = (*TINY, "--views", 1, 1, "--out", "run")
+    run("finetune.py", *flags, "--max-steps", 1, cwd=copy)
+    assert (copy / "run/test.json").exists()
+    (copy / "data/bad.csv").write_text("path,label\nnone.mp4,spin\n")
+    line = run("finetune.py", *flags, "--max-steps", 2, "--resume", "auto", "--test", "data/bad.csv", cwd=copy, fails=True)
+    assert line.startswith("none of the 1 videos to be tested can be read: ") and "none.mp4" in line
+    assert not (copy / "run/test.json").exists()
+
+
+@pytest.mark.parametrize("when", ["validation", "test"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_validation_and_test_at_once(copy, when, number):
+    """A video that a pipe stands for is never read to its end. After that the run goes on as if nothing had been."""
+    flags = (*TINY, "--views", 1, 1, "--save-every", 1)
+    run("finetune.py", *flags, "--out", "whole", "--epochs", 2, cwd=copy)
+    (copy / "slow.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import evaluate, finetune
+from tgm.run import launch
+predict = evaluate.predict
+def slow(model, videos, classes, views, *others):
+    if {when!r} == "test" and sys._getframe(1).f_code.co_name == "validate":
+        return predict(model, videos, classes, views, *others)
+    print("begins", flush=True)
+    time.sleep(100)
+evaluate.predict = slow
+launch(finetune.main)
+""")
+    command = [sys.executable, str(copy / "slow.py"), *map(str, flags), "--out", "run", "--epochs", "2", "--resume", "auto"]
+    process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while process.stdout.readline() != "begins\n":
+        assert process.poll() is None
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -number, errors
+    assert f"{number.name}: ended: --resume auto " in errors and "Traceback" not in errors
+    assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == (4 if when == "validation" else 8)
+    assert not (copy / "run/test.json").exists()
+    run("finetune.py", *flags, "--out", "run", "--epochs", 2, "--resume", "auto", cwd=copy)
+    ran, whole = log(copy / "run"), log(copy / "whole")
+    assert [line["val_top1"] for line in ran if "val_top1" in line] == [line["val_top1"] for line in whole if "val_top1" in line]
+    assert [line["grad_norm"] for line in ran if "loss" in line] == [line["grad_norm"] for line in whole if "loss" in line]
+    assert (copy / "run/test.json").read_text() == (copy / "whole/test.json").read_text().replace("whole/", "run/")
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_best_of_several_ranks(copy, ranks):
+    """A slow disk: best.pt is there only after half a second. Every rank waits for it."""
+    (copy / "late.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import model, finetune
+from tgm.run import launch
+save = model.save_checkpoint
+def late(path, **content):
+    time.sleep(0.5)
+    save(path, **content)
+model.save_checkpoint = late
+launch(finetune.main)
+""")
+    flags = [*TINY, "--epochs", 1, "--use", "best", "--views", 1, 1, "--out", "run", "--batch-size", 8 // ranks]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *launcher, "late.py", *map(str, flags)], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and (copy / "run/test.json").exists(), done.stderr
+
+
+def test_bad_videos_are_counted_over_the_ranks(copy):
+    """Four of 32 are bad, two on each rank by chance of the order: 0.07 is less than four and more than two."""
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    for row in (1, 2, 3, 4):
+        lines[row] = f"gone{row}.mp4," + lines[row].split(",", 1)[1]
+    (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
+    flags = [*TINY, "--epochs", 3, "--views", 1, 1, "--log-every", 4, "--batch-size", 4]
+    assert "4 of 32 videos cannot be read, more than --max-bad 0.1" in run("finetune.py", *flags, "--max-bad", 0.1, "--out", "a", cwd=copy, fails=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(ROOT / "finetune.py"), *map(str, flags), "--max-bad", "0.1", "--out", "b"]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "4 of 32 videos cannot be read, more than --max-bad 0.1: gone" in done.stderr, done.stderr
+    # over many epochs each rank meets all of them, and they are four still
+    run("finetune.py", *flags, "--epochs", 6, "--max-bad", 0.125, "--out", "c", cwd=copy, ranks=2)
+    assert log(copy / "c")[-2]["skipped"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    (copy / "data/train.csv").write_text("\n".join([*lines[:1 + kept], *("gone/" + line for line in lines[1 + kept:])]) + "\n")
+    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, TINY), "--workers", str(workers)]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    *said, last = done.stderr.strip().splitlines()
+    assert "No such file" in last and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?" in last
+    assert len(said) <= 3 * max(1, workers) and all(line.startswith("skipped: ") for line in said)
+
+
+def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys):
+    lines = (copy / "data/val.csv").read_text().splitlines()
+    (copy / "data/val.csv").write_text("\n".join([*lines[:3], *("gone/" + line for line in lines[3:])]) + "\n")
+    import contextlib
+    args = finetune.parse_args(["--workers", "0"])
+    vars(args).update(frames=8, image_size=32, stride=2)
+    found = evaluate.predict(models.VideoViT("tiny", classes=4), read_manifest(copy / "data/val.csv"), 4, (1, 1), args, "cpu", contextlib.nullcontext())
+    assert found.isnan().any(1).sum() == 22
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("counted as wrong")]
+    assert len(said) == 4 and said[-1] == "counted as wrong: 19 more"
+
+
+@pytest.mark.parametrize("name", ["args.json", "log.jsonl", "per_class.csv", "test.json"])
+def test_a_full_disk_is_one_line_with_the_reason(copy, name):
+    (copy / "run").mkdir()
+    (copy / "run" / name).symlink_to("/dev/full")
+    if name == "test.json":  # of a run: it is taken away when training begins
+        run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)
+        flags = ("--test-only", "--checkpoint", "other/checkpoint.pt")
+    else:
+        flags = ("--max-steps", 1)
+    line = run("finetune.py", *TINY, *flags, "--out", "run", cwd=copy, fails=True)
+    assert line == f"run/{name}: cannot be written (No space left on device)"
+
+
+def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
+    for flags, said in (
+        (("--views", 0, 1), "--views: expected 1 to"), (("--rand-augment", 4, 31), "--rand-augment: expected 0 to 30, found 31"),
+        (("--smoothing", "nan"), "--smoothing: expected"), (("--layer-decay", -1), "--layer-decay: expected more than 0"),
+        (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"), (("--min-blr", -1), "--min-blr: expected 0 or more"),
+        (("--head-dropout", 2), "--head-dropout: expected"),
+    ):
+        assert said in run("finetune.py", *flags, cwd=copy, fails=True)
+    run("finetune.py", *TINY, "--rand-augment", 4, 30, "--max-steps", 1, "--views", 1, 1, cwd=copy)
+
+
+def test_the_banner_says_what_is_left_out_and_a_warm_up_without_end(copy):
+    out = run("finetune.py", *TINY, "--batch-size", 9, "--max-steps", 1, "--views", 1, 1, "--warmup-epochs", 3, "--out", "a", cwd=copy)
+    assert "the 5 videos of its incomplete last step are left out" in out and "--warmup-epochs 3 is no shorter than the run" in out
+    out = run("finetune.py", *TINY, "--max-steps", 1, "--views", 1, 1, "--out", "b", cwd=copy)
+    assert "left out" not in out and "warmup" not in out

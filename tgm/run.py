@@ -258,13 +258,14 @@ class Stopped(SystemExit):
 class StopSignal:
     """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: a run saves and ends, all ranks at the same
     step. The first signal is noted, and said at once; a second one ends the run without saving, and so do GRACE seconds without
-    progress. `at_once()`: nothing is left to save, so a signal ends the run immediately."""
+    progress. `at_once()`: nothing is left to save, so a signal ends the run immediately; `after_step()` takes that back."""
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None
         self._number = None
         self._immediately = False
         self._then = then
+        self._loss = ""
         self._group = None
         if ranks > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for the GPU
@@ -273,7 +274,10 @@ class StopSignal:
         signal.signal(signal.SIGALRM, self._give_up)
 
     def _note(self, number, _):
-        if self._immediately or self._number is not None:
+        if self._immediately:
+            os.write(2, f"\n{signal.Signals(number).name}: ended{self._loss}\n".encode())
+            raise Stopped(number)
+        if self._number is not None:
             raise Stopped(number)
         self._number = number
         self.name = signal.Signals(number).name
@@ -284,12 +288,18 @@ class StopSignal:
         os.write(2, f"{self.name}: no progress in {GRACE} seconds\n".encode())
         raise Stopped(self._number)
 
-    def at_once(self):
-        """From here on a signal ends the run immediately; so does one that was noted before."""
+    def at_once(self, loss=""):
+        """From here on a signal ends the run immediately; so does one that was noted before. loss: what is lost by that, for the
+        user."""
         self._immediately = True
+        self._loss = f": {loss}" if loss else ""
         signal.alarm(0)
         if self._number is not None:
             raise Stopped(self._number)
+
+    def after_step(self):
+        """From here on a signal is noted again, and the run asks `agreed`."""
+        self._immediately = False
 
     def agreed(self):
         """Whether any rank was told to stop by now; every rank must ask, once a step."""
