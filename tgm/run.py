@@ -27,6 +27,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -123,16 +125,46 @@ def torchrun_ranks():
 
 
 def join_ranks(backend, **options):
-    """dist.init_process_group for runs that torchrun may restart (--max-restarts).
+    """dist.init_process_group for runs that torchrun may restart (--max-restarts), on one node or several.
 
     Each attempt gets names of its own in torchrun's store, which outlives it: gloo would connect to the addresses of ranks
-    that are dead. Over several nodes the attempts are counted apart, so there this is left out.
+    that are dead. torchrun counts restarts for each node apart, so the ranks agree on a name themselves.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = dist.PrefixStore(attempt_name(store, rank, ranks), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
+
+
+def attempt_name(store, rank, ranks):
+    """A name that all ranks of this attempt share, and no earlier attempt had.
+
+    Rank 0 makes it, and answers the question of every other rank with it. A question that a dead rank left in the store is
+    answered too, but only a living rank confirms the answer; rank 0 waits for that.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(f"answer to {question}").decode()
+        store.set(f"{name} heard by {rank}", "yes")
+        return name
+    name = uuid.uuid4().hex
+    for other in range(1, ranks):
+        while not store.check([f"{name} heard by {other}"]):
+            if store.check([f"question of {other}"]):
+                question = store.get(f"question of {other}").decode()
+                store.set(f"answer to {question}", name)
+            time.sleep(0.01)
+    return name
+
+
+def wait_for_ranks():
+    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing."""
+    if not dist.is_initialized():
+        return
+    work = dist.barrier(async_op=True)
+    while not work.is_completed():
+        time.sleep(0.02)
+    work.wait()
 
 
 def choose_device(name, local_rank=0):
