@@ -158,13 +158,16 @@ def attempt_name(store, rank, ranks):
 
 
 def wait_for_ranks():
-    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing."""
+    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing. RunError if another rank has ended."""
     if not dist.is_initialized():
         return
-    work = dist.barrier(async_op=True)
-    while not work.is_completed():
-        time.sleep(0.02)
-    work.wait()
+    try:
+        work = dist.barrier(async_op=True)
+        while not work.is_completed():
+            time.sleep(0.02)
+        work.wait()
+    except RuntimeError:
+        raise RunError("another rank ended, for the reason that it gave: this one ends with it") from None
 
 
 def choose_device(name, local_rank=0):
