@@ -304,12 +304,12 @@ def is_held(path):
     return False
 
 
-def refuse_foreign(path, is_ours, flag="--out"):
+def refuse_foreign(path, is_ours, remedy="--out writes elsewhere"):
     """ManifestError if there is something at `path` that is_ours(path) does not know: it is not to be overwritten. An empty file may
     be. An OSError or an error of parsing in is_ours means no."""
     path = Path(path)
     if path.is_dir():
-        raise ManifestError(f"{path}: is a folder; {flag} takes a file to write")
+        raise ManifestError(f"{path}: is a folder, where a file is to be written ({remedy})")
     if not path.exists() or path.stat().st_size == 0:
         return
     try:
@@ -317,7 +317,7 @@ def refuse_foreign(path, is_ours, flag="--out"):
     except (OSError, ValueError, EOFError, SyntaxError):
         ours = False
     if not ours:
-        raise ManifestError(f"{path}: is there, and is none of the files that this command writes: not overwritten ({flag} writes elsewhere)")
+        raise ManifestError(f"{path}: is there, and is none of the files that this command writes: not overwritten ({remedy})")
 
 
 def is_about(path):
@@ -334,10 +334,10 @@ def is_array(path):
     return np.lib.format.open_memmap(path, mode="r").dtype.kind == "f"  # never unpickles
 
 
-def refuse_foreign_array(path, flag="--out"):
+def refuse_foreign_array(path):
     """ManifestError if `path` or the .json beside it is there and is not an array's of ours."""
-    refuse_foreign(path, is_array, flag)
-    refuse_foreign(path.with_suffix(".json"), is_about, flag)
+    refuse_foreign(path, is_array)
+    refuse_foreign(path.with_suffix(".json"), is_about)
 
 
 def write_about(path, about):

@@ -116,7 +116,7 @@ def test_a_file_is_one_process_to_write(tmp_path):
     assert first.stdout.readline() == "held\n" and M.is_held(path) and not M.is_held(tmp_path / "y.npy")
     second = begin()
     assert second.wait(30) == 1 and "x.npy: another process is writing it" in second.stderr.read()
-    with pytest.raises(SystemExit, match="another process is writing it"):
+    with pytest.raises(M.ManifestError, match="another process is writing it"):
         M.hold(path)
     first.send_signal(signal.SIGKILL)
     first.wait()

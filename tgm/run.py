@@ -20,6 +20,7 @@
 
 import argparse
 import atexit
+import errno
 import functools
 import json
 import math
@@ -223,16 +224,23 @@ def patient(loader):
     except RuntimeError as error:
         reason = str(error)
         if "shared memory" in reason or "shm" in reason or "Bus error" in reason:
-            raise RunError(
-                "a decoding process found no room in shared memory (/dev/shm): give the container more "
-                "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
-            ) from None
+            raise RunError(NO_SHARED_MEMORY) from None
         if "DataLoader" in reason and ("killed" in reason or "exited" in reason or "timed out" in reason):
             raise RunError(
                 f"a decoding process ended: {reason.splitlines()[0]} (out of memory? lower --workers or --batch-size; "
                 "--workers 0 decodes in the run itself and shows where)"
             ) from None
         raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # not even room for the locks of the workers' queues
+            raise RunError(NO_SHARED_MEMORY) from None
+        raise
+
+
+NO_SHARED_MEMORY = (
+    "a decoding process found no room in shared memory (/dev/shm): give the container more "
+    "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
+)
 
 
 def ignore_signals(_):
@@ -251,7 +259,10 @@ def make_loader(dataset, batch_size, workers, **options):
 @atexit.register
 def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
+    for worker in workers:
         worker.kill()
 
 
