@@ -19,6 +19,7 @@ its own; when all are done rank 0 joins them. Where rows were added at the manif
 SIGTERM and Ctrl-C end it by that signal after the batch in hand. Captions of other rows, times, models or videos (manifest.py
 says how replaced videos are noticed) are refused, with the command that remakes them.
 """
+import contextlib
 import datetime
 import json
 import sys
@@ -161,7 +162,8 @@ def write_joined(out, entries, videos):
         temporary.write_text("".join(json.dumps(entries[video.row]) + "\n" for video in videos), encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"{out}: cannot be written ({error.strerror}): what it would hold is in {out.name}.part-*") from None
     for path in part_files(out):
         path.unlink()

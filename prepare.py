@@ -19,7 +19,7 @@ import io
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
@@ -119,11 +119,18 @@ def reencode(job):
     return None
 
 
-def in_processes(function, jobs, workers, title, chunk):
-    """Yields function(job) for each job, in order. A signal ends the workers at once, whatever they do."""
+def in_processes(function, jobs, workers, title):
+    """Yields function(job) for each job, in order. A signal or an error ends the workers at once, whatever they do."""
+    ahead = 100 * workers  # jobs given out before the first of them must be done
     with ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(None,)) as pool:
         try:
-            yield from tqdm(pool.map(function, jobs, chunksize=chunk), title, len(jobs), unit="file")
+            waiting = deque()
+            given = 0
+            for _ in tqdm(jobs, title, unit="file"):
+                while given < len(jobs) and len(waiting) < ahead:
+                    waiting.append(pool.submit(function, jobs[given]))
+                    given += 1
+                yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunError(
                 f"{title}: a process ended in the midst of a file (out of memory? lower --workers; --workers 1 shows which file)"
@@ -136,7 +143,7 @@ def in_processes(function, jobs, workers, title, chunk):
 def check(args, videos, report):
     """Probes every file of a manifest once, prints what they are, writes the csv `report`; returns the rows that cannot be used."""
     paths = list(dict.fromkeys(video.path for video in videos))
-    found = dict(zip(paths, in_processes(probe, paths, args.workers, "checking", chunk=4)))
+    found = dict(zip(paths, in_processes(probe, paths, args.workers, "checking")))
     clip = args.frames * args.stride
     problems = []
     seconds = []
@@ -250,7 +257,7 @@ def reencode_all(args, videos):
     refuse_foreign(copied, lambda path: is_copy(path, args.manifest, rows), "--reencode names another folder")
     errors = []
     try:
-        for error in in_processes(reencode, jobs, args.workers, "re-encoding", chunk=1):
+        for error in in_processes(reencode, jobs, args.workers, "re-encoding"):
             if error is not None:
                 errors.append(error)
     except BaseException:

@@ -174,8 +174,8 @@ def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
         time.sleep(0.05)
     os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors, errors
-    assert f"{number.name}: stopped; run it again to go on" in out or "of 32 videos tried: run it again" in out
+    assert process.returncode == -number and "Traceback" not in errors, errors
+    assert "run it again" not in out and f"{number.name}: ending after this batch; once more ends at once" in errors
 
 
 # ---- files that carry code
