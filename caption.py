@@ -16,7 +16,10 @@ remote code is run. With `--labels` the caption is the label itself, once (a cla
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
 its own; when all are done rank 0 joins them. Where rows were added at the manifest's end, `--extend` describes those alone.
+SIGTERM and Ctrl-C end it by that signal after the batch in hand. Captions of other rows, times, models or videos (manifest.py
+says how replaced videos are noticed) are refused, with the command that remakes them.
 """
+import contextlib
 import datetime
 import json
 import sys
@@ -27,15 +30,32 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from manifest import ManifestError, companion, grown_from, hold, manifest_hash, read_manifest
+from manifest import (
+    ManifestError,
+    changed_rows,
+    companion,
+    describe_change,
+    grown_from,
+    hold,
+    is_about,
+    manifest_hash,
+    read_about,
+    read_manifest,
+    refuse_foreign,
+    renewed_sizes,
+    require_files,
+    write_about,
+)
 from tgm.run import (
     Parser,
+    RunError,
     StopSignal,
     choose_device,
     device_name,
     frame_count,
     join_ranks,
     launch,
+    make_folder,
     make_loader,
     not_negative,
     one_line_errors,
@@ -43,6 +63,7 @@ from tgm.run import (
     patient,
     positive_int,
     torchrun_ranks,
+    wait_for_ranks,
     worker_count,
 )
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
@@ -93,24 +114,42 @@ def describe(model, processor, items, device, dtype, beams, max_tokens):
     return [texts[i * each:(i + 1) * each] for i in range(len(items))]
 
 
-def read_entries(out, videos):
-    """What the joined file and the parts beside it hold, {row: object}; a line that a kill cut off is dropped, and a caption
-    of any attempt wins over a failure."""
-    entries = {}
+def part_files(out):
+    return sorted(out.parent.glob(out.name + ".part-*"))
+
+
+def read_lines(out):
+    """What the joined file and the parts beside it hold: (row, object) of every line, but not of one that a kill cut off."""
     for path in (out, *part_files(out)):
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+        if not path.exists():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
             row = entry.pop("row", number)  # only the parts say it: line i of the joined file is row i
-            if row < len(videos) and entry["path"] == videos[row].name and (entry["captions"] or row not in entries):
-                entries[row] = entry
+            yield row, entry
+
+
+def read_entries(out, videos):
+    """The objects of `read_lines` that are of this manifest, {row: object}; a caption of any attempt wins over a failure."""
+    entries = {}
+    for row, entry in read_lines(out):
+        if row >= len(videos) or entry["path"] != videos[row].name:
+            continue
+        if entry["captions"] or row not in entries:
+            entries[row] = entry
     return entries
 
 
-def part_files(out):
-    return sorted(out.parent.glob(out.name + ".part-*"))
+def append(path, text):
+    """Adds text to the end of a file. RunError, with the reason, if that cannot be."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}): the captions up to here are kept") from None
 
 
 def write_joined(out, entries, videos):
@@ -119,13 +158,18 @@ def write_joined(out, entries, videos):
         print(f"{len(entries)} of {len(videos)} videos tried: run it again to go on")
         return
     temporary = out.with_name(out.name + ".new")
-    temporary.write_text("".join(json.dumps(entries[video.row]) + "\n" for video in videos))
-    temporary.replace(out)
+    try:
+        temporary.write_text("".join(json.dumps(entries[video.row]) + "\n" for video in videos), encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunError(f"{out}: cannot be written ({error.strerror}): what it would hold is in {out.name}.part-*") from None
     for path in part_files(out):
         path.unlink()
     failed = sum(not entry["captions"] for entry in entries.values())
     if failed == len(videos):
-        sys.exit(f"{out}: none of the videos could be captioned; the reasons are in it")
+        raise RunError(f"{out}: none of the videos could be captioned; the reasons are in it")
     print(f"{out}: {len(videos) - failed} videos captioned, {failed} failed")
 
 
@@ -136,10 +180,10 @@ def label_captions(videos, classes):
         text = video.label
         if classes is not None and text is not None:
             if not text.isdigit() or int(text) >= len(classes):
-                sys.exit(f"{video.name}: label {text!r} is not a line of --classes, 0 to {len(classes) - 1}")
+                raise RunError(f"{video.name}: label {text!r} is not a line of --classes, 0 to {len(classes) - 1}")
             text = classes[int(text)]
         if not text:
-            sys.exit(f"{video.name}: has no label to use as its caption (--label-column picks another column)")
+            raise RunError(f"{video.name}: has no label to use as its caption (--label-column picks another column)")
         entries[video.row] = {"path": video.name, "captions": [text]}
     return entries
 
@@ -195,8 +239,7 @@ def main(argv=None):
         about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
     if rank == 0:
         prepare(out, about, args, videos)
-    if ranks > 1:
-        dist.barrier()
+    wait_for_ranks()
 
     if args.labels:
         classes = Path(args.classes).read_text().splitlines() if args.classes else None
@@ -204,54 +247,91 @@ def main(argv=None):
             write_joined(out, label_captions(videos, classes), videos)
         return
     done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
+    wait_for_ranks()  # until all have read: what one of them writes would change the others' parts
     mine = part_of_rank([video for video in videos if video.row not in done], rank, ranks)
     if mine:
         model, processor = load_model(args.model, device, dtype)
         if rank == 0:
             print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
         stop = StopSignal(then="ending after this batch")
+        part = Path(f"{out}.part-{rank}")
+        append(part, "\n")  # ends the line that a kill may have cut off
         frames = KeyFrames(mine, args.frames, processor, args.prompt, args.video_timeout)
         loader = make_loader(frames, args.batch_size, args.workers)
-        with open(f"{out}.part-{rank}", "a") as file, tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
-            file.write("\n")  # ends the line that a kill may have cut off
-            for step, items in enumerate(patient(loader)):
-                if step == args.max_steps or stop.name:
-                    break
+        with tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
+            for step, items in enumerate(patient(loader), 1):
                 good = [item for item in items if item[2] is None]
                 texts = iter(describe(model, processor, good, device, dtype, args.beams, args.max_tokens) if good else ())
+                lines = []
                 for video, _, error in items:
                     entry = {"captions": [], "error": error} if error else {"captions": next(texts)}
-                    file.write(json.dumps({"row": video.row, "path": video.name, **entry}) + "\n")
-                file.flush()
+                    lines.append(json.dumps({"row": video.row, "path": video.name, **entry}) + "\n")
+                append(part, "".join(lines))
                 bar.update(len(items))
-    if ranks > 1:
-        dist.barrier()
+                if step == args.max_steps or stop.name:
+                    break
+        if stop.name:  # every rank that is told ends for itself: its captions are on the disk
+            print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
+            stop.end()
+        stop.at_once()
+    wait_for_ranks()
     if rank == 0:
         write_joined(out, read_entries(out, videos), videos)
     if ranks > 1:
         dist.destroy_process_group()
 
 
+def is_captions(path):
+    """Whether this is a file of captions, by its first line."""
+    with open(path, encoding="utf-8") as file:
+        entry = json.loads(file.readline(1 << 20))
+    return isinstance(entry, dict) and "captions" in entry
+
+
 def prepare(out, about, args, videos):
-    """Refuses to go on with captions of another manifest or model; with --resume none, removes what there is."""
+    """Before any work: refuses to overwrite what is not ours, and to go on with captions of another manifest or model, or of
+    videos that were replaced since; with --resume none, or where there is no caption yet, removes what there is."""
     path = out.with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if path == out:
+        raise RunError(f"--out {out}: expected a name that ends in .jsonl, as {path.name} holds what made the captions")
+    if not args.labels:
+        require_files(videos, args.data)
+    make_folder(out.parent)
+    refuse_foreign(out, is_captions)
+    refuse_foreign(path, is_about)
     hold(out)
-    if args.resume == "none" or args.labels:
-        for old in (out, *part_files(out)):
-            old.unlink(missing_ok=True)
-    elif path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            old = None
-        count = grown_from(videos, old)
-        if count and not args.extend:
-            sys.exit(f"{out}: has the first {count} of {len(videos)} rows of the manifest: --extend describes the rest")
-        if old != about | ({key: old[key] for key in ("manifest", "videos")} if count else {}):
-            sys.exit(f"{path}: these captions are of another manifest or model; remake them with: "
-                     f"python caption.py {args.data} --resume none (and the flags you want)")
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    old = read_about(path) or {}
+    if args.resume == "none" or args.labels or not any(entry["captions"] for _, entry in read_lines(out)):
+        old = {}
+        for file in (out, *part_files(out)):
+            file.unlink(missing_ok=True)
+    elif old:
+        refuse_other_captions(out, old, about, args, videos)
+    if not args.labels:  # labels are the manifest's, whatever the videos are
+        about = about | {"files": renewed_sizes(videos, old)}
+    write_about(path, about)
+
+
+def refuse_other_captions(out, old, about, args, videos):
+    """RunError unless captions that were begun under `old`, the .json beside them, may be gone on with under `about`."""
+    remedy = f"python caption.py {args.data} --resume none (and the flags you want)"
+    count = grown_from(videos, old)
+    if count and not args.extend:
+        raise RunError(f"{out}: has the first {count} of {len(videos)} rows of the manifest: --extend describes the rest")
+    of_rows = ("manifest", "videos") if count else ()
+    keys = (old.keys() | about.keys()) - {"files", *of_rows}
+    different = sorted(key for key in keys if old.get(key) != about.get(key))
+    if different:
+        raise RunError(
+            f"{out}: these captions are of another manifest or model (another {', '.join(different)}); remake them with: {remedy}"
+        )
+    entries = read_entries(out, videos)
+    stale = {}
+    for row, sizes in changed_rows(videos, old).items():
+        if row in entries and entries[row]["captions"]:
+            stale[row] = sizes
+    if stale:
+        raise RunError(f"{out}: {describe_change(videos, stale)}; remake the captions with: {remedy}")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,22 @@ of ours.
 
 Arrays are memory-mapped .npy files pre-filled with NaN; a row that stays NaN is a video that failed. The .json beside each holds what
 made it and a hash of the manifest's rows, so that a stale file is refused. Who writes a file holds its lock (FILE.lock) meanwhile.
+
+Videos that were replaced under the same names are noticed by their sizes: the .json holds those of 100 files, evenly spaced over the
+rows, and whoever opens the array compares them. All files replaced are noticed for certain, 5 % of them with a probability of 0.99,
+1 % with 0.63, and a single one in a large manifest hardly ever; a manifest of up to 100 rows is compared whole. The size of every
+file would double what hashing a million rows costs on a local disk (4 seconds more for each rank of each stage, measured) and take a
+round trip to the server for each file on a network disk. The time of last change is left out: copies to another machine change it.
+It does not matter where files lie (--root): the same files elsewhere are the same videos, and others of the same names are not.
 """
 import atexit
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +34,7 @@ import numpy as np
 
 
 HELD = []  # open lock files of this process
+SAMPLE = 100  # files whose sizes tell whether the videos are still those an array was made of
 
 
 class ManifestError(Exception):
@@ -53,6 +61,11 @@ class Videos(Sequence):
         self._at = np.cumsum([0, *map(len, names)])                          # row i's name is text[at[i]:at[i + 1]]
         self._labels = np.array([number[label] for label in labels], np.int32)
         self._starts, self._ends = np.array(starts, float), np.array(ends, float)  # None becomes NaN
+
+    @property
+    def folder(self):
+        """Where relative paths start."""
+        return self._folder
 
     def __len__(self):
         return len(self._labels)
@@ -161,6 +174,78 @@ def manifest_hash(videos):
     return digest.hexdigest()[:16]
 
 
+def sampled_rows(count):
+    """Up to SAMPLE of the rows 0 to count - 1, evenly spaced, the first and the last among them."""
+    if count <= SAMPLE:
+        return list(range(count))
+    return np.linspace(0, count - 1, SAMPLE).round().astype(int).tolist()
+
+
+def file_sizes(videos):
+    """The sizes in bytes of the files of `sampled_rows`, None for a missing one: together with `manifest_hash` they identify videos,
+    also those of two folders (--root) with the same names."""
+    return [file_size(videos[row].path) for row in sampled_rows(len(videos))]
+
+
+def file_size(path):
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def changed_rows(videos, about):
+    """The rows whose file has another size than when the file was made whose .json is `about`: {row: (size then, size now)}. Only
+    sampled rows are looked at; a file that was or is missing has not changed."""
+    changed = {}
+    for row, then in zip(sampled_rows(about.get("videos", 0)), about.get("files", ())):
+        if then is None or row >= len(videos):
+            continue
+        now = file_size(videos[row].path)
+        if now is not None and now != then:
+            changed[row] = (then, now)
+    return changed
+
+
+def renewed_sizes(videos, about):
+    """`file_sizes` for going on with what was begun under `about`: files that are missing now keep the size that they had."""
+    sizes = file_sizes(videos)
+    if about.get("videos") == len(videos) and len(about.get("files", ())) == len(sizes):
+        return [then if now is None else now for then, now in zip(about["files"], sizes)]
+    return sizes
+
+
+def describe_change(videos, changed):
+    """For messages: what `changed_rows` found."""
+    row, (then, now) = next(iter(changed.items()))
+    return f"videos have changed since it was made: {videos[row].path} had {then} bytes, and has {now}"
+
+
+def require_files(videos, manifest):
+    """ManifestError if none of up to SAMPLE rows, evenly spaced, has a file: then the folder is wrong, not the files."""
+    rows = sampled_rows(len(videos))
+    if any(os.path.exists(videos[row].path) for row in rows):
+        return
+    tried = f"{manifest}: none of its {len(videos)} videos is there"
+    if len(rows) < len(videos):
+        tried = f"{manifest}: none of {len(rows)} of its {len(videos)} videos is there"
+    name = videos[0].name
+    if os.path.isabs(name):
+        raise ManifestError(f"{tried}, the first being {name}: correct the paths in the manifest")
+    folder = os.path.abspath(videos.folder)
+    raise ManifestError(f"{tried}: searched {folder} for {name} and so on; --root FOLDER sets where relative paths start")
+
+
+def shared_rows(a, b):
+    """How many rows of the manifest `b` have the file and the times of a row of `a`, as when one is trained on and tested on both."""
+    of_a = {place_and_time(video) for video in a}
+    return sum(place_and_time(video) in of_a for video in b)
+
+
+def place_and_time(video):
+    return os.path.abspath(video.path), video.start, video.end
+
+
 def grown_from(videos, about):
     """Of how many rows a file was made whose .json is `about`, if rows were added at the manifest's end since; else 0."""
     count = about.get("videos", 0) if isinstance(about, dict) else 0
@@ -183,7 +268,7 @@ def companion(manifest, kind):
 
 def hold(path):
     """Keeps other processes from writing `path` until `release` or until this one ends, however it ends: by a lock on PATH.lock, a
-    file that is removed then. Exits with one line if another process has it. Where locks do not work, nothing is locked."""
+    file that is removed then. ManifestError if another process has it. Where locks do not work, nothing is locked."""
     lock = os.path.abspath(f"{path}.lock")
     try:
         while fcntl:
@@ -193,7 +278,7 @@ def hold(path):
                 HELD.append(file)
                 return
     except BlockingIOError:
-        sys.exit(f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)")
+        raise ManifestError(f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)") from None
     except OSError:  # a file system without locks
         pass
 
@@ -219,12 +304,62 @@ def is_held(path):
     return False
 
 
+def refuse_foreign(path, is_ours, remedy="--out writes elsewhere"):
+    """ManifestError if there is something at `path` that is_ours(path) does not know: it is not to be overwritten. An empty file may
+    be. An OSError or an error of parsing in is_ours means no."""
+    path = Path(path)
+    if path.is_dir():
+        raise ManifestError(f"{path}: is a folder, where a file is to be written ({remedy})")
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        ours = is_ours(path)
+    except (OSError, ValueError, EOFError, SyntaxError):
+        ours = False
+    if not ours:
+        raise ManifestError(f"{path}: is there, and is none of the files that this command writes: not overwritten ({remedy})")
+
+
+def is_about(path):
+    """Whether this is a .json that tells what an array or captions were made of."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(about, dict) and "manifest" in about
+
+
+def is_array(path):
+    """Whether this is an array as `create_array` makes it, going by its .json or, as a kill may have left it without one, its header."""
+    with contextlib.suppress(OSError, ValueError):
+        if is_about(path.with_suffix(".json")):
+            return True
+    return np.lib.format.open_memmap(path, mode="r").dtype.kind == "f"  # never unpickles
+
+
+def refuse_foreign_array(path):
+    """ManifestError if `path` or the .json beside it is there and is not an array's of ours."""
+    refuse_foreign(path, is_array)
+    refuse_foreign(path.with_suffix(".json"), is_about)
+
+
+def write_about(path, about):
+    """Writes a .json, one entry a line, aside and renamed."""
+    aside = path.with_name(path.name + ".new")
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
+    try:
+        aside.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def open_array(path, videos, remedy, **expect):
     """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the .json beside it).
 
     Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
     floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
-    other settings (`expect`: values the .json must hold, such as captions=hash). And, while another process writes it.
+    other settings (`expect`: values the .json must hold, such as captions=hash); of videos that were replaced since
+    (`changed_rows`). And, while another process writes it. `describe_gaps` says how many rows are made.
     """
     path = Path(path)
 
@@ -243,7 +378,7 @@ def open_array(path, videos, remedy, **expect):
     if is_held(path):
         raise ManifestError(f"{path}: another process is writing it: wait for its end")
     if count := grown_from(videos, meta):
-        fail(f"has the first {count} of {len(videos)} rows of the manifest", " && ".join(f"{part} --extend" for part in remedy.split(" && ")))
+        fail(f"has the first {count} of {len(videos)} rows of the manifest", again(remedy, "--extend"))
     if meta.get("manifest") != manifest_hash(videos):
         fail("is of another manifest")
     if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
@@ -251,76 +386,135 @@ def open_array(path, videos, remedy, **expect):
     for key, value in {"shape": list(array.shape), **expect}.items():
         if meta.get(key) != json.loads(json.dumps(value)):
             fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
+    if changed := {row: sizes for row, sizes in changed_rows(videos, meta).items() if filled(array[row:row + 1])[0]}:
+        fail(describe_change(videos, changed), again(remedy, "--resume none"))
     return array, meta
+
+
+def again(remedy, flag):
+    """A remedy's commands, each with one flag more."""
+    return " && ".join(f"{command} {flag}" for command in remedy.split(" && "))
+
+
+def describe_gaps(path, there):
+    """A line to print for an array of which some rows are not made, else "". there: `filled(array)`, bool [N]."""
+    made = int(np.sum(there))
+    if made == len(there):
+        return ""
+    return f"{path}: {made} of {len(there)} rows are made; the rest failed or are still to do, and are left out"
 
 
 def read_captions(path, videos, remedy):
     """The captions that caption.py wrote: a list of strings for each row, empty where it failed. ManifestError, ending in
-    "make it with: {remedy}", where the file is missing, damaged, or of another manifest."""
+    "make it with: {remedy}", where the file is missing, damaged, of another manifest, or of videos that were replaced since.
+
+    Paths are compared row by row; start and end through the hash in the .json beside it, and replaced videos through the sizes
+    there. Captions of other origin may lack the .json: then paths have to do."""
+    path = Path(path)
+
+    def fail(reason, remedy=remedy):
+        raise ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split())) from None
+
     try:
-        entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         captions = [[str(text) for text in entry["captions"]] for entry in entries]
-        same = [entry["path"] for entry in entries] == [video.name for video in videos]
+        names = [entry["path"] for entry in entries]
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}); make it with: {remedy}") from None
+        fail(f"cannot be read ({error.strerror})")
     except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path}: is damaged ({error}); make it with: {remedy}") from None
-    if not same:
-        if [entry["path"] for entry in entries] == [video.name for video in videos[:len(entries)]]:
-            raise ManifestError(f"{path}: has the first {len(entries)} of {len(videos)} rows of the manifest; make it with: {remedy} --extend")
-        raise ManifestError(f"{path}: is of another manifest; make it with: {remedy} --resume none")
+        fail(f"is damaged ({error})")
+    if names != [video.name for video in videos]:
+        if names == [video.name for video in videos[:len(entries)]]:
+            fail(f"has the first {len(entries)} of {len(videos)} rows of the manifest", again(remedy, "--extend"))
+        fail("is of another manifest", again(remedy, "--resume none"))
+    about = read_about(path.with_suffix(".json"))
+    if about is None:
+        return captions
+    if about.get("manifest") != manifest_hash(videos):
+        fail("is of another manifest (other start or end)", again(remedy, "--resume none"))
+    if changed := {row: sizes for row, sizes in changed_rows(videos, about).items() if captions[row]}:
+        fail(describe_change(videos, changed), again(remedy, "--resume none"))
     return captions
 
 
+def read_about(path):
+    """What a .json of ours says, as a dict; None if it is missing, damaged or no dict."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) else None
+
+
 def create_array(path, shape, dtype, about, head=None):
-    """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape to the .json beside it. Exits
-    with one line if that is impossible, such as on a full disk: all its space is taken now, and none when rows are filled in."""
-    about_path, aside = path.with_suffix(".json"), path.with_name(path.name + ".new")
+    """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape to the .json beside it.
+    ManifestError if that is impossible, such as on a full disk: all its space is taken now, and none when rows are filled in."""
+    about_path = path.with_suffix(".json")
+    aside = path.with_name(path.name + ".new")
+    kept = 0 if head is None else len(head)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)})
-            for start in range(0, 0 if head is None else len(head), 4096):
+            for start in range(0, kept, 4096):
                 file.write(head[start:start + 4096].tobytes())
             empty = np.full(shape[1:], np.nan, dtype).tobytes()
-            for start in range(0 if head is None else len(head), shape[0], 4096):
+            for start in range(kept, shape[0], 4096):
                 file.write(empty * min(4096, shape[0] - start))
         if head is None:
             about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
         aside.replace(path)
-        about_path.write_text(json.dumps(about | {"shape": list(shape)}, indent=1) + "\n")
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        sys.exit(f"{path}: cannot be written ({error.strerror})")
+        with contextlib.suppress(OSError):  # on a read-only disk this fails as well
+            aside.unlink(missing_ok=True)
+        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+    write_about(about_path, about | {"shape": list(shape)})
 
 
 def create_or_resume(path, videos, shape, about, resume, rank, barrier):
-    """The float16 array [len(videos), *shape] at `path`, filled with NaN where it is new, writable, mapped, held by rank 0; `about`
-    and a hash of the manifest land in the .json beside it.
+    """The float16 array [len(videos), *shape] at `path`, filled with NaN where it is new, writable, mapped, held by rank 0; `about`,
+    a hash of the manifest and the sizes of some files land in the .json beside it.
 
-    An array that is there must carry the same `about`, else this exits with the command that remakes it. resume: "none" starts
-    anew; "auto" goes on; "extend" also takes an array of the manifest's first rows, and adds the rest. An entry of `about` may be
-    a function of the number of rows, to tell what it was for fewer."""
-    at = lambda count: ({"manifest": manifest_hash(videos[:count]), "videos": count}
-                        | {key: value(count) if callable(value) else value for key, value in about.items()} | {"shape": [count, *shape]})
+    An array that is there must carry the same `about`, and no row of it may be of a video that was replaced since, else a
+    ManifestError names the command that remakes it. resume: "none" starts again; "auto" goes on; "extend" also takes an array of
+    the manifest's first rows, and adds the rest. An entry of `about` may be a function of the number of rows, to tell what it was
+    for fewer."""
     if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hold(path)
-        try:
-            old = json.loads(path.with_suffix(".json").read_text()) if resume != "none" and path.exists() else None
-        except (OSError, ValueError):
-            old = None
-        count = grown_from(videos, old)
-        if count and resume != "extend":
-            sys.exit(f"{path}: has the first {count} of {len(videos)} rows of the manifest: --extend computes the rest")
-        if old is not None:
-            expected = at(count or len(videos))
-            if changed := [key for key in expected if not isinstance(old, dict) or old.get(key) != expected[key]]:
-                sys.exit(f"{path}: made with another {', '.join(changed)}; --resume none remakes it")
-        if count or old is None:
-            create_array(path, (len(videos), *shape), np.float16, at(len(videos)), open_rows(path)[:count] if count else None)
+        create_or_check(path, videos, shape, about, resume)
     barrier()
     return open_rows(path)
+
+
+def create_or_check(path, videos, shape, about, resume):
+    """`create_or_resume`, the part of rank 0."""
+
+    def about_first(count):
+        values = {key: value(count) if callable(value) else value for key, value in about.items()}
+        return {"manifest": manifest_hash(videos[:count]), "videos": count} | values | {"shape": [count, *shape]}
+
+    def write(head):
+        create_array(path, (len(videos), *shape), np.float16, about_first(len(videos)) | {"files": file_sizes(videos)}, head)
+
+    refuse_foreign_array(path)
+    hold(path)
+    old = read_about(path.with_suffix(".json")) if resume != "none" and path.exists() else None
+    if old is None:
+        return write(None)
+    count = grown_from(videos, old)
+    if count and resume != "extend":
+        raise ManifestError(f"{path}: has the first {count} of {len(videos)} rows of the manifest: --extend computes the rest")
+    expected = about_first(count or len(videos))
+    if different := [key for key in expected if old.get(key) != expected[key]]:
+        raise ManifestError(f"{path}: made with another {', '.join(different)}; --resume none remakes it")
+    array = open_rows(path)
+    changed = changed_rows(videos, old)
+    if stale := {row: sizes for row, sizes in changed.items() if filled(array[row:row + 1])[0]}:
+        raise ManifestError(f"{path}: {describe_change(videos, stale)}; --resume none remakes it")
+    if count:
+        return write(array[:count])
+    files = renewed_sizes(videos, old)
+    if old.get("files") != files:  # files that were missing or broken when they were tried have been put in
+        write_about(path.with_suffix(".json"), old | {"files": files})
 
 
 def fill(array, row, value):
@@ -335,8 +529,10 @@ def filled(array):
 
 
 def open_rows(path):
-    """An array of ours, mapped, to fill rows in; exits with one line if it is damaged."""
+    """An array of ours, mapped, to fill rows in; ManifestError if it is damaged or cannot be written to."""
     try:
         return np.load(path, mmap_mode="r+", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        sys.exit(f"{path}: cannot be read ({error}); --resume none remakes it")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be opened to write ({error.strerror})") from None
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ManifestError(f"{path}: cannot be read ({error}); --resume none remakes it") from None

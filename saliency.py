@@ -33,12 +33,14 @@ the codec's error on the toy world.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
 rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out. Where rows were added at
-the manifest's end, `--extend` keeps those that there are (after caption.py --extend).
+the manifest's end, `--extend` keeps those that there are (after caption.py --extend). SIGTERM and Ctrl-C end it by that signal
+after the batch in hand.
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
 """
 import contextlib
 import datetime
 import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,9 +54,22 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import motion
-from manifest import ManifestError, companion, create_or_resume, file_hash, fill, filled, read_captions, read_manifest
+from manifest import (
+    ManifestError,
+    companion,
+    create_or_resume,
+    file_hash,
+    fill,
+    filled,
+    open_rows,
+    read_captions,
+    read_manifest,
+    refuse_foreign_array,
+    require_files,
+)
 from tgm.run import (
     Parser,
+    RunError,
     StopSignal,
     choose_device,
     device_name,
@@ -62,6 +77,7 @@ from tgm.run import (
     grid_size,
     join_ranks,
     launch,
+    make_folder,
     make_loader,
     not_negative,
     one_line_errors,
@@ -71,6 +87,7 @@ from tgm.run import (
     positive,
     positive_int,
     torchrun_ranks,
+    wait_for_ranks,
     worker_count,
 )
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
@@ -293,49 +310,67 @@ def main(argv=None):
         "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
-    barrier = dist.barrier if ranks > 1 else lambda: None
 
     prefix, written = args.out or Path(args.data).with_suffix(""), {}
 
     def create(kind, shape, about):
         path = Path(f"{prefix}.{kind}.npy")
-        written[path] = create_or_resume(path, videos, shape, about, "extend" if args.extend else args.resume, rank, barrier)
+        resume = "extend" if args.extend else args.resume
+        written[path] = create_or_resume(path, videos, shape, about, resume, rank, wait_for_ranks)
         return written[path]
 
     try:
         videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
+        if rank == 0:
+            check_places(args, videos, prefix)
         cue = text_cue if args.cue == "text" else motion_cue
         array, able, read, write, says = cue(args, videos, device, autocast, create)
     except ManifestError as error:
         sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
 
     there = filled(array)
+    wait_for_ranks()  # until all have read: the rows that one of them fills would change the others' parts
     todo = part_of_rank([video for video in able if not there[video.row]], rank, ranks)
     if rank == 0:
         print(f"{says}, on {device}: {len(videos)} videos, {len(todo)} to do on rank 0 of {ranks}")
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(Moments(todo, read), args.batch_size, args.workers)
     with tqdm(total=len(todo), unit="video", disable=rank > 0) as bar:
-        for step, items in enumerate(patient(loader)):
-            if step == args.max_steps or stop.name:
-                break
+        for step, items in enumerate(patient(loader), 1):
             for error in (error for _, _, error in items if error):
                 tqdm.write(error)
             if good := [(row, was_read) for row, was_read, error in items if error is None]:
                 write(good)
             bar.update(len(items))
+            if step == args.max_steps or stop.name:
+                break
     for memory in written.values():
         memory.flush()
-    barrier()
+    if stop.name:  # every rank that is told ends for itself: its rows are on the disk
+        print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
+        stop.end()
+    stop.at_once()
+    wait_for_ranks()
     if rank == 0:
-        done = int(filled(array).sum())
+        path = next(path for path, memory in written.items() if memory is array)
+        done = int(filled(open_rows(path)).sum())  # opened again: on a network disk it may not show yet what other nodes wrote
         print(*(f"{path} {list(memory.shape)}" for path, memory in written.items()), sep=", ", end=f": {done} of {len(videos)} videos\n")
-        if stop.name:
-            print(f"{stop.name}: stopped; run it again to go on")
-        elif done == 0 and args.max_steps is None:
-            sys.exit(f"{args.data}: none of its videos could be read; the reasons are above")
+        if done == 0 and args.max_steps is None:
+            raise RunError(f"{args.data}: none of its videos could be read; the reasons are above")
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def check_places(args, videos, prefix):
+    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be written, or files to write are
+    there that are not ours."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(args.out, Path(args.data).stem)
+        raise RunError(f"--out {args.out}: is a folder; give what the files' names begin with, such as --out {example}")
+    require_files(videos, args.data)
+    make_folder(Path(prefix).parent)
+    for kind in ("text", "saliency") if args.cue == "text" else ("motion",):
+        refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 r"""Any videos of your own, in one folder a class: ROOT/CLASS/*.mp4 (or mkv, webm, avi, mov), nested deeper if you like.
 
     python data/folder.py --videos ROOT --out data/mine
-    python data/folder.py --videos ROOT --out data/mine --val 0.2 --seed 0 --group '(.*)_c\d+$'
+    python data/folder.py --videos ROOT --out data/mine --val 0.2 --seed 0 --group '(.*?)(_c\d+)?$'
 
 writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. Within each class, `--val` of its groups go to val.csv,
 drawn by the seed, at least one and never all. A group is what must not be torn apart, such as the clips cut from one recording:
 clips of one scene on both sides make accuracies meaningless. `--group` is a regular expression, searched in the file's name
-without extension; its first parentheses are the group (the one above puts UCF's v_Archery_g01_c02 and v_Archery_g01_c03
-together). Without it every file is a group of its own.
+without extension; its first parentheses are the group. The one above leaves a number of the clip at the name's end out: UCF's
+v_Archery_g01_c02 and v_Archery_g01_c03 are one group, and a name without such a number, holiday, is a group of its own. A name in
+which it finds nothing is refused. Without --group every file is a group of its own.
 
 If ROOT holds nothing but train/ and val/ (or validation/, or test/), these are the split, with the classes inside. A test/
 beside a val/ becomes test.csv.
@@ -63,7 +64,8 @@ def main(argv=None):
             continue
         match = pattern.search(os.path.splitext(rest[-1])[0])
         if args.group and (match is None or match[1] is None):
-            sys.exit(f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its name")
+            sys.exit(f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its name: "
+                     r"make optional what some names lack, as in '(.*?)(_c\d+)?$'")
         files.append((name, SPLITS.get(split), rest[0], match[1] if args.group else name))
     if loose:
         print(f"{loose} videos are in no class folder: left out")

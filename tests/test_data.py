@@ -562,3 +562,18 @@ def test_run_as_a_user_does(tmp_path):
     assert "out/train.csv: 1 rows, 1 classes, 0 videos missing, 0 duplicates" in out
     line = run("data/kinetics.py", "--videos", "videos", "--out", "out", cwd=tmp_path, process=True, fails=True)
     assert line == "data/kinetics/annotations: cannot be read (No such file or directory)"
+
+
+def test_the_example_of_group_takes_any_name(script, tmp_path):
+    """The regular expression that folder.py's docstring shows, on names of UCF's kind and on ordinary ones."""
+    example = re.search(r"--group '(.*)'", (ROOT / "data/folder.py").read_text())[1]
+    names = ["v_Archery_g01_c02", "v_Archery_g01_c03", "v_Archery_g02_c01", "holiday", "IMG_1234", "my clip (2)"]
+    groups = [re.search(example, name)[1] for name in names]
+    assert groups == ["v_Archery_g01", "v_Archery_g01", "v_Archery_g02", "holiday", "IMG_1234", "my clip (2)"]
+    touch(tmp_path / "videos", *(f"{kind}/{name}.mp4" for kind in ("a", "b") for name in names))
+    script("folder", "--val", 0.4, "--group", example, annotations=False)
+    both = [{os.path.basename(row[0]) for row in rows(tmp_path / f"out/{split}.csv")} for split in ("train", "val")]
+    assert not both[0] & both[1] and len(both[0] | both[1]) == len(names)
+    together = {"v_Archery_g01_c02.mp4", "v_Archery_g01_c03.mp4"}
+    assert together <= both[0] or together <= both[1]
+    assert "make optional what some names lack" in script("folder", "--group", r"(.*)_c\d+$", annotations=False, fails=True)

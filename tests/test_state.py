@@ -116,7 +116,7 @@ def test_a_file_is_one_process_to_write(tmp_path):
     assert first.stdout.readline() == "held\n" and M.is_held(path) and not M.is_held(tmp_path / "y.npy")
     second = begin()
     assert second.wait(30) == 1 and "x.npy: another process is writing it" in second.stderr.read()
-    with pytest.raises(SystemExit, match="another process is writing it"):
+    with pytest.raises(M.ManifestError, match="another process is writing it"):
         M.hold(path)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -174,8 +174,8 @@ def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
         time.sleep(0.05)
     os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors, errors
-    assert f"{number.name}: stopped; run it again to go on" in out or "of 32 videos tried: run it again" in out
+    assert process.returncode == -number and "Traceback" not in errors, errors
+    assert "run it again" not in out and f"{number.name}: ending after this batch; once more ends at once" in errors
 
 
 # ---- files that carry code

@@ -21,6 +21,7 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -126,37 +127,49 @@ def torchrun_ranks():
 
 
 def join_ranks(backend, **options):
-    """dist.init_process_group for runs that torchrun may restart (--max-restarts).
+    """dist.init_process_group for runs that torchrun may restart (--max-restarts), on one node or several.
 
     Each attempt gets names of its own in torchrun's store, which outlives it: gloo would connect to the addresses of ranks
-    that are dead.
+    that are dead. torchrun counts restarts for each node apart, so the ranks agree on a name themselves.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(name_of_attempt(store, rank, ranks), store)
+    store = dist.PrefixStore(attempt_name(store, rank, ranks), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
 
 
-def name_of_attempt(store, rank, ranks):
-    """A name that all ranks of this attempt get, and that no earlier one had.
+def attempt_name(store, rank, ranks):
+    """A name that all ranks of this attempt share, and no earlier attempt had.
 
-    torchrun's own count does not do: each node counts its own restarts. So every rank leaves a number of its own in the
-    store, rank 0 answers each number with its own, and again until the ranks that live have said that they read it: at first
-    it may find the numbers of dead ones.
+    Rank 0 makes it, and answers the question of every other rank with it. A question that a dead rank left in the store is
+    answered too, but only a living rank confirms the answer; rank 0 waits for that.
     """
-    own = uuid.uuid4().hex
-    store.set(f"rank {rank} is", own)
     if rank > 0:
-        name = store.get(f"attempt of {own}").decode()  # waits for it
-        store.set(f"rank {rank} has read {name}", "")
+        question = uuid.uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(f"answer to {question}").decode()
+        store.set(f"{name} heard by {rank}", "yes")
         return name
-    waiting = list(range(1, ranks))
-    while waiting:
-        for other in waiting:
-            number = store.get(f"rank {other} is").decode()
-            store.set(f"attempt of {number}", own)
-        waiting = [other for other in waiting if not store.check([f"rank {other} has read {own}"])]
-        time.sleep(0.05)
-    return own
+    name = uuid.uuid4().hex
+    for other in range(1, ranks):
+        while not store.check([f"{name} heard by {other}"]):
+            if store.check([f"question of {other}"]):
+                question = store.get(f"question of {other}").decode()
+                store.set(f"answer to {question}", name)
+            time.sleep(0.01)
+    return name
+
+
+def wait_for_ranks():
+    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing. RunError if another rank has ended."""
+    if not dist.is_initialized():
+        return
+    try:
+        work = dist.barrier(async_op=True)
+        while not work.is_completed():
+            time.sleep(0.02)
+        work.wait()
+    except RuntimeError:
+        raise RunError("another rank ended, for the reason that it gave: this one ends with it") from None
 
 
 def choose_device(name, local_rank=0):
@@ -212,16 +225,23 @@ def patient(loader):
     except RuntimeError as error:
         reason = str(error)
         if "shared memory" in reason or "shm" in reason or "Bus error" in reason:
-            raise RunError(
-                "a decoding process found no room in shared memory (/dev/shm): give the container more "
-                "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
-            ) from None
+            raise RunError(NO_SHARED_MEMORY) from None
         if "DataLoader" in reason and ("killed" in reason or "exited" in reason or "timed out" in reason):
             raise RunError(
                 f"a decoding process ended: {reason.splitlines()[0]} (out of memory? lower --workers or --batch-size; "
                 "--workers 0 decodes in the run itself and shows where)"
             ) from None
         raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # not even room for the locks of the workers' queues
+            raise RunError(NO_SHARED_MEMORY) from None
+        raise
+
+
+NO_SHARED_MEMORY = (
+    "a decoding process found no room in shared memory (/dev/shm): give the container more "
+    "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
+)
 
 
 def ignore_signals(_):
@@ -240,7 +260,10 @@ def make_loader(dataset, batch_size, workers, **options):
 @atexit.register
 def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
+    for worker in workers:
         worker.kill()
 
 
