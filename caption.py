@@ -11,8 +11,10 @@ Writes  train.captions.jsonl, one object a video, in the manifest's order:
     python caption.py data/train.csv --labels --label-column template               no model: the data set's own text
 
 The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has three captions; pretraining
-draws one at random per sample. Any image-to-text model of `transformers` serves, by name or folder (BLIP, BLIP-2, ...); no
-remote code is run. With `--labels` the caption is the label itself, once (a class number becomes text through `--classes`).
+draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT were tried to work, by name on the Hugging Face hub or by
+folder, with and without `--prompt`. Other image-to-text models of `transformers` may: every model has to caption a blank image
+before any video is opened. No remote code is run. With `--labels` the caption is the label itself, once (a class number becomes
+text through `--classes`).
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
 its own; when all are done rank 0 joins them. Where rows were added at the manifest's end, `--extend` describes those alone.
@@ -22,9 +24,11 @@ says how replaced videos are noticed) are refused, with the command that remakes
 import contextlib
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -62,6 +66,8 @@ from tgm.run import (
     part_of_rank,
     patient,
     positive_int,
+    quiet_libraries,
+    reason_of,
     torchrun_ranks,
     wait_for_ranks,
     worker_count,
@@ -85,20 +91,73 @@ class KeyFrames(Dataset):
                 images = reader.read(segment_midpoints(*reader.span(video), self.frames))        # [K, H, W, 3]
         except VideoError as error:
             return video, None, str(error)
-        text = {"text": [self.prompt] * len(images)} if self.prompt else {}
-        return video, self.processor(images=list(images), return_tensors="pt", **text), None
+        return video, model_inputs(self.processor, images, self.prompt), None
+
+
+def model_inputs(processor, images, prompt):
+    """What the model takes for images, a sequence of K of uint8 [H, W, 3]: a mapping of tensors [K, ...]."""
+    from transformers import GitProcessor
+
+    if not prompt:
+        return processor(images=list(images), return_tensors="pt")
+    inputs = processor(images=list(images), text=[prompt] * len(images), return_tensors="pt")
+    if isinstance(processor, GitProcessor):
+        inputs.pop("token_type_ids")  # a tokenizer's habit: GIT has none
+        for key in ("input_ids", "attention_mask"):
+            inputs[key] = inputs[key][:, :-1]  # without the token that ends a text: the caption goes on from here
+    return inputs
 
 
 def load_model(name, device, dtype):
-    """Any image-to-text model of transformers, by hub name or folder, in evaluation mode; with its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    """An image-to-text model of transformers, by hub name or folder, in evaluation mode; and its processor.
+
+    RunError where it cannot be loaded, or lacks weights: transformers would draw those at random, print a table, and go on.
+    """
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers would warn once in every decoding process
+    transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {name}: cannot load it: {str(error).splitlines()[0]} (a folder, or a name on the Hugging Face hub; "
-                 f"for the toy world: --model data/toy/blip)")
-    return model.to(device).eval(), processor
+        with quiet_libraries():
+            # One small file first: without a network its retries end in 25 seconds, those of all files in minutes.
+            transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+        missing = sorted(report["missing_keys"])  # without those that are tied to others
+        model = model.to(device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of a missing or damaged file, the network, an unknown kind of model, a missing package, ...
+        raise RunError(
+            f"--model {name}: cannot load it: {reason_of(error)} (a folder, or a name on the Hugging Face hub; "
+            f"for the toy world: --model data/toy/blip)"
+        ) from None
+    if missing:
+        raise RunError(
+            f"--model {name}: {len(missing)} of its weights are not in its files, such as {missing[0]}: what it says would be "
+            f"noise (a captioner is needed, whole and in one of the classes of AutoModelForImageTextToText)"
+        )
+    return model.eval(), processor
+
+
+def try_model(name, model, processor, prompt, device, dtype, beams, max_tokens):
+    """Captions two blank images, one wide and one tall, as videos will be; RunError if that fails."""
+    wide = np.full((1, 48, 64, 3), 127, np.uint8)
+    try:
+        items = [(None, model_inputs(processor, images, prompt), None) for images in (wide, wide.swapaxes(1, 2))]
+        texts = describe(model, processor, items, device, dtype, beams, max_tokens)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a library's answer to inputs that this kind of model does not take may be anything
+        flags = f"--prompt {prompt!r}" if prompt else "without --prompt"
+        raise RunError(
+            f"--model {name}: {type(model).__name__}, {flags}, cannot caption a blank image: {reason_of(error)} (tried to work: "
+            "BLIP, BLIP-2 with OPT or T5, GIT)"
+        ) from None
+    if [len(of_item) for of_item in texts] != [1, 1]:
+        raise RunError(f"--model {name}: {type(model).__name__} gives {texts} for two blank images, expected one text for each")
 
 
 @torch.inference_mode()
@@ -198,7 +257,7 @@ def parse_args(argv=None):
     model = parser.add_argument_group("captioner")
     model.add_argument("--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder")
     model.add_argument("--frames", type=frame_count, default=3, help="key frames, and so captions, a video")
-    model.add_argument("--prompt", default="", help="text that the caption continues")
+    model.add_argument("--prompt", default="", help="text that the caption continues (BLIP-2 with T5 leaves it out)")
     model.add_argument("--beams", type=positive_int, default=1, help="beam search; 1 is greedy")
     model.add_argument("--max-tokens", type=positive_int, default=30, help="longest caption")
     labels = parser.add_argument_group("captions without a model")
@@ -237,20 +296,31 @@ def main(argv=None):
     about = {"manifest": manifest_hash(videos), "videos": len(videos), "model": "labels" if args.labels else args.model}
     if not args.labels:
         about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
+    again = starts_again(out, args)
     if rank == 0:
         prepare(out, about, args, videos)
     wait_for_ranks()
-
+    done = {}
+    if not again:
+        done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
+    mine = part_of_rank([video for video in videos if video.row not in done], rank, ranks)
+    # All that may fail comes before anything is written or removed: a model that does not serve leaves no trace.
     if args.labels:
         classes = Path(args.classes).read_text().splitlines() if args.classes else None
-        if rank == 0:
-            write_joined(out, label_captions(videos, classes), videos)
-        return
-    done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
-    wait_for_ranks()  # until all have read: what one of them writes would change the others' parts
-    mine = part_of_rank([video for video in videos if video.row not in done], rank, ranks)
-    if mine:
+        entries = label_captions(videos, classes)
+    elif mine:
         model, processor = load_model(args.model, device, dtype)
+        try_model(args.model, model, processor, args.prompt, device, dtype, args.beams, args.max_tokens)
+    wait_for_ranks()  # until all have read what there is: what one of them writes would change the others' parts
+    if rank == 0:
+        begin(out, about, args, videos, again)
+    wait_for_ranks()
+
+    if args.labels:
+        if rank == 0:
+            write_joined(out, entries, videos)
+        return
+    if mine:
         if rank == 0:
             print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
         stop = StopSignal(then="ending after this batch")
@@ -290,7 +360,7 @@ def is_captions(path):
 
 def prepare(out, about, args, videos):
     """Before any work: refuses to overwrite what is not ours, and to go on with captions of another manifest or model, or of
-    videos that were replaced since; with --resume none, or where there is no caption yet, removes what there is."""
+    videos that were replaced since."""
     path = out.with_suffix(".json")
     if path == out:
         raise RunError(f"--out {out}: expected a name that ends in .jsonl, as {path.name} holds what made the captions")
@@ -300,13 +370,22 @@ def prepare(out, about, args, videos):
     refuse_foreign(out, is_captions)
     refuse_foreign(path, is_about)
     hold(out)
-    old = read_about(path) or {}
-    if args.resume == "none" or args.labels or not any(entry["captions"] for _, entry in read_lines(out)):
-        old = {}
+    if not starts_again(out, args):
+        refuse_other_captions(out, read_about(path) or {}, about, args, videos)
+
+
+def starts_again(out, args):
+    """Whether nothing of what is there is kept: as asked, or because there is no caption yet."""
+    return args.resume == "none" or args.labels or not any(entry["captions"] for _, entry in read_lines(out))
+
+
+def begin(out, about, args, videos, again):
+    """Says what makes the captions, in the .json beside them. again: those that there are go."""
+    path = out.with_suffix(".json")
+    old = {} if again else read_about(path) or {}
+    if again:
         for file in (out, *part_files(out)):
             file.unlink(missing_ok=True)
-    elif old:
-        refuse_other_captions(out, old, about, args, videos)
     if not args.labels:  # labels are the manifest's, whatever the videos are
         about = about | {"files": renewed_sizes(videos, old)}
     write_about(path, about)
@@ -314,6 +393,8 @@ def prepare(out, about, args, videos):
 
 def refuse_other_captions(out, old, about, args, videos):
     """RunError unless captions that were begun under `old`, the .json beside them, may be gone on with under `about`."""
+    if not old:
+        return
     remedy = f"python caption.py {args.data} --resume none (and the flags you want)"
     count = grown_from(videos, old)
     if count and not args.extend:

@@ -359,7 +359,8 @@ def open_array(path, videos, remedy, **expect):
     Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
     floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
     other settings (`expect`: values the .json must hold, such as captions=hash); of videos that were replaced since
-    (`changed_rows`). And, while another process writes it. `describe_gaps` says how many rows are made.
+    (`changed_rows`); or by CLIP with an activation that the .json does not tell. And, while another process writes it.
+    `describe_gaps` says how many rows are made.
     """
     path = Path(path)
 
@@ -388,6 +389,8 @@ def open_array(path, videos, remedy, **expect):
             fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
     if changed := {row: sizes for row, sizes in changed_rows(videos, meta).items() if filled(array[row:row + 1])[0]}:
         fail(describe_change(videos, changed), again(remedy, "--resume none"))
+    if "clip" in meta and "activation" not in meta:  # OpenAI's CLIP and 19 others ran with GELU in the place of QuickGELU then
+        fail("its .json does not tell CLIP's activation, which may have been the wrong one", f"{remedy} --resume none")
     return array, meta
 
 

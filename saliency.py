@@ -5,7 +5,7 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
         train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the mid-points of S equal parts
                               of the video, G x G over the whole frame, squashed to a square
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and heights per second
-        a .json beside each array: model, flags, and hashes of the manifest's rows and of the captions
+        a .json beside each array: model, its activation, flags, and hashes of the manifest's rows and of the captions
 
     python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 60 videos/s
     python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
@@ -39,12 +39,12 @@ Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + 
 """
 import contextlib
 import datetime
+import difflib
 import math
 import os
 import sys
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ from tgm.run import (
     pixel_count,
     positive,
     positive_int,
+    quiet_libraries,
+    reason_of,
     torchrun_ranks,
     wait_for_ranks,
     worker_count,
@@ -93,6 +95,7 @@ from tgm.run import (
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
+NOT_PLAIN = "patch maps need an open_clip model whose image tower is a plain vision transformer, without attentional pooling"
 
 
 class Moments(Dataset):
@@ -141,19 +144,79 @@ def read_pairs(video, moments, size, timeout):
 
 
 def load_clip(name, pretrained, image_size, device):
-    """An open_clip model in evaluation mode and its tokenizer; a larger image size interpolates the position table."""
+    """An open_clip model with its published weights, in evaluation mode, and its tokenizer.
+
+    name: of a model of open_clip, or local-dir:FOLDER or hf-hub:NAME, which bring weights of their own; pretrained: open_clip's
+    tag of the weights, or a file; image_size: pixels, None for the model's own; other ones interpolate the position table.
+    The activation is the one that the weights were trained with. RunError, in one line, where that cannot be known, where the image
+    tower is not a plain vision transformer, or where weights are missing: open_clip would warn at most, and draw them at random.
+    """
     import open_clip
+
+    flags = f"--clip {name}"
+    tag = {}
+    if ":" in name:
+        pretrained = None  # not for these
+    else:
+        name = name.replace("/", "-")  # as create_model does, but get_tokenizer does not
+        flags += f" --pretrained {pretrained}"
+        tag = open_clip.get_pretrained_cfg(name, pretrained or "")
     try:
-        model = open_clip.create_model(name, pretrained=None if ":" in name else pretrained, force_image_size=image_size,
-                                       device=device)
-        tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
-        sys.exit(f"--clip {name} --pretrained {pretrained}: cannot load it: {str(error).splitlines()[0]} "
-                 f"(for the toy world: --clip local-dir:data/toy/clip)")
-    blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", ())
-    if {type(block) for block in blocks} != {open_clip.transformer.ResidualAttentionBlock} or not hasattr(model.visual, "grid_size"):
-        sys.exit(f"--clip {name}: patch maps need an open_clip model whose image tower is a plain vision transformer")
+        with quiet_libraries():
+            config = open_clip.get_model_config(name)
+            check_configuration(name, pretrained, config, tag, flags)
+            model = open_clip.create_model(
+                name,
+                pretrained=pretrained,
+                force_quick_gelu=tag.get("quick_gelu", False),
+                force_image_size=image_size,
+                require_pretrained=True,
+                device=device,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except (RunError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of a missing or damaged file, the network, another model's weights, a missing package, ...
+        raise RunError(
+            f"{flags}: cannot load it: {reason_of(error)} (for the toy world: --clip local-dir:data/toy/clip)"
+        ) from None
+    visual = model.visual
+    if {type(block) for block in visual.transformer.resblocks} != {open_clip.transformer.ResidualAttentionBlock}:
+        raise RunError(f"{flags}: {NOT_PLAIN}")
+    for pixels, patch in zip(visual.image_size, visual.patch_size):
+        if pixels % patch:
+            raise RunError(f"--image-size {pixels}: expected a multiple of the model's patch size, {patch}")
     return model.eval(), tokenizer
+
+
+def check_configuration(name, pretrained, config, tag, flags):
+    """RunError for what can be told before weights are downloaded.
+
+    config: open_clip's for the model, None if there is none; tag: its entry for the weights, empty for a file or a folder.
+    """
+    import open_clip
+
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
+        raise RunError(f"{flags}: cannot load it: no such model in open_clip; near to it are {', '.join(near) or 'none'}")
+    vision = config["vision_cfg"]
+    convolutional = isinstance(vision.get("layers"), list)
+    if vision.get("timm_model_name") or convolutional or vision.get("attentional_pool"):
+        raise RunError(f"{flags}: {NOT_PLAIN}")
+    if ":" not in name and not tag and not Path(pretrained or "").is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise RunError(f"{flags}: neither a file nor one of open_clip's tags for this model: {tags or 'it has none'}")
+    if tag and config.get("quick_gelu") and not tag.get("quick_gelu"):
+        hub = tag["hf_hub"].strip("/")
+        raise RunError(
+            f"{flags}: open_clip's configuration has QuickGELU, its table of weights GELU; --clip hf-hub:{hub} takes the "
+            "configuration published with the weights"
+        )
+
+
+def activation_of(model):
+    """The name of the activation in a plain vision transformer of open_clip, "QuickGELU" or "GELU"."""
+    return type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
 
 
 def project(block, x):
@@ -189,10 +252,13 @@ def patch_features(visual, images, dense):
 
 def embed_texts(model, tokenizer, texts, device, batch=256):
     """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by the tokenizer."""
-    texts, embedded = sorted(set(texts)), {}
+    texts = sorted(set(texts))
+    embedded = {}
     for start in range(0, len(texts), batch):
-        features = model.encode_text(tokenizer(texts[start:start + batch]).to(device), normalize=True).float().cpu()
-        embedded.update(zip(texts[start:start + batch], features))
+        part = texts[start : start + batch]
+        features = model.encode_text(tokenizer(part).to(device)).float()
+        features = F.normalize(features, dim=-1).cpu()  # in float32: under bf16 autocast lengths would be off by 0.25 %
+        embedded.update(zip(part, features))
     return embedded
 
 
@@ -214,7 +280,8 @@ def text_cue(args, videos, device, autocast, create):
         embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
     width = len(next(iter(embedded.values())))
 
-    about = {"captions": partial(file_hash, caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
+    about = {"captions": partial(file_hash, caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained,
+             "activation": activation_of(model)}
     text_array = create("text", (texts, width), about)
     about |= {"dense": args.dense, "moments": moments, "image_size": size[0]}
     array = create("saliency", (texts, moments, *grid), about)
@@ -274,7 +341,7 @@ def parse_args(argv=None):
     text = parser.add_argument_group("--cue text")
     text.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
     text.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
-    text.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file")
+    text.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file (then the model's name says the activation: OpenAI's own need ViT-B-16-quickgelu)")
     text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
     field = parser.add_argument_group("--cue motion")
     field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")

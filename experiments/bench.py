@@ -36,6 +36,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -269,9 +270,14 @@ def method_step(mask, ratio, batch):
     return train_step(model, loss, "bf16" if ON_GPU else "float32")
 
 
+def random_clip():
+    """CLIP as saliency.py runs it with its default, OpenAI's weights, but with random ones."""
+    return open_clip.create_model("ViT-B-16", pretrained=None, force_quick_gelu=True, device=DEVICE).eval()
+
+
 def overhead(args, temporary):
     tube, text = method_step("tube", 0.9, args.batch), method_step("text", 0.9, args.batch)
-    clip, frames = saliency.load_clip("ViT-B-16", None, None, DEVICE)[0], torch.randn(args.batch * 16, 3, 224, 224, device=DEVICE)
+    clip, frames = random_clip(), torch.randn(args.batch * 16, 3, 224, 224, device=DEVICE)
 
     def online(i):
         with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
@@ -294,7 +300,7 @@ def overhead(args, temporary):
 def clip_maps(args, temporary):
     """saliency.py's work on frames that are there: maps of 3 captions a video. Videos a batch: 2 on a CPU, 16 on a GPU."""
     videos, moments, rows = (16, 16, []) if ON_GPU else (2, 8, [])
-    clip, frames = saliency.load_clip("ViT-B-16", None, None, DEVICE)[0], torch.randn(videos * moments, 3, 224, 224, device=DEVICE)
+    clip, frames = random_clip(), torch.randn(videos * moments, 3, 224, 224, device=DEVICE)
     text = F.normalize(torch.randn(videos, 3, clip.visual.output_dim, device=DEVICE), dim=-1)
 
     def ours(dense):

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import saliency  # noqa: E402
 import toy  # noqa: E402
 from manifest import ManifestError, companion, manifest_hash, open_array, read_captions, read_manifest  # noqa: E402
+from tgm.run import RunError  # noqa: E402
 from video import VideoError, VideoReader, segment_midpoints  # noqa: E402
 
 
@@ -57,7 +58,8 @@ def no_text_maps(visual, images):
 def no_text(args, videos, moments):
     """-> (maps [N, S, G, G], what made them); a video that cannot be read is NaN."""
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-    visual = saliency.load_clip(args.clip, args.pretrained, None, device)[0].visual
+    model, _ = saliency.load_clip(args.clip, args.pretrained, None, device)
+    visual = model.visual
     mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
     maps = np.full((len(videos), moments, *visual.grid_size), np.nan, np.float16)
     for video in tqdm(videos, "no-text", unit="video"):
@@ -69,7 +71,12 @@ def no_text(args, videos, moments):
             continue
         images = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
         maps[video.row] = no_text_maps(visual, (images / 255 - mean) / std).cpu().numpy()
-    return maps, {"cue": "class token", "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained}
+    return maps, {
+        "cue": "class token",
+        "clip": args.clip,
+        "pretrained": None if ":" in args.clip else args.pretrained,
+        "activation": saliency.activation_of(model),
+    }
 
 
 def truth(args, videos, moments, grid):
@@ -105,7 +112,7 @@ def main(argv=None):
         own, _ = open_array(companion(args.data, "saliency.npy"), videos, remedy)
         open_array(companion(args.data, "text.npy"), videos, remedy)
         maps, about = no_text(args, videos, own.shape[2]) if args.control == "no-text" else truth(args, videos, *own.shape[2:4])
-    except (ManifestError, OSError) as error:
+    except (ManifestError, RunError, OSError) as error:
         sys.exit(str(error))
     maps = np.repeat(maps[:, None].astype(np.float16), own.shape[1], 1)                         # [N, K, S, G, G]
     for kind in ("npy", "json"):

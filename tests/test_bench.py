@@ -104,7 +104,7 @@ def test_sections_of_steps(thin, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "in_a_process", lambda function, *args: 1.0)
     monkeypatch.setattr(bench, "pairs", lambda ours, peer, repeats, warmup=1: [ours(0), np.full((2, repeats), 2.0)][1])
     monkeypatch.setattr(bench.saliency, "patch_features", lambda visual, frames, dense: frames)
-    monkeypatch.setattr(bench.saliency, "load_clip", lambda *_: (SimpleNamespace(visual=None), None))
+    monkeypatch.setattr(bench, "random_clip", lambda: SimpleNamespace(visual=None))
     args = bench.parse_args(["--steps", "3", "--batch", "1"])
     rows = bench.step(args, tmp_path)  # asserts that the losses agree
     assert [row["work"].split(", ", 1)[1] for row in rows[:2]] == ["mask 0.9, float32", "mask 0.9, float32, --decoder-keep 0.5"]

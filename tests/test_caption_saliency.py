@@ -8,6 +8,7 @@ import torch
 from conftest import BLIP, CLIP, run
 
 import saliency
+from tgm.run import RunError
 from video import read_frames, segment_midpoints
 
 
@@ -203,5 +204,5 @@ def test_the_full_size_towers_patches():
         patches = saliency.patch_features(model.visual, torch.randn(1, 3, 224, 224), "self")
     assert patches.shape == (1, 196, 512) and torch.allclose(patches.norm(dim=-1), torch.ones(1, 196), atol=1e-5)
     assert tuple(model.visual.grid_size) == (14, 14)
-    with pytest.raises(SystemExit, match="plain vision transformer"):
+    with pytest.raises(RunError, match="plain vision transformer"):
         saliency.load_clip("RN50", None, None, "cpu")

@@ -284,3 +284,31 @@ def test_flags_that_contradict(copy, capsys):
         with pytest.raises(SystemExit) as stop:
             saliency.parse_args(flags)
         assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
+BASELINE = {"profile": "baseline"}
+ZEROLATENCY = {"tune": "zerolatency"}
+
+
+@pytest.mark.parametrize(
+    "options, least, most",
+    [
+        ({"refs": "1"}, 0.95, 1.05),
+        ({"refs": "3"}, 0.95, 1.3),
+        (BASELINE | {"refs": "1"}, 0.95, 1.05),
+        (BASELINE | {"refs": "4"}, 1.3, 2.2),
+        (ZEROLATENCY | {"refs": "1"}, 0.95, 1.05),
+        (ZEROLATENCY | {"refs": "4"}, 1.3, 2.2),
+    ],
+)
+def test_speeds_with_several_references_are_off_as_the_docstring_says(tmp_path, options, least, most):
+    """The vectors of a stream do not tell which picture they mean: too fast without B pictures, in the right direction always."""
+    rng = np.random.default_rng(1)
+    velocity = np.array((3, -2))
+    images = [(image + rng.normal(0, 10, image.shape)).clip(0, 255).astype(np.uint8) for image in panning(36, velocity)]
+    frames = read(write(tmp_path / "a.mp4", images, fps=FPS, options=options), 36)
+    field = motion.codec_field(frames, segment_midpoints(0, 36 / FPS, 4), 5 / FPS, 8)
+    inner = field[:, :, 1:-1, 1:-1].transpose(0, 2, 3, 1) * (WIDTH, HEIGHT) / FPS
+    mean = inner.mean((0, 1, 2))
+    assert least < mean @ velocity / (velocity @ velocity) < most
+    assert mean @ velocity / np.linalg.norm(mean) / np.linalg.norm(velocity) > 0.99

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from pathlib import Path
 
 import torch
@@ -265,6 +267,51 @@ def kill_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
     for worker in workers:
         worker.kill()
+
+
+# ---- models of other libraries -----------------------------------------------------------------------------------------
+
+
+class HubSilence(logging.Filter):
+    """Drops what is logged. That the Hugging Face hub does not answer is said once, not dozens of times."""
+
+    said = False
+
+    def filter(self, record):
+        if not self.said and record.getMessage().startswith("Retrying in"):
+            self.said = True
+            print(
+                "the Hugging Face hub does not answer, trying again (HF_HUB_OFFLINE=1: what was downloaded before, at once)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return False
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """While a model is loaded: nothing that a library logs or warns of is shown. What matters is in its exceptions, or is checked
+    by whoever loads."""
+    logging.basicConfig()  # open_clip's first warning would do this, and its handler would be unknown here
+    handlers = []
+    for name in (None, "huggingface_hub", "transformers"):
+        handlers += logging.getLogger(name).handlers
+    silence = HubSilence()
+    for handler in handlers:
+        handler.addFilter(silence)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(silence)
+
+
+def reason_of(error):
+    """The first line of an exception's text, at most 300 characters; its type where it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
 
 
 # ---- stopping ----------------------------------------------------------------------------------------------------------
