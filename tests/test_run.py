@@ -30,6 +30,7 @@ STARTED = []
 @pytest.fixture(autouse=True)
 def no_child_is_left():
     yield
+    run.kill_workers()
     while STARTED:
         process = STARTED.pop()
         process.kill()
