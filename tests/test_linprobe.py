@@ -1,6 +1,9 @@
 """Stage 4: the probes by value on features whose answer is known, the features written out, and the command line."""
 import json
 import math
+import os
+import signal
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
+from test_run import Child, no_child_is_left, two_ranks  # noqa: F401
 
 import linprobe
 import toy
@@ -296,10 +300,11 @@ def test_a_half_made_extraction_goes_on(world, tmp_path):
     flags = (*both(world), *UNTRAINED, *FAST, "--batch-size", 8, "--attentive")
     run("linprobe.py", *flags, "--out", tmp_path / "whole")
     half = tmp_path / "half"
-    run("linprobe.py", *flags, "--out", half, "--max-steps", 2)
+    out = run("linprobe.py", *flags, "--out", half, "--max-steps", 2)
+    assert out == f"16 of 32 videos of {world}/data/train.csv are done; run it again to go on\n"
     array = np.load(half / "train.features.npy", mmap_mode="r+")
     assert np.isfinite(array[:16]).all() and np.isnan(array[16:]).all()
-    assert json.loads((half / "label.json").read_text())["train"] == 16
+    assert not list(half.glob("label.json*")) and not (half / "test.features.npy").exists()  # no result of a part
     array[3] = 7
     del array
     run("linprobe.py", *flags, "--out", half)
@@ -369,6 +374,47 @@ def test_two_ranks_are_one(world, tmp_path):
     assert results[0]["knn"] == pytest.approx(results[1]["knn"], abs=0.1)
 
 
+def test_max_steps_ends_with_the_number_of_videos_tried(copy, tmp_path):
+    """On every rank's part, broken videos included; a run that needs no more steps than that gives a result."""
+    flags = (*UNTRAINED, *FAST, "--clips", 1, "--batch-size", 8, "--max-steps", 1, "--out", "p")
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    lines[2] = "gone.mp4" + lines[2][lines[2].index(","):]
+    (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
+    tried = lambda name, count, of: f"{count} of {of} videos of data/{name}.csv are done; run it again to go on"
+    assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("train", 8, 32)
+    for batch, last in ((8, tried("train", 23, 32)), (5, tried("val", 10, 24))):  # 7 + 16 of 25, then 10 of the last 10
+        children = two_ranks(tmp_path, probing, copy, "--batch-size", batch, "--max-steps", 1)
+        assert [child.code(60) for child in children] == [0, 0]
+        assert children[0].printed().splitlines()[-1] == last and "done" not in children[1].printed()
+    assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("val", 18, 24)
+    assert not list((copy / "p").glob("label.json*"))
+    run("linprobe.py", *flags, cwd=copy)
+    result = json.loads((copy / "p/label.json").read_text())
+    assert (result["train"], result["test"], result["unreadable"]) == (31, 24, 1)
+
+
+def test_features_of_another_root_are_not_reused(world, copy):
+    """The same names in a folder of other videos."""
+    other = copy / "other"
+    other.mkdir()
+    (other / "videos").mkdir()
+    (other / "videos/train").symlink_to(copy / "data/videos/val")
+    (other / "videos/val").symlink_to(copy / "data/videos/val")
+    flags = (*UNTRAINED, *FAST, "--clips", 1, "--out", "p", "--data", "few.csv", "--test", "data/val.csv")
+    (copy / "few.csv").write_text("path,label\n" + "".join(f"videos/train/{row:05d}.mp4,{row % 2}\n" for row in range(8)))
+    run("linprobe.py", *flags, "--root", "data", cwd=copy)
+    first = of(copy / "p", "train.features").copy()
+    run("linprobe.py", *flags, "--root", copy / "data", cwd=copy)  # the same folder, told otherwise
+    assert np.array_equal(of(copy / "p", "train.features"), first)
+    mark = np.load(copy / "p/test.features.npy", mmap_mode="r+")
+    mark[0] = 7
+    del mark
+    run("linprobe.py", *flags, "--root", "other", cwd=copy)
+    assert not np.array_equal(of(copy / "p", "train.features"), first)
+    assert (of(copy / "p", "test.features")[0] != 7).any()
+    assert np.array_equal(of(copy / "p", "train.features"), of(copy / "p", "test.features")[:8])
+
+
 def test_a_checkpoint_brings_its_own_settings(copy):
     run("pretrain.py", "--size", "tiny", "--frames", 4, "--stride", 3, "--batch-size", 8, "--epochs", 1, "--workers", 0,
         cwd=copy)
@@ -407,8 +453,94 @@ def test_refusals(copy):
     assert "garbage.pt: no checkpoint" in refusal
     assert "'verb'" in run("linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True)
     assert "--token-grid [9, 1, 1]: expected" in run("linprobe.py", *UNTRAINED, "--token-grid", 9, 1, 1, cwd=copy, fails=True)
-    for flag in ("--seeds", "--clips", "--crops", "--k"):
-        with pytest.raises(SystemExit):
-            linprobe.parse_args(["--checkpoint", "none", flag, "0"])
+    for flag in ("--seeds", "--clips", "--crops", "--k", "--epochs", "--probe-batch", "--max-steps", "--batch-size", "--stride"):
+        refusal = run("linprobe.py", *UNTRAINED, flag, 0, cwd=copy, fails=True)
+        assert f"argument {flag}: expected 1 to " in refusal and ", found 0 (" in refusal
+    for flag, value in (("--rates", "nan"), ("--rates", "inf"), ("--rates", 0), ("--decays", -1), ("--decays", "nan"), ("--video-timeout", -1)):
+        refusal = run("linprobe.py", *UNTRAINED, f"{flag}={value}", cwd=copy, fails=True)
+        assert f"argument {flag}: expected a finite number, " in refusal and f", found {value} (" in refusal
+    assert "argument --augment: expected 0 to 100, found 1000" in run("linprobe.py", *UNTRAINED, "--augment", 1000, cwd=copy, fails=True)
+    (copy / "file").write_text("")
+    assert run("linprobe.py", *UNTRAINED, "--out", "file", cwd=copy, fails=True) == "--out file: is a file, expected a folder"
+    assert not (copy / "runs").exists()
     (copy / "data/val.csv").write_text("path,label\nvideos/val/00001.mp4,\n")
     assert "has no label" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", cwd=copy, fails=True)
+
+
+# ---- stopped -------------------------------------------------------------------------------------------------------------
+
+
+def probing(copy, *more):
+    """main() in the folder `copy`, for a Child."""
+    os.chdir(copy)
+    linprobe.main([str(flag) for flag in (*UNTRAINED, *FAST, "--clips", 1, "--out", "p", *more)])
+
+
+def say_and_sleep(*_, **__):
+    print("ready")
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_loading_and_probing_at_once(copy, tmp_path, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(linprobe, "build_encoder", say_and_sleep)
+        child = Child(tmp_path / "loading", probing, copy)
+        child.says("ready")
+        child.kill(number)
+        assert child.code(3) == -number and child.printed() == "ready\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(linprobe, "fit_linear", say_and_sleep)
+        child = Child(tmp_path / "probing", probing, copy)
+        child.says("ready", 60)
+        child.kill(number)
+        assert child.code(3) == -number
+        name = signal.Signals(number).name
+        assert child.printed().endswith(f"ready\n\n{name}: ended: the features are kept, run it again\n")
+    assert {path.name for path in (copy / "p").iterdir()} == {f"{split}.features.{kind}" for split in ("train", "test") for kind in ("npy", "json")}
+    mark = np.load(copy / "p/train.features.npy", mmap_mode="r+")
+    mark[0] = 7
+    del mark
+    run("linprobe.py", *UNTRAINED, *FAST, "--clips", 1, "--out", "p", cwd=copy)
+    assert (of(copy / "p", "train.features")[0] == 7).all() and (copy / "p/label.json").exists()
+
+
+def slow_encode(encode):
+    def slowly(self, video, mask=None):
+        print("a batch")
+        time.sleep(0.3)
+        return encode(self, video, mask)
+
+    return slowly
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_an_extraction_after_its_batch(copy, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(VideoMAE, "encode", slow_encode(VideoMAE.encode))
+    child = Child(tmp_path / "out", probing, copy, "--batch-size", 4, "--workers", workers)
+    child.says(" 1/8 ", 60)
+    child.kill(signal.SIGTERM)
+    assert child.code(10) == -15
+    out = child.printed()
+    assert "SIGTERM: ending after this batch; once more ends at once" in out and "SIGTERM: stopped; run it again to go on" in out
+    features = of(copy / "p", "train.features")
+    done = int(np.isfinite(features).all(1).sum())
+    assert done in (4, 8, 12) and np.isnan(features[done:]).all() and not list((copy / "p").glob("label*"))
+
+
+def test_two_ranks_stop_while_features_are_made_and_while_rank_0_probes(copy, tmp_path, monkeypatch):
+    """One rank told: both end by the signal. While rank 0 probes, the other has ended well."""
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoMAE, "encode", slow_encode(VideoMAE.encode))
+        children = two_ranks(tmp_path, probing, copy, "--batch-size", 2)
+        for child in children:
+            child.says("a batch", 60)
+            child.kill(signal.SIGTERM)
+        assert [child.code(20) for child in children] == [-15, -15]
+    patch = monkeypatch
+    patch.setattr(linprobe, "fit_linear", say_and_sleep)
+    children = two_ranks(tmp_path, probing, copy)
+    children[0].says("ready", 60)
+    assert children[1].code(10) == 0
+    children[0].kill(signal.SIGTERM)
+    assert children[0].code(3) == -15 and not (copy / "p/label.json").exists()

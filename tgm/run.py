@@ -1,9 +1,11 @@
-"""What every stage does besides its own work: check flags, choose a device, join ranks, load, stop, and go on. Needs manifest.py.
+"""What every stage does besides its own work: check flags, choose a device, join ranks, load, stop, and resume.
+
+Needs manifest.py.
 
     parser = Parser(description=__doc__)                    wrong flags end in one line
     parser.add_argument("--batch-size", type=positive_int)  numbers say their range
 
-    @one_line_errors                                        a reason to give up is one line, not a traceback
+    @one_line_errors                                        a reason to give up is one line
     def main(argv=None):
         rank, ranks, local_rank = torchrun_ranks()
         device, why = choose_device(args.device, local_rank)
@@ -15,24 +17,25 @@
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal: 143 or 130, never 0
+        launch(main)                                        a stopped run ends by its signal, never with 0
 """
 
 import argparse
 import atexit
 import contextlib
-import errno
 import functools
 import json
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
 import uuid
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
@@ -41,7 +44,8 @@ from torch.utils.data import DataLoader
 
 from manifest import ManifestError, release
 
-GRACE = 300  # seconds from a stop signal to the end of a run that makes no progress
+GRACE = 300  # seconds that a stopped run has to reach the end of its step, and again to save
+SAME_SIGNAL = 1.0  # seconds in which a signal may come twice and still be one: from a scheduler and through torchrun
 
 
 class RunError(Exception):
@@ -52,7 +56,7 @@ class RunError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but help keeps the docstring's lines, and a wrong flag ends in one line instead of the whole usage."""
+    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one line, not in the whole usage."""
 
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -78,18 +82,19 @@ def whole(low, high=2**31 - 1):
 
 
 def real(low, high=math.inf, above=False):
-    """A type for argparse: finite numbers from low to high; above: low itself is too low."""
+    """A type for argparse: finite numbers from low to high; with `above` low itself is too low."""
+    expected = f"more than {low:g}" if above else f"{low:g} or more"
+    if high < math.inf:
+        expected += f" and at most {high:g}"
 
     def read(text):
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-        fits = low < value <= high if above else low <= value <= high
-        if not (fits and math.isfinite(value)):
-            smallest = f"more than {low:g}" if above else f"{low:g} or more"
-            largest = "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"expected {smallest}{largest}, found {text}")
+        too_low = value <= low if above else value < low
+        if not math.isfinite(value) or too_low or value > high:
+            raise argparse.ArgumentTypeError(f"expected a finite number, {expected}, found {text}")
         return value
 
     return read
@@ -121,10 +126,9 @@ def device_name(text):
 
 def torchrun_ranks():
     """-> (rank, number of ranks, rank on this machine), as torchrun tells them; (0, 1, 0) without it."""
-    environment = os.environ
-    rank = int(environment.get("RANK", 0))
-    ranks = int(environment.get("WORLD_SIZE", 1))
-    local_rank = int(environment.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     return rank, ranks, local_rank
 
 
@@ -161,17 +165,32 @@ def attempt_name(store, rank, ranks):
     return name
 
 
-def wait_for_ranks():
-    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing. RunError if another rank has ended."""
-    if not dist.is_initialized():
-        return
+def finish(work):
+    """Waits for the end of a collective operation (async_op=True). It waits in Python, where a signal is heard: inside dist a
+    rank would be deaf until all others have come. RunError if another rank is gone."""
+    pause = 1e-4
     try:
-        work = dist.barrier(async_op=True)
         while not work.is_completed():
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
         work.wait()
-    except RuntimeError:
-        raise RunError("another rank ended, for the reason that it gave: this one ends with it") from None
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise RunError(f"another rank ended, and this one with it; the other says why ({reason})") from None
+
+
+def wait_for_ranks():
+    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing."""
+    if dist.is_initialized():
+        finish(dist.barrier(async_op=True))
+
+
+def sum_over_ranks(number):
+    """The sum of a whole number over all ranks, which all must ask; the number itself without ranks. For gloo: on the CPU."""
+    total = torch.tensor(number)
+    if dist.is_initialized():
+        finish(dist.all_reduce(total, async_op=True))
+    return total.item()
 
 
 def choose_device(name, local_rank=0):
@@ -185,12 +204,13 @@ def choose_device(name, local_rank=0):
         raise RunError(f"--device {name}: no GPU that torch can use was found")
     number = int(name.removeprefix("cuda:")) if ":" in name else local_rank
     if number >= torch.cuda.device_count():
-        raise RunError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, rank {local_rank} wants cuda:{number}")
-    return torch.device("cuda", number), "there is a GPU" if name == "auto" else "as asked"
+        raise RunError(f"--device {name}: rank {local_rank} wants cuda:{number}, found {torch.cuda.device_count()} GPUs")
+    why = "there is a GPU" if name == "auto" else "as asked"
+    return torch.device("cuda", number), why
 
 
 def part_of_rank(rows, rank, ranks):
-    """This rank's part of `rows`: one contiguous piece, so that ranks hardly ever write to the same page of a mapped file."""
+    """This rank's part of a list: one contiguous piece, so that two ranks share no more than one page of a mapped file."""
     first = len(rows) * rank // ranks
     last = len(rows) * (rank + 1) // ranks
     return rows[first:last]
@@ -199,51 +219,72 @@ def part_of_rank(rows, rank, ranks):
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
 
+NO_SHARED_MEMORY = (
+    "a decoding process found no room in shared memory (/dev/shm): give the container more (docker run --shm-size=16g), or "
+    "lower --batch-size or --workers; --workers 0 needs none"
+)
+LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
+NO_OPEN_FILES = (
+    "a decoding process has too many open files, one for each video of its batches: lower --batch-size, or raise the limit "
+    "(ulimit -n 65536); --workers 0 needs none"
+)
+
+
 def share(items):
-    """The collate_fn of lists: moves every tensor to shared memory here, in the worker, where a full /dev/shm is an error that
-    reaches the run. Left to the worker's queue thread, the error is lost there and the run waits forever."""
-    if torch.utils.data.get_worker_info() is not None:
-        for tensor in tensors_in(items):
-            tensor.share_memory_()
-    return items
+    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared memory.
+
+    The loader would do that itself in a thread of the worker. There an error is lost, be it of a full /dev/shm or of too many
+    open files, and the run waits forever for a batch that never comes; here it reaches the run like any error of a worker.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return items
+    return bytes(ForkingPickler.dumps(items))
 
 
-def tensors_in(item):
-    """All tensors in nested lists, tuples and mappings."""
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif hasattr(item, "values"):
-        for value in item.values():
-            yield from tensors_in(value)
-    elif isinstance(item, (list, tuple)):
-        for value in item:
-            yield from tensors_in(value)
+class ListLoader(DataLoader):
+    """A DataLoader whose collate_fn is `share`: its batches come as lists again."""
+
+    def __iter__(self):
+        return self._unpack(super().__iter__())
+
+    def _unpack(self, batches):
+        for batch in batches:
+            yield self._items(batch)
+
+    def _items(self, batch):
+        if self.num_workers == 0:
+            return batch
+        try:
+            return pickle.loads(batch)
+        except (OSError, EOFError) as error:
+            raise RuntimeError(f"DataLoader worker: a batch cannot be read any more ({error})") from None
 
 
 def patient(loader):
-    """The batches of a DataLoader; RunError where its workers die or give nothing in time."""
+    """The batches of a DataLoader; RunError where its workers cannot be started, find no shared memory, or die."""
     try:
-        yield from loader
-    except RuntimeError as error:
-        reason = str(error)
-        if "shared memory" in reason or "shm" in reason or "Bus error" in reason:
+        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to find no room for them, Python
+        # would print a traceback of the half-made loader's end, so as many are made here and thrown away.
+        locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
+        del locks
+        batches = iter(loader)
+    except OSError as error:
+        raise RunError(f"{NO_SHARED_MEMORY} ({error.strerror})") from None
+    try:
+        yield from batches
+    except (RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[-1]
+        if "Too many open files" in reason:
+            raise RunError(NO_OPEN_FILES) from None
+        if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
             raise RunError(NO_SHARED_MEMORY) from None
-        if "DataLoader" in reason and ("killed" in reason or "exited" in reason or "timed out" in reason):
+        if lines[0].startswith("DataLoader"):  # worker (pid ...) is killed by ..., exited unexpectedly, timed out
             raise RunError(
-                f"a decoding process ended: {reason.splitlines()[0]} (out of memory? lower --workers or --batch-size; "
-                "--workers 0 decodes in the run itself and shows where)"
+                f"a decoding process ended: {lines[0].strip()} (out of memory? lower --workers or --batch-size; --workers 0 "
+                "decodes in the run itself and shows where)"
             ) from None
         raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # not even room for the locks of the workers' queues
-            raise RunError(NO_SHARED_MEMORY) from None
-        raise
-
-
-NO_SHARED_MEMORY = (
-    "a decoding process found no room in shared memory (/dev/shm): give the container more "
-    "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
-)
 
 
 def ignore_signals(_):
@@ -254,7 +295,7 @@ def ignore_signals(_):
 
 def make_loader(dataset, batch_size, workers, **options):
     """A DataLoader of lists of items, for stages whose rows stand alone. See `share` and `patient`."""
-    return DataLoader(
+    return ListLoader(
         dataset, batch_size, num_workers=workers, collate_fn=share, worker_init_fn=ignore_signals, **options
     )
 
@@ -264,7 +305,7 @@ def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
     workers = multiprocessing.active_children()
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
     for worker in workers:
         worker.kill()
 
@@ -326,70 +367,102 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: a run saves and ends, all ranks at the same
-    step. The first signal is noted, and said at once; a second one ends the run without saving, and so do GRACE seconds without
-    progress. `at_once()`: nothing is left to save, so a signal ends the run immediately; `after_step()` takes that back."""
+    """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: the run saves and ends, on all ranks at the
+    same step. `then` says what happens next; it is printed when the signal comes.
+
+    The first signal is noted (`name` is not None from then on). The run has GRACE seconds to reach `agreed` or `end`, and after
+    `agreed` again as many to save; a run that is stuck ends then, and by a second signal at once, both without saving. The same
+    signal often comes twice within milliseconds, so for SAME_SIGNAL seconds a second one is not one.
+    After `at_once` there is nothing left to save, and the first signal ends the run; `after_step` takes that back.
+
+    All this happens in Python, between two of its instructions: a rank must wait for others by `wait_for_ranks`.
+    """
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None
         self._number = None
+        self._when = None  # seconds on the monotonic clock
         self._immediately = False
         self._then = then
         self._loss = ""
         self._group = None
         if ranks > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for the GPU
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        signal.alarm(0)
         signal.signal(signal.SIGALRM, self._give_up)
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGINT, self._hear)
 
-    def _note(self, number, _):
+    def _hear(self, number, _):
         if self._immediately:
             os.write(2, f"\n{signal.Signals(number).name}: ended{self._loss}\n".encode())
-            raise Stopped(number)
-        if self._number is not None:
-            raise Stopped(number)
+            self._leave(number)
+        elif self._number is None:
+            self._note(number, signal.Signals(number).name)
+            os.write(2, f"\n{self.name}: {self._then}; once more ends at once\n".encode())
+        elif time.monotonic() - self._when > SAME_SIGNAL:
+            self._leave(number)
+
+    def _note(self, number, name):
         self._number = number
-        self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: {self._then}; once more ends at once\n".encode())
+        self.name = name
+        self._when = time.monotonic()
         signal.alarm(GRACE)
 
     def _give_up(self, *_):
         os.write(2, f"{self.name}: no progress in {GRACE} seconds\n".encode())
-        raise Stopped(self._number)
+        self._leave(self._number)
+
+    def _leave(self, number):
+        signal.alarm(0)
+        kill_workers()  # the loader would wait ten seconds for each that is stuck
+        for each in (signal.SIGTERM, signal.SIGINT):  # what is left to do is little: another signal need not wait for it
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
 
     def at_once(self, loss=""):
         """From here on a signal ends the run immediately; so does one that was noted before. loss: what is lost by that, for the
         user."""
         self._immediately = True
         self._loss = f": {loss}" if loss else ""
-        signal.alarm(0)
         if self._number is not None:
-            raise Stopped(self._number)
+            self._leave(self._number)
 
     def after_step(self):
         """From here on a signal is noted again, and the run asks `agreed`."""
         self._immediately = False
 
     def agreed(self):
-        """Whether any rank was told to stop by now; every rank must ask, once a step."""
-        signal.alarm(0)
-        told = torch.tensor(float(self._number or 0))
+        """Whether any rank was told to stop, the same answer on all of them; every rank must ask, once a step.
+
+        A signal that comes while the ranks answer counts the next time: the others do not know of it.
+        """
+        told = torch.tensor(self._number or 0)
         if self._group is not None:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        if told.item() > 0 and self._number is None:
-            self._number = int(told.item())
-            self.name = f"{signal.Signals(self._number).name} to another rank"
-        return self._number is not None
+            finish(dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+        number = told.item()
+        if number == 0:
+            return False
+        if self._number is None:
+            self._note(number, f"{signal.Signals(number).name} to another rank")
+        signal.alarm(GRACE)  # from now on, to save
+        return True
 
     def end(self):
         """Ends the run as stopped, after it was saved."""
-        signal.alarm(0)
-        raise Stopped(self._number)
+        self._leave(self._number)
+
+
+NO_MEMORY = (  # in the last line of torch's RuntimeErrors, on the CPU; numpy's, as a worker of a loader hands it on
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "MemoryError",
+)
 
 
 def one_line_errors(main):
-    """A stage's main() whose reasons to give up end the process in one line. Other exceptions are bugs and keep their traceback."""
+    """A stage's main() whose reasons to give up end the process in one line. Other exceptions are bugs: a traceback."""
 
     @functools.wraps(main)
     def guarded(argv=None):
@@ -398,13 +471,35 @@ def one_line_errors(main):
         except (RunError, ManifestError) as error:
             sys.exit(" ".join(str(error).split()))
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            reason = error.strerror or str(error).strip().splitlines()[-1]
-            sys.exit(where + reason)
+            sys.exit(os_reason(error))
         except (MemoryError, torch.OutOfMemoryError) as error:
-            sys.exit(f"not enough memory: {' '.join(str(error).split())[:200]} (lower --batch-size; {main.__module__}.py --help)")
+            sys.exit(memory_reason(error))
+        except RuntimeError as error:
+            if any(text in last_line(error) for text in NO_MEMORY):
+                sys.exit(memory_reason(error))
+            raise
 
     return guarded
+
+
+def last_line(error):
+    """The last line of an exception's message, which is the reason where a worker's traceback stands before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[-1].split())
+
+
+def os_reason(error):
+    """One line for an OSError: the file, if it says which, and the reason."""
+    if error.strerror is None:
+        return last_line(error)
+    if error.filename is None:
+        return f"{error.strerror} (while a file was read or written)"
+    return f"{error.filename}: {error.strerror}"
+
+
+def memory_reason(error):
+    """One line for an error of too little memory."""
+    return f"not enough memory: {last_line(error)[:200]} (lower --batch-size, --frames or --image-size)"
 
 
 def launch(main):
@@ -420,10 +515,12 @@ def launch(main):
         return
     kill_workers()
     release()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    os._exit(128 + number)  # still here: the first process of a container does not die by a signal of its own
 
 
 # ---- folders, logs, resuming -------------------------------------------------------------------------------------------
@@ -435,8 +532,12 @@ def make_folder(path, flag="--out"):
     trial = path / f".trial-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"")
-        trial.unlink()
+        try:
+            trial.write_bytes(b"trial")
+        finally:
+            trial.unlink(missing_ok=True)
+    except FileExistsError:
+        raise RunError(f"{flag} {path}: is a file, expected a folder") from None
     except OSError as error:
         raise RunError(f"{flag} {path}: nothing can be written there ({error.strerror})") from None
 
@@ -451,23 +552,27 @@ def writing(path):
 
 
 def keep_log(path, step):
-    """Cuts a log.jsonl back to the lines up to `step`, the checkpoint's; what follows is void, as is a line that a full disk or
-    a kill left half written."""
+    """Cuts a log.jsonl back to the lines up to `step`, the checkpoint's. What follows is void, and so is a line that a full disk
+    or a kill left half written. The old file stands until the new one is whole."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []
+    lines = []
+    if step and path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = []
     broken = 0
     for line in lines:
         try:
-            entry = json.loads(line)
-        except ValueError:
+            at = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
             broken += 1
             continue
-        if entry["step"] <= step:
+        if at <= step:
             kept.append(line + "\n")
     if broken:
         print(f"{path}: {broken} broken line{'s' if broken > 1 else ''} dropped", file=sys.stderr)
-    path.write_text("".join(kept), encoding="utf-8")
+    aside = path.with_name(path.name + ".new")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
 
 
 def refuse_changes(path, saved, now, may_change):
