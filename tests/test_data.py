@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from conftest import ROOT
 from conftest import run
 
 from video import read_manifest

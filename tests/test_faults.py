@@ -139,12 +139,8 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
     bare = ("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no")
     line = run(*bare, "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
     assert "nine videos drawn in its place cannot be read" in line
-    for args in (("finetune.py",),):
     line = run("finetune.py", "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
     assert "nine videos drawn in its place cannot be read" in line
-    for args in (("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no"),):
-        with pytest.raises(VideoError, match="nine videos drawn in its place cannot be read"):
-            run(*args, "--size", "tiny", "--batch-size", 4, "--workers", 0, "--video-timeout", 0, cwd=copy)
     assert "0 readable videos" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True)
 
 

@@ -531,7 +531,7 @@ def test_letters_grow_with_the_picture():
 
 def test_long_titles_wrap_and_longer_ones_are_cut():
     tiles = {"clip": torch.ones(4, 32, 32, 3)}
-    height, ends = {}, {}
+    height = {}
     for words in (1, 12, 400):
         picture = masking.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
         top = picture.height - 132

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ENVIRONMENT, ROOT
 
 from manifest import ManifestError
