@@ -224,8 +224,8 @@ def open_array(path, videos, remedy, **expect):
 
     Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
     floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
-    other settings (`expect`: values the .json must hold, such as captions=hash), or by CLIP with an activation that the .json
-    does not tell. And, while another process writes it.
+    other settings (`expect`: values the .json must hold, such as captions=hash), or by CLIP with an
+    activation that the .json does not tell. And, while another process writes it.
     """
     path = Path(path)
 
@@ -252,8 +252,9 @@ def open_array(path, videos, remedy, **expect):
     for key, value in {"shape": list(array.shape), **expect}.items():
         if meta.get(key) != json.loads(json.dumps(value)):
             fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
-    if "clip" in meta and "activation" not in meta:  # OpenAI's CLIP and 19 others ran with GELU in the place of QuickGELU then
-        fail("its .json does not tell CLIP's activation, which may have been the wrong one", f"{remedy} --resume none")
+    if "clip" in meta and "activation" not in meta:
+        # Of a time when 19 of open_clip's weights, OpenAI's among them, ran with the wrong one.
+        fail("its .json does not tell CLIP's activation", f"{remedy} --resume none")
     return array, meta
 
 
