@@ -11,9 +11,10 @@ Writes  train.captions.jsonl, one object a video, in the manifest's order:
     python caption.py data/train.csv --labels --label-column template               no model: the data set's own text
 
 The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has three captions; pretraining
-draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT were tried to work, by name on the Hugging Face hub or by
-folder, with and without `--prompt`. Other image-to-text models of `transformers` may: every model has to caption a blank image
-before any video is opened. No remote code is run. With `--labels` the caption is the label itself, once (a class number becomes
+draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT were tried to work, with and
+without `--prompt`; the name is one on the Hugging Face hub, or a folder. Other image-to-text models
+of `transformers` may work: every model has to caption a blank image before any video is opened. No
+remote code is run. With `--labels` the caption is the label itself, once (a class number becomes
 text through `--classes`).
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
@@ -95,31 +96,37 @@ class KeyFrames(Dataset):
 
 
 def model_inputs(processor, images, prompt):
-    """What the model takes for images, a sequence of K of uint8 [H, W, 3]: a mapping of tensors [K, ...]."""
+    """What the model takes for K images, each uint8 [H, W, 3]: a mapping of tensors [K, ...]."""
     from transformers import GitProcessor
 
     if not prompt:
         return processor(images=list(images), return_tensors="pt")
     inputs = processor(images=list(images), text=[prompt] * len(images), return_tensors="pt")
     if isinstance(processor, GitProcessor):
-        inputs.pop("token_type_ids")  # a tokenizer's habit: GIT has none
+        inputs.pop("token_type_ids", None)  # a tokenizer's habit: GIT has none
         for key in ("input_ids", "attention_mask"):
-            inputs[key] = inputs[key][:, :-1]  # without the token that ends a text: the caption goes on from here
+            inputs[key] = inputs[key][
+                :, :-1
+            ]  # without the token that ends a text: the caption goes on from here
     return inputs
 
 
 def load_model(name, device, dtype):
-    """An image-to-text model of transformers, by hub name or folder, in evaluation mode; and its processor.
+    """An image-to-text model of transformers, in evaluation mode, and its processor.
 
-    RunError where it cannot be loaded, or lacks weights: transformers would draw those at random, print a table, and go on.
+    name: on the Hugging Face hub, or a folder. RunError where it cannot be loaded, or lacks
+    weights: transformers would draw those at random, print a table, and go on.
     """
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers would warn once in every decoding process
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # tokenizers would warn once in every decoding process
     transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()
     try:
         with quiet_libraries():
-            # One small file first: without a network its retries end in 25 seconds, those of all files in minutes.
+            # One small file first: without a network its retries take half a minute, those of all
+            # files several.
             transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -129,35 +136,42 @@ def load_model(name, device, dtype):
         model = model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # of a missing or damaged file, the network, an unknown kind of model, a missing package, ...
+    except Exception as error:  # missing or damaged files, no network, unknown models, anything
         raise RunError(
-            f"--model {name}: cannot load it: {reason_of(error)} (a folder, or a name on the Hugging Face hub; "
-            f"for the toy world: --model data/toy/blip)"
+            f"--model {name}: cannot load it: {reason_of(error)} (a folder, or a name on the "
+            "Hugging Face hub; for the toy world: --model data/toy/blip)"
         ) from None
     if missing:
         raise RunError(
-            f"--model {name}: {len(missing)} of its weights are not in its files, such as {missing[0]}: what it says would be "
-            f"noise (a captioner is needed, whole and in one of the classes of AutoModelForImageTextToText)"
+            f"--model {name}: {len(missing)} of its weights are not in its files, such as "
+            f"{missing[0]}: what it says would be noise (tried to work: BLIP, BLIP-2 with OPT or T5, "
+            "GIT)"
         )
     return model.eval(), processor
 
 
 def try_model(name, model, processor, prompt, device, dtype, beams, max_tokens):
-    """Captions two blank images, one wide and one tall, as videos will be; RunError if that fails."""
+    """Captions two blank images, one wide and one tall, as videos will be; RunError if it fails."""
     wide = np.full((1, 48, 64, 3), 127, np.uint8)
     try:
-        items = [(None, model_inputs(processor, images, prompt), None) for images in (wide, wide.swapaxes(1, 2))]
+        items = [
+            (None, model_inputs(processor, images, prompt), None)
+            for images in (wide, wide.swapaxes(1, 2))
+        ]
         texts = describe(model, processor, items, device, dtype, beams, max_tokens)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a library's answer to inputs that this kind of model does not take may be anything
+    except Exception as error:  # inputs that a kind of model does not take raise anything
         flags = f"--prompt {prompt!r}" if prompt else "without --prompt"
         raise RunError(
-            f"--model {name}: {type(model).__name__}, {flags}, cannot caption a blank image: {reason_of(error)} (tried to work: "
-            "BLIP, BLIP-2 with OPT or T5, GIT)"
+            f"--model {name}: {type(model).__name__}, {flags}, cannot caption a blank image: "
+            f"{reason_of(error)} (tried to work: BLIP, BLIP-2 with OPT or T5, GIT)"
         ) from None
     if [len(of_item) for of_item in texts] != [1, 1]:
-        raise RunError(f"--model {name}: {type(model).__name__} gives {texts} for two blank images, expected one text for each")
+        raise RunError(
+            f"--model {name}: {type(model).__name__} gives {texts} for two blank images, expected "
+            "one text for each"
+        )
 
 
 @torch.inference_mode()
@@ -302,16 +316,20 @@ def main(argv=None):
     wait_for_ranks()
     done = {}
     if not again:
-        done = {row for row, entry in read_entries(out, videos).items() if entry["captions"] or args.extend}
+        entries = read_entries(out, videos)
+        done = {row for row, entry in entries.items() if entry["captions"] or args.extend}
     mine = part_of_rank([video for video in videos if video.row not in done], rank, ranks)
-    # All that may fail comes before anything is written or removed: a model that does not serve leaves no trace.
+    # All that may fail comes before anything is written or removed: a model that does not serve
+    # leaves no trace.
     if args.labels:
         classes = Path(args.classes).read_text().splitlines() if args.classes else None
         entries = label_captions(videos, classes)
     elif mine:
         model, processor = load_model(args.model, device, dtype)
-        try_model(args.model, model, processor, args.prompt, device, dtype, args.beams, args.max_tokens)
-    wait_for_ranks()  # until all have read what there is: what one of them writes would change the others' parts
+        try_model(
+            args.model, model, processor, args.prompt, device, dtype, args.beams, args.max_tokens
+        )
+    wait_for_ranks()  # all have read what there is: what one of them writes would change the others' parts
     if rank == 0:
         begin(out, about, args, videos, again)
     wait_for_ranks()

@@ -389,8 +389,9 @@ def open_array(path, videos, remedy, **expect):
             fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
     if changed := {row: sizes for row, sizes in changed_rows(videos, meta).items() if filled(array[row:row + 1])[0]}:
         fail(describe_change(videos, changed), again(remedy, "--resume none"))
-    if "clip" in meta and "activation" not in meta:  # OpenAI's CLIP and 19 others ran with GELU in the place of QuickGELU then
-        fail("its .json does not tell CLIP's activation, which may have been the wrong one", f"{remedy} --resume none")
+    if "clip" in meta and "activation" not in meta:
+        # Of a time when 19 of open_clip's weights, OpenAI's among them, ran with the wrong one.
+        fail("its .json does not tell CLIP's activation", again(remedy, "--resume none"))
     return array, meta
 
 

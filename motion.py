@@ -13,12 +13,14 @@ the part across it. So a moment's field averages every vector in a window of a f
 (total displacement over total time), on a grid twice as fine as asked for; a 3 x 3 median takes outliers away, and then 2 x 2
 cells become one. experiments/MASKS.md says what each of these gave.
 
-A vector may mean any of several earlier pictures, and libav tells its direction in time but not which one: `video.py` takes the
-nearest. So where the encoder had a choice (`refs` above 1) some vectors span more time than they are divided by, and speeds come
-out too large; directions stay right. B pictures keep this small, and they are x264's default; streams without them (profile
-baseline, tune zerolatency: phones, video calls, surveillance) suffer most. Measured speed / true speed, the mean over four pans
-of a texture at x264's preset medium (ultrafast, superfast and veryfast use one reference, and are exact), without noise and with
-noise of standard deviation 4 and 10 grey levels added to every frame:
+A vector may mean any of several earlier pictures, and libav tells its direction in time but not
+which one: `video.py` takes the nearest. So where the encoder had a choice (`refs` above 1) some
+vectors span more time than they are divided by, and speeds come out too large; directions stay
+right. B pictures keep this small, and they are x264's default; streams without them (profile
+baseline, tune zerolatency: phones, video calls, surveillance) suffer most. Measured speed / true
+speed, the mean over four pans of a texture at x264's preset medium (ultrafast, superfast and
+veryfast use one reference, and are exact), without noise and with noise of standard deviation 4 and
+10 grey levels added to every frame:
 
     x264 settings              refs    no noise   noise 4   noise 10   the worst of the 12
     defaults (3 B pictures)    1       1.00       1.00      0.98       0.96

@@ -5,7 +5,8 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
         train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the mid-points of S equal parts
                               of the video, G x G over the whole frame, squashed to a square
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and heights per second
-        a .json beside each array: model, its activation, flags, and hashes of the manifest's rows and of the captions
+        a .json beside each array: model, its activation, flags, and hashes of the manifest's rows
+                              and of the captions
 
     python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 60 videos/s
     python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
@@ -95,7 +96,10 @@ from tgm.run import (
 from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
-NOT_PLAIN = "patch maps need an open_clip model whose image tower is a plain vision transformer, without attentional pooling"
+NOT_PLAIN = (
+    "patch maps need an open_clip model whose image tower is a plain vision transformer, without "
+    "attentional pooling"
+)
 
 
 class Moments(Dataset):
@@ -146,10 +150,13 @@ def read_pairs(video, moments, size, timeout):
 def load_clip(name, pretrained, image_size, device):
     """An open_clip model with its published weights, in evaluation mode, and its tokenizer.
 
-    name: of a model of open_clip, or local-dir:FOLDER or hf-hub:NAME, which bring weights of their own; pretrained: open_clip's
-    tag of the weights, or a file; image_size: pixels, None for the model's own; other ones interpolate the position table.
-    The activation is the one that the weights were trained with. RunError, in one line, where that cannot be known, where the image
-    tower is not a plain vision transformer, or where weights are missing: open_clip would warn at most, and draw them at random.
+    name: one of open_clip's, or local-dir:FOLDER or hf-hub:NAME, which bring their own weights
+    pretrained: open_clip's tag of the weights, or a file
+    image_size: pixels, None for the model's own; others interpolate the position table
+
+    The activation is the one that the weights were trained with. RunError where open_clip's tables
+    contradict each other about it, where the image tower is not a plain vision transformer, and
+    where weights are missing: open_clip would warn at most, and draw them at random.
     """
     import open_clip
 
@@ -169,53 +176,80 @@ def load_clip(name, pretrained, image_size, device):
                 name,
                 pretrained=pretrained,
                 force_quick_gelu=tag.get("quick_gelu", False),
-                force_image_size=image_size,
                 require_pretrained=True,
                 device=device,
             )
             tokenizer = open_clip.get_tokenizer(name)
     except (RunError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # of a missing or damaged file, the network, another model's weights, a missing package, ...
+    except Exception as error:  # missing or damaged files, no network, other weights, anything
         raise RunError(
-            f"{flags}: cannot load it: {reason_of(error)} (for the toy world: --clip local-dir:data/toy/clip)"
+            f"{flags}: cannot load it: {reason_of(error)} (for the toy world: "
+            "--clip local-dir:data/toy/clip)"
         ) from None
-    visual = model.visual
-    if {type(block) for block in visual.transformer.resblocks} != {open_clip.transformer.ResidualAttentionBlock}:
+    kinds = {type(block) for block in model.visual.transformer.resblocks}
+    if kinds != {open_clip.transformer.ResidualAttentionBlock}:
         raise RunError(f"{flags}: {NOT_PLAIN}")
-    for pixels, patch in zip(visual.image_size, visual.patch_size):
-        if pixels % patch:
-            raise RunError(f"--image-size {pixels}: expected a multiple of the model's patch size, {patch}")
+    if image_size is not None:
+        change_image_size(model, image_size)
     return model.eval(), tokenizer
 
 
 def check_configuration(name, pretrained, config, tag, flags):
     """RunError for what can be told before weights are downloaded.
 
-    config: open_clip's for the model, None if there is none; tag: its entry for the weights, empty for a file or a folder.
+    config: open_clip's for the model, None if there is none
+    tag: its entry for the weights, empty if there is none
     """
     import open_clip
 
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
-        raise RunError(f"{flags}: cannot load it: no such model in open_clip; near to it are {', '.join(near) or 'none'}")
+        raise RunError(
+            f"{flags}: cannot load it: no such model in open_clip; near to it are "
+            f"{', '.join(near) or 'none'}"
+        )
     vision = config["vision_cfg"]
     convolutional = isinstance(vision.get("layers"), list)
     if vision.get("timm_model_name") or convolutional or vision.get("attentional_pool"):
         raise RunError(f"{flags}: {NOT_PLAIN}")
     if ":" not in name and not tag and not Path(pretrained or "").is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise RunError(f"{flags}: neither a file nor one of open_clip's tags for this model: {tags or 'it has none'}")
+        raise RunError(
+            f"{flags}: neither a file nor one of open_clip's tags for this model: "
+            f"{tags or 'it has none'}"
+        )
     if tag and config.get("quick_gelu") and not tag.get("quick_gelu"):
         hub = tag["hf_hub"].strip("/")
         raise RunError(
-            f"{flags}: open_clip's configuration has QuickGELU, its table of weights GELU; --clip hf-hub:{hub} takes the "
-            "configuration published with the weights"
+            f"{flags}: open_clip's configuration has QuickGELU, its table of weights GELU; "
+            f"--clip hf-hub:{hub} takes the configuration published with the weights"
         )
 
 
+def change_image_size(model, pixels):
+    """Gives a plain vision transformer square images of another size, as open_clip does while it
+    loads weights: by interpolating the position table. But in float32, whatever the weights' file
+    holds: float16 has no such interpolation on a CPU."""
+    import open_clip
+
+    visual = model.visual
+    patch = visual.patch_size[0]
+    if pixels % patch:
+        raise RunError(
+            f"--image-size {pixels}: expected a multiple of the model's patch size, {patch}"
+        )
+    visual.image_size = (pixels, pixels)
+    visual.grid_size = (pixels // patch, pixels // patch)
+    table = visual.positional_embedding.detach()
+    state = {"visual.positional_embedding": table.cpu()}
+    open_clip.model.resize_pos_embed(state, model)
+    table = state["visual.positional_embedding"].to(table.device)
+    visual.positional_embedding = torch.nn.Parameter(table, requires_grad=False)
+
+
 def activation_of(model):
-    """The name of the activation in a plain vision transformer of open_clip, "QuickGELU" or "GELU"."""
+    """The activation of a plain vision transformer of open_clip, "QuickGELU" or "GELU"."""
     return type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
 
 
@@ -254,10 +288,13 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
     """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by the tokenizer."""
     texts = sorted(set(texts))
     embedded = {}
-    for start in range(0, len(texts), batch):
+    quiet = torchrun_ranks()[0] > 0
+    for start in tqdm(range(0, len(texts), batch), "texts", unit="batch", delay=5, disable=quiet):
         part = texts[start : start + batch]
         features = model.encode_text(tokenizer(part).to(device)).float()
-        features = F.normalize(features, dim=-1).cpu()  # in float32: under bf16 autocast lengths would be off by 0.25 %
+        features = F.normalize(
+            features, dim=-1
+        ).cpu()  # in float32: under bf16 autocast lengths would be off by 0.25 %
         embedded.update(zip(part, features))
     return embedded
 
@@ -280,8 +317,12 @@ def text_cue(args, videos, device, autocast, create):
         embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
     width = len(next(iter(embedded.values())))
 
-    about = {"captions": partial(file_hash, caption_path), "clip": args.clip, "pretrained": None if ":" in args.clip else args.pretrained,
-             "activation": activation_of(model)}
+    about = {
+        "captions": partial(file_hash, caption_path),
+        "clip": args.clip,
+        "pretrained": None if ":" in args.clip else args.pretrained,
+        "activation": activation_of(model),
+    }
     text_array = create("text", (texts, width), about)
     about |= {"dense": args.dense, "moments": moments, "image_size": size[0]}
     array = create("saliency", (texts, moments, *grid), about)
@@ -341,7 +382,12 @@ def parse_args(argv=None):
     text = parser.add_argument_group("--cue text")
     text.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
     text.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
-    text.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights, or a file (then the model's name says the activation: OpenAI's own need ViT-B-16-quickgelu)")
+    text.add_argument(
+        "--pretrained",
+        default="openai",
+        help="open_clip's tag of the weights, or a file, for which the name of --clip says the "
+        "activation (ViT-B-16-quickgelu for OpenAI's own)",
+    )
     text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
     field = parser.add_argument_group("--cue motion")
     field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")

@@ -1,5 +1,6 @@
 """Models as they are published, without downloading any: open_clip's own tables of weights, and transformers' classes with random
 weights in small sizes, saved as the real ones are."""
+
 import json
 import os
 import subprocess
@@ -96,7 +97,9 @@ def test_other_towers_are_refused_before_anything_is_downloaded(monkeypatch):
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
     names = sorted({name for name, _ in OTHER})
-    assert len(names) > 50 and {"coca_ViT-B-32", "coca_ViT-L-14", "RN50", "ViT-B-16-SigLIP"} <= set(names)
+    assert len(names) > 50 and {"coca_ViT-B-32", "coca_ViT-L-14", "RN50", "ViT-B-16-SigLIP"} <= set(
+        names
+    )
     tags = dict(OTHER)
     for name in names:
         with pytest.raises(RunError, match="plain vision transformer, without attentional pooling"):
@@ -104,7 +107,17 @@ def test_other_towers_are_refused_before_anything_is_downloaded(monkeypatch):
 
 
 def test_coca_leaves_no_array(copy):
-    line = run("saliency.py", "--clip", "coca_ViT-B-32", "--pretrained", "laion2b_s13b_b90k", "--out", "x", cwd=copy, fails=True)
+    line = run(
+        "saliency.py",
+        "--clip",
+        "coca_ViT-B-32",
+        "--pretrained",
+        "laion2b_s13b_b90k",
+        "--out",
+        "x",
+        cwd=copy,
+        fails=True,
+    )
     assert "attentional pooling" in line and not list(copy.glob("x.*"))
 
 
@@ -123,9 +136,13 @@ def test_random_weights_of_clip_are_refused(copy, bare, monkeypatch):
     line = run(*base, "--clip", f"local-dir:{bare}", cwd=copy, fails=True)
     assert line.startswith(f"--clip local-dir:{bare}: cannot load it: Required pretrained weights")
     line = run(*base, "--pretrained", "", cwd=copy, fails=True)
-    assert "neither a file nor one of open_clip's tags for this model: openai, laion400m_e31" in line
+    assert (
+        "neither a file nor one of open_clip's tags for this model: openai, laion400m_e31" in line
+    )
 
-    def fetch(name, filename=None, **_):  # the configuration was downloaded once, the weights were not
+    def fetch(
+        name, filename=None, **_
+    ):  # the configuration was downloaded once, the weights were not
         if filename != "open_clip_config.json":
             raise FileNotFoundError("no network")
         return bare / filename
@@ -145,8 +162,38 @@ def test_wrong_names_of_clip_are_one_short_line(copy):
     assert line == "--image-size 60: expected a multiple of the model's patch size, 8"
     (copy / "file.pt").write_bytes(b"not weights")
     line = run(*base, "--pretrained", "file.pt", cwd=copy, fails=True)
-    assert line.startswith("--clip ViT-B-16 --pretrained file.pt: cannot load it: ") and len(line) < 500
+    assert (
+        line.startswith("--clip ViT-B-16 --pretrained file.pt: cannot load it: ")
+        and len(line) < 500
+    )
     assert not list(copy.glob("x.*"))
+
+
+def test_another_image_size_of_weights_in_float16(tmp_path):
+    """Published weights are often float16, which open_clip cannot interpolate; float32 ones give what it gives."""
+    expected = open_clip.create_model(CLIP, force_image_size=96)
+    model, _ = saliency.load_clip(CLIP, None, 96, "cpu")
+    assert model.visual.grid_size == expected.visual.grid_size == (
+        12,
+        12,
+    ) and model.visual.image_size == (96, 96)
+    assert torch.equal(model.visual.positional_embedding, expected.visual.positional_embedding)
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for path in (ROOT / "data/toy/clip").glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = {
+        key: value.half().contiguous()
+        for key, value in open_clip.create_model(CLIP).state_dict().items()
+    }
+    save_file(state, folder / "open_clip_model.safetensors")
+    half, _ = saliency.load_clip(f"local-dir:{folder}", None, 96, "cpu")
+    table = half.visual.positional_embedding
+    assert table.dtype == torch.float32 and torch.allclose(
+        table, expected.visual.positional_embedding, atol=1e-3
+    )
 
 
 def test_the_activation_is_recorded_and_asked_for(copy):
@@ -156,9 +203,23 @@ def test_the_activation_is_recorded_and_asked_for(copy):
         assert about.pop("activation") == "GELU"
         path.write_text(json.dumps(about))
     base = ("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0)
-    assert "made with another activation; --resume none remakes it" in run(*base, cwd=copy, fails=True)
+    assert "made with another activation; --resume none remakes it" in run(
+        *base, cwd=copy, fails=True
+    )
     remedy = "make it with: python caption.py data/train.csv && python saliency.py data/train.csv --resume none"
-    line = run("pretrain.py", "--size", "tiny", "--device", "cpu", "--mask", "text", "--workers", 0, cwd=copy, fails=True)
+    line = run(
+        "pretrain.py",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--mask",
+        "text",
+        "--workers",
+        0,
+        cwd=copy,
+        fails=True,
+    )
     assert "does not tell CLIP's activation" in line and line.endswith(remedy)
     run(*base, "--resume", "none", cwd=copy)
     assert json.loads((copy / "data/train.saliency.json").read_text())["activation"] == "GELU"
@@ -177,14 +238,35 @@ def test_texts_are_unit_length_under_bf16():
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {**SIZE, "intermediate_size": 64, "image_size": 32, "patch_size": 16}
-OPT = {**SIZE, "ffn_dim": 64, "vocab_size": 30, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
-T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 30, "bos_token_id": 1}
-T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 20, "tie_word_embeddings": False}  # as flan-t5
+OPT = {
+    **SIZE,
+    "ffn_dim": 64,
+    "vocab_size": 30,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 2,
+    "vocab_size": 30,
+    "bos_token_id": 1,
+}
+T5 |= {
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 20,
+    "tie_word_embeddings": False,
+}  # as flan-t5
 SQUARE = {"height": 32, "width": 32}
 
 
 def blip2(folder, text):
-    qformer = hf.Blip2QFormerConfig(**SIZE, intermediate_size=64, encoder_hidden_size=32, vocab_size=30)
+    qformer = hf.Blip2QFormerConfig(
+        **SIZE, intermediate_size=64, encoder_hidden_size=32, vocab_size=30
+    )
     config = hf.Blip2Config(
         vision_config=hf.Blip2VisionConfig(**VISION).to_dict(),
         qformer_config=qformer.to_dict(),
@@ -193,12 +275,16 @@ def blip2(folder, text):
         image_token_index=25,
     )
     hf.Blip2ForConditionalGeneration(config).save_pretrained(folder)
-    processor = hf.Blip2Processor(hf.BlipImageProcessor(size=SQUARE), toy_models.make_tokenizer(), num_query_tokens=4)
+    processor = hf.Blip2Processor(
+        hf.BlipImageProcessor(size=SQUARE), toy_models.make_tokenizer(), num_query_tokens=4
+    )
     processor.save_pretrained(folder)
 
 
 def instructblip(folder):
-    qformer = hf.InstructBlipQFormerConfig(**SIZE, intermediate_size=64, encoder_hidden_size=32, vocab_size=30)
+    qformer = hf.InstructBlipQFormerConfig(
+        **SIZE, intermediate_size=64, encoder_hidden_size=32, vocab_size=30
+    )
     config = hf.InstructBlipConfig(
         vision_config=hf.InstructBlipVisionConfig(**VISION).to_dict(),
         qformer_config=qformer.to_dict(),
@@ -208,14 +294,18 @@ def instructblip(folder):
     )
     hf.InstructBlipForConditionalGeneration(config).save_pretrained(folder)
     tokenizers = toy_models.make_tokenizer(), toy_models.make_tokenizer()
-    hf.InstructBlipProcessor(hf.BlipImageProcessor(size=SQUARE), *tokenizers, num_query_tokens=4).save_pretrained(folder)
+    hf.InstructBlipProcessor(
+        hf.BlipImageProcessor(size=SQUARE), *tokenizers, num_query_tokens=4
+    ).save_pretrained(folder)
 
 
 def bert_tokenizer():
     path = SHARED / "vocab/bert-base-uncased.txt"
     if not path.exists():
         pytest.skip(f"no {path}")
-    return hf.BertTokenizerFast(vocab={word: index for index, word in enumerate(path.read_text().split())})
+    return hf.BertTokenizerFast(
+        vocab={word: index for index, word in enumerate(path.read_text().split())}
+    )
 
 
 def git(folder):
@@ -230,13 +320,23 @@ def git(folder):
         eos_token_id=tokenizer.sep_token_id,
     )
     hf.GitForCausalLM(config).save_pretrained(folder)
-    hf.GitProcessor(hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE), tokenizer).save_pretrained(folder)
+    hf.GitProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE), tokenizer
+    ).save_pretrained(folder)
 
 
 def encoder_decoder(folder):
     tokenizer = bert_tokenizer()
-    decoder = hf.BertConfig(**SIZE, intermediate_size=64, vocab_size=len(tokenizer), is_decoder=True, add_cross_attention=True)
-    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**VISION), decoder)
+    decoder = hf.BertConfig(
+        **SIZE,
+        intermediate_size=64,
+        vocab_size=len(tokenizer),
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        hf.ViTConfig(**VISION), decoder
+    )
     config.decoder_start_token_id = tokenizer.cls_token_id
     config.pad_token_id = tokenizer.pad_token_id
     hf.VisionEncoderDecoderModel(config).save_pretrained(folder)
@@ -307,7 +407,18 @@ def videos(world, tmp_path):
 @pytest.mark.parametrize("kind", ["blip", "blip2-opt", "blip2-t5", "git"])
 def test_the_captioners_that_are_claimed(videos, models, kind, prompt):
     """Each with and without a prompt and with beams; every caption goes on from the prompt where the model repeats it."""
-    flags = ("--model", models(kind), "--workers", 0, "--max-tokens", 5, "--beams", 2, "--prompt", prompt)
+    flags = (
+        "--model",
+        models(kind),
+        "--workers",
+        0,
+        "--max-tokens",
+        5,
+        "--beams",
+        2,
+        "--prompt",
+        prompt,
+    )
     assert "4 videos captioned, 0 failed" in run("caption.py", "val.csv", *flags, cwd=videos)
     made = captions_of(videos)
     assert [len(of_video) for of_video in made] == [3] * 4
@@ -334,12 +445,33 @@ def test_git_goes_on_from_its_prompt(videos, models):
 
 @pytest.mark.parametrize(
     "kind, prompt",
-    [("encoder-decoder", ""), ("encoder-decoder", "a red"), ("llava", ""), ("llava", "a red"), ("instructblip", "")],
+    [
+        ("encoder-decoder", ""),
+        ("encoder-decoder", "a red"),
+        ("llava", ""),
+        ("llava", "a red"),
+        ("instructblip", ""),
+    ],
 )
-def test_other_models_end_in_one_line_before_any_video_is_opened(videos, models, kind, prompt, monkeypatch):
+def test_other_models_end_in_one_line_before_any_video_is_opened(
+    videos, models, kind, prompt, monkeypatch
+):
     monkeypatch.setattr(caption, "VideoReader", None)
-    line = run("caption.py", "val.csv", "--model", models(kind), "--workers", 0, "--prompt", prompt, cwd=videos, fails=True)
-    assert "cannot caption a blank image: " in line and line.endswith("(tried to work: BLIP, BLIP-2 with OPT or T5, GIT)")
+    line = run(
+        "caption.py",
+        "val.csv",
+        "--model",
+        models(kind),
+        "--workers",
+        0,
+        "--prompt",
+        prompt,
+        cwd=videos,
+        fails=True,
+    )
+    assert "cannot caption a blank image: " in line and line.endswith(
+        "(tried to work: BLIP, BLIP-2 with OPT or T5, GIT)"
+    )
     assert (f"--prompt {prompt!r}" if prompt else "without --prompt") in line
     assert [path.name for path in videos.iterdir()] == ["val.csv"]  # nothing is left behind
 
@@ -357,10 +489,17 @@ def test_a_captioner_without_all_its_weights_is_refused(videos, tmp_path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     done = subprocess.run(
         [sys.executable, ROOT / "caption.py", "val.csv", "--model", folder, "--workers", "0"],
-        cwd=videos, env=ENVIRONMENT, text=True, capture_output=True,
+        cwd=videos,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 1 and done.stdout == ""
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and not line.startswith("Loading weights")]
+    lines = [
+        line
+        for line in done.stderr.replace("\r", "\n").splitlines()
+        if line and not line.startswith("Loading weights")
+    ]
     assert len(lines) == 1 and f"1 of its weights are not in its files, such as {gone}" in lines[0]
     assert sorted(path.name for path in videos.iterdir()) == ["part", "val.csv"]
 
@@ -372,7 +511,9 @@ def test_damaged_captioners_are_refused(videos, tmp_path):
         "shape": lambda folder: (folder / "config.json").write_text(
             (source / "config.json").read_text().replace('"vocab_size": 21', '"vocab_size": 33')
         ),
-        "half": lambda folder: (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-5000]),
+        "half": lambda folder: (folder / "model.safetensors").write_bytes(
+            (source / "model.safetensors").read_bytes()[:-5000]
+        ),
         "none": lambda folder: (folder / "config.json").unlink(),
         "kind": lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
     }.items():
@@ -381,7 +522,9 @@ def test_damaged_captioners_are_refused(videos, tmp_path):
         for path in source.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         spoil(folder)
-        line = run("caption.py", "val.csv", "--model", folder, "--workers", 0, cwd=videos, fails=True)
+        line = run(
+            "caption.py", "val.csv", "--model", folder, "--workers", 0, cwd=videos, fails=True
+        )
         assert line.startswith(f"--model {folder}: cannot load it: ") and len(line) < 600, line
     assert not list(videos.glob("val.captions*"))
 
@@ -393,12 +536,45 @@ def test_a_failed_load_leaves_what_was_there(copy):
     for flags in (("--model", "nowhere"), ("--model", CLIP.removeprefix("local-dir:"))):
         line = run("caption.py", "data/val.csv", *flags, "--resume", "none", cwd=copy, fails=True)
         assert "cannot load it" in line
-        assert (copy / "data/val.captions.jsonl").read_bytes() == old and (copy / "data/val.captions.json").read_bytes() == about
-    run("caption.py", "data/val.csv", "--model", "nowhere", "--out", "new.jsonl", cwd=copy, fails=True)
-    assert "24 videos captioned" in run("caption.py", "data/val.csv", "--model", BLIP, "--out", "new.jsonl", "--workers", 0, cwd=copy)
+        assert (copy / "data/val.captions.jsonl").read_bytes() == old and (
+            copy / "data/val.captions.json"
+        ).read_bytes() == about
+    run(
+        "caption.py",
+        "data/val.csv",
+        "--model",
+        "nowhere",
+        "--out",
+        "new.jsonl",
+        cwd=copy,
+        fails=True,
+    )
+    assert "24 videos captioned" in run(
+        "caption.py",
+        "data/val.csv",
+        "--model",
+        BLIP,
+        "--out",
+        "new.jsonl",
+        "--workers",
+        0,
+        cwd=copy,
+    )
     # Labels that do not serve, likewise.
-    run("caption.py", "data/val.csv", "--labels", "--label-column", "path", "--classes", os.devnull, cwd=copy, fails=True)
-    assert (copy / "data/val.captions.jsonl").read_bytes() == old and (copy / "data/val.captions.json").read_bytes() == about
+    run(
+        "caption.py",
+        "data/val.csv",
+        "--labels",
+        "--label-column",
+        "path",
+        "--classes",
+        os.devnull,
+        cwd=copy,
+        fails=True,
+    )
+    assert (copy / "data/val.captions.jsonl").read_bytes() == old and (
+        copy / "data/val.captions.json"
+    ).read_bytes() == about
 
 
 def test_without_a_network_two_lines(copy):
@@ -406,9 +582,18 @@ def test_without_a_network_two_lines(copy):
     for stage, flags in (("caption", ["--out", "x.jsonl"]), ("saliency", ["--out", "x"])):
         code = f"import time; time.sleep = lambda _: None; import {stage}; {stage}.main(['data/val.csv', *{flags}])"
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=copy, text=True, capture_output=True, timeout=120,
-            env=ENVIRONMENT | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1", "PYTHONPATH": str(ROOT),
-                               "HF_HOME": str(copy / "cache")},
+            [sys.executable, "-c", code],
+            cwd=copy,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            env=ENVIRONMENT
+            | {
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": "http://127.0.0.1:1",
+                "PYTHONPATH": str(ROOT),
+                "HF_HOME": str(copy / "cache"),
+            },
         )
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 1 and len(lines) == 2, done.stderr

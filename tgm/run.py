@@ -314,7 +314,7 @@ def kill_workers():
 
 
 class HubSilence(logging.Filter):
-    """Drops what is logged. That the Hugging Face hub does not answer is said once, not dozens of times."""
+    """Drops what is logged. That the Hugging Face hub does not answer is said, once."""
 
     said = False
 
@@ -322,7 +322,8 @@ class HubSilence(logging.Filter):
         if not self.said and record.getMessage().startswith("Retrying in"):
             self.said = True
             print(
-                "the Hugging Face hub does not answer, trying again (HF_HUB_OFFLINE=1: what was downloaded before, at once)",
+                "the Hugging Face hub does not answer, trying again (HF_HUB_OFFLINE=1: what was "
+                "downloaded before, at once)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -331,9 +332,9 @@ class HubSilence(logging.Filter):
 
 @contextlib.contextmanager
 def quiet_libraries():
-    """While a model is loaded: nothing that a library logs or warns of is shown. What matters is in its exceptions, or is checked
-    by whoever loads."""
-    logging.basicConfig()  # open_clip's first warning would do this, and its handler would be unknown here
+    """While a model is loaded: nothing that a library logs or warns of is shown. What matters is in
+    its exceptions, or is checked by whoever loads."""
+    logging.basicConfig()  # open_clip's first warning would do this, after handlers were looked for
     handlers = []
     for name in (None, "huggingface_hub", "transformers"):
         handlers += logging.getLogger(name).handlers
@@ -350,9 +351,9 @@ def quiet_libraries():
 
 
 def reason_of(error):
-    """The first line of an exception's text, at most 300 characters; its type where it has no text."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    """An exception's text as one line of at most 300 characters; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]
 
 
 # ---- stopping ----------------------------------------------------------------------------------------------------------
