@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 from video import read_manifest
 
