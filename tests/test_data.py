@@ -8,6 +8,7 @@ import time
 import pytest
 from conftest import ROOT
 from conftest import run
+from conftest import ROOT, run
 
 from video import read_manifest
 

@@ -468,14 +468,14 @@ def test_ranks_take_contiguous_rows_when_a_run_with_gaps_is_gone_on_with(copy):
 RACE = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration, BlipProcessor
 import {module}
 import tgm.run
 read = {module}.{function}
 slow = [os.environ["RANK"] == "1"]
 def late(*args):
     if slow.pop() if slow else False:
-        time.sleep(6)
+        time.sleep(8)
     return read(*args)
 {module}.{function} = late
 tgm.run.launch({module}.main)
@@ -484,7 +484,7 @@ tgm.run.launch({module}.main)
 
 @pytest.mark.parametrize("module, function, name", [("caption", "read_entries", "captions"), ("saliency", "filled", "motion")])
 def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(copy, module, function, name):
-    """Rank 1 looks 6 seconds late; rank 0 must not have written rows by then, else they would divide other rows."""
+    """Rank 1 looks 8 seconds late; rank 0 must not have written rows by then, else they would divide other rows."""
     output = copy / ("data/train.captions.jsonl" if name == "captions" else "data/train.motion.npy")
     expected = output.read_bytes()
     output.unlink()
