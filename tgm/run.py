@@ -217,7 +217,10 @@ def make_loader(dataset, batch_size, workers, **options):
 @atexit.register
 def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about each that dies
+    for worker in workers:
         worker.kill()
 
 
