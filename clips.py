@@ -124,7 +124,7 @@ class TrainingClips(Dataset):
         self.replaced += 1
         if self.replaced <= self.SAID:
             more = "; further ones are only counted" if self.replaced == self.SAID else ""
-            print(f"skipped: {reason}{more}", file=sys.stderr)
+            sys.stderr.write(f"skipped: {reason}{more}\n")  # at once: print's line and its end may come apart between processes
 
 
 def repeat_seed(seed, epoch, row, repeat):

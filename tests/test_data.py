@@ -6,8 +6,6 @@ import re
 import time
 
 import pytest
-from conftest import ROOT
-from conftest import run
 from conftest import ROOT, run
 
 from video import read_manifest
