@@ -72,7 +72,14 @@ from torchvision.transforms.v2 import functional as TF
 import evaluate
 import model as models
 from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
-from manifest import ManifestError, hold, manifest_hash, read_manifest
+from manifest import (
+    ManifestError,
+    hold,
+    manifest_hash,
+    read_manifest,
+    require_files,
+    shared_rows,
+)
 from tgm.run import (
     Parser,
     RunError,
@@ -298,6 +305,7 @@ def open_data(args):
         if args.test_only and split != "test":
             continue
         videos = read_manifest(path, args.root, args.label_column, args.strict_root)
+        require_files(videos, path)
         if unlabelled := [video for video in videos if video.label is None]:
             raise ManifestError(f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}")
         if names is None and args.test_only:  # somebody else's checkpoint: labels are the numbers of its classes
@@ -310,6 +318,10 @@ def open_data(args):
             raise ManifestError(f"{path}: none of its labels is among the classes {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
         if unknown := sorted({video.label for video in videos} - set(names)):
             print(f"{path}: classes that are not among the {len(names)} trained count as wrong: {', '.join(unknown[:20])}")
+    if "train" in splits:
+        seen = shared_rows(splits["train"][0], splits["test"][0])
+        if seen > 0:
+            print(f"note: {seen} of {len(splits['test'][0])} test videos are training videos, too: the accuracy will flatter")
     return splits, names
 
 
@@ -340,30 +352,6 @@ def refuse_another_run(path, args):
     now = args.batch_size * args.accum * args.ranks
     if before != now:
         raise RunError(f"{path}: another run: --batch-size x --accum x ranks was {before} videos a step, is {now}; {remedy}")
-
-
-UNUSED = {  # beginnings of the notes of load_pretrained, in words
-    "unused decoder.": "decoder",
-    "unused encoder_to_decoder.": "decoder",
-    "unused mask_token": "decoder",
-    "unused contrastive.": "contrastive head",
-    "unused norm.": "final norm",
-}
-UNTRAINED = {"missing fc_norm.": "norm", "missing head.": "head"}
-
-
-def describe(notes):
-    """What load_pretrained tolerated, for somebody who wants to know whether it worked."""
-    if not notes:
-        return "every weight loaded"
-    sentences = ["encoder loaded"]
-    for names, what in ((UNTRAINED, "untrained"), (UNUSED, "not used")):
-        found = [name for start, name in names.items() if any(note.startswith(start) for note in notes)]
-        if found:
-            sentences.append(f"{what}: {', '.join(dict.fromkeys(found))}")
-    expected = (*UNUSED, *UNTRAINED)
-    sentences += [note for note in notes if not note.startswith(expected)]
-    return "; ".join(sentences)
 
 
 def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
@@ -584,7 +572,7 @@ def main(argv=None):
         loaded = "from scratch"
         if args.checkpoint != "none":
             notes = models.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
-            loaded = f"{args.checkpoint}: {describe(notes)}"
+            loaded = f"{args.checkpoint}: {models.summary_of(notes)}"
         if args.test_only and any(note.startswith("missing head") for note in notes):
             sys.exit(f"--checkpoint {args.checkpoint}: has no classifier to test: fine-tune it first")
     except (ManifestError, ValueError) as error:

@@ -56,10 +56,13 @@ from manifest import (
     ManifestError,
     create_array,
     file_hash,
+    file_sizes,
     hold,
     manifest_hash,
     open_rows,
     read_manifest,
+    require_files,
+    shared_rows,
 )
 from tgm.run import (
     Parser,
@@ -220,6 +223,7 @@ def extract_all(model, identity, videos, args, rank, ranks):
             "manifest": manifest_hash(videos[split]),
             # the same paths, starting elsewhere, are other videos
             "root": os.path.realpath(args.root or Path(manifest).parent),
+            "files": file_sizes(videos[split]),  # so are files that were replaced
             "checkpoint": identity,
         }
         about |= settings_of(args, random_views)
@@ -732,11 +736,18 @@ def read_videos(args):
         except ManifestError as error:
             hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
             raise RunError(f"{error}{hint}") from None
+        require_files(videos[split], manifest)
         for video in videos[split]:
             if video.label is None:
                 raise RunError(
                     f"{manifest}: {video.name} has no label in column {args.label_column!r}"
                 )
+    seen = shared_rows(videos["train"], videos["test"])
+    if seen > 0:
+        print(
+            f"note: {seen} of {len(videos['test'])} test videos are training videos, too: "
+            "the accuracies will flatter"
+        )
     return videos
 
 

@@ -189,7 +189,7 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         tmp_path / "pre", "--mask", "tube")
     data = ("--data", world / "data/train.csv", "--val", world / "data/val.csv")
     out = run("finetune.py", *TINY, *data, "--checkpoint", tmp_path / "pre/checkpoint.pt", "--out", tmp_path / "ft", "--use", "best")
-    assert "encoder loaded; untrained: norm, head; not used: decoder, contrastive head, final norm" in out and "block 2" in out and "24 videos, 0 unreadable, 2 x 1 views" in out
+    assert "encoder loaded; not used: " in out and "new, as the file has none: final norm (2 keys), classifier (2 keys)" in out and "block 2" in out and "24 videos, 0 unreadable, 2 x 1 views" in out
     lines = log(tmp_path / "ft")
     assert [line["step"] for line in lines if "val_top1" in line] == [4, 8, 12]
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
@@ -325,7 +325,7 @@ def test_others_checkpoints(world, tmp_path):
     assert (summary["videos"], summary["classes"], summary["top5"]) == (7, 3, 1.0)
     out = run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--checkpoint", tmp_path / "hf",
               "--max-steps", 1, "--out", tmp_path / "ft")
-    assert "hf: encoder loaded; untrained: head\n" in out and "8 classes" in out
+    assert "hf: encoder loaded; new, as the file has none: classifier (2 keys)\n" in out and "8 classes" in out
 
 
 def test_bad_videos(copy):
