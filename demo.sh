@@ -6,6 +6,7 @@ cd "$(dirname "$0")"
 . ./venv.sh
 step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() { echo "+ python $*"; "$python" "$@"; }
+trap '[ $? = 0 ] || echo "$0: stopped; run it again and it goes on from there" >&2' EXIT
 out=runs/demo
 mkdir -p $out
 
@@ -25,7 +26,7 @@ step "4/6  Masks: the clip, its saliency, its motion and every mask in one pictu
 run masking.py --row 2 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif
 
 step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
-run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2e-3 \
+run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 8e-3 \
     --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
 
 step "6/6  Probes: what the frozen features know of the action and the object, beside an untrained encoder's"

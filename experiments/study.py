@@ -43,14 +43,14 @@ from cells import CONTROLS, Cell, control_prefix, run_cell, run_stage, settings,
 from manifest import ManifestError, companion  # noqa: E402
 from toy_report import score_saliency  # noqa: E402
 
-LIGHT = ("--size tiny --batch-size 32 --repeat 2 --blr 4e-3 --warmup-epochs 1 --layer-decay 0.9 --no-flip --crop-scale 0.5 1 --mixup 0 "
+LIGHT = ("--size tiny --batch-size 32 --repeat 2 --blr 8e-3 --warmup-epochs 1 --layer-decay 0.9 --no-flip --crop-scale 0.5 1 --mixup 0 "
          "--cutmix 0 --erase 0 --rand-augment 0 0 --views 2 1")  # experiments/evaluation.py's
 TIERS = {
     "laptop": dict(  # 24,000 clips a cell: 80 to 100 s on one core; probes 13 s
-        seeds=4, jobs=2, finetuned=[], pretrain="--size tiny --batch-size 16 --repeat 2 --epochs 4 --warmup-epochs 0.4 --blr 8e-3",
+        seeds=4, jobs=2, finetuned=[], pretrain="--size tiny --batch-size 16 --repeat 2 --epochs 4 --warmup-epochs 0.4 --blr 1.6e-2",
         probe="--clips 1 --seeds 1", finetune=f"{LIGHT} --epochs 10", supervised=f"{LIGHT} --epochs 60"),
     "gpu": dict(  # 240,000 clips a cell
-        seeds=5, jobs=1, finetuned=["action", "object"], pretrain="--size tiny --batch-size 32 --repeat 2 --epochs 40 --warmup-epochs 2 --blr 4e-3",
+        seeds=5, jobs=1, finetuned=["action", "object"], pretrain="--size tiny --batch-size 32 --repeat 2 --epochs 40 --warmup-epochs 2 --blr 8e-3",
         probe="--attentive --seeds 1", finetune=f"{LIGHT} --epochs 10", supervised=f"{LIGHT} --epochs 60"),
 }
 EQUAL = (0.6, 0.75)  # ratios at which all masks have equally many tokens
