@@ -35,22 +35,8 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from manifest import (
-    ManifestError,
-    changed_rows,
-    companion,
-    describe_change,
-    grown_from,
-    hold,
-    is_about,
-    manifest_hash,
-    read_about,
-    read_manifest,
-    refuse_foreign,
-    renewed_sizes,
-    require_files,
-    write_about,
-)
+from tgm.arrays import companion, grown_from, hold, is_about, read_about, refuse_foreign, write_about
+from tgm.manifest import ManifestError, changed_rows, describe_change, manifest_hash, read_manifest, renewed_sizes, require_files
 from tgm.run import (
     Parser,
     RunError,
@@ -73,7 +59,7 @@ from tgm.run import (
     wait_for_ranks,
     worker_count,
 )
-from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
+from tgm.video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 
 class KeyFrames(Dataset):

@@ -69,17 +69,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-import evaluate
+from tgm import evaluation
 import model as models
-from clips import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
-from manifest import (
-    ManifestError,
-    hold,
-    manifest_hash,
-    read_manifest,
-    require_files,
-    shared_rows,
-)
+from tgm.sampling import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
+from tgm.arrays import hold
+from tgm.manifest import ManifestError, manifest_hash, read_manifest, require_files, shared_rows
 from tgm.run import (
     Parser,
     RunError,
@@ -108,7 +102,7 @@ from tgm.run import (
     worker_count,
     writing,
 )
-from video import TIMEOUT, VideoError, VideoReader
+from tgm.video import TIMEOUT, VideoError, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 MAY_CHANGE = (  # when a run goes on: what it learns stays the same, but for rounding
@@ -180,7 +174,7 @@ def next_batch(iterator):
     try:
         return next(iterator)
     except VideoError as error:  # out of a worker its text is a whole traceback, with the reason for the last line
-        raise RunError(str(error).strip().splitlines()[-1].removeprefix("video.VideoError: ")) from None
+        raise RunError(str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")) from None
 
 
 def make_mix(mixup, cutmix, classes):
@@ -438,8 +432,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
     def validate():
         nonlocal best, validated
         held, held_labels = splits["val"]
-        probabilities = evaluate.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks)
-        result = evaluate.score(probabilities, held_labels, len(args.classes))
+        probabilities = evaluation.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks)
+        result = evaluation.score(probabilities, held_labels, len(args.classes))
         log(
             step=step,
             epoch=round(step / steps_per_epoch, 3),
@@ -609,10 +603,10 @@ weights      {loaded}""")
                 raise RunError(str(error)) from None
     stop.at_once(again)
     videos, labels = splits["test"]
-    probabilities = evaluate.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
+    probabilities = evaluation.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
     if rank == 0:
         about = {"checkpoint": tested, "test": args.test or args.val, "label": args.label_column, "classes": len(names), "views": list(args.views)}
-        summary = evaluate.write_test(out, evaluate.score(probabilities, labels, len(names)), names, labels, probabilities, about,
+        summary = evaluation.write_test(out, evaluation.score(probabilities, labels, len(names)), names, labels, probabilities, about,
                                       splits["train"][1] if "train" in splits else None)
         low, high = summary["top1_bootstrap"]
         print(f"test         {summary['videos']} videos, {summary['unreadable']} unreadable, {args.views[0]} x {args.views[1]} views: top-1 {summary['top1']:.4f} "

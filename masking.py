@@ -457,7 +457,7 @@ def why_uncaptioned(path, row):
 
 def why_unreadable(path):
     """The reason why a video cannot be read; None if it can."""
-    import video
+    from tgm import video
 
     try:
         with video.VideoReader(path) as reader:
@@ -469,15 +469,15 @@ def why_unreadable(path):
 def read_saliency(data, prefix, videos, row, caption):
     """-> (the saliency of a row for one of its captions [S, G, G], that caption). ManifestError or
     ValueError, one line, where there is none."""
-    import manifest
+    from tgm import arrays
 
     remedy = f"python caption.py {data} && python saliency.py {data}"
-    captions_path = manifest.companion(data, "captions.jsonl")
-    captions = manifest.read_captions(captions_path, videos, remedy)[row]
+    captions_path = arrays.companion(data, "captions.jsonl")
+    captions = arrays.read_captions(captions_path, videos, remedy)[row]
     beside = str(prefix) == str(Path(data).with_suffix(""))
-    expect = {"captions": manifest.file_hash(captions_path)} if beside else {}  # else they are stale
+    expect = {"captions": arrays.file_hash(captions_path)} if beside else {}  # else they are stale
     path = f"{prefix}.saliency.npy"
-    saliency, _ = manifest.open_array(path, videos, remedy, **expect)
+    saliency, _ = arrays.open_array(path, videos, remedy, **expect)
     name = videos[row].name
     if not captions:
         reason = why_uncaptioned(captions_path, row)
@@ -497,9 +497,9 @@ def read_saliency(data, prefix, videos, row, caption):
 def read_motion(data, prefix, videos, row):
     """The motion field of a row [S, 2, G, G], or None where its row is empty. ManifestError if the
     array cannot be used."""
-    import manifest
+    from tgm import arrays
 
-    motion, _ = manifest.open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {data} --cue motion")
+    motion, _ = arrays.open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {data} --cue motion")
     field = torch.from_numpy(motion[row].copy())
     return field if field.isfinite().all() else None
 
@@ -508,9 +508,9 @@ def preview(argv=None):
     """The command: draws one row of a manifest."""
     import av
 
-    import clips
-    import manifest
-    import video
+    from tgm import sampling
+    from tgm import manifest
+    from tgm import video
     from tgm.run import RunError
 
     args = parse_args(argv)
@@ -541,9 +541,9 @@ def preview(argv=None):
             field = read_motion(args.data, prefix, videos, args.row)
         with video.VideoReader(row.path) as reader:
             start, end = reader.span(row)
-            times = clips.clip_times(start, end, reader.fps, args.frames, args.stride, 0.5)
+            times = sampling.clip_times(start, end, reader.fps, args.frames, args.stride, 0.5)
             fps = max(1.0, reader.fps / args.stride)
-            frames, box = clips.center_crop(reader.read(times, args.image_size), args.image_size)
+            frames, box = sampling.center_crop(reader.read(times, args.image_size), args.image_size)
     except (video.VideoError, ValueError) as error:
         raise RunError(error) from None
 

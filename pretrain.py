@@ -54,17 +54,9 @@ from torchvision.utils import save_image
 
 import masking
 import model as models
-from clips import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
-from manifest import (
-    ManifestError,
-    companion,
-    file_hash,
-    filled,
-    hold,
-    manifest_hash,
-    open_array,
-    read_manifest,
-)
+from tgm.sampling import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
+from tgm.arrays import companion, file_hash, filled, hold, open_array
+from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.run import (
     Parser,
     RunError,
@@ -92,7 +84,7 @@ from tgm.run import (
     worker_count,
     writing,
 )
-from video import TIMEOUT, VideoError, VideoReader
+from tgm.video import TIMEOUT, VideoError, VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
 
@@ -466,7 +458,7 @@ def batches_from(step, loader, steps_per_epoch, accum):
         try:
             yield from patient(loader)
         except VideoError as error:  # a worker puts its traceback before the message
-            reason = str(error).strip().splitlines()[-1].removeprefix("video.VideoError: ")
+            reason = str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
             raise RunError(f"{reason} (more than --max-bad)") from None
         step = (epoch + 1) * steps_per_epoch
 

@@ -54,20 +54,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import motion
-from manifest import (
-    ManifestError,
-    companion,
-    create_or_resume,
-    file_hash,
-    fill,
-    filled,
-    open_rows,
-    read_captions,
-    read_manifest,
-    refuse_foreign_array,
-    require_files,
-)
+from tgm import motion
+from tgm.arrays import companion, create_or_resume, file_hash, fill, filled, open_rows, read_captions, refuse_foreign_array
+from tgm.manifest import ManifestError, read_manifest, require_files
 from tgm.run import (
     Parser,
     RunError,
@@ -93,7 +82,7 @@ from tgm.run import (
     wait_for_ranks,
     worker_count,
 )
-from video import TIMEOUT, VideoError, VideoReader, segment_midpoints
+from tgm.video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
 NOT_PLAIN = (

@@ -214,7 +214,7 @@ def write(out, splits, classes, columns=(), folder="", within=()):
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
     except UnicodeEncodeError as error:
         sys.exit(f"{error.object[max(error.start - 40, 0):error.end + 40]!a}: a name that is not UTF-8: rename the file")
-    print(f"next, to check the files: python video.py {out / next(iter(kept))}.csv, and so on")
+    print(f"next, to check the files: python -m tgm.prepare {out / next(iter(kept))}.csv, and so on")
 
 
 def replace(path, text):

@@ -45,15 +45,15 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import caption  # noqa: E402
-import manifest  # noqa: E402
+from tgm import manifest  # noqa: E402
 import masking  # noqa: E402
 import model as models  # noqa: E402
 import peers  # noqa: E402
-import prepare  # noqa: E402
+from tgm import prepare  # noqa: E402
 import pretrain  # noqa: E402
 import saliency  # noqa: E402
-from clips import EpochBatches  # noqa: E402
-from video import VideoReader  # noqa: E402
+from tgm.sampling import EpochBatches  # noqa: E402
+from tgm.video import VideoReader  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
 import masking  # noqa: E402
 import model as models  # noqa: E402
 import tables  # noqa: E402
-from manifest import ManifestError  # noqa: E402
+from tgm.manifest import ManifestError  # noqa: E402
 from tgm.run import Stopped  # noqa: E402
 
 CONTROLS = ("shuffled", "no-text", "truth")

@@ -29,9 +29,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import saliency  # noqa: E402
 import toy  # noqa: E402
-from manifest import ManifestError, companion, manifest_hash, open_array, read_captions, read_manifest  # noqa: E402
+from tgm.arrays import companion, open_array, read_captions  # noqa: E402
+from tgm.manifest import ManifestError, manifest_hash, read_manifest  # noqa: E402
 from tgm.run import RunError  # noqa: E402
-from video import VideoError, VideoReader, segment_midpoints  # noqa: E402
+from tgm.video import VideoError, VideoReader, segment_midpoints  # noqa: E402
 
 
 def shuffle(captions, seed=0):

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "data")]
 import masking  # noqa: E402
 import toy  # noqa: E402
-from motion import pair_times  # noqa: E402
-from manifest import ManifestError, open_array, read_manifest  # noqa: E402
-from video import VideoError, VideoReader, segment_midpoints  # noqa: E402
+from tgm.motion import pair_times  # noqa: E402
+from tgm.arrays import open_array  # noqa: E402
+from tgm.manifest import ManifestError, read_manifest  # noqa: E402
+from tgm.video import VideoError, VideoReader, segment_midpoints  # noqa: E402
 
 GRID, PATCH = (8, 8, 8), 8
 SLICES = (2 * np.arange(GRID[0]) + 0.5) / toy.FPS  # seconds: the middle of each slice of two frames

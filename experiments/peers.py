@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import toy
-from clips import multi_scale_crop
-from manifest import read_manifest
+from tgm.sampling import multi_scale_crop
+from tgm.manifest import read_manifest
 from model import EPS, MEAN, STD
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import masking  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
-from manifest import open_array, read_captions, read_manifest  # noqa: E402
-from video import VideoReader  # noqa: E402
+from tgm.arrays import open_array, read_captions  # noqa: E402
+from tgm.manifest import read_manifest  # noqa: E402
+from tgm.video import VideoReader  # noqa: E402
 
 
 def accuracies(found, measures):

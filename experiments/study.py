@@ -40,7 +40,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
 import masking  # noqa: E402
 import tables  # noqa: E402
 from cells import CONTROLS, Cell, control_prefix, run_cell, run_stage, settings, side_by_side, stage, write  # noqa: E402
-from manifest import ManifestError, companion  # noqa: E402
+from tgm.arrays import companion  # noqa: E402
+from tgm.manifest import ManifestError  # noqa: E402
 from toy_report import score_saliency  # noqa: E402
 
 LIGHT = ("--size tiny --batch-size 32 --repeat 2 --blr 8e-3 --warmup-epochs 1 --layer-decay 0.9 --no-flip --crop-scale 0.5 1 --mixup 0 "

@@ -16,11 +16,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
-import manifest  # noqa: E402
+from tgm import arrays  # noqa: E402
 
 torch.set_num_threads(1)
 CLIP, BLIP = f"local-dir:{ROOT}/data/toy/clip", f"{ROOT}/data/toy/blip"
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 os.environ.update(ENVIRONMENT)
 
 
@@ -42,9 +42,10 @@ def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
     With fails=True it must end with one line for the user and no traceback; that line is returned."""
     args = [str(arg) for arg in args]
     if ranks == 1 and not process:
-        return run_here(Path(script).stem, args, cwd, fails)
+        return run_here(Path(script).stem if script.endswith(".py") else script, args, cwd, fails)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *args], cwd=cwd, env=ENVIRONMENT, text=True,
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    done = subprocess.run([sys.executable, *launcher, *program, *args], cwd=cwd, env=ENVIRONMENT, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode in ((1, 2) if fails else (0,)), done.stdout + done.stderr
     assert not fails or "Traceback" not in done.stderr, done.stderr
@@ -62,7 +63,7 @@ def run_here(module, args, cwd, fails):
         code = stop.code or 0
     finally:
         os.chdir(before)
-        manifest.release()  # as the end of its process would
+        arrays.release()  # as the end of its process would
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if fails:

@@ -9,7 +9,7 @@ from conftest import BLIP, CLIP, run
 
 import saliency
 from tgm.run import RunError
-from video import read_frames, segment_midpoints
+from tgm.video import read_frames, segment_midpoints
 
 
 def entries(folder, split="train"):

@@ -4,52 +4,52 @@ import pytest
 import torch
 from test_video import pictures, write
 
-import clips
-from manifest import Video
-from video import VideoError, read_frames
+from tgm import sampling
+from tgm.manifest import Video
+from tgm.video import VideoError, read_frames
 
 
 def test_clip_times_lie_in_the_span_and_the_last_moment_repeats():
-    assert clips.clip_times(2, 12, 10, 4, 5, 0.0).tolist() == pytest.approx([2, 2.5, 3, 3.5])
-    assert clips.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx([10, 10.5, 11, 11.5])  # the window is 2 s wide
-    assert clips.clip_times(2, 12, 10, 4, 5, 0.5)[0] == pytest.approx(6)
-    short = clips.clip_times(1, 1.4, 10, 4, 2, 0.7)
+    assert sampling.clip_times(2, 12, 10, 4, 5, 0.0).tolist() == pytest.approx([2, 2.5, 3, 3.5])
+    assert sampling.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx([10, 10.5, 11, 11.5])  # the window is 2 s wide
+    assert sampling.clip_times(2, 12, 10, 4, 5, 0.5)[0] == pytest.approx(6)
+    short = sampling.clip_times(1, 1.4, 10, 4, 2, 0.7)
     assert short.tolist() == pytest.approx([1, 1.2, 1.35, 1.35])  # 0.35: inside the last frame
 
 
 def test_center_crop():
     frames = np.arange(2 * 4 * 10 * 3, dtype=np.uint8).reshape(2, 4, 10, 3)
-    cut, box = clips.center_crop(frames, 4)
+    cut, box = sampling.center_crop(frames, 4)
     assert np.array_equal(cut, frames[:, :, 3:7]) and box == pytest.approx((0.3, 0, 0.7, 1))
-    cut, box = clips.center_crop(frames.swapaxes(1, 2), 4)
+    cut, box = sampling.center_crop(frames.swapaxes(1, 2), 4)
     assert cut.shape == (2, 4, 4, 3) and box == pytest.approx((0, 0.3, 1, 0.7))
 
 
 def test_uniform_times_take_one_of_each_part():
-    assert clips.uniform_times(2, 10, 30, 4, 0.5).tolist() == [3, 5, 7, 9]
-    assert clips.uniform_times(0, 8, 30, 4, np.array([0, 0.25, 0.5, 0.75])).tolist() == [0, 2.5, 5, 7.5]
-    assert clips.uniform_times(0, 8, 4, 4, 1.0)[-1] == 8 - 0.125  # inside the last frame
-    both = np.sort(np.concatenate([clips.uniform_times(0, 8, 30, 4, where) for where in (0.25, 0.75)]))
+    assert sampling.uniform_times(2, 10, 30, 4, 0.5).tolist() == [3, 5, 7, 9]
+    assert sampling.uniform_times(0, 8, 30, 4, np.array([0, 0.25, 0.5, 0.75])).tolist() == [0, 2.5, 5, 7.5]
+    assert sampling.uniform_times(0, 8, 4, 4, 1.0)[-1] == 8 - 0.125  # inside the last frame
+    both = np.sort(np.concatenate([sampling.uniform_times(0, 8, 30, 4, where) for where in (0.25, 0.75)]))
     assert both.tolist() == (np.arange(8) + 0.5).tolist()  # two clips interleave
 
 
 def test_side_crops():
     frames = np.arange(2 * 4 * 10 * 3, dtype=np.uint8).reshape(2, 4, 10, 3)
-    cut = clips.side_crops(frames, 4, 3)
+    cut = sampling.side_crops(frames, 4, 3)
     assert cut.shape == (3, 2, 4, 4, 3)
     for got, left in zip(cut, (0, 3, 6)):
         assert np.array_equal(got, frames[:, :, left:left + 4])
-    upright = clips.side_crops(frames.swapaxes(1, 2), 4, 3)
+    upright = sampling.side_crops(frames.swapaxes(1, 2), 4, 3)
     assert np.array_equal(upright, cut.swapaxes(2, 3))
-    assert np.array_equal(clips.side_crops(frames, 4, 1)[0], frames[:, :, 3:7])
-    assert len(clips.side_crops(frames[:, :, :4], 4, 3)) == 3  # a square: the same three times
+    assert np.array_equal(sampling.side_crops(frames, 4, 1)[0], frames[:, :, 3:7])
+    assert len(sampling.side_crops(frames[:, :, :4], 4, 3)) == 3  # a square: the same three times
 
 
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
 def test_views_are_clips_times_crops_in_that_order(tmp_path, sampling):
     path = write(tmp_path / "a.mp4", pictures(60), fps=30)
     bad = Video(str(tmp_path / "gone.mp4"), None, None, None, 7, "gone.mp4")
-    views = clips.Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
+    views = sampling.Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
     row, got, error = views[0]
     assert (row, error, got.shape, got.dtype) == (3, None, (6, 3, 4, 48, 48), torch.uint8)
     numbers = {"dense": ([0, 3, 6, 9], [48, 51, 54, 57]), "uniform": ([0, 15, 30, 45], [7, 22, 37, 52])}[sampling]  # of 60 frames
@@ -63,7 +63,7 @@ def test_views_are_clips_times_crops_in_that_order(tmp_path, sampling):
 
 
 def test_a_broken_video_gives_its_place_to_the_same_other():
-    class Some(clips.TrainingClips):
+    class Some(sampling.TrainingClips):
         def sample(self, epoch, row, rng):
             if row in bad:
                 raise VideoError(f"{row}: broken")
@@ -104,19 +104,19 @@ def frames_on_screen(times, fps):
 def test_test_clips_are_videomaes(fps):
     for total in (300, 299, 250, 97, 64, 63, 40, 5, 1):
         for segments, rate in ((5, 4), (2, 4), (10, 2)):
-            found = clips.view_times(0, total / fps, fps, 16, rate, segments, "dense")
+            found = sampling.view_times(0, total / fps, fps, 16, rate, segments, "dense")
             assert frames_on_screen(found, fps) == videomae_dense(total, 16, rate, segments), (total, segments, rate)
     for total in (300, 97, 48, 40, 33):
-        assert frames_on_screen(clips.view_times(0, total / fps, fps, 16, 4, 2, "uniform"), fps) == videomae_uniform(total, 16)
-    ten_seconds = clips.view_times(0, 10, 30, 16, 4, 5, "dense")
+        assert frames_on_screen(sampling.view_times(0, total / fps, fps, 16, 4, 2, "uniform"), fps) == videomae_uniform(total, 16)
+    ten_seconds = sampling.view_times(0, 10, 30, 16, 4, 5, "dense")
     assert frames_on_screen(ten_seconds[:, 0], 30) == [0, 56, 116, 176, 236] and frames_on_screen(ten_seconds[-1], 30)[-1] == 296
-    later = clips.view_times(3, 13, 30, 16, 4, 5, "dense")  # an action within a longer video
+    later = sampling.view_times(3, 13, 30, 16, 4, 5, "dense")  # an action within a longer video
     assert np.allclose(later, ten_seconds + 3)
 
 
 def test_one_test_clip_is_the_middle_one():
-    assert clips.view_times(2, 12, 10, 4, 5, 1, "dense").tolist() == [clips.clip_times(2, 12, 10, 4, 5, 0.5).tolist()]
-    assert clips.view_times(2, 10, 30, 4, 5, 1, "uniform").tolist() == [[3, 5, 7, 9]]
+    assert sampling.view_times(2, 12, 10, 4, 5, 1, "dense").tolist() == [sampling.clip_times(2, 12, 10, 4, 5, 0.5).tolist()]
+    assert sampling.view_times(2, 10, 30, 4, 5, 1, "uniform").tolist() == [[3, 5, 7, 9]]
 
 
 def test_multi_scale_crops_lie_at_thirteen_places():
@@ -125,7 +125,7 @@ def test_multi_scale_crops_lie_at_thirteen_places():
     height, width, draws = 240, 320, 20_000
     places, sides = {}, {}
     for _ in range(draws):
-        top, left, h, w = clips.multi_scale_crop(height, width)
+        top, left, h, w = sampling.multi_scale_crop(height, width)
         assert 0 <= top <= height - h and 0 <= left <= width - w
         sides[h, w] = sides.get((h, w), 0) + 1
         if h < 200:  # a whole short side has no room: its places coincide
@@ -143,7 +143,7 @@ def test_multi_scale_crops_lie_at_thirteen_places():
 
 
 def test_few_failures_are_said_and_none_where_all_fail(capsys):
-    class Some(clips.TrainingClips):
+    class Some(sampling.TrainingClips):
         def sample(self, epoch, row, rng):
             if row in bad:
                 raise VideoError(f"{row}: broken")

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, run
 
-from video import read_manifest
+from tgm.manifest import read_manifest
 
 
 def touch(folder, *names):
@@ -77,7 +77,7 @@ def test_kinetics_official(script, tmp_path):
     assert not (tmp_path / "out/missing-val.txt").exists()
     assert "out/train.csv: 4 rows, 3 classes, 1 videos missing (missing-train.txt), 1 duplicates" in printed
     assert "out/val.csv: 1 rows, 1 classes, 0 videos missing, 0 duplicates" in printed
-    assert printed.endswith("next, to check the files: python video.py out/train.csv, and so on\n")
+    assert printed.endswith("next, to check the files: python -m tgm.prepare out/train.csv, and so on\n")
     assert not list((tmp_path / "out").glob("*.new"))
 
 

@@ -7,7 +7,7 @@ from test_motion import FPS, HEIGHT, ONE_REFERENCE, WIDTH, pan
 
 import masks
 import toy
-from manifest import Video
+from tgm.manifest import Video
 
 
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import BLIP, CLIP, run
 from test_video import pictures, write
 
-import prepare
-import video
-from video import VideoError, VideoReader
+from tgm import prepare
+from tgm import video
+from tgm.video import VideoError, VideoReader
 
 
 def plant(folder):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 
-import manifest as M
+from tgm import arrays as A
+from tgm import manifest as M
 from tgm.run import part_of_rank
 
 STAGES = {
@@ -78,20 +79,20 @@ def test_a_toy_world_made_again_with_another_seed_is_noticed_by_all_that_hangs_o
     for stage in STAGES.values():
         run(*stage, cwd=tmp_path)
     videos = videos_of(tmp_path)
-    M.open_array(tmp_path / "data/train.saliency.npy", videos, "")
+    A.open_array(tmp_path / "data/train.saliency.npy", videos, "")
     run(*world, "--seed", 1, cwd=tmp_path, process=True)
     for name, stage in STAGES.items():
         line = run(*stage, cwd=tmp_path, fails=True)
         assert "videos have changed since it was made: data/videos/train/00000.mp4 had " in line and "--resume none" in line, (name, line)
     for kind in ("text", "saliency", "motion"):
         with pytest.raises(M.ManifestError, match="videos have changed since it was made.*; make it with: one --resume none && two --resume none$"):
-            M.open_array(tmp_path / f"data/train.{kind}.npy", videos, "one && two")
+            A.open_array(tmp_path / f"data/train.{kind}.npy", videos, "one && two")
     assert "videos have changed" in run("pretrain.py", "--mask", "text", "--size", "tiny", "--workers", 0, cwd=tmp_path, fails=True)
     before = (tmp_path / "data/train.captions.jsonl").read_text()
     for stage in STAGES.values():
         run(*stage, "--resume", "none", cwd=tmp_path)
     assert (tmp_path / "data/train.captions.jsonl").read_text() != before
-    M.open_array(tmp_path / "data/train.saliency.npy", videos, "")
+    A.open_array(tmp_path / "data/train.saliency.npy", videos, "")
 
 
 def test_the_same_videos_in_another_folder_are_the_same_and_others_are_not(copy):
@@ -118,14 +119,14 @@ def test_a_video_that_failed_may_be_put_right(copy):
     for stage in stages:
         run(*stage, cwd=copy)
     about = json.loads((copy / "data/few.motion.json").read_text())
-    assert about["files"][1] == 11 and M.filled(np.load(copy / "data/few.motion.npy")).tolist() == [True, False, True]
+    assert about["files"][1] == 11 and A.filled(np.load(copy / "data/few.motion.npy")).tolist() == [True, False, True]
     shutil.copy(copy / "data" / names[1], copy / "data/bad.mp4")
     for stage in stages:
         run(*stage, *(("--resume", "none") if "--clip" in stage else ()), cwd=copy)  # since the captions are others
     size = os.stat(copy / "data/bad.mp4").st_size
     for kind in ("captions", "motion", "saliency"):
         assert json.loads((copy / f"data/few.{kind}.json").read_text())["files"][1] == size
-    assert M.filled(np.load(copy / "data/few.motion.npy")).all()
+    assert A.filled(np.load(copy / "data/few.motion.npy")).all()
 
 
 def test_captions_of_other_times_are_refused(copy):
@@ -134,7 +135,7 @@ def test_captions_of_other_times_are_refused(copy):
     spans.write_text(f"path,start,end\n{name},0,1\n{name},1,2\n")
     run("caption.py", spans, *STAGES["captions"][2:], cwd=copy)
     path = copy / "data/spans.captions.jsonl"
-    assert len(M.read_captions(path, M.read_manifest(spans), "")) == 2
+    assert len(A.read_captions(path, M.read_manifest(spans), "")) == 2
     spans.write_text(f"path,start,end\n{name},0,1\n{name},0.5,2\n")
     line = run("saliency.py", spans, *STAGES["text"][2:], cwd=copy, fails=True)
     assert line == f"{path}: is of another manifest (other start or end); make it with: python caption.py {spans} --resume none"
@@ -156,21 +157,21 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
     name = M.read_manifest(copy / "away/train.csv")[0].name
     expected = (f"away/train.csv: none of its 32 videos is there: searched {copy}/away for {name} and so on; "
                 f"--root FOLDER sets where relative paths start")
-    for command in (("caption.py", "--model", "nowhere"), ("saliency.py", "--cue", "motion"), ("prepare.py",),
-                    ("prepare.py", "--reencode", "small")):
+    for command in (("caption.py", "--model", "nowhere"), ("saliency.py", "--cue", "motion"), ("tgm.prepare",),
+                    ("tgm.prepare", "--reencode", "small")):
         assert run(command[0], "away/train.csv", *command[1:], cwd=copy, fails=True) == expected
     assert os.listdir(copy / "away") == ["train.csv"]
     run("caption.py", "away/train.csv", "--labels", cwd=copy)  # needs no videos
-    assert run("prepare.py", "away/train.csv", "--root", "data", "--workers", 1, cwd=copy)
+    assert run("tgm.prepare", "away/train.csv", "--root", "data", "--workers", 1, cwd=copy)
     (copy / "away/train.csv").write_text("path\n/no/a.mp4\n")
     assert run("caption.py", "away/train.csv", "--model", "nowhere", "--resume", "none", cwd=copy, fails=True) == (
         "away/train.csv: none of its 1 videos is there, the first being /no/a.mp4: correct the paths in the manifest")
 
 
 def test_a_half_made_array_is_described():
-    assert M.describe_gaps("x.npy", np.array([True, False, True])) == (
+    assert A.describe_gaps("x.npy", np.array([True, False, True])) == (
         "x.npy: 2 of 3 rows are made; the rest failed or are still to do, and are left out")
-    assert M.describe_gaps("x.npy", np.ones(3, bool)) == ""
+    assert A.describe_gaps("x.npy", np.ones(3, bool)) == ""
 
 
 def test_rows_that_two_manifests_share(tmp_path):
@@ -213,14 +214,14 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
             ((), f"data/train.check.csv: {ours} (move it away)"),
             (("--reencode", "data"), "--reencode data: the copy of data/videos/train/00000.mp4 would be the video data/videos/train/00000.mp4 itself"),
             (("--reencode", "link.csv"), "--reencode link.csv: nothing can be written there")):
-        assert run("prepare.py", "data/train.csv", *flags, "--workers", 1, cwd=copy, fails=True).startswith(expected)
+        assert run("tgm.prepare", "data/train.csv", *flags, "--workers", 1, cwd=copy, fails=True).startswith(expected)
     (copy / "data/train.check.csv").unlink()
-    assert run("prepare.py", "data/train.csv", "--good", "data/val.csv", cwd=copy, fails=True).startswith(f"data/val.csv: {ours}")
-    assert run("prepare.py", "data/train.csv", "--good", "data/train.csv", cwd=copy, fails=True).startswith(f"data/train.csv: {ours}")
+    assert run("tgm.prepare", "data/train.csv", "--good", "data/val.csv", cwd=copy, fails=True).startswith(f"data/val.csv: {ours}")
+    assert run("tgm.prepare", "data/train.csv", "--good", "data/train.csv", cwd=copy, fails=True).startswith(f"data/train.csv: {ours}")
     (copy / "small").mkdir()
     shutil.copy(copy / "data/val.csv", copy / "small/train.csv")
-    assert run("prepare.py", "data/train.csv", "--reencode", "small", cwd=copy, fails=True).startswith(f"small/train.csv: {ours}")
-    assert run("prepare.py", "data/train.csv", "--root", "data", "--reencode", "data", cwd=copy, fails=True).startswith("--reencode data: the copy")
+    assert run("tgm.prepare", "data/train.csv", "--reencode", "small", cwd=copy, fails=True).startswith(f"small/train.csv: {ours}")
+    assert run("tgm.prepare", "data/train.csv", "--root", "data", "--reencode", "data", cwd=copy, fails=True).startswith("--reencode data: the copy")
     (copy / "small/train.csv").unlink()
     assert os.listdir(copy / "small") == []
     after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
@@ -231,7 +232,7 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
 def test_numbers_out_of_range_are_refused(copy):
     for flags in (("--moments", 0), ("--cue", "motion", "--window", "nan"), ("--cue", "motion", "--window", -1)):
         assert "expected " in run("saliency.py", "data/train.csv", *flags, cwd=copy, fails=True)
-    assert "expected 1 to 1024, found 0" in run("prepare.py", "data/train.csv", "--workers", 0, cwd=copy, fails=True)
+    assert "expected 1 to 1024, found 0" in run("tgm.prepare", "data/train.csv", "--workers", 0, cwd=copy, fails=True)
 
 
 # ---- disks that are full or cannot be written to, and shared memory that is full
@@ -289,8 +290,8 @@ def test_arrays_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
     assert done.returncode == 1 and done.stderr.splitlines() == ["disk/x.motion.npy: cannot be written (No space left on device)"]
     done, _ = mounted(disks, {"disk": READ_ONLY}, command)
     assert done.returncode == 1 and done.stderr == "--out disk: nothing can be written there (Read-only file system)\n"
-    code = ("import sys, pathlib, numpy; sys.path.insert(0, sys.argv[1]); import manifest\n"
-            "try: manifest.create_array(pathlib.Path('disk/x.npy'), (4, 4), numpy.float16, {})\n"
+    code = ("import sys, pathlib, numpy; sys.path.insert(0, sys.argv[1]); from tgm import arrays, manifest\n"
+            "try: arrays.create_array(pathlib.Path('disk/x.npy'), (4, 4), numpy.float16, {})\n"
             "except manifest.ManifestError as error: print(error)")
     done, _ = mounted(disks, {"disk": READ_ONLY}, ["-c", code, ROOT])
     assert done.stdout == "disk/x.npy: cannot be written (Read-only file system)\n", done.stderr
@@ -298,13 +299,13 @@ def test_arrays_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
 
 def test_the_check_prints_before_it_cannot_write_its_report(disks):
     shutil.copytree(disks / "data", disks / "disk.from", symlinks=True)
-    done, _ = mounted(disks, {"disk": READ_ONLY.replace("1m", "30m")}, [ROOT / "prepare.py", "disk/train.csv", "--workers", 1])
+    done, _ = mounted(disks, {"disk": READ_ONLY.replace("1m", "30m")}, ["-m", "tgm.prepare", "disk/train.csv", "--workers", 1])
     assert done.returncode == 1 and "disk/train.csv: 32 rows in 32 files" in done.stdout and "problems    none" in done.stdout
     assert done.stderr.splitlines()[-1] == "disk/train.check.csv: cannot be written (Read-only file system)"
 
 
 def test_re_encoding_onto_a_full_disk_is_one_line(disks):
-    command = [ROOT / "prepare.py", "data/train.csv", "--reencode", "disk", "--workers", 2]
+    command = ["-m", "tgm.prepare", "data/train.csv", "--reencode", "disk", "--workers", 2]
     done, _ = mounted(disks, {"disk": "size=32k"}, command)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.splitlines()[-1]
@@ -317,7 +318,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import {module}
-import video
+from tgm import video
 import tgm.run
 {more}
 seconds = {seconds}
@@ -352,7 +353,7 @@ def test_what_follows_a_stopped_stage_does_not_run(copy, name, number):
 
     def begun():
         if name == "motion":
-            return output.exists() and M.filled(np.load(output)).any()
+            return output.exists() and A.filled(np.load(output)).any()
         return any("captions" in path.read_text() for path in copy.glob("data/*.part-0"))
 
     wait_until(begun, shell)
@@ -384,7 +385,7 @@ def test_a_check_and_a_re_encoding_end_by_the_signal_with_their_processes(copy, 
     script.write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import prepare
+from tgm import prepare
 from tgm.run import launch
 for name in ("read", "_convert"):
     before = getattr(prepare.VideoReader, name)
@@ -419,7 +420,7 @@ def test_a_process_that_dies_in_the_midst_of_a_check_is_one_line(copy):
     script.write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import prepare
+from tgm import prepare
 from tgm.run import launch
 def read(self, times):
     os._exit(11)
@@ -524,7 +525,7 @@ def test_two_nodes_and_a_restart(copy, name):
     def begun():
         if name == "captions":
             return all(path.exists() and '"captions"' in path.read_text() for path in (copy / f"data/train.captions.jsonl.part-{r}" for r in (0, 1)))
-        return output.exists() and M.filled(np.load(output))[[0, 16]].all()
+        return output.exists() and A.filled(np.load(output))[[0, 16]].all()
 
     wait_until(begun, nodes[0])
     os.kill(children(nodes[1])[0], signal.SIGKILL)
@@ -540,8 +541,8 @@ def test_told_to_stop_two_ranks_and_torchrun_end_with_an_error(copy):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2")
     process = start((script, *STAGES["motion"][1:], "--batch-size", 1), copy, launcher=launcher)
     output = copy / "data/train.motion.npy"
-    wait_until(lambda: output.exists() and M.filled(np.load(output)).any(), process)
+    wait_until(lambda: output.exists() and A.filled(np.load(output)).any(), process)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and errors.count("SIGTERM: stopped; the same command goes on") == 2, errors
-    assert 0 < M.filled(np.load(output)).sum() < 32
+    assert 0 < A.filled(np.load(output)).sum() < 32

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image
 
-import evaluate
+from tgm import evaluation
 import finetune
 import model as models
-from manifest import read_manifest
+from tgm.manifest import read_manifest
 
 TINY = ("--size", "tiny", "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 2, "--workers", 0, "--no-flip",
         "--views", 2, 1, "--drop-path", 0.2)
@@ -128,12 +128,12 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
     videos = read_manifest(world / "data/val.csv")[:5]
     videos[3] = videos[3]._replace(path="gone.mp4")
     import contextlib
-    found = evaluate.predict(model, videos, 4, (2, 3), args, "cpu", contextlib.nullcontext())
+    found = evaluation.predict(model, videos, 4, (2, 3), args, "cpu", contextlib.nullcontext())
     assert model.training and found.shape == (5, 4) and found[3].isnan().all()
     model.eval()
     with torch.no_grad():
         for row in (0, 1, 2, 4):
-            views = evaluate.Views(videos, 8, 32, 2, 2, 3)[row][1]
+            views = evaluation.Views(videos, 8, 32, 2, 2, 3)[row][1]
             by_view = [model(models.normalize(view[None])).softmax(-1)[0] for view in views]
             assert torch.allclose(found[row], sum(by_view) / 6, atol=1e-5) and len(by_view) == 6
 
@@ -142,7 +142,7 @@ def test_scores_against_loops():
     generator = torch.Generator().manual_seed(0)
     probabilities, labels = torch.rand(200, 7, generator=generator), torch.randint(-1, 6, (200,), generator=generator)  # class 6 is absent
     probabilities[5] = probabilities[11] = math.nan
-    result = evaluate.score(probabilities, labels, 7)
+    result = evaluation.score(probabilities, labels, 7)
     top1 = top5 = 0
     right, total, confusion = [0] * 7, [0] * 7, np.zeros((7, 7), int)
     for row, label in zip(probabilities.tolist(), labels.tolist()):
@@ -160,10 +160,10 @@ def test_scores_against_loops():
 
 def test_bootstrap_interval():
     correct = torch.arange(400) < 300
-    low, high = evaluate.bootstrap(correct)
+    low, high = evaluation.bootstrap(correct)
     spread = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - spread, abs=0.01) and high == pytest.approx(0.75 + spread, abs=0.01)
-    assert evaluate.bootstrap(torch.ones(9, dtype=torch.bool)) == [1.0, 1.0]
+    assert evaluation.bootstrap(torch.ones(9, dtype=torch.bool)) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("classes", [2, 9, 60, 700])
@@ -171,7 +171,7 @@ def test_confusion_picture(tmp_path, classes):
     confusion = torch.eye(classes, dtype=torch.long) * 5
     confusion[0] = 0
     confusion[0, 1] = 3
-    evaluate.draw_confusion(tmp_path / "c.png", confusion, [f"a class of the name {c}" for c in range(classes)])
+    evaluation.draw_confusion(tmp_path / "c.png", confusion, [f"a class of the name {c}" for c in range(classes)])
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size[0] == picture.size[1] <= 1620
         cell = max(2, min(36, 1200 // classes))
@@ -577,13 +577,13 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import evaluate, finetune
 from tgm.run import launch
-predict = evaluate.predict
+predict = evaluation.predict
 def slow(model, videos, classes, views, *others):
     if {when!r} == "test" and sys._getframe(1).f_code.co_name == "validate":
         return predict(model, videos, classes, views, *others)
     print("begins", flush=True)
     time.sleep(100)
-evaluate.predict = slow
+evaluation.predict = slow
 launch(finetune.main)
 """)
     command = [sys.executable, str(copy / "slow.py"), *map(str, flags), "--out", "run", "--epochs", "2", "--resume", "auto"]
@@ -663,7 +663,7 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
     import contextlib
     args = finetune.parse_args(["--workers", "0"])
     vars(args).update(frames=8, image_size=32, stride=2)
-    found = evaluate.predict(models.VideoViT("tiny", classes=4), read_manifest(copy / "data/val.csv"), 4, (1, 1), args, "cpu", contextlib.nullcontext())
+    found = evaluation.predict(models.VideoViT("tiny", classes=4), read_manifest(copy / "data/val.csv"), 4, (1, 1), args, "cpu", contextlib.nullcontext())
     assert found.isnan().any(1).sum() == 22
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("counted as wrong")]
     assert len(said) == 4 and said[-1] == "counted as wrong: 19 more"

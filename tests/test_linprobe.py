@@ -15,10 +15,10 @@ from test_run import Child, no_child_is_left, two_ranks  # noqa: F401
 
 import linprobe
 import toy
-from clips import clip_times, uniform_times
-from manifest import read_manifest
+from tgm.sampling import clip_times, uniform_times
+from tgm.manifest import read_manifest
 from model import VideoMAE, normalize
-from video import read_frames
+from tgm.video import read_frames
 
 RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.PROTOCOLS["sweep"]["rates"]]
 

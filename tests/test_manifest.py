@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import manifest as M
+from tgm import arrays as A
+from tgm import manifest as M
 
 
 def manifest(tmp_path, text, **options):
@@ -62,14 +63,14 @@ def test_manifest_hash(tmp_path):
 
 
 def test_companion():
-    assert M.companion("data/train.csv", "saliency.npy") == Path("data/train.saliency.npy")
-    assert M.companion("data/v1.train.csv", "captions.jsonl") == Path("data/v1.train.captions.jsonl")
+    assert A.companion("data/train.csv", "saliency.npy") == Path("data/train.saliency.npy")
+    assert A.companion("data/v1.train.csv", "captions.jsonl") == Path("data/v1.train.captions.jsonl")
 
 
 @pytest.fixture
 def saved(tmp_path):
     videos = manifest(tmp_path, "path\na\nb\n")
-    path = M.companion(tmp_path / "train.csv", "saliency.npy")
+    path = A.companion(tmp_path / "train.csv", "saliency.npy")
     np.save(path, np.arange(12, dtype=np.float16).reshape(2, 6))
     meta = {"manifest": M.manifest_hash(videos), "captions": None, "shape": [2, 6], "model": "clip", "flags": {}}
     path.with_suffix(".json").write_text(json.dumps(meta))
@@ -78,7 +79,7 @@ def saved(tmp_path):
 
 def test_open_array(saved):
     path, videos, meta = saved
-    array, found = M.open_array(path, videos, "make me", captions=None, model="clip")
+    array, found = A.open_array(path, videos, "make me", captions=None, model="clip")
     assert found == meta and isinstance(array, np.memmap) and not array.flags.writeable
     assert array.dtype == np.float16 and array.tolist() == np.arange(12).reshape(2, 6).tolist()
 
@@ -108,7 +109,7 @@ def test_open_array_refusals(saved, spoil, reason):
     if json.dumps(meta) != kept:
         path.with_suffix(".json").write_text(json.dumps(meta))
     with pytest.raises(M.ManifestError) as error:
-        M.open_array(path, videos, "python saliency.py data/train.csv", captions="cafe")
+        A.open_array(path, videos, "python saliency.py data/train.csv", captions="cafe")
     message = str(error.value)
     assert reason in message and "\n" not in message
     assert message.endswith("; make it with: python saliency.py data/train.csv")
@@ -119,11 +120,11 @@ def test_open_array_refusals(saved, spoil, reason):
 def test_read_captions(tmp_path):
     videos = [M.Video(name, None, None, None, row, name) for row, name in enumerate(("a.mp4", "b c.mp4"))]
     path = tmp_path / "x.captions.jsonl"
-    refused = lambda: str(pytest.raises(M.ManifestError, M.read_captions, path, videos, "python caption.py x.csv").value)
+    refused = lambda: str(pytest.raises(M.ManifestError, A.read_captions, path, videos, "python caption.py x.csv").value)
     assert refused().startswith(f"{path}: cannot be read (No such file") and refused().endswith("make it with: python caption.py x.csv")
     lines = ['{"path": "a.mp4", "captions": ["a dog", "a cat"]}', '{"path": "b c.mp4", "captions": [], "error": "no"}']
     path.write_text("\n".join(lines) + "\n")
-    assert M.read_captions(path, videos, "") == [["a dog", "a cat"], []]
+    assert A.read_captions(path, videos, "") == [["a dog", "a cat"], []]
     path.write_text("\n".join(reversed(lines)) + "\n")
     assert "is of another manifest" in refused()
     for damaged in (lines[0], "\n".join([lines[0], lines[1][:20]]), "\n".join([lines[0], '{"path": "b c.mp4"}'])):

@@ -11,7 +11,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image, ImageFont, ImageOps
 
-import manifest
+from tgm import arrays
 import masking
 import toy
 from masking import MASKS, cut_maps, make_mask
@@ -250,7 +250,7 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
     """A bright square moves over a dark video; its saliency is its own brightness. Through the training data set's decoding,
     crop, flip and times, each token's brightness must be what `cut_maps` says; unless the flip is forgotten."""
     from pretrain import Clips
-    from manifest import Video
+    from tgm.manifest import Video
     frames = np.zeros((20, 64, 64, 3), np.uint8)
     for t in range(20):
         frames[t, 24:44, 2 * t + 2:2 * t + 22] = 255
@@ -278,7 +278,7 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
     """A textured square moves right and down by known pixels; through the codec, the stage, the data set and `cut_motion`, the
     tokens on it must move as it does in the sample, whatever the crop and the flip."""
     from pretrain import Clips
-    from manifest import read_manifest
+    from tgm.manifest import read_manifest
     texture = np.random.default_rng(0).integers(60, 255, (8, 8, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
     frames = np.full((20, 96, 96, 3), 40, np.uint8)
     for t in range(20):
@@ -477,7 +477,7 @@ def test_a_row_without_saliency_is_refused_with_the_reason(copy):
     path.write_text("\n".join(lines) + "\n")
     about = copy / "data/val.saliency.json"
     settings = json.loads(about.read_text())
-    about.write_text(json.dumps(settings | {"captions": manifest.file_hash(path)}))
+    about.write_text(json.dumps(settings | {"captions": arrays.file_hash(path)}))
     empty(copy / "data/val.saliency.npy", 2)
     assert refused("--row", 2) == (
         "--row 2: videos/val/00002.mp4 has no caption (videos/val/00002.mp4: is empty); choose another row"

@@ -9,9 +9,9 @@ from conftest import run
 from test_video import write
 
 import masks
-import motion
+from tgm import motion
 import toy
-from video import VideoError, VideoReader, segment_midpoints
+from tgm.video import VideoError, VideoReader, segment_midpoints
 
 FPS, HEIGHT, WIDTH = 25, 96, 160
 

@@ -1,4 +1,4 @@
-"""`python video.py MANIFEST`: the check finds every planted fault, and re-encoded copies show the same at the same times."""
+"""`python -m tgm.prepare MANIFEST`: the check finds every planted fault, and re-encoded copies show the same at the same times."""
 import csv
 import os
 import shutil
@@ -9,9 +9,9 @@ import pytest
 from conftest import run
 from test_video import pictures, write
 
-import prepare
-from manifest import read_manifest
-from video import VideoReader, read_frames
+from tgm import prepare
+from tgm.manifest import read_manifest
+from tgm.video import VideoReader, read_frames
 
 
 def problems(path):
@@ -55,7 +55,7 @@ def test_every_planted_fault_among_200_files_is_found(tmp_path):
         lines.append(f'"{name}",x,{span}')
     lines.append('"v/000, a.mp4",x,1.5,2')  # a second row of the first file: a short part
     (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
-    line = run("video.py", tmp_path / "all.csv", "--good", tmp_path / "sub.csv", cwd=tmp_path, fails=True, process=True)
+    line = run("tgm.prepare", tmp_path / "all.csv", "--good", tmp_path / "sub.csv", cwd=tmp_path, fails=True, process=True)
     assert line == "8 of 201 rows cannot be used"
     assert problems(tmp_path / "all.check.csv") == planted
     kept = read_manifest(tmp_path / "sub.csv")
@@ -66,15 +66,15 @@ def test_the_summary(tmp_path):
     write(tmp_path / "a.mp4", pictures(70), fps=10)
     write(tmp_path / "b.avi", pictures(140, 48, 64), codec="mpeg4", fps=20)
     (tmp_path / "two.csv").write_text("path\na.mp4\nb.avi\n")
-    out = run("prepare.py", "two.csv", "--workers", 1, cwd=tmp_path)
+    out = run("tgm.prepare", "two.csv", "--workers", 1, cwd=tmp_path)
     for part in ("2 rows in 2 files", "shortest 7.00 s, median 7.00 s, longest 7.00 s", "h264 1", "mpeg4 1", "128x96 1", "64x48 1", "10 1", "20 1",
                  "problems    none"):
         assert part in out, part
     assert "repeated" not in out and problems(tmp_path / "two.check.csv") == {}
-    out = run("prepare.py", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)  # again, over the report of before
+    out = run("tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)  # again, over the report of before
     assert "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x --stride 5): their last frame is repeated\n" in out
     assert "\nproblems    none: two.check.csv\n" in out and problems(tmp_path / "two.check.csv") == {}
-    assert "none.csv:1: expected" in run("prepare.py", "none.csv", cwd=tmp_path, fails=True)
+    assert "none.csv:1: expected" in run("tgm.prepare", "none.csv", cwd=tmp_path, fails=True)
 
 
 @pytest.mark.parametrize("name, how", [
@@ -104,7 +104,7 @@ def test_a_manifest_of_copies_goes_on_where_it_stopped(tmp_path):
     write(tmp_path / "in/deep/a b.avi", pictures(20), codec="mpeg4", fps=10)
     (tmp_path / "in/bad.mp4").write_bytes(b"bad")
     (tmp_path / "in/some.csv").write_text('path,label,start,end,more\na b.mp4,x,0.5,1,"p, q"\ndeep/a b.avi,y,,,\na b.mp4,z,1,2,\nbad.mp4,w,,,\n')
-    flags = ("prepare.py", tmp_path / "in/some.csv", "--reencode", tmp_path / "out", "--short-side", 32, "--workers", 1)
+    flags = ("tgm.prepare", tmp_path / "in/some.csv", "--reencode", tmp_path / "out", "--short-side", 32, "--workers", 1)
     assert "1 files could not be re-encoded" in run(*flags, fails=True)
     assert (tmp_path / "out/some.csv").read_text().splitlines() == [
         "path,label,start,end,more", 'a b.mp4,x,0.5,1,"p, q"', "deep/a b_avi.mp4,y,,,", "a b.mp4,z,1,2,", "bad.mp4,w,,,"]
@@ -123,8 +123,8 @@ def test_names_that_lead_out_of_the_folder_stay_inside(tmp_path):
     path = write(tmp_path / "v.mp4", pictures(5), fps=10)
     (tmp_path / "a/x.csv").write_text(f"path\n../v.mp4\n{path}\n")
     shutil.copy(tmp_path / "v.mp4", tmp_path / "a/v.mp4")
-    run("prepare.py", tmp_path / "a/x.csv", "--reencode", tmp_path / "out/in", "--workers", 1)
+    run("tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "out/in", "--workers", 1)
     made = {os.path.relpath(file, tmp_path / "out/in") for file in (tmp_path / "out").rglob("*.mp4")}
     assert made == {"v.mp4", path.lstrip("/")}
     (tmp_path / "a/x.csv").write_text("path\n../v.mp4\nv.mp4\n")
-    assert "two of its files would have the same name" in run("prepare.py", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True)
+    assert "two of its files would have the same name" in run("tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from manifest import ManifestError
+from tgm.manifest import ManifestError
 from tgm import run
 
 FORK = multiprocessing.get_context("fork")

@@ -11,8 +11,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 import pretrain
-from clips import EpochBatches
-from video import VideoReader
+from tgm.sampling import EpochBatches
+from tgm.video import VideoReader
 
 
 def usage(pids):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 
-import manifest as M
+from tgm import arrays as A
+from tgm import manifest as M
 
 STAGES = {"captions": ("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 1),
           "saliency": ("saliency.py", "--clip", CLIP, "--moments", 2, "--workers", 0, "--batch-size", 1),
@@ -70,7 +71,7 @@ def test_extended_it_is_what_it_is_made_at_once(copy, killed):
     for kind in kinds:
         assert np.array_equal(np.load(copy / f"data/few.{kind}.npy"), whole[kind])
         assert json.loads((copy / f"data/few.{kind}.json").read_text())["videos"] == 12
-    M.open_array(copy / "data/few.saliency.npy", M.read_manifest(copy / "data/few.csv"), "", captions=M.file_hash(copy / "data/few.captions.jsonl"))
+    A.open_array(copy / "data/few.saliency.npy", M.read_manifest(copy / "data/few.csv"), "", captions=A.file_hash(copy / "data/few.captions.jsonl"))
 
 
 def test_extend_refuses_what_did_not_only_grow(copy):
@@ -110,20 +111,20 @@ def test_extend_leaves_failures_alone(copy):
 
 def test_a_file_is_one_process_to_write(tmp_path):
     path = tmp_path / "x.npy"
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; manifest.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
     begin = lambda: subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = begin()
-    assert first.stdout.readline() == "held\n" and M.is_held(path) and not M.is_held(tmp_path / "y.npy")
+    assert first.stdout.readline() == "held\n" and A.is_held(path) and not A.is_held(tmp_path / "y.npy")
     second = begin()
     assert second.wait(30) == 1 and "x.npy: another process is writing it" in second.stderr.read()
     with pytest.raises(M.ManifestError, match="another process is writing it"):
-        M.hold(path)
+        A.hold(path)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert not M.is_held(path) and (tmp_path / "x.npy.lock").exists()
-    M.hold(path)
+    assert not A.is_held(path) and (tmp_path / "x.npy.lock").exists()
+    A.hold(path)
     assert begin().wait(30) == 1
-    M.release()
+    A.release()
     assert not (tmp_path / "x.npy.lock").exists()
     third = begin()
     assert third.stdout.readline() == "held\n"
@@ -136,7 +137,7 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
     paths = ["data/train.captions.jsonl", "data/train.saliency.npy", "runs/text/checkpoint.pt", "runs/tuned/checkpoint.pt", "runs/probe/features"]
     for folder in ("text", "tuned", "probe"):
         (copy / "runs" / folder).mkdir(parents=True)
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; [manifest.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; [arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *paths], cwd=copy, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -250,7 +251,7 @@ def test_strict_root(copy, tmp_path):
     (copy / "own/c.mp4").symlink_to(copy / "data/videos/train/00000.mp4")
     (copy / "own/few.csv").write_text("path,label\na.mp4,x\nc.mp4,y\n")
     for args in (("caption.py", "own/few.csv", "--labels"), ("saliency.py", "own/few.csv", "--cue", "motion"), ("pretrain.py", "--data", "own/few.csv"),
-                 ("finetune.py", "--data", "own/few.csv"), ("linprobe.py", "--data", "own/few.csv", "--checkpoint", "none"), ("prepare.py", "own/few.csv")):
+                 ("finetune.py", "--data", "own/few.csv"), ("linprobe.py", "--data", "own/few.csv", "--checkpoint", "none"), ("tgm.prepare", "own/few.csv")):
         assert "own/few.csv:3: expected a path inside own (--strict-root), found 'c.mp4'" in run(*args, "--strict-root", cwd=copy, fails=True)
 
 

@@ -17,7 +17,8 @@ import controls
 import masking
 import study
 import tables
-from manifest import open_array, read_captions, read_manifest
+from tgm.arrays import open_array, read_captions
+from tgm.manifest import read_manifest
 from tgm.run import StopSignal
 
 SHORT = ("--finetuned", "action", "--pretrain", "--size tiny --epochs 1 --repeat 2 --batch-size 8 --warmup-epochs 0.5", "--probe", "--clips 1 --seeds 1 --epochs 3",

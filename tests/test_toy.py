@@ -10,7 +10,7 @@ from conftest import BLIP, ROOT, run
 import caption
 import toy
 import toy_report
-from video import read_frames, segment_midpoints
+from tgm.video import read_frames, segment_midpoints
 
 
 def test_a_scene_is_a_function_of_its_arguments():

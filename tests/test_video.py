@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import video as V
-from manifest import Video
+from tgm import video as V
+from tgm.manifest import Video
 
 REAL = Path(__file__).parents[2] / "shared" / "videos"
 

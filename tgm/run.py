@@ -42,7 +42,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from manifest import ManifestError, release
+from tgm.arrays import release
+from tgm.manifest import ManifestError
 
 GRACE = 300  # seconds that a stopped run has to reach the end of its step, and again to save
 SAME_SIGNAL = 1.0  # seconds in which a signal may come twice and still be one: from a scheduler and through torchrun

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from video import TIMEOUT, VideoError, VideoReader
+from tgm.video import TIMEOUT, VideoError, VideoReader
 
 
 def clip_times(start, end, fps, frames, stride, where):

@@ -1,8 +1,8 @@
 """Before a long run: which files of a manifest can be read, and copies of them that load several times faster.
 
-    python video.py data/k400/train.csv                            checks every file, in parallel; writes data/k400/train.check.csv
-    python video.py data/k400/train.csv --good data/k400/good.csv     and a manifest without the rows that cannot be used
-    python video.py data/k400/train.csv --reencode small           writes small/train.csv and its videos: short side 256, a key frame
+    python -m tgm.prepare data/k400/train.csv                            checks every file, in parallel; writes data/k400/train.check.csv
+    python -m tgm.prepare data/k400/train.csv --good data/k400/good.csv     and a manifest without the rows that cannot be used
+    python -m tgm.prepare data/k400/train.csv --reencode small           writes small/train.csv and its videos: short side 256, a key frame
                                                                    every 12 frames, coded to decode fast. Stopped, it goes on
 
 A check decodes the first, the middle and the last frame of each file, once however many rows it has, and sums up durations, codecs,
@@ -29,7 +29,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from manifest import companion, read_manifest, refuse_foreign, require_files
+from tgm.arrays import companion, refuse_foreign
+from tgm.manifest import read_manifest, require_files
 from tgm.run import (
     Parser,
     RunError,
@@ -44,7 +45,7 @@ from tgm.run import (
     positive_int,
     whole,
 )
-from video import VideoError, VideoReader
+from tgm.video import VideoError, VideoReader
 
 
 REPORT = ["row", "path", "problem", "what"]  # columns

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from clips import Views
+from tgm.sampling import Views
 from model import normalize
 from tgm.run import RunError, make_loader, part_of_rank, patient, writing
 

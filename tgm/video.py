@@ -1,11 +1,11 @@
-"""Videos: the only file of the project that opens one. Needs PyAV and numpy, and of ours manifest.py.
+"""Videos: the only file of the project that opens one. Needs PyAV and numpy.
 
     videos = read_manifest("data/train.csv")
     with VideoReader(videos[0].path) as reader:
         start, end = reader.span(videos[0])
         frames = reader.read(segment_midpoints(start, end, 3), size=256)      # uint8 [3, H, W, 3]
 
-`python video.py data/train.csv` checks every file of a manifest, or re-encodes it: see prepare.py.
+`python -m tgm.prepare data/train.csv` checks every file of a manifest, or re-encodes it.
 
 `VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted time and demuxes until
 packets pass the last one; packets carry their presentation time (pts), so which frames are wanted is known before any is
@@ -31,8 +31,6 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
-
-from manifest import read_manifest  # noqa: F401  also found here
 
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
 
@@ -386,9 +384,3 @@ def read_frames(path, times, size=None):
 def segment_midpoints(start, end, count):
     """The mid-points of `count` equal parts of [start, end] -> float64 [count]."""
     return start + (np.arange(count) + 0.5) * (end - start) / count
-
-
-if __name__ == "__main__":
-    import prepare
-    from tgm.run import launch
-    launch(prepare.main)
