@@ -594,7 +594,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     if not use_cuda and args.size != "tiny":
         seconds = seconds_per_step(model, samples_per_step // ranks, visible, decoded)
         say(
-            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * total_steps / 3600:.2g} hours in "
+            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * (last_step - start) / 3600:.2g} hours in "
             "all; it wants a GPU; --size tiny is for CPUs"
         )
     ahead = batch_bytes(args.batch_size, args.repeat, args.frames, args.image_size) * 2 * args.workers * ranks_here
