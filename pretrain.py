@@ -89,6 +89,7 @@ from tgm.run import (
     refuse_changes,
     seed_number,
     torchrun_ranks,
+    wait_for_ranks,
     worker_count,
     writing,
 )
@@ -440,7 +441,7 @@ def give_up(message, rank):
         raise RunError(message)
     if rank == 0:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
-    dist.barrier()  # torchrun ends the others as soon as one has ended: only when the line is out
+    wait_for_ranks()  # torchrun ends the others as soon as one has ended: only when the line is out
     dist.destroy_process_group()
     sys.exit(1)
 
@@ -743,7 +744,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         window, used, newly_failed = [], [], set()
         began, data_time = time.time(), 0.0
     if ranks > 1:
-        dist.barrier()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
+        wait_for_ranks()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
         dist.destroy_process_group()
     if stopped:
         stop.end()
