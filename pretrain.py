@@ -81,6 +81,7 @@ from tgm.run import (
     refuse_changes,
     seed_number,
     torchrun_ranks,
+    wait_for_ranks,
     worker_count,
     writing,
 )
@@ -432,7 +433,7 @@ def give_up(message, rank):
         raise RunError(message)
     if rank == 0:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
-    dist.barrier()  # torchrun ends the others as soon as one has ended: only when the line is out
+    wait_for_ranks()  # torchrun ends the others as soon as one has ended: only when the line is out
     dist.destroy_process_group()
     sys.exit(1)
 
@@ -586,7 +587,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     if not use_cuda and args.size != "tiny":
         seconds = seconds_per_step(model, samples_per_step // ranks, visible, decoded)
         say(
-            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * total_steps / 3600:.2g} hours in "
+            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * (last_step - start) / 3600:.2g} hours in "
             "all; it wants a GPU; --size tiny is for CPUs"
         )
     ahead = batch_bytes(args.batch_size, args.repeat, args.frames, args.image_size) * 2 * args.workers * ranks_here
@@ -735,7 +736,7 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         window, used, newly_failed = [], [], set()
         began, data_time = time.time(), 0.0
     if ranks > 1:
-        dist.barrier()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
+        wait_for_ranks()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
         dist.destroy_process_group()
     if stopped:
         stop.end()
