@@ -6,6 +6,7 @@ from test_video import pictures, write
 
 from tgm import sampling
 from tgm.manifest import Video
+from tgm.sampling import Views
 from tgm.video import VideoError, read_frames
 
 
@@ -49,7 +50,7 @@ def test_side_crops():
 def test_views_are_clips_times_crops_in_that_order(tmp_path, sampling):
     path = write(tmp_path / "a.mp4", pictures(60), fps=30)
     bad = Video(str(tmp_path / "gone.mp4"), None, None, None, 7, "gone.mp4")
-    views = sampling.Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
+    views = Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
     row, got, error = views[0]
     assert (row, error, got.shape, got.dtype) == (3, None, (6, 3, 4, 48, 48), torch.uint8)
     numbers = {"dense": ([0, 3, 6, 9], [48, 51, 54, 57]), "uniform": ([0, 15, 30, 45], [7, 22, 37, 52])}[sampling]  # of 60 frames

@@ -33,7 +33,7 @@ def test_links_lead_somewhere():
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()], page
         seen += len(links)
-    assert seen > 40
+    assert seen > 30
 
 
 @pytest.mark.parametrize("row", rows_under(README, "| file | of this project |")[:-1], ids=lambda row: row[0].split()[0])
@@ -65,7 +65,7 @@ def test_commands_name_scripts_and_flags_that_exist():
     for words in (words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))):
         script = next(word for word in words if word.endswith(".py"))
         source = (ROOT / script).read_text() + "".join((ROOT / name).read_text() for name in ("data/lists.py", "tgm/run.py"))
-        for flag in (word.split("=")[0] for word in words[words.index(script):] if word.startswith("--")):
+        for flag in (word.split("=")[0] for word in words[words.index(script):] if word.startswith("--") and word != "--help"):
             assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, (script, flag)
             seen += 1
     assert seen > 50

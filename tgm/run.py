@@ -29,7 +29,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -256,7 +255,7 @@ class ListLoader(DataLoader):
         if self.num_workers == 0:
             return batch
         try:
-            return pickle.loads(batch)
+            return ForkingPickler.loads(batch)
         except (OSError, EOFError) as error:
             raise RuntimeError(f"DataLoader worker: a batch cannot be read any more ({error})") from None
 
