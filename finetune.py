@@ -243,7 +243,7 @@ def parse_args(argv=None):
     data.add_argument("--stride", type=positive_int, help="video frames from one clip frame to the next (default: the checkpoint's)")
     data.add_argument("--image-size", type=pixel_count, help="pixels (default: the checkpoint's)")
     data.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="a window, or one frame of each of T parts")
-    data.add_argument("--repeat", type=positive_int, default=2, help="samples of each decoded clip (repeated augmentation)")
+    data.add_argument("--repeat", type=whole(1, 1024), default=2, help="samples of each decoded clip (repeated augmentation)")
     data.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
     data.add_argument("--max-bad", type=fraction, default=0.05, help="stop when more than this share of the videos cannot be read")
     augment = parser.add_argument_group("augmentation")

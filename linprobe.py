@@ -750,7 +750,10 @@ def probe_all(videos, arrays, heads, args):
         print(f"{args.test}: classes without a training video count as wrong: {', '.join(unknown)}")
     rows = torch.from_numpy(there["train"].nonzero()[0])
     if len(rows) < 2:
-        raise RunError(f"{args.data}: {len(rows)} readable videos: nothing to train on")
+        hint = ""
+        if len(rows) == 0:
+            hint = f" (paths start at {args.root or Path(args.data).parent}; --root names another folder)"
+        raise RunError(f"{args.data}: {len(rows)} readable videos: nothing to train on{hint}")
     number = {name: index for index, name in enumerate(names)}
     labels = [number[video.label] for video in videos["train"] if there["train"][video.row]]
     truth = [

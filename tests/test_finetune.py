@@ -688,6 +688,7 @@ def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
         (("--smoothing", "nan"), "--smoothing: expected"), (("--layer-decay", -1), "--layer-decay: expected more than 0"),
         (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"), (("--min-blr", -1), "--min-blr: expected 0 or more"),
         (("--head-dropout", 2), "--head-dropout: expected"),
+        (("--repeat", 10**9), "--repeat: expected 1 to 1024"),
     ):
         assert said in run("finetune.py", *flags, cwd=copy, fails=True)
     run("finetune.py", *TINY, "--rand-augment", 4, 30, "--max-steps", 1, "--views", 1, 1, cwd=copy)

@@ -1,0 +1,264 @@
+"""Wrong values of every flag that takes a number, and wrong paths, in every stage: each ends in one line, or the stage does its work.
+
+Flags are found in the stages' own parsers, so that a new one is tried as well. Work is kept small: four videos, one step.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import BLIP, CLIP, run
+
+import manifest
+
+SHORT = ("--workers", 0, "--batch-size", 2, "--max-steps", 1)
+TINY = ("--size", "tiny", *SHORT, "--epochs", 1, "--resume", "none", "--out", "out/run")
+STAGES = {
+    "caption": ("caption", "--data", "data/four.csv", "--model", BLIP, *SHORT, "--resume", "none", "--out", "out/four.captions.jsonl"),
+    "saliency": ("saliency", "--data", "data/four.csv", "--clip", CLIP, "--moments", 2, *SHORT, "--resume", "none", "--out", "out/four"),
+    "motion": ("saliency", "--data", "data/four.csv", "--cue", "motion", "--moments", 2, *SHORT, "--resume", "none", "--out", "out/four"),
+    "masking": ("masking", "--data", "data/four.csv", "--frames", 8, "--image-size", 32, "--patch-size", 8, "--out", "mask.png"),
+    "pretrain": ("pretrain", "--data", "data/four.csv", *TINY, "--warmup-epochs", 0, "--picture-every", 0),
+    "finetune": ("finetune", "--data", "data/four.csv", "--val", "data/four.csv", *TINY, "--warmup-epochs", 0, "--views", 1, 1),
+    "linprobe": ("linprobe", "--data", "data/four.csv", "--test", "data/four.csv", "--checkpoint", "none", "--size", "tiny", "--workers", 0,
+                 "--clips", 1, "--rates", 0.1, "--decays", 0, "--epochs", 1, "--seeds", 1, "--k", 1, "--out", "out/probe"),
+    "video": ("prepare", "data/four.csv", "--workers", 1),
+    "toy": ("toy", "--train", 1, "--val", 1, "--workers", 1, "--out", "out/toy"),
+}
+VALUES = ("0", "-1", "1000000000", "1e9", "nan", "x")
+REFUSED = ("-1", "nan", "x")  # by every flag's type
+MEMORY = 2 * 2**30  # bytes beyond what the tests' own process has
+SECONDS = 10  # of computing
+LONG = (  # what the user asks for and may have, though it never ends: tried as far as the parser
+    ("linprobe", "--seeds", "1000000000"),
+    ("linprobe", "--epochs", "1000000000"),
+    ("toy", "--train", "1000000000"),
+    ("toy", "--val", "1000000000"),
+)
+AWAITED = {  # what is still wrong, to be mended in the stages: how a case begins, and what happens. To be emptied.
+    ("pretrain", "--repeat", "1000000000"): "asks for all memory there is",
+    ("finetune", "--repeat", "1000000000"): "asks for all memory there is",
+    ("finetune", "--rand-augment", "1000000000"): "IndexError in augment",
+    ("pretrain", "--video-timeout", "0"): "VideoError of ten videos that cannot be read",
+    ("finetune", "--video-timeout", "0"): "VideoError of ten videos that cannot be read",
+    ("masking", "--patch-size", "1000000000"): "RuntimeError in cut_maps",
+    ("masking", "--out"): "KeyError of a picture's ending, FileNotFoundError, NotADirectoryError",
+    ("video", "--workers", "0"): "ValueError of multiprocessing.Pool",
+    ("caption", "--out", "data/four.csv"): "the manifest is overwritten",
+    ("caption", "--out", "data/four.text.npy"): "an array is overwritten",
+    ("caption", "--labels", "--classes", "data/four.text.npy"): "UnicodeDecodeError",
+    ("caption", "--max-steps", "9", "--root"): "the folder searched is not named",
+    ("saliency", "--max-steps", "9", "--root"): "the folder searched is not named",
+    ("motion", "--max-steps", "9", "--root"): "the folder searched is not named",
+    ("toy", "--train"): "a usage of several lines",
+    ("toy", "--val"): "a usage of several lines",
+    ("toy", "--seed"): "a usage of several lines; ValueError",
+    ("toy", "--workers"): "a usage of several lines; ValueError; as many processes as there can be",
+    ("toy", "--out"): "NotADirectoryError, FileNotFoundError",
+    ("toy", "--report"): "FileNotFoundError",
+}
+
+
+@pytest.fixture(scope="module")
+def four(world, tmp_path_factory):
+    """A folder with data/four.csv, four videos, and all that hangs off them."""
+    folder = tmp_path_factory.mktemp("four")
+    (folder / "data").mkdir()
+    (folder / "data/videos").symlink_to(world / "data/videos")
+    lines = (world / "data/train.csv").read_text().splitlines()
+    (folder / "data/four.csv").write_text("\n".join(lines[:5]) + "\n")
+    run("caption.py", "data/four.csv", "--model", BLIP, "--workers", 0, cwd=folder)
+    run("saliency.py", "data/four.csv", "--clip", CLIP, "--moments", 2, "--workers", 0, cwd=folder)
+    run("saliency.py", "data/four.csv", "--cue", "motion", "--moments", 2, "--grid", 4, "--workers", 0, cwd=folder)
+    return folder
+
+
+class Endless(BaseException):
+    """More than SECONDS of computing: raised in whatever was at work."""
+
+
+def give_up(*_):
+    raise Endless
+
+
+@pytest.fixture(autouse=True)
+def limits(four):
+    """A value may ask for more memory or time than there is; it must not get it from the machine that runs the tests. And one
+    case finds nothing that another wrote."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+    handler = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    shutil.rmtree(four / "out", ignore_errors=True)
+
+
+def outcome(stage, folder, *more, replace=None):
+    """Runs a stage's main() in the folder: -> the one line it ended with, or None if it did its work. A traceback fails the test.
+    replace: the manifest, where it is no flag."""
+    module, *flags = STAGES[stage]
+    flags[0] = replace or flags[0]
+    before = os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    errors = io.StringIO()
+    try:
+        os.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            importlib.import_module(module).main([str(flag) for flag in (*flags, *more)])
+        return None
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            return None
+        line = errors.getvalue().strip() if stop.code == 2 else stop.code
+        assert isinstance(line, str) and line and "\n" not in line, line
+        return line
+    finally:
+        os.chdir(before)
+        manifest.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Found(Exception):
+    """Carries a stage's parser out of its parse_args."""
+
+
+def parser_of(stage):
+    """The parser that a stage's parse_args makes."""
+
+    def hand_out(parser, argv=None, namespace=None):
+        raise Found(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", hand_out)
+        try:
+            importlib.import_module(STAGES[stage][0]).parse_args([])
+        except Found as found:
+            return found.args[0]
+
+
+def number_flags(stage):
+    """[(flag, how many values it takes)] of the flags whose type turns "1" into a number."""
+    found = []
+    for action in parser_of(stage)._actions:
+        try:
+            number = action.type is not None and isinstance(action.type("1"), (int, float))
+        except (ValueError, argparse.ArgumentTypeError):
+            number = False
+        assert number or not isinstance(action.default, (int, float)) or isinstance(action.default, bool) or action.nargs == 0
+        if number:
+            found.append((action.option_strings[0], action.nargs if isinstance(action.nargs, int) else 1))
+    return found
+
+
+def skip_what_is_awaited(*case):
+    """Does not run a case that is known to be wrong: some would take the machine with them."""
+    for begins, reason in AWAITED.items():
+        if case[: len(begins)] == begins:
+            pytest.xfail(reason)
+
+
+CASES = [(stage, flag, values) for stage in STAGES for flag, values in number_flags(stage)]
+
+
+def test_flags_are_found():
+    flags = {(stage, flag) for stage, flag, _ in CASES}
+    assert {("caption", "--beams"), ("saliency", "--moments"), ("masking", "--row"), ("pretrain", "--blr"), ("finetune", "--mixup"),
+            ("linprobe", "--rates"), ("video", "--gop"), ("toy", "--seed")} <= flags
+    assert len(CASES) > 100
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_do_their_work_with_the_flags_that_the_others_vary(four, stage):
+    assert outcome(stage, four) is None
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("stage, flag, values", CASES)
+def test_a_number_is_refused_in_one_line_or_taken(four, stage, flag, values, value):
+    skip_what_is_awaited(stage, flag, value)
+    if (stage, flag, value) in LONG:
+        module, *flags = STAGES[stage]
+        importlib.import_module(module).parse_args([str(each) for each in (*flags, flag, *[value] * values)])
+        return
+    line = outcome(stage, four, flag, *[value] * values)
+    if value in REFUSED:
+        assert line is not None and f"argument {flag}: expected " in line, line
+
+
+# ---- paths ---------------------------------------------------------------------------------------------------------------
+
+
+FOLDERS = ("pretrain", "finetune", "linprobe", "toy")  # their --out is a folder
+WRONG = [
+    *[(stage, "--data", path) for stage in ("caption", "saliency", "motion", "masking", "pretrain", "finetune", "linprobe")
+      for path in ("missing.csv", "data", "data/four.text.npy")],
+    ("video", "missing.csv"),
+    *[(stage, "--out", path) for stage in FOLDERS for path in ("data/four.csv", "data/four.csv/run", "/proc/run")],
+    *[(stage, "--out", path) for stage in ("caption", "saliency", "motion") for path in ("data/four.csv/x.jsonl", "/proc/x.jsonl")],
+    *[("masking", "--out", path) for path in ("data/four.csv", "mask", "mask.foo", "nowhere/mask.png", "data/four.csv/mask.png", "data")],
+    *[("masking", "--video", path) for path in ("clip", "clip.foo", "nowhere/clip.mp4", "data")],
+    *[("caption", "--out", path) for path in ("data/four.csv", "data/four.text.npy", "data")],
+    *[(stage, "--device", name) for stage in ("caption", "saliency", "motion", "pretrain", "finetune", "linprobe")
+      for name in ("foo", "mps", "cuda", "cuda:7")],
+    *[(stage, "--max-steps", "9", "--root", "nowhere") for stage in ("caption", "saliency", "motion", "linprobe")],
+    ("caption", "--labels", "--classes", "missing.txt"),
+    ("caption", "--labels", "--classes", "data"),
+    ("caption", "--labels", "--classes", "data/four.text.npy"),
+    ("caption", "--model", "nowhere"),
+    ("saliency", "--captions", "missing.jsonl"),
+    ("saliency", "--captions", "data"),
+    ("saliency", "--captions", "data/four.csv"),
+    ("saliency", "--captions", "data/four.text.npy"),
+    ("saliency", "--clip", "local-dir:nowhere"),
+    ("saliency", "--clip", "nowhere"),
+    ("motion", "--flow", "raft", "--flow-weights", "missing.pth"),
+    ("motion", "--flow", "raft", "--flow-weights", "data"),
+    ("motion", "--flow", "raft", "--flow-weights", "data/four.csv"),
+    *[("pretrain", flag, path) for flag in ("--init", "--companions") for path in ("missing.pt", "data", "data/four.csv")],
+    *[("finetune", flag, path) for flag in ("--checkpoint", "--val", "--test") for path in ("missing.pt", "data", "data/four.text.npy")],
+    *[("linprobe", flag, path) for flag in ("--checkpoint", "--test") for path in ("missing.pt", "data", "data/four.text.npy")],
+    *[("video", "--good", path) for path in ("data/four.csv/good.csv", "nowhere/good.csv", "data")],
+    *[("video", "--reencode", path) for path in ("data/four.csv", "data/four.csv/new", "/proc/new")],
+    ("toy", "--report", "nowhere"),
+]
+
+
+def contents(folder):
+    """What the files beside four.csv hold, and the names in the folder."""
+    files = [path for path in (folder / "data").iterdir() if path.is_file()]
+    return {path.name: path.read_bytes() for path in files}, sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def own(four, tmp_path):
+    """A copy of the folder for one case, which may damage it."""
+    shutil.copytree(four, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WRONG, ids=" ".join)
+def test_a_wrong_path_is_one_line_and_nothing_is_touched(own, case):
+    skip_what_is_awaited(*case)
+    stage, *more = case
+    before = contents(own)
+    if stage == "video" and len(more) == 1:  # the manifest itself, which is no flag there
+        line = outcome(stage, own, replace=more[0])
+    else:
+        line = outcome(stage, own, *more)
+    path = Path(more[-1].removeprefix("local-dir:"))
+    named = (str(path), str(path.with_suffix(".json")), *[str(folder) for folder in path.parents if folder.name])
+    assert line is not None and any(name in line for name in named), line
+    after = contents(own)
+    assert after[0] == before[0]
+    assert [name for name in after[1] if name != "out"] == before[1]
