@@ -232,6 +232,16 @@ def write_joined(out, entries, videos):
     print(f"{out}: {len(videos) - failed} videos captioned, {failed} failed")
 
 
+def read_classes(path):
+    """The lines of a text file of class names; None without one."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
+
+
 def label_captions(videos, classes):
     """One caption a video: its label, or the line of `classes` that its integer label names."""
     entries = {}
@@ -308,8 +318,7 @@ def main(argv=None):
     # All that may fail comes before anything is written or removed: a model that does not serve
     # leaves no trace.
     if args.labels:
-        classes = Path(args.classes).read_text().splitlines() if args.classes else None
-        entries = label_captions(videos, classes)
+        entries = label_captions(videos, read_classes(args.classes))
     elif mine:
         model, processor = load_model(args.model, device, dtype)
         try_model(

@@ -16,7 +16,6 @@ the tiny models are trained, has no such habit: the models must look at the obje
 
 A scene is a pure function of (seed, split, row): `scene(...)` returns it, and `render(...)` draws any moment of it.
 """
-import argparse
 import csv
 import multiprocessing
 import sys
@@ -27,6 +26,9 @@ from pathlib import Path
 import av
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tgm.run import Parser, RunError, launch, make_folder, one_line_errors, positive_int, seed_number, whole  # noqa: E402
 
 SIZE, FRAMES, FPS = 64, 20, 10
 ACTIONS = ("move left", "move right", "move up", "move down", "grow", "shrink", "spin", "shake")
@@ -193,31 +195,33 @@ def write_world(out, train, val, seed=0, workers=2):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the manifests, videos and masks")
-    parser.add_argument("--train", type=int, default=3000, help="videos in train.csv")
-    parser.add_argument("--val", type=int, default=600, help="videos in val.csv")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw and encode")
+    parser.add_argument("--train", type=positive_int, default=3000, help="videos in train.csv")
+    parser.add_argument("--val", type=positive_int, default=600, help="videos in val.csv")
+    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--workers", type=whole(1, 1024), default=2, help="processes that draw and encode")
     parser.add_argument("--train-models", action="store_true", help="train the tiny BLIP and CLIP instead")
     parser.add_argument("--report", type=Path, metavar="RUNS", help="print the demo's table for the runs in this folder instead")
     return parser.parse_args(argv)
 
 
+@one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     if args.train_models:
         import toy_models
         toy_models.main(["--seed", str(args.seed)])
     elif args.report:
+        if not args.report.is_dir():
+            raise RunError(f"--report {args.report}: no such folder (./demo.sh makes runs/demo)")
         import toy_report
         toy_report.report(args.out, args.report)
     else:
-        if args.train < 1 or args.val < 1:
-            sys.exit("--train and --val take at least 1 video")
+        make_folder(args.out)
         write_world(args.out, args.train, args.val, args.seed, args.workers)
         print(f"{args.train} + {args.val} videos: {args.out / 'train.csv'}, {args.out / 'val.csv'}")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
