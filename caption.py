@@ -306,10 +306,10 @@ def main(argv=None):
     about = {"manifest": manifest_hash(videos), "videos": len(videos), "model": "labels" if args.labels else args.model}
     if not args.labels:
         about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
-    again = starts_again(out, args)
     if rank == 0:
         prepare(out, about, args, videos)
     wait_for_ranks()
+    again = starts_again(out, args)
     done = {}
     if not again:
         entries = read_entries(out, videos)
