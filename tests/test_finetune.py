@@ -386,7 +386,7 @@ def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat
     lr, floor = 1e-3 * accum, 5e-4 * accum
     last = floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (steps - 1 - steps // 3) / (steps - steps // 3)))
     assert len(rates) == steps and max(rates) == pytest.approx(lr) and rates[-1] == pytest.approx(last)
-    assert f"lr           {lr:g} = 0.032 x {8 * accum} / 256, falls to {floor:g}" in out.replace("0.0005,", "0.0005,")
+    assert f"lr           {lr:g} = 0.032 x {8 * accum} / 256, falls to {floor:g}" in out
     assert f"= {8 * accum * repeat} clips" in out
 
 
@@ -569,7 +569,7 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
 @pytest.mark.parametrize("when", ["validation", "test"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_validation_and_test_at_once(copy, when, number):
-    """A video that a pipe stands for is never read to its end. After that the run goes on as if nothing had been."""
+    """A prediction that takes a hundred seconds is not waited for. After that the run goes on as if nothing had been."""
     flags = (*TINY, "--views", 1, 1, "--save-every", 1)
     run("finetune.py", *flags, "--out", "whole", "--epochs", 2, cwd=copy)
     (copy / "slow.py").write_text(f"""
@@ -628,7 +628,7 @@ launch(finetune.main)
 
 
 def test_bad_videos_are_counted_over_the_ranks(copy):
-    """Four of 32 are bad, two on each rank by chance of the order: 0.07 is less than four and more than two."""
+    """Four of 32 are bad, shared out over the ranks by chance: neither meets more than 0.1 of all in the first epoch."""
     lines = (copy / "data/train.csv").read_text().splitlines()
     for row in (1, 2, 3, 4):
         lines[row] = f"gone{row}.mp4," + lines[row].split(",", 1)[1]
@@ -639,6 +639,7 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
     command = [sys.executable, *launcher, str(ROOT / "finetune.py"), *map(str, flags), "--max-bad", "0.1", "--out", "b"]
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "4 of 32 videos cannot be read, more than --max-bad 0.1: gone" in done.stderr, done.stderr
+    assert log(copy / "b") == []  # at the first line that would be logged
     # over many epochs each rank meets all of them, and they are four still
     run("finetune.py", *flags, "--epochs", 6, "--max-bad", 0.125, "--out", "c", cwd=copy, ranks=2)
     assert log(copy / "c")[-2]["skipped"] == 4

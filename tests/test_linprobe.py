@@ -252,7 +252,7 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
         "--out", tmp_path)
     torch.manual_seed(0)
     model, means, pooled = VideoMAE("tiny").eval(), [], []
-    for where in (0.25, 0.75):
+    for where in {"dense": (0, 1), "uniform": (0, 0.5)}[sampling]:  # of the room; of each part
         times = uniform_times(0, 2.4, 10, 8, where) if sampling == "uniform" else clip_times(0, 2.4, 10, 8, 2, where)
         frames = read_frames(folder / "1.mp4", times, 32)
         for crop in (frames[:, :, :32], frames[:, :, 16:48], frames[:, :, 32:]):
