@@ -205,7 +205,7 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
                 ((*caption, "link.csv"), f"link.csv: {ours}"), ((*caption, f"data/{video}"), f"data/{video}: {ours}"),
                 ((*caption, "data"), "data: is a folder"), ((*caption, "train.jsonl"), f"train.json: {ours}"),
                 ((*caption, "new.json"), "--out new.json: expected a name that ends in .jsonl"),
-                ((*caption, "data/train.csv/x.jsonl"), "--out data/train.csv: nothing can be written there"),
+                ((*caption, "data/train.csv/x.jsonl"), "--out data/train.csv: is a file, expected a folder"),
                 ((*motion, "notes"), f"notes.motion.npy: {ours}"), ((*text, "x"), f"x.saliency.json: {ours}"),
                 ((*motion, "data/"), "--out data/: is a folder; give what the files' names begin with, such as --out data/train")):
             assert run(*command, "--resume", resume, cwd=copy, fails=True).startswith(expected)
@@ -213,7 +213,7 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
     for flags, expected in (
             ((), f"data/train.check.csv: {ours} (move it away)"),
             (("--reencode", "data"), "--reencode data: the copy of data/videos/train/00000.mp4 would be the video data/videos/train/00000.mp4 itself"),
-            (("--reencode", "link.csv"), "--reencode link.csv: nothing can be written there")):
+            (("--reencode", "link.csv"), "--reencode link.csv: is a file, expected a folder")):
         assert run("tgm.prepare", "data/train.csv", *flags, "--workers", 1, cwd=copy, fails=True).startswith(expected)
     (copy / "data/train.check.csv").unlink()
     assert run("tgm.prepare", "data/train.csv", "--good", "data/val.csv", cwd=copy, fails=True).startswith(f"data/val.csv: {ours}")
