@@ -561,6 +561,7 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
     run("finetune.py", *flags, "--max-steps", 1, cwd=copy)
     assert (copy / "run/test.json").exists()
     (copy / "data/bad.csv").write_text("path,label\nnone.mp4,spin\n")
+    (copy / "data/none.mp4").write_bytes(b"")
     line = run("finetune.py", *flags, "--max-steps", 2, "--resume", "auto", "--test", "data/bad.csv", cwd=copy, fails=True)
     assert line.startswith("none of the 1 videos to be tested can be read: ") and "none.mp4" in line
     assert not (copy / "run/test.json").exists()
@@ -575,7 +576,8 @@ def test_a_signal_ends_validation_and_test_at_once(copy, when, number):
     (copy / "slow.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import evaluate, finetune
+import finetune
+from tgm import evaluation
 from tgm.run import launch
 predict = evaluation.predict
 def slow(model, videos, classes, views, *others):
@@ -654,6 +656,9 @@ def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     *said, last = done.stderr.strip().splitlines()
+    if kept == 0:  # said before any work
+        assert said == [] and "none of its 32 videos is there: searched " in last and "--root FOLDER" in last
+        return
     assert "No such file" in last and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?" in last
     assert len(said) <= 3 * max(1, workers) and all(line.startswith("skipped: ") for line in said)
 
@@ -671,8 +676,10 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
 
 
 @pytest.mark.parametrize("name", ["args.json", "log.jsonl", "per_class.csv", "test.json"])
-def test_a_full_disk_is_one_line_with_the_reason(copy, name):
+def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
     (copy / "run").mkdir()
+    if name == "log.jsonl":
+        monkeypatch.setattr(finetune, "keep_log", lambda path, step: None)  # it puts a new file in the link's place
     (copy / "run" / name).symlink_to("/dev/full")
     if name == "test.json":  # of a run: it is taken away when training begins
         run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)
@@ -686,8 +693,8 @@ def test_a_full_disk_is_one_line_with_the_reason(copy, name):
 def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
     for flags, said in (
         (("--views", 0, 1), "--views: expected 1 to"), (("--rand-augment", 4, 31), "--rand-augment: expected 0 to 30, found 31"),
-        (("--smoothing", "nan"), "--smoothing: expected"), (("--layer-decay", -1), "--layer-decay: expected more than 0"),
-        (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"), (("--min-blr", -1), "--min-blr: expected 0 or more"),
+        (("--smoothing", "nan"), "--smoothing: expected"), (("--layer-decay", -1), "--layer-decay: expected a finite number, more than 0"),
+        (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"), (("--min-blr", -1), "--min-blr: expected a finite number, 0 or more"),
         (("--head-dropout", 2), "--head-dropout: expected"),
         (("--repeat", 10**9), "--repeat: expected 1 to 1024"),
     ):

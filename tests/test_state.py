@@ -111,7 +111,7 @@ def test_extend_leaves_failures_alone(copy):
 
 def test_a_file_is_one_process_to_write(tmp_path):
     path = tmp_path / "x.npy"
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
     begin = lambda: subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = begin()
     assert first.stdout.readline() == "held\n" and A.is_held(path) and not A.is_held(tmp_path / "y.npy")
@@ -137,7 +137,7 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
     paths = ["data/train.captions.jsonl", "data/train.saliency.npy", "runs/text/checkpoint.pt", "runs/tuned/checkpoint.pt", "runs/probe/features"]
     for folder in ("text", "tuned", "probe"):
         (copy / "runs" / folder).mkdir(parents=True)
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import manifest; [arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; [arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *paths], cwd=copy, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -163,7 +163,7 @@ def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
         (copy / "data" / name).unlink()
     (copy / "sitecustomize.py").write_text(
         "import sys, time\nsys.path.insert(0, sys.argv[0])\nimport importlib.abc\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nimport video\nvideo.VideoReader.span_ = video.VideoReader.span\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom tgm import video\nvideo.VideoReader.span_ = video.VideoReader.span\n"
         "def span(self, row):\n    time.sleep(0.3)\n    return self.span_(row)\nvideo.VideoReader.span = span\n")
     process = subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:]), "--batch-size", "1", "--workers", "1"], cwd=copy, text=True,
                                env=ENVIRONMENT | {"PYTHONPATH": str(copy)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

@@ -170,7 +170,7 @@ def open_array(path, videos, remedy, **expect):
         fail(describe_change(videos, changed), again(remedy, "--resume none"))
     if "clip" in meta and "activation" not in meta:
         # Of a time when 19 of open_clip's weights, OpenAI's among them, ran with the wrong one.
-        fail("its .json does not tell CLIP's activation", again(remedy, "--resume none"))
+        fail("its .json does not tell CLIP's activation", f"{remedy} --resume none")
     return array, meta
 
 
