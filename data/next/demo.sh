@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Every stage on the toy world, on a laptop CPU: about 10 minutes on two cores after installing. Ends with tables and pictures
+# in runs/demo. Run it again and only what is missing is done.
+set -eu
+cd "$(dirname "$0")"
+. ./venv.sh
+step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+run() { echo "+ python $*"; "$python" "$@"; }
+out=runs/demo
+mkdir -p $out
+
+step "1/6  The toy world: an actor, a bystander and a scene per video"
+[ -e data/tune.bystander.npy ] || run data/toy.py
+
+step "2/6  Captions: a tiny BLIP describes three key frames of every video"
+for split in train val; do run caption.py data/$split.csv --model data/toy/blip --batch-size 64; done
+
+step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv); the codec says what moves"
+clip="--clip local-dir:data/toy/clip --moments 8"
+run saliency.py data/train.csv $clip
+for dense in last value self; do run saliency.py data/val.csv $clip --dense $dense --out $out/$dense; done
+run saliency.py data/train.csv --cue motion --grid 8
+
+step "4/6  Masks: the clip, its saliency, its motion and every mask in one picture, and moving"
+run masking.py --row 2 --frames 8 --stride 2 --image-size 48 --patch-size 8 --out $out/masks.png --video $out/masks.gif
+
+step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
+run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2e-3 \
+    --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
+
+step "6/6  Probes: what the frozen features know of the action, the object and the scene, beside an untrained encoder's"
+for label in label object scene; do
+    run linprobe.py --checkpoint $out/text/checkpoint.pt --label-column $label
+    run linprobe.py --checkpoint none --size tiny --out $out/untrained --label-column $label
+done
+
+step "Results"
+run data/toy.py --report $out
