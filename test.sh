@@ -3,4 +3,4 @@
 set -eu
 cd "$(dirname "$0")"
 . ./venv.sh
-exec "$python" -m pytest -q --durations=10 tests "$@"
+exec "$python" -m pytest -q --durations=10 "$@"
