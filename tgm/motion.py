@@ -33,7 +33,7 @@ veryfast use one reference, and are exact), without noise and with noise of stan
                                2       1.43       1.39      1.37       1.88
                                3       1.44       1.38      1.57       1.88
                                4       1.45       1.45      1.86       2.18
-    video.py --reencode        2       1.00       1.04      1.13       1.15
+    as tgm.prepare's copies    2       1.00       1.04      1.13       1.15
 
 Where a factor matters (`--mask flow` follows the field), re-encode such videos or use `raft`.
 

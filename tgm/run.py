@@ -1,6 +1,6 @@
 """What every stage does besides its own work: check flags, choose a device, join ranks, load, stop, and resume.
 
-Needs manifest.py.
+Needs arrays.py and manifest.py.
 
     parser = Parser(description=__doc__)                    wrong flags end in one line
     parser.add_argument("--batch-size", type=positive_int)  numbers say their range
