@@ -655,12 +655,14 @@ def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
     command = [sys.executable, str(ROOT / "finetune.py"), *map(str, TINY), "--workers", str(workers)]
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    *said, last = done.stderr.strip().splitlines()
+    lines = done.stderr.strip().splitlines()
+    said = [line for line in lines if line.startswith("skipped: ")]
+    (last,) = [line for line in lines if not line.startswith("skipped: ")]  # a worker may write after it
     if kept == 0:  # said before any work
         assert said == [] and "none of its 32 videos is there: searched " in last and "--root FOLDER" in last
         return
     assert "No such file" in last and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?" in last
-    assert len(said) <= 3 * max(1, workers) and all(line.startswith("skipped: ") for line in said)
+    assert len(said) <= 3 * max(1, workers)
 
 
 def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys):

@@ -558,6 +558,8 @@ def rank_main(rank, folder):
     losses = torch.stack(out).detach()
     torch.distributed.all_reduce(losses)
     torch.save((losses / 2, {k: p.grad for k, p in mae.named_parameters()}), folder / f"rank{rank}.pt")
+    del out, ddp  # no thread of theirs is to want the interpreter while it shuts down: that ends in SIGABRT
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -987,6 +989,7 @@ def nce_of_rank(rank, folder):
     loss = info_nce(own, text[part], 10.0, rows[part])
     loss.backward()
     torch.save((loss.detach(), info_nce(video[part], text[part], 10.0), own.grad), folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
