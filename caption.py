@@ -22,6 +22,7 @@ its own; when all are done rank 0 joins them. Where rows were added at the manif
 SIGTERM and Ctrl-C end it by that signal after the batch in hand. Captions of other rows, times, models or videos (manifest.py
 says how replaced videos are noticed) are refused, with the command that remakes them.
 """
+
 import contextlib
 import datetime
 import json
@@ -35,8 +36,24 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tgm.arrays import companion, grown_from, hold, is_about, read_about, refuse_foreign, write_about
-from tgm.manifest import ManifestError, changed_rows, describe_change, manifest_hash, read_manifest, renewed_sizes, require_files
+from tgm.arrays import (
+    companion,
+    grown_from,
+    hold,
+    is_about,
+    read_about,
+    refuse_foreign,
+    write_about,
+)
+from tgm.manifest import (
+    ManifestError,
+    changed_rows,
+    describe_change,
+    manifest_hash,
+    read_manifest,
+    renewed_sizes,
+    require_files,
+)
 from tgm.run import (
     Parser,
     RunError,
@@ -66,7 +83,13 @@ class KeyFrames(Dataset):
     """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it failed)."""
 
     def __init__(self, videos, frames, processor, prompt, timeout):
-        self.videos, self.frames, self.processor, self.prompt, self.timeout = videos, frames, processor, prompt, timeout
+        self.videos, self.frames, self.processor, self.prompt, self.timeout = (
+            videos,
+            frames,
+            processor,
+            prompt,
+            timeout,
+        )
 
     def __len__(self):
         return len(self.videos)
@@ -75,7 +98,9 @@ class KeyFrames(Dataset):
         video = self.videos[index]
         try:
             with VideoReader(video.path, timeout=self.timeout) as reader:
-                images = reader.read(segment_midpoints(*reader.span(video), self.frames))        # [K, H, W, 3]
+                images = reader.read(
+                    segment_midpoints(*reader.span(video), self.frames)
+                )  # [K, H, W, 3]
         except VideoError as error:
             return video, None, str(error)
         return video, model_inputs(self.processor, images, self.prompt), None
@@ -168,9 +193,11 @@ def describe(model, processor, items, device, dtype, beams, max_tokens):
         value = torch.cat([inputs_of[key] for _, inputs_of, _ in items]).to(device)
         inputs[key] = value.to(dtype) if value.is_floating_point() else value
     tokens = model.generate(**inputs, max_new_tokens=max_tokens, num_beams=beams, do_sample=False)
-    texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    texts = [
+        " ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)
+    ]
     each = len(texts) // len(items)
-    return [texts[i * each:(i + 1) * each] for i in range(len(items))]
+    return [texts[i * each : (i + 1) * each] for i in range(len(items))]
 
 
 def part_files(out):
@@ -182,12 +209,16 @@ def read_lines(out):
     for path in (out, *part_files(out)):
         if not path.exists():
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            row = entry.pop("row", number)  # only the parts say it: line i of the joined file is row i
+            row = entry.pop(
+                "row", number
+            )  # only the parts say it: line i of the joined file is row i
             yield row, entry
 
 
@@ -208,7 +239,9 @@ def append(path, text):
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}): the captions up to here are kept") from None
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}): the captions up to here are kept"
+        ) from None
 
 
 def write_joined(out, entries, videos):
@@ -218,12 +251,16 @@ def write_joined(out, entries, videos):
         return
     temporary = out.with_name(out.name + ".new")
     try:
-        temporary.write_text("".join(json.dumps(entries[video.row]) + "\n" for video in videos), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(entries[video.row]) + "\n" for video in videos), encoding="utf-8"
+        )
         temporary.replace(out)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(f"{out}: cannot be written ({error.strerror}): what it would hold is in {out.name}.part-*") from None
+        raise RunError(
+            f"{out}: cannot be written ({error.strerror}): what it would hold is in {out.name}.part-*"
+        ) from None
     for path in part_files(out):
         path.unlink()
     failed = sum(not entry["captions"] for entry in entries.values())
@@ -249,10 +286,14 @@ def label_captions(videos, classes):
         text = video.label
         if classes is not None and text is not None:
             if not text.isdigit() or int(text) >= len(classes):
-                raise RunError(f"{video.name}: label {text!r} is not a line of --classes, 0 to {len(classes) - 1}")
+                raise RunError(
+                    f"{video.name}: label {text!r} is not a line of --classes, 0 to {len(classes) - 1}"
+                )
             text = classes[int(text)]
         if not text:
-            raise RunError(f"{video.name}: has no label to use as its caption (--label-column picks another column)")
+            raise RunError(
+                f"{video.name}: has no label to use as its caption (--label-column picks another column)"
+            )
         entries[video.row] = {"path": video.name, "captions": [text]}
     return entries
 
@@ -261,27 +302,62 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
-    parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
-    parser.add_argument("--out", help="file to write (default: beside the manifest, train.captions.jsonl)")
+    parser.add_argument(
+        "--root", help="folder that relative paths start from (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--strict-root",
+        action="store_true",
+        help="refuse a manifest whose paths lead out of that folder",
+    )
+    parser.add_argument(
+        "--out", help="file to write (default: beside the manifest, train.captions.jsonl)"
+    )
     model = parser.add_argument_group("captioner")
-    model.add_argument("--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder")
-    model.add_argument("--frames", type=frame_count, default=3, help="key frames, and so captions, a video")
-    model.add_argument("--prompt", default="", help="text that the caption continues (BLIP-2 with T5 leaves it out)")
+    model.add_argument(
+        "--model", default="Salesforce/blip-image-captioning-base", help="hub name or folder"
+    )
+    model.add_argument(
+        "--frames", type=frame_count, default=3, help="key frames, and so captions, a video"
+    )
+    model.add_argument(
+        "--prompt",
+        default="",
+        help="text that the caption continues (BLIP-2 with T5 leaves it out)",
+    )
     model.add_argument("--beams", type=positive_int, default=1, help="beam search; 1 is greedy")
     model.add_argument("--max-tokens", type=positive_int, default=30, help="longest caption")
     labels = parser.add_argument_group("captions without a model")
-    labels.add_argument("--labels", action="store_true", help="the label of each video is its caption")
+    labels.add_argument(
+        "--labels", action="store_true", help="the label of each video is its caption"
+    )
     labels.add_argument("--label-column", default="label", help="column that holds the label")
     labels.add_argument("--classes", help="text file: line i is the text of integer label i")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=positive_int, default=32, help="videos a batch")
-    run.add_argument("--workers", type=worker_count, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument(
+        "--workers",
+        type=worker_count,
+        default=2,
+        help="decoding processes a rank; 0 decodes in line",
+    )
     run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument("--max-steps", type=positive_int, help="stop after this many batches, for a trial")
-    run.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    run.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
+    )
+    run.add_argument(
+        "--video-timeout",
+        type=not_negative,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds after which a video is given up",
+    )
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
-    run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: describe those")
+    run.add_argument(
+        "--extend",
+        action="store_true",
+        help="rows were added at the manifest's end: describe those",
+    )
     args = parser.parse_args(argv)
     if args.extend and args.resume == "none":
         parser.error("--extend keeps what --resume none throws away")
@@ -295,17 +371,37 @@ def main(argv=None):
     try:
         videos = read_manifest(args.data, args.root, args.label_column, args.strict_root)
     except ManifestError as error:
-        sys.exit(f"{error}" + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
+        sys.exit(
+            f"{error}"
+            + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)")
+        )
     rank, ranks, local = torchrun_ranks()
-    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
+    if (
+        ranks > 1
+    ):  # ranks only wait for one another, at the start and at the end of work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
     device, _ = choose_device(args.device, local)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = (
+        torch.float32
+        if device.type == "cpu"
+        else torch.bfloat16
+        if torch.cuda.is_bf16_supported()
+        else torch.float16
+    )
 
     out = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
-    about = {"manifest": manifest_hash(videos), "videos": len(videos), "model": "labels" if args.labels else args.model}
+    about = {
+        "manifest": manifest_hash(videos),
+        "videos": len(videos),
+        "model": "labels" if args.labels else args.model,
+    }
     if not args.labels:
-        about |= {"frames": args.frames, "prompt": args.prompt, "beams": args.beams, "max_tokens": args.max_tokens}
+        about |= {
+            "frames": args.frames,
+            "prompt": args.prompt,
+            "beams": args.beams,
+            "max_tokens": args.max_tokens,
+        }
     if rank == 0:
         prepare(out, about, args, videos)
     wait_for_ranks()
@@ -335,7 +431,9 @@ def main(argv=None):
         return
     if mine:
         if rank == 0:
-            print(f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks")
+            print(
+                f"{args.model} on {device}, {str(dtype)[6:]}: {len(videos)} videos, {len(done)} done before, {ranks} ranks"
+            )
         stop = StopSignal(then="ending after this batch")
         part = Path(f"{out}.part-{rank}")
         append(part, "\n")  # ends the line that a kill may have cut off
@@ -344,7 +442,11 @@ def main(argv=None):
         with tqdm(total=len(mine), unit="video", disable=rank > 0) as bar:
             for step, items in enumerate(patient(loader), 1):
                 good = [item for item in items if item[2] is None]
-                texts = iter(describe(model, processor, good, device, dtype, args.beams, args.max_tokens) if good else ())
+                texts = iter(
+                    describe(model, processor, good, device, dtype, args.beams, args.max_tokens)
+                    if good
+                    else ()
+                )
                 lines = []
                 for video, _, error in items:
                     entry = {"captions": [], "error": error} if error else {"captions": next(texts)}
@@ -376,7 +478,9 @@ def prepare(out, about, args, videos):
     videos that were replaced since."""
     path = out.with_suffix(".json")
     if path == out:
-        raise RunError(f"--out {out}: expected a name that ends in .jsonl, as {path.name} holds what made the captions")
+        raise RunError(
+            f"--out {out}: expected a name that ends in .jsonl, as {path.name} holds what made the captions"
+        )
     if not args.labels:
         require_files(videos, args.data)
     make_folder(out.parent)
@@ -389,7 +493,11 @@ def prepare(out, about, args, videos):
 
 def starts_again(out, args):
     """Whether nothing of what is there is kept: as asked, or because there is no caption yet."""
-    return args.resume == "none" or args.labels or not any(entry["captions"] for _, entry in read_lines(out))
+    return (
+        args.resume == "none"
+        or args.labels
+        or not any(entry["captions"] for _, entry in read_lines(out))
+    )
 
 
 def begin(out, about, args, videos, again):
@@ -411,7 +519,9 @@ def refuse_other_captions(out, old, about, args, videos):
     remedy = f"python caption.py {args.data} --resume none (and the flags you want)"
     count = grown_from(videos, old)
     if count and not args.extend:
-        raise RunError(f"{out}: has the first {count} of {len(videos)} rows of the manifest: --extend describes the rest")
+        raise RunError(
+            f"{out}: has the first {count} of {len(videos)} rows of the manifest: --extend describes the rest"
+        )
     of_rows = ("manifest", "videos") if count else ()
     keys = (old.keys() | about.keys()) - {"files", *of_rows}
     different = sorted(key for key in keys if old.get(key) != about.get(key))
@@ -425,7 +535,9 @@ def refuse_other_captions(out, old, about, args, videos):
         if row in entries and entries[row]["captions"]:
             stale[row] = sizes
     if stale:
-        raise RunError(f"{out}: {describe_change(videos, stale)}; remake the captions with: {remedy}")
+        raise RunError(
+            f"{out}: {describe_change(videos, stale)}; remake the captions with: {remedy}"
+        )
 
 
 if __name__ == "__main__":

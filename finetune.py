@@ -49,6 +49,7 @@ MAY_CHANGE; --epochs may grow; --batch-size, --accum and the number of ranks may
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -69,9 +70,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from tgm import evaluation
 import model as models
-from tgm.sampling import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
+from tgm import evaluation
 from tgm.arrays import hold
 from tgm.manifest import ManifestError, manifest_hash, read_manifest, require_files, shared_rows
 from tgm.run import (
@@ -102,6 +102,7 @@ from tgm.run import (
     worker_count,
     writing,
 )
+from tgm.sampling import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
@@ -112,6 +113,7 @@ MAY_CHANGE = (  # when a run goes on: what it learns stays the same, but for rou
 
 
 # ---- training samples ----------------------------------------------------------------------------------------------------
+
 
 class EraseWithNoise(v2.RandomErasing):
     """Torchvision's with value="random", which is normal noise for normalised pixels; here for those of uint8."""
@@ -124,7 +126,9 @@ class EraseWithNoise(v2.RandomErasing):
         if params["v"] is not None:
             mean = torch.tensor(models.MEAN)[:, None, None]
             deviation = torch.tensor(models.STD)[:, None, None]
-            params["v"] = (255 * (mean + deviation * params["v"])).round().clamp(0, 255)     # [3, h, w]
+            params["v"] = (
+                (255 * (mean + deviation * params["v"])).round().clamp(0, 255)
+            )  # [3, h, w]
         return params
 
 
@@ -136,7 +140,9 @@ class Clips(TrainingClips):
         self.labels, self.args = labels, args
         operations, magnitude = args.rand_augment
         one = v2.RandAugment(1, magnitude, interpolation=TF.InterpolationMode.BILINEAR, fill=GREY)
-        self.rand_augment = [v2.RandomApply([one], p=0.5)] * operations  # as VideoMAE's rand-m7-n4: each with probability 0.5
+        self.rand_augment = [
+            v2.RandomApply([one], p=0.5)
+        ] * operations  # as VideoMAE's rand-m7-n4: each with probability 0.5
         self.erase = EraseWithNoise(args.erase)
 
     def sample(self, epoch, row, rng):
@@ -147,16 +153,25 @@ class Clips(TrainingClips):
                 times = uniform_times(start, end, reader.fps, args.frames, rng.random(args.frames))
             else:
                 times = clip_times(start, end, reader.fps, args.frames, args.stride, rng.random())
-            frames = torch.from_numpy(reader.read(times)).permute(0, 3, 1, 2)                # uint8 [T, 3, H, W]
-        clips = [self.augment(frames, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
-        return {"clip": torch.stack(clips), "label": torch.full((args.repeat,), self.labels[row]), "row": row}
+            frames = torch.from_numpy(reader.read(times)).permute(0, 3, 1, 2)  # uint8 [T, 3, H, W]
+        clips = [
+            self.augment(frames, repeat_seed(args.seed, epoch, row, repeat))
+            for repeat in range(args.repeat)
+        ]
+        return {
+            "clip": torch.stack(clips),
+            "label": torch.full((args.repeat,), self.labels[row]),
+            "row": row,
+        }
 
     def augment(self, frames, seed):
         """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H, W] -> [3, T, size, size]."""
         args = self.args
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            box = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
+            box = v2.RandomResizedCrop.get_params(
+                frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3)
+            )
             clip = TF.resized_crop(frames, *box, [args.image_size, args.image_size], antialias=True)
             clip = clip.flip(-1) if args.flip and torch.rand(()) < 0.5 else clip
             for operation in self.rand_augment:
@@ -173,14 +188,22 @@ def next_batch(iterator):
     """The next batch; RunError where a sample and all that could take its place cannot be read."""
     try:
         return next(iterator)
-    except VideoError as error:  # out of a worker its text is a whole traceback, with the reason for the last line
-        raise RunError(str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")) from None
+    except (
+        VideoError
+    ) as error:  # out of a worker its text is a whole traceback, with the reason for the last line
+        raise RunError(
+            str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
+        ) from None
 
 
 def make_mix(mixup, cutmix, classes):
     """Mixup or cutmix of a batch, half and half if both have an alpha above 0 (torchvision's): clips [B, 3, T, H, W] float, labels
     [B] -> clips, targets [B, C]. Each sample is mixed with its neighbour in the batch."""
-    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    kinds = [
+        kind(alpha=alpha, num_classes=classes)
+        for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        if alpha > 0
+    ]
     choose = v2.RandomChoice(kinds) if kinds else None
 
     def mix(clips, labels):
@@ -188,14 +211,22 @@ def make_mix(mixup, cutmix, classes):
             return clips, F.one_hot(labels, classes).float()
         videos, targets = choose(tv_tensors.Video(clips.transpose(1, 2)), labels)
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
+
     return mix
 
 
 # ---- optimisation --------------------------------------------------------------------------------------------------------
 
+
 def layer_of(name, depth):
     """0 for the patch embedding, i + 1 for block i, depth + 1 for what follows the blocks."""
-    return 0 if name.startswith("patch_embed") else int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+    return (
+        0
+        if name.startswith("patch_embed")
+        else int(name.split(".")[1]) + 1
+        if name.startswith("blocks.")
+        else depth + 1
+    )
 
 
 def make_optimizer(model, lr, layer_decay, weight_decay):
@@ -205,9 +236,19 @@ def make_optimizer(model, lr, layer_decay, weight_decay):
     for name, parameter in model.named_parameters():
         layer, decays = layer_of(name, depth), parameter.ndim > 1
         scale = layer_decay ** (depth + 1 - layer)
-        groups.setdefault((layer, decays), {"params": [], "layer": layer, "scale": scale, "lr": lr * scale,
-                                            "weight_decay": weight_decay if decays else 0.0})["params"].append(parameter)
-    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=(0.9, 0.999), fused=True)
+        groups.setdefault(
+            (layer, decays),
+            {
+                "params": [],
+                "layer": layer,
+                "scale": scale,
+                "lr": lr * scale,
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )["params"].append(parameter)
+    return torch.optim.AdamW(
+        [groups[key] for key in sorted(groups)], lr=lr, betas=(0.9, 0.999), fused=True
+    )
 
 
 def layer_table(optimizer, depth):
@@ -216,8 +257,17 @@ def layer_table(optimizer, depth):
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
         layers[group["layer"]] = (group["lr"], layers.get(group["layer"], (0, 0))[1] + count)
-    name = lambda layer: "patch embedding" if layer == 0 else "norm and head" if layer > depth else f"block {layer - 1}"
-    return "\n".join(f"  {name(layer):16} lr {lr:<9.3g} {count / 1e6:8.3f} M" for layer, (lr, count) in sorted(layers.items()))
+    name = lambda layer: (
+        "patch embedding"
+        if layer == 0
+        else "norm and head"
+        if layer > depth
+        else f"block {layer - 1}"
+    )
+    return "\n".join(
+        f"  {name(layer):16} lr {lr:<9.3g} {count / 1e6:8.3f} M"
+        for layer, (lr, count) in sorted(layers.items())
+    )
 
 
 def learning_rate(step, lr, warmup, total, floor):
@@ -225,10 +275,13 @@ def learning_rate(step, lr, warmup, total, floor):
     if step < warmup:
         return lr * (step + 1) / warmup
     floor = min(floor, lr)
-    return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return floor + (lr - floor) * 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    )
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------
+
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
@@ -236,58 +289,191 @@ def parse_args(argv=None):
     data.add_argument("--data", default="data/train.csv", help="training manifest")
     data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
     data.add_argument("--test", help="manifest of the final test (default: --val)")
-    data.add_argument("--root", help="folder that relative paths start from (default: each manifest's)")
-    data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
+    data.add_argument(
+        "--root", help="folder that relative paths start from (default: each manifest's)"
+    )
+    data.add_argument(
+        "--strict-root",
+        action="store_true",
+        help="refuse a manifest whose paths lead out of that folder",
+    )
     data.add_argument("--label-column", default="label", help="column that holds the label")
-    data.add_argument("--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)")
-    data.add_argument("--stride", type=positive_int, help="video frames from one clip frame to the next (default: the checkpoint's)")
+    data.add_argument(
+        "--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)"
+    )
+    data.add_argument(
+        "--stride",
+        type=positive_int,
+        help="video frames from one clip frame to the next (default: the checkpoint's)",
+    )
     data.add_argument("--image-size", type=pixel_count, help="pixels (default: the checkpoint's)")
-    data.add_argument("--sampling", choices=("dense", "uniform"), default="dense", help="a window, or one frame of each of T parts")
-    data.add_argument("--repeat", type=whole(1, 1024), default=2, help="samples of each decoded clip (repeated augmentation)")
-    data.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
-    data.add_argument("--max-bad", type=fraction, default=0.05, help="stop when more than this share of the videos cannot be read")
+    data.add_argument(
+        "--sampling",
+        choices=("dense", "uniform"),
+        default="dense",
+        help="a window, or one frame of each of T parts",
+    )
+    data.add_argument(
+        "--repeat",
+        type=whole(1, 1024),
+        default=2,
+        help="samples of each decoded clip (repeated augmentation)",
+    )
+    data.add_argument(
+        "--video-timeout",
+        type=not_negative,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds after which a video is given up",
+    )
+    data.add_argument(
+        "--max-bad",
+        type=fraction,
+        default=0.05,
+        help="stop when more than this share of the videos cannot be read",
+    )
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--crop-scale", type=ratio, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="a crop's area")
-    augment.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the samples")
-    augment.add_argument("--rand-augment", type=whole(0, 30), nargs=2, default=(4, 21), metavar=("OPS", "M"), help="0 0: off; M of 30")
-    augment.add_argument("--erase", type=fraction, default=0.25, help="probability of random erasing")
+    augment.add_argument(
+        "--crop-scale",
+        type=ratio,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("MIN", "MAX"),
+        help="a crop's area",
+    )
+    augment.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the samples",
+    )
+    augment.add_argument(
+        "--rand-augment",
+        type=whole(0, 30),
+        nargs=2,
+        default=(4, 21),
+        metavar=("OPS", "M"),
+        help="0 0: off; M of 30",
+    )
+    augment.add_argument(
+        "--erase", type=fraction, default=0.25, help="probability of random erasing"
+    )
     augment.add_argument("--mixup", type=not_negative, default=0.8, help="its alpha; 0: off")
     augment.add_argument("--cutmix", type=not_negative, default=1.0, help="its alpha; 0: off")
     augment.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
     method = parser.add_argument_group("model")
-    method.add_argument("--checkpoint", default="none", help="file or folder to start from; none: from scratch")
-    method.add_argument("--size", choices=tuple(models.SIZES), help="for checkpoints that do not say it (default: base)")
-    method.add_argument("--drop-path", type=fraction, default=0.1, help="share of residual branches dropped in the last block")
-    method.add_argument("--head-dropout", type=fraction, default=0.0, help="dropout before the classifier")
+    method.add_argument(
+        "--checkpoint", default="none", help="file or folder to start from; none: from scratch"
+    )
+    method.add_argument(
+        "--size",
+        choices=tuple(models.SIZES),
+        help="for checkpoints that do not say it (default: base)",
+    )
+    method.add_argument(
+        "--drop-path",
+        type=fraction,
+        default=0.1,
+        help="share of residual branches dropped in the last block",
+    )
+    method.add_argument(
+        "--head-dropout", type=fraction, default=0.0, help="dropout before the classifier"
+    )
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=positive_int, default=16, help="videos a rank and step, before --repeat")
-    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step")
+    optim.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=16,
+        help="videos a rank and step, before --repeat",
+    )
+    optim.add_argument(
+        "--accum",
+        type=positive_int,
+        default=1,
+        help="batches whose gradients are added up in a step",
+    )
     optim.add_argument("--epochs", type=positive_int, default=75)
     optim.add_argument("--warmup-epochs", type=not_negative, default=5)
-    optim.add_argument("--blr", type=positive, default=5e-4, help="learning rate for 256 videos a step, repeats not counted")
-    optim.add_argument("--min-blr", type=not_negative, default=1e-6, help="where it ends, likewise for 256 videos a step")
-    optim.add_argument("--layer-decay", type=ratio, default=0.75, help="factor on the learning rate from layer to layer; 1: none")
+    optim.add_argument(
+        "--blr",
+        type=positive,
+        default=5e-4,
+        help="learning rate for 256 videos a step, repeats not counted",
+    )
+    optim.add_argument(
+        "--min-blr",
+        type=not_negative,
+        default=1e-6,
+        help="where it ends, likewise for 256 videos a step",
+    )
+    optim.add_argument(
+        "--layer-decay",
+        type=ratio,
+        default=0.75,
+        help="factor on the learning rate from layer to layer; 1: none",
+    )
     optim.add_argument("--weight-decay", type=not_negative, default=0.05)
-    optim.add_argument("--clip-grad", type=not_negative, default=0.0, help="largest gradient norm; 0 does not clip")
+    optim.add_argument(
+        "--clip-grad", type=not_negative, default=0.0, help="largest gradient norm; 0 does not clip"
+    )
     test = parser.add_argument_group("testing")
-    test.add_argument("--views", type=positive_int, nargs=2, default=(5, 3), metavar=("CLIPS", "CROPS"), help="of each test video")
-    test.add_argument("--use", choices=("last", "best"), default="last", help="the epoch tested at the end")
+    test.add_argument(
+        "--views",
+        type=positive_int,
+        nargs=2,
+        default=(5, 3),
+        metavar=("CLIPS", "CROPS"),
+        help="of each test video",
+    )
+    test.add_argument(
+        "--use", choices=("last", "best"), default="last", help="the epoch tested at the end"
+    )
     test.add_argument("--test-only", action="store_true", help="test --checkpoint as it is")
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
     run.add_argument("--seed", type=seed_number, default=0)
     run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument("--workers", type=worker_count, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
-    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
-    run.add_argument("--max-steps", type=positive_int, help="stop after this many steps, for a trial")
-    run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the run's checkpoint, if any; none: start anew")
-    run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
+    run.add_argument(
+        "--workers",
+        type=worker_count,
+        default=min(8, os.cpu_count()),
+        help="decoding processes a rank; 0 decodes in line",
+    )
+    run.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU"
+    )
+    run.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model",
+    )
+    run.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations",
+    )
+    run.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
+    )
+    run.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        help="auto: go on from the run's checkpoint, if any; none: start anew",
+    )
+    run.add_argument(
+        "--save-every",
+        type=count,
+        default=0,
+        help="checkpoint after every so many steps, beside the end of each epoch",
+    )
     run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
     args = parser.parse_args(argv)
     if args.crop_scale[0] > args.crop_scale[1]:
-        parser.error(f"argument --crop-scale: expected MIN before MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}")
+        parser.error(
+            f"argument --crop-scale: expected MIN before MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}"
+        )
     return args
 
 
@@ -301,21 +487,34 @@ def open_data(args):
         videos = read_manifest(path, args.root, args.label_column, args.strict_root)
         require_files(videos, path)
         if unlabelled := [video for video in videos if video.label is None]:
-            raise ManifestError(f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}")
-        if names is None and args.test_only:  # somebody else's checkpoint: labels are the numbers of its classes
+            raise ManifestError(
+                f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}"
+            )
+        if (
+            names is None and args.test_only
+        ):  # somebody else's checkpoint: labels are the numbers of its classes
             names = [str(number) for number in range(models.head_classes(args.checkpoint))]
         if names is None:
-            names = sorted({video.label for video in videos}, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+            names = sorted(
+                {video.label for video in videos},
+                key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name),
+            )
         number = {name: index for index, name in enumerate(names)}
         splits[split] = videos, torch.tensor([number.get(video.label, -1) for video in videos])
         if (splits[split][1] < 0).all():
-            raise ManifestError(f"{path}: none of its labels is among the classes {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+            raise ManifestError(
+                f"{path}: none of its labels is among the classes {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
         if unknown := sorted({video.label for video in videos} - set(names)):
-            print(f"{path}: classes that are not among the {len(names)} trained count as wrong: {', '.join(unknown[:20])}")
+            print(
+                f"{path}: classes that are not among the {len(names)} trained count as wrong: {', '.join(unknown[:20])}"
+            )
     if "train" in splits:
         seen = shared_rows(splits["train"][0], splits["test"][0])
         if seen > 0:
-            print(f"note: {seen} of {len(splits['test'][0])} test videos are training videos, too: the accuracy will flatter")
+            print(
+                f"note: {seen} of {len(splits['test'][0])} test videos are training videos, too: the accuracy will flatter"
+            )
     return splits, names
 
 
@@ -339,13 +538,19 @@ def refuse_another_run(path, args):
     refuse_changes(path, saved, vars(args), may_change)
     for flag, key in (("--data", "data_hash"), ("--val", "val_hash")):
         if saved.get(key, vars(args)[key]) != vars(args)[key]:
-            raise RunError(f"{path}: another run: {flag} has other videos or labels than when it was begun; {remedy}")
+            raise RunError(
+                f"{path}: another run: {flag} has other videos or labels than when it was begun; {remedy}"
+            )
     if saved["classes"] != args.classes:
-        raise RunError(f"{path}: another run: of {len(saved['classes'])} classes, now there are {len(args.classes)}; {remedy}")
+        raise RunError(
+            f"{path}: another run: of {len(saved['classes'])} classes, now there are {len(args.classes)}; {remedy}"
+        )
     before = saved["batch_size"] * saved["accum"] * saved.get("ranks", args.ranks)
     now = args.batch_size * args.accum * args.ranks
     if before != now:
-        raise RunError(f"{path}: another run: --batch-size x --accum x ranks was {before} videos a step, is {now}; {remedy}")
+        raise RunError(
+            f"{path}: another run: --batch-size x --accum x ranks was {before} videos a step, is {now}; {remedy}"
+        )
 
 
 def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
@@ -358,7 +563,9 @@ def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
     if checkpoint_path.exists() and args.resume != "none":
         refuse_another_run(checkpoint_path, args)
         if args.resume is None:
-            raise RunError(f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none begins again")
+            raise RunError(
+                f"{checkpoint_path} is there already: --resume auto goes on from it, --resume none begins again"
+            )
     rows = np.arange(len(videos))
     step_videos = args.batch_size * ranks * args.accum
     steps_per_epoch = len(rows) // step_videos
@@ -388,7 +595,11 @@ def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
         step, best = saved["step"], saved["best"]
         validated = saved.get("validated", step)
     left_out = len(rows) - steps_per_epoch * step_videos
-    omitted = f"; the {left_out} videos of its incomplete last step are left out, others each time" if left_out else ""
+    omitted = (
+        f"; the {left_out} videos of its incomplete last step are left out, others each time"
+        if left_out
+        else ""
+    )
     too_long = ""
     if args.warmup_epochs >= args.epochs:
         too_long = f"\n             --warmup-epochs {args.warmup_epochs:g} is no shorter than the run: its learning rate only rises"
@@ -398,7 +609,9 @@ batch        {step_videos} videos = {args.batch_size} x {args.accum} accumulated
 lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(floor, args.lr):.3g}, decay {args.layer_decay} a layer:{too_long}
 {layer_table(optimizer, model.config["depth"])}""")
     if rank == 0:
-        if args.resume == "none":  # at once: killed before its first save, this run must not be taken for that one
+        if (
+            args.resume == "none"
+        ):  # at once: killed before its first save, this run must not be taken for that one
             for path in (checkpoint_path, best_path):
                 with writing(path), contextlib.suppress(FileNotFoundError):
                     path.replace(path.with_suffix(".old.pt"))
@@ -432,7 +645,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
     def validate():
         nonlocal best, validated
         held, held_labels = splits["val"]
-        probabilities = evaluation.predict(model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks)
+        probabilities = evaluation.predict(
+            model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks
+        )
         result = evaluation.score(probabilities, held_labels, len(args.classes))
         log(
             step=step,
@@ -447,28 +662,47 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
             save(best_path)
         save(checkpoint_path)
 
-    batches = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
-    loader = DataLoader(Clips(videos, rows, labels.tolist(), args), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_signals)
+    batches = EpochBatches(
+        rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks
+    )
+    loader = DataLoader(
+        Clips(videos, rows, labels.tolist(), args),
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.workers > 0,
+        worker_init_fn=ignore_signals,
+    )
     mix, wrapped = make_mix(args.mixup, args.cutmix, len(args.classes)), model
     if args.compile:
         model.compile()  # in place: the checkpoint's keys stay as they are
     if ranks > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None
+        )
     model.train()
-    if validated != step and (step % steps_per_epoch == 0 or step == last_step):  # stopped between saving and validating
+    if validated != step and (
+        step % steps_per_epoch == 0 or step == last_step
+    ):  # stopped between saving and validating
         validate()
     stop.after_step()
 
-    window, used, failed = [], [], set()  # since the last log line: losses on the device, rows; in the whole run: bad rows
+    window, used, failed = (
+        [],
+        [],
+        set(),
+    )  # since the last log line: losses on the device, rows; in the whole run: bad rows
     began, data_time = time.time(), 0.0
     while step < last_step:
         epoch = step // steps_per_epoch
         batches.epoch, batches.start = epoch, step % steps_per_epoch * args.accum
         iterator = patient(loader)
-        for step in range(step + 1, min(last_step, (epoch + 1) * steps_per_epoch) + 1):
+        end_of_epoch = min(last_step, (epoch + 1) * steps_per_epoch)
+        for step in range(step + 1, end_of_epoch + 1):  # noqa: B020 - it goes on from its own step
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(step - 1, args.lr, warmup, total_steps, floor)
+                group["lr"] = group["scale"] * learning_rate(
+                    step - 1, args.lr, warmup, total_steps, floor
+                )
             losses = []
             for micro in range(args.accum):
                 waited = time.time()
@@ -476,10 +710,19 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
                 data_time += time.time() - waited
                 failed.update(row for row in batch["failed"].tolist() if row >= 0)
                 used.append((step, batch["row"].tolist()))
-                clips, target = (flatten_repeats(batch[key].to(device, non_blocking=True)) for key in ("clip", "label"))
-                torch.manual_seed(repeat_seed(args.seed, step, rank, micro))                 # mixup and drop path, resumed or not
-                clips, target = mix(models.normalize(clips), target)                         # [R*B, 3, T, H, W], [R*B, C]
-                with contextlib.nullcontext() if micro == args.accum - 1 or ranks == 1 else wrapped.no_sync():
+                clips, target = (
+                    flatten_repeats(batch[key].to(device, non_blocking=True))
+                    for key in ("clip", "label")
+                )
+                torch.manual_seed(
+                    repeat_seed(args.seed, step, rank, micro)
+                )  # mixup and drop path, resumed or not
+                clips, target = mix(models.normalize(clips), target)  # [R*B, 3, T, H, W], [R*B, C]
+                with (
+                    contextlib.nullcontext()
+                    if micro == args.accum - 1 or ranks == 1
+                    else wrapped.no_sync()
+                ):
                     with autocast:
                         logits = wrapped(clips)
                     loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing)
@@ -496,18 +739,29 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
             saves = ends or stops or (args.save_every and step % args.save_every == 0)
             if not (saves or step % args.log_every == 0):
                 continue
-            stats = torch.stack(window)                                                      # [steps, 2]
-            broken = ~stats[:, :1 if scaler.is_enabled() else 2].isfinite().all(1)           # fp16's scaler skips infinite gradients
+            stats = torch.stack(window)  # [steps, 2]
+            broken = ~stats[:, : 1 if scaler.is_enabled() else 2].isfinite().all(
+                1
+            )  # fp16's scaler skips infinite gradients
             if broken.any():  # the one place where the CPU waits for the GPU
                 bad_step = step - len(window) + 1 + int(broken.int().argmax())
-                bad = [videos[row].name for at, batch_rows in used if at == bad_step for row in batch_rows]
-                sys.exit(f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}")
+                bad = [
+                    videos[row].name
+                    for at, batch_rows in used
+                    if at == bad_step
+                    for row in batch_rows
+                ]
+                sys.exit(
+                    f"step {bad_step}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {', '.join(bad)}"
+                )
             stats = stats.mean(0)
             if ranks > 1:
                 dist.all_reduce(stats)
                 of_ranks = [None] * ranks
                 dist.all_gather_object(of_ranks, failed)
-                failed = set().union(*of_ranks)  # not their sum: over the epochs ranks come to meet the same videos
+                failed = set().union(
+                    *of_ranks
+                )  # not their sum: over the epochs ranks come to meet the same videos
             stats = (stats / ranks).tolist()
             if len(failed) > args.max_bad * len(rows):
                 raise RunError(
@@ -549,28 +803,53 @@ def main(argv=None):
     if use_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    amp = args.amp if args.amp != "auto" else "off" if not use_cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp], enabled=amp != "off")
+    amp = (
+        args.amp
+        if args.amp != "auto"
+        else "off"
+        if not use_cuda
+        else "bf16"
+        if torch.cuda.is_bf16_supported()
+        else "fp16"
+    )
+    autocast = torch.autocast(
+        device.type,
+        {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp],
+        enabled=amp != "off",
+    )
 
     try:
         if args.checkpoint != "none" and not Path(args.checkpoint).exists():
-            sys.exit(f"--checkpoint {args.checkpoint}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: from scratch)")
+            sys.exit(
+                f"--checkpoint {args.checkpoint}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; none: from scratch)"
+            )
         splits, names = open_data(args)
         saved = models.saved_args(args.checkpoint)
         args.size, args.classes = args.size or saved.get("size", "base"), names
         torch.manual_seed(args.seed)
         frames = args.frames or saved.get("frames")
         image_size = args.image_size or saved.get("image_size")
-        model = models.VideoViT(args.size, len(names), frames, image_size, args.drop_path, args.head_dropout)
+        model = models.VideoViT(
+            args.size, len(names), frames, image_size, args.drop_path, args.head_dropout
+        )
         notes = []
         loaded = "from scratch"
         if args.checkpoint != "none":
             notes = models.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
             loaded = f"{args.checkpoint}: {models.summary_of(notes)}"
         if args.test_only and any(note.startswith("missing head") for note in notes):
-            sys.exit(f"--checkpoint {args.checkpoint}: has no classifier to test: fine-tune it first")
+            sys.exit(
+                f"--checkpoint {args.checkpoint}: has no classifier to test: fine-tune it first"
+            )
     except (ManifestError, ValueError) as error:
-        sys.exit(str(error) + ("" if Path(args.data).exists() or args.test_only else " (the toy world: python data/toy.py)"))
+        sys.exit(
+            str(error)
+            + (
+                ""
+                if Path(args.data).exists() or args.test_only
+                else " (the toy world: python data/toy.py)"
+            )
+        )
     args.frames, args.image_size = model.config["frames"], model.config["image_size"]
     args.stride = args.stride or saved.get("stride", model.config["stride"])
     model.to(device).set_checkpointing(args.checkpointing)
@@ -595,7 +874,9 @@ weights      {loaded}""")
         tested = str(out / ("best.pt" if args.use == "best" else "checkpoint.pt"))
         again = "--resume auto tests again"
         if ranks > 1:
-            dist.barrier(device_ids=[device.index] if use_cuda else None)  # rank 0 has written best.pt
+            dist.barrier(
+                device_ids=[device.index] if use_cuda else None
+            )  # rank 0 has written best.pt
         if args.use == "best":
             try:
                 models.load_pretrained(model, tested)
@@ -603,15 +884,32 @@ weights      {loaded}""")
                 raise RunError(str(error)) from None
     stop.at_once(again)
     videos, labels = splits["test"]
-    probabilities = evaluation.predict(model, videos, len(names), args.views, args, device, autocast, rank, ranks)
+    probabilities = evaluation.predict(
+        model, videos, len(names), args.views, args, device, autocast, rank, ranks
+    )
     if rank == 0:
-        about = {"checkpoint": tested, "test": args.test or args.val, "label": args.label_column, "classes": len(names), "views": list(args.views)}
-        summary = evaluation.write_test(out, evaluation.score(probabilities, labels, len(names)), names, labels, probabilities, about,
-                                      splits["train"][1] if "train" in splits else None)
+        about = {
+            "checkpoint": tested,
+            "test": args.test or args.val,
+            "label": args.label_column,
+            "classes": len(names),
+            "views": list(args.views),
+        }
+        summary = evaluation.write_test(
+            out,
+            evaluation.score(probabilities, labels, len(names)),
+            names,
+            labels,
+            probabilities,
+            about,
+            splits["train"][1] if "train" in splits else None,
+        )
         low, high = summary["top1_bootstrap"]
-        print(f"test         {summary['videos']} videos, {summary['unreadable']} unreadable, {args.views[0]} x {args.views[1]} views: top-1 {summary['top1']:.4f} "
-              f"(95 % {low:.3f} to {high:.3f}), top-5 {summary['top5']:.4f}, mean class {summary['mean_class']:.4f}; majority class "
-              f"{summary['majority']:.4f}\n{out / 'test.json'}, per_class.csv, confusion.png")
+        print(
+            f"test         {summary['videos']} videos, {summary['unreadable']} unreadable, {args.views[0]} x {args.views[1]} views: top-1 {summary['top1']:.4f} "
+            f"(95 % {low:.3f} to {high:.3f}), top-5 {summary['top5']:.4f}, mean class {summary['mean_class']:.4f}; majority class "
+            f"{summary['majority']:.4f}\n{out / 'test.json'}, per_class.csv, confusion.png"
+        )
     if ranks > 1:
         dist.destroy_process_group()
 

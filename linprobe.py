@@ -50,10 +50,16 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import model as models
-from tgm.sampling import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
-from tgm.evaluation import bootstrap
 from tgm.arrays import create_array, file_hash, hold, open_rows
-from tgm.manifest import ManifestError, file_sizes, manifest_hash, read_manifest, require_files, shared_rows
+from tgm.evaluation import bootstrap
+from tgm.manifest import (
+    ManifestError,
+    file_sizes,
+    manifest_hash,
+    read_manifest,
+    require_files,
+    shared_rows,
+)
 from tgm.run import (
     Parser,
     RunError,
@@ -80,6 +86,7 @@ from tgm.run import (
     worker_count,
     writing,
 )
+from tgm.sampling import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
 PROTOCOLS = {  # learning rates are for batches of 256

@@ -22,6 +22,7 @@ the whole frame, to the times, crop and flip of a training sample.
 draws the clip, its saliency and every mask in one strip (the paper's figure 1). Shapes: B batch, N = t*h*w tokens in
 (t, h, w) order, S moments of the stored maps, G x G their grid.
 """
+
 import math
 import textwrap
 from pathlib import Path
@@ -29,7 +30,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-RATIOS = {"random": 0.9, "tube": 0.9, "text": 0.6, "text-inverse": 0.6, "motion": 0.75, "flow": 0.9}  # each one's own default
+RATIOS = {
+    "random": 0.9,
+    "tube": 0.9,
+    "text": 0.6,
+    "text-inverse": 0.6,
+    "motion": 0.75,
+    "flow": 0.9,
+}  # each one's own default
 
 
 def masked_count(ratio, grid):
@@ -37,7 +45,9 @@ def masked_count(ratio, grid):
     t, h, w = grid
     count = math.floor(ratio * h * w + 1e-6)  # 0.29 * 100 is 28.999999999999996
     if not 0 < count < h * w:
-        raise ValueError(f"mask ratio {ratio} masks {count} of {h * w} tokens in a slice: some must be masked and some not")
+        raise ValueError(
+            f"mask ratio {ratio} masks {count} of {h * w} tokens in a slice: some must be masked and some not"
+        )
     return t * count
 
 
@@ -46,7 +56,9 @@ def top_k_mask(score, count, noise):
     lowest of noise [..., M] come first."""
     shuffled = noise.argsort(dim=-1)
     ranks = score.gather(-1, shuffled).argsort(dim=-1, descending=True, stable=True)
-    chosen = shuffled.gather(-1, ranks[..., :count])  # a stable sort keeps the shuffled order of equals
+    chosen = shuffled.gather(
+        -1, ranks[..., :count]
+    )  # a stable sort keeps the shuffled order of equals
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
@@ -56,16 +68,18 @@ def random_mask(ratio, grid, noise, saliency, motion):
 
 def tube_mask(ratio, grid, noise, saliency, motion):
     t, h, w = grid
-    noise = noise[:, :h * w]
+    noise = noise[:, : h * w]
     return top_k_mask(noise, masked_count(ratio, grid) // t, noise).repeat(1, t)
 
 
 def text_mask(ratio, grid, noise, saliency, motion, sign=1):
     t, h, w = grid
     if saliency is None or tuple(saliency.shape) != (len(noise), t, h, w):
-        raise ValueError(f"text masks need saliency [{len(noise)}, {t}, {h}, {w}], got "
-                         f"{None if saliency is None else list(saliency.shape)}")
-    score, noise = sign * saliency.float().flatten(2), noise.view(-1, t, h * w)              # [B, t, h*w]
+        raise ValueError(
+            f"text masks need saliency [{len(noise)}, {t}, {h}, {w}], got "
+            f"{None if saliency is None else list(saliency.shape)}"
+        )
+    score, noise = sign * saliency.float().flatten(2), noise.view(-1, t, h * w)  # [B, t, h*w]
     return top_k_mask(score, masked_count(ratio, grid) // t, noise).flatten(1)
 
 
@@ -76,14 +90,20 @@ def text_inverse_mask(*args):
 def token_centres(grid, device):
     """The middle of each token of a slice as fractions of the picture: float32 [h*w, 2], x and y."""
     _, h, w = grid
-    y, x = torch.meshgrid((torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(h, device=device) + 0.5) / h,
+        (torch.arange(w, device=device) + 0.5) / w,
+        indexing="ij",
+    )
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
 def check_motion(name, motion, batch, grid):
     if motion is None or tuple(motion.shape) != (batch, grid[0], 2, *grid[1:]):
-        raise ValueError(f"{name} masks need motion [{batch}, {grid[0]}, 2, {grid[1]}, {grid[2]}], got "
-                         f"{None if motion is None else list(motion.shape)}")
+        raise ValueError(
+            f"{name} masks need motion [{batch}, {grid[0]}, 2, {grid[1]}, {grid[2]}], got "
+            f"{None if motion is None else list(motion.shape)}"
+        )
 
 
 def motion_mask(ratio, grid, noise, saliency, motion):
@@ -95,20 +115,24 @@ def motion_mask(ratio, grid, noise, saliency, motion):
     tokens next to the window."""
     (t, h, w), batch = grid, len(noise)
     check_motion("motion", motion, batch, grid)
-    moved = motion.float().flatten(3)                                                       # [B, t, 2, h*w]
+    moved = motion.float().flatten(3)  # [B, t, 2, h*w]
     energy = (moved - moved.median(-1, keepdim=True).values).square().sum(2).unflatten(-1, (h, w))
     high, wide = (max(1, math.floor(math.sqrt(ratio) * side)) for side in (h, w))
-    held = F.avg_pool2d(energy, (high, wide), stride=1).flatten(2)                          # [B, t, places of the window]
+    held = F.avg_pool2d(energy, (high, wide), stride=1).flatten(2)  # [B, t, places of the window]
     held = held / held.amax((1, 2), keepdim=True).clamp(min=1e-12)
     # Where a slice does not say (a still moment), the others do; where none does, one random place for all.
-    held = held + 0.01 * held.mean(1, keepdim=True) + 1e-5 * noise[:, None, :held.shape[-1]]
+    held = held + 0.01 * held.mean(1, keepdim=True) + 1e-5 * noise[:, None, : held.shape[-1]]
     place, places = held.argmax(-1), w - wide + 1
-    centre = torch.stack([(place % places + wide / 2) / w, (place // places + high / 2) / h], 1)     # [B, 2, t]
+    centre = torch.stack(
+        [(place % places + wide / 2) / w, (place // places + high / 2) / h], 1
+    )  # [B, 2, t]
     binomial = torch.tensor([1.0, 4, 6, 4, 1], device=centre.device) / 16
-    centre = F.pad(centre, (2, 2), mode="replicate").unfold(2, 5, 1) @ binomial             # [B, 2, t]
+    centre = F.pad(centre, (2, 2), mode="replicate").unfold(2, 5, 1) @ binomial  # [B, 2, t]
     shape = torch.tensor([wide / w, high / h], device=centre.device)
-    distance = ((token_centres(grid, centre.device) - centre.mT[:, :, None]).abs() / shape).amax(-1)  # [B, t, h*w]
-    noise = noise[:, None, :h * w].expand(-1, t, -1)
+    distance = ((token_centres(grid, centre.device) - centre.mT[:, :, None]).abs() / shape).amax(
+        -1
+    )  # [B, t, h*w]
+    noise = noise[:, None, : h * w].expand(-1, t, -1)
     return top_k_mask(-distance, masked_count(ratio, grid) // t, noise).flatten(1)
 
 
@@ -123,7 +147,9 @@ def trace_to_middle(motion):
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
     at = token_centres((t, h, w), motion.device).expand(batch, t, h * w, 2).unflatten(2, (h, w))
-    now = torch.arange(t, device=motion.device, dtype=torch.float32)  # the slice that each trace is in
+    now = torch.arange(
+        t, device=motion.device, dtype=torch.float32
+    )  # the slice that each trace is in
     for _ in range(middle):
         direction = (middle - now).sign()  # 1: forwards, -1: backwards, 0: it is there
         between = now + 0.5 * direction  # the motion from one slice to the next is that half way
@@ -152,18 +178,35 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     t, h, w = grid
     check_motion("flow", motion, len(noise), grid)
     count = masked_count(ratio, grid) // t
-    still = token_centres(grid, noise.device)                                               # [h*w, 2]
-    bumps = still[noise[:, :h * w].argsort(1)[:, count:]]                                   # [B, V, 2]
-    traced = trace_to_middle(motion).flatten(2, 3)                                          # [B, t, h*w, 2]
+    still = token_centres(grid, noise.device)  # [h*w, 2]
+    bumps = still[noise[:, : h * w].argsort(1)[:, count:]]  # [B, V, 2]
+    traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
     outside = ((traced < 0) | (traced > 1)).any(-1, keepdim=True)
-    away = torch.where(outside, still, traced)[:, :, :, None] - bumps[:, None, None]        # [B, t, h*w, V, 2]
-    away = (away * torch.tensor([w, h], device=noise.device)).square().sum(-1).amin(-1)     # [B, t, h*w], in tokens squared
+    away = (
+        torch.where(outside, still, traced)[:, :, :, None] - bumps[:, None, None]
+    )  # [B, t, h*w, V, 2]
+    away = (
+        (away * torch.tensor([w, h], device=noise.device)).square().sum(-1).amin(-1)
+    )  # [B, t, h*w], in tokens squared
     return top_k_mask(away, count, noise.view(-1, t, h * w)).flatten(1)
 
 
-MASKS = {"random": random_mask, "tube": tube_mask, "text": text_mask, "text-inverse": text_inverse_mask, "motion": motion_mask,
-         "flow": flow_mask}
-NEEDS = {"random": None, "tube": None, "text": "saliency", "text-inverse": "saliency", "motion": "motion", "flow": "motion"}
+MASKS = {
+    "random": random_mask,
+    "tube": tube_mask,
+    "text": text_mask,
+    "text-inverse": text_inverse_mask,
+    "motion": motion_mask,
+    "flow": flow_mask,
+}
+NEEDS = {
+    "random": None,
+    "tube": None,
+    "text": "saliency",
+    "text-inverse": "saliency",
+    "motion": "motion",
+    "flow": "motion",
+}
 
 
 def make_mask(name, ratio, batch, grid, saliency=None, motion=None, generator=None, noise=None):
@@ -216,16 +259,24 @@ def cut_maps(maps, times, box, flip, grid, oversample=2):
     Returns float32 [B, t, h, w].
     """
     (t, h, w), side = grid, oversample
-    x0, y0, x1, y1 = box.float()[:, :, None].unbind(1)                                      # each [B, 1]
-    x = (torch.arange(w * side, device=maps.device) + 0.5) / (w * side)                     # [w'] across the crop
-    x = torch.where(flip[:, None], 1 - x, x)                                                # [B, w']
+    x0, y0, x1, y1 = box.float()[:, :, None].unbind(1)  # each [B, 1]
+    x = (torch.arange(w * side, device=maps.device) + 0.5) / (w * side)  # [w'] across the crop
+    x = torch.where(flip[:, None], 1 - x, x)  # [B, w']
     x = x0 + (x1 - x0) * x
-    y = y0 + (y1 - y0) * (torch.arange(h * side, device=maps.device) + 0.5) / (h * side)    # [B, h']
+    y = y0 + (y1 - y0) * (torch.arange(h * side, device=maps.device) + 0.5) / (h * side)  # [B, h']
     shape = (len(maps), t, h * side, w * side)
-    points = torch.stack([x[:, None, None, :].expand(shape), y[:, None, :, None].expand(shape),
-                          times.float()[:, :, None, None].expand(shape)], dim=-1)           # [B, t, h', w', (x, y, time)]
+    points = torch.stack(
+        [
+            x[:, None, None, :].expand(shape),
+            y[:, None, :, None].expand(shape),
+            times.float()[:, :, None, None].expand(shape),
+        ],
+        dim=-1,
+    )  # [B, t, h', w', (x, y, time)]
     # align_corners=False puts the S values at the mid-points of S equal parts: just where they were measured.
-    values = F.grid_sample(maps.float()[:, None], points * 2 - 1, padding_mode="border", align_corners=False)
+    values = F.grid_sample(
+        maps.float()[:, None], points * 2 - 1, padding_mode="border", align_corners=False
+    )
     return F.avg_pool2d(values[:, 0], side)
 
 
@@ -239,8 +290,10 @@ def cut_motion(field, times, box, flip, grid, seconds):
     dx, dy = (cut_maps(field[:, :, axis], times, box, flip, grid) for axis in (0, 1))
     dx = torch.where(flip[:, None, None, None], -dx, dx)
     gaps = times.float().diff(dim=1)
-    gaps = torch.cat([gaps, gaps[:, -1:]], 1) if grid[0] > 1 else torch.zeros_like(times)   # a clip's end may stand still
-    scale = (gaps * seconds[:, None])[:, :, None] / (box[:, 2:] - box[:, :2])[:, None]      # [B, t, 2]
+    gaps = (
+        torch.cat([gaps, gaps[:, -1:]], 1) if grid[0] > 1 else torch.zeros_like(times)
+    )  # a clip's end may stand still
+    scale = (gaps * seconds[:, None])[:, :, None] / (box[:, 2:] - box[:, :2])[:, None]  # [B, t, 2]
     return torch.stack([dx, dy], 2) * scale[..., None, None]
 
 
@@ -311,7 +364,9 @@ def draw_strip(tiles, slices, title):
     frames, size = tiles["clip"].shape[:2]
     side = tile_side(size)
     step = side + 4
-    letters = min(max(14, slices * step // 55), max(14, side // 4))  # read when shrunk to a page, too
+    letters = min(
+        max(14, slices * step // 55), max(14, side // 4)
+    )  # read when shrunk to a page, too
     font = ImageFont.load_default(size=letters)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     names = {name: wrap(name, font, side, lines=3) for name in tiles}
@@ -360,8 +415,9 @@ def draw_frames(tiles):
 
 def write_video(path, pictures, fps):
     """Writes PIL pictures as a GIF, or as H.264 in the container that the name says."""
-    import av
     from fractions import Fraction
+
+    import av
 
     if Path(path).suffix.lower() == ".gif":
         options = {"save_all": True, "append_images": pictures[1:], "loop": 0}
@@ -387,15 +443,32 @@ def parse_args(argv=None):
     from tgm.run import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
 
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", default="data/train.csv", help="manifest; captions, saliency and motion are read beside it")
-    parser.add_argument("--companions", metavar="PREFIX", help="read PREFIX.saliency.npy and PREFIX.motion.npy instead")
+    parser.add_argument(
+        "--data",
+        default="data/train.csv",
+        help="manifest; captions, saliency and motion are read beside it",
+    )
+    parser.add_argument(
+        "--companions",
+        metavar="PREFIX",
+        help="read PREFIX.saliency.npy and PREFIX.motion.npy instead",
+    )
     parser.add_argument("--row", type=count, default=0, help="line of the manifest, from 0")
     parser.add_argument("--caption", type=count, default=0, help="which of the video's captions")
     parser.add_argument("--out", type=Path, default="mask.png", help="picture to write")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="write the clip and its masks as a moving picture too: .mp4 or .gif")
-    parser.add_argument("--mask-ratio", type=ratio, help="one ratio for all masks (default: each mask's own)")
+    parser.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE",
+        help="write the clip and its masks as a moving picture too: .mp4 or .gif",
+    )
+    parser.add_argument(
+        "--mask-ratio", type=ratio, help="one ratio for all masks (default: each mask's own)"
+    )
     parser.add_argument("--frames", type=frame_count, default=16)
-    parser.add_argument("--stride", type=positive_int, default=4, help="use every Nth frame of the video")
+    parser.add_argument(
+        "--stride", type=positive_int, default=4, help="use every Nth frame of the video"
+    )
     parser.add_argument("--image-size", type=pixel_count, default=224)
     parser.add_argument("--patch-size", type=positive_int, default=16)
     parser.add_argument("--seed", type=seed_number, default=0)
@@ -411,7 +484,9 @@ def preview_grid(frames, image_size, patch_size, mask_ratio):
     ask for gigabytes."""
     flags = f"--frames {frames} --image-size {image_size} --patch-size {patch_size}"
     if frames % TUBELET:
-        raise ValueError(f"--frames {frames}: expected a multiple of {TUBELET}, the frames of a token")
+        raise ValueError(
+            f"--frames {frames}: expected a multiple of {TUBELET}, the frames of a token"
+        )
     if image_size % patch_size:
         raise ValueError(f"{flags}: the image size is not a multiple of the patch size")
     grid = (frames // TUBELET, image_size // patch_size, image_size // patch_size)
@@ -499,7 +574,9 @@ def read_motion(data, prefix, videos, row):
     array cannot be used."""
     from tgm import arrays
 
-    motion, _ = arrays.open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {data} --cue motion")
+    motion, _ = arrays.open_array(
+        f"{prefix}.motion.npy", videos, f"python saliency.py {data} --cue motion"
+    )
     field = torch.from_numpy(motion[row].copy())
     return field if field.isfinite().all() else None
 
@@ -508,9 +585,7 @@ def preview(argv=None):
     """The command: draws one row of a manifest."""
     import av
 
-    from tgm import sampling
-    from tgm import manifest
-    from tgm import video
+    from tgm import manifest, sampling, video
     from tgm.run import RunError
 
     args = parse_args(argv)
@@ -526,7 +601,12 @@ def preview(argv=None):
     if args.row >= len(videos):
         raise RunError(f"--row {args.row}: {args.data} has rows 0 to {len(videos) - 1}")
     row = videos[args.row]
-    if args.video and args.video.exists() and Path(row.path).exists() and args.video.samefile(row.path):
+    if (
+        args.video
+        and args.video.exists()
+        and Path(row.path).exists()
+        and args.video.samefile(row.path)
+    ):
         raise RunError(f"--video {args.video}: is the video that is to be drawn")
     prefix = args.companions or Path(args.data).with_suffix("")
     has_saliency = Path(f"{prefix}.saliency.npy").exists()
@@ -570,7 +650,11 @@ def preview(argv=None):
             )
         else:
             remedy = f"python saliency.py {args.data}"
-            remedy = f"{remedy} --cue motion" if need == "motion" else f"python caption.py {args.data} && {remedy}"
+            remedy = (
+                f"{remedy} --cue motion"
+                if need == "motion"
+                else f"python caption.py {args.data} && {remedy}"
+            )
             print(f"{name}: left out, there is no {prefix}.{need}.npy; make it with: {remedy}")
 
     drawn = {kind: of_row[0] for kind, of_row in maps.items()}
@@ -589,7 +673,9 @@ def preview(argv=None):
 
 
 def main(argv=None):
-    from tgm.run import one_line_errors  # only the preview needs more of ours: the masks stand alone
+    from tgm.run import (
+        one_line_errors,
+    )  # only the preview needs more of ours: the masks stand alone
 
     one_line_errors(preview)(argv)
 

@@ -12,6 +12,7 @@ A library that imports nothing of ours.  Architecture, initialisation and state-
 Letters: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M decoded ones,
 D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], True = masked.
 """
+
 import argparse
 import json
 import math
@@ -28,22 +29,47 @@ from torch.utils.checkpoint import checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as VideoMAE
 EPS = 1e-6  # every LayerNorm, and the target's deviation
-CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)  # stride: a habit of the data, not of the model
+CUBES = dict(
+    frames=16, stride=4, image_size=224, tubelet=2, patch=16
+)  # stride: a habit of the data, not of the model
 SIZES = {  # decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
-    "tiny": dict(CUBES, frames=8, stride=2, image_size=32, patch=8, width=96, depth=3, heads=3,
-                 decoder_width=96, decoder_depth=1, decoder_heads=3),
-    "small": dict(CUBES, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3),
-    "base": dict(CUBES, width=768, depth=12, heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6),
-    "large": dict(CUBES, width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=12, decoder_heads=8),
-    "huge": dict(CUBES, width=1280, depth=32, heads=16, decoder_width=640, decoder_depth=12, decoder_heads=8),
+    "tiny": dict(
+        CUBES,
+        frames=8,
+        stride=2,
+        image_size=32,
+        patch=8,
+        width=96,
+        depth=3,
+        heads=3,
+        decoder_width=96,
+        decoder_depth=1,
+        decoder_heads=3,
+    ),
+    "small": dict(
+        CUBES, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3
+    ),
+    "base": dict(
+        CUBES, width=768, depth=12, heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6
+    ),
+    "large": dict(
+        CUBES, width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=12, decoder_heads=8
+    ),
+    "huge": dict(
+        CUBES, width=1280, depth=32, heads=16, decoder_width=640, decoder_depth=12, decoder_heads=8
+    ),
 }
+
 
 def normalize(video):
     """uint8 [B,3,T,H,W] -> float32 less ImageNet's mean over its deviation, on the video's own device."""
     out = torch.empty_like(video, dtype=torch.float32)
-    for c in range(3):  # by Python scalars: a tensor of constants would be copied to the GPU, and waited for, each step
+    for c in range(
+        3
+    ):  # by Python scalars: a tensor of constants would be copied to the GPU, and waited for, each step
         out[:, c] = (video[:, c] / 255 - MEAN[c]) / STD[c]
     return out
+
 
 def patchify(video, tubelet=2, patch=16):
     """[B,3,T,H,W] -> cubes [B,N,P]: tokens in (t, h, w) order, a cube's numbers in (frame, row, column, colour)."""
@@ -51,11 +77,13 @@ def patchify(video, tubelet=2, patch=16):
     x = video.reshape(B, C, T // tubelet, tubelet, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, -1, tubelet * patch * patch * C)
 
+
 def unpatchify(cubes, grid, tubelet=2, patch=16):
     """The inverse of `patchify`: cubes [B,N,P] and their grid (t, h, w) -> [B,3,T,H,W]."""
     (t, h, w), B = grid, len(cubes)
     x = cubes.reshape(B, t, h, w, tubelet, patch, patch, -1)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, t * tubelet, h * patch, w * patch)
+
 
 def split_mask(mask, visible=None):
     """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked ones [B,N-V,1], in token order.
@@ -64,12 +92,16 @@ def split_mask(mask, visible=None):
     kept = mask.shape[1] - mask.sum(dim=1)
     visible = int(kept[0]) if visible is None else visible
     torch._assert_async((kept == visible).all(), f"mask: not every row keeps {visible} tokens")
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)  # False sorts before True
+    order = (
+        mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
+    )  # False sorts before True
     return order[:, :visible], order[:, visible:]
+
 
 def take(x, index):
     """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D].  (take_along_dim makes an index of every number, 15 times slower.)"""
     return x[torch.arange(len(x), device=x.device)[:, None], index.squeeze(-1)]
+
 
 def sincos_table(n, width):
     """[1,n,width] float32: "Attention is all you need" §3.5 over the index of a token in the flattened grid."""
@@ -77,19 +109,27 @@ def sincos_table(n, width):
     angle = torch.arange(n, dtype=torch.float64)[None, :, None] / 10000 ** (j // 2 * 2 / width)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
+
 class Linear(nn.Linear):
-    def reset_parameters(self):  # VideoMAE's initialisation; its Conv3d and LayerNorm keep PyTorch's defaults
+    def reset_parameters(
+        self,
+    ):  # VideoMAE's initialisation; its Conv3d and LayerNorm keep PyTorch's defaults
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+
 class Attention(nn.Module):
     """Joint space-time attention.  Keys need no bias: it would shift all scores of a query alike."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = Linear(width, 3 * width, bias=False), Linear(width, width)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.q_bias, self.v_bias = (
+            nn.Parameter(torch.zeros(width)),
+            nn.Parameter(torch.zeros(width)),
+        )
 
     def forward(self, x):
         B, N, D = x.shape
@@ -98,48 +138,69 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B,heads,N,D/heads]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
+
 class Block(nn.Module):
     """Pre-norm attention and MLP; in training each residual branch of a sample is dropped at the rate drop_path."""
+
     def __init__(self, width, heads, drop_path):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
         self.attn, self.rate = Attention(width, heads), drop_path
-        self.mlp = nn.Sequential(OrderedDict(fc1=Linear(width, 4 * width), act=nn.GELU(), fc2=Linear(4 * width, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=Linear(width, 4 * width), act=nn.GELU(), fc2=Linear(4 * width, width))
+        )
 
     def drop_path(self, x):
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.rate) if self.training and self.rate else x
+        return (
+            x * F.dropout(x.new_ones(len(x), 1, 1), self.rate) if self.training and self.rate else x
+        )
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+
 class Transformer(nn.Module):
     """Blocks and a final norm; drop path grows linearly from 0 to its full rate at the last block."""
+
     def __init__(self, width, depth, heads, drop_path=0.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth)
+        )
         self.norm, self.checkpointing = nn.LayerNorm(width, eps=EPS), False
 
     def set_checkpointing(self, on=True):
-        self.checkpointing = on  # keep only each block's input, recompute the rest in the backward pass
+        self.checkpointing = (
+            on  # keep only each block's input, recompute the rest in the backward pass
+        )
 
     def run_blocks(self, x):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         return x
 
+
 class Encoder(Transformer):
     """Cubes in, tokens out.  frames and image_size default to the size's own; positions are computed for any."""
+
     def __init__(self, size, frames=None, image_size=None, drop_path=0.0):
         c = dict(SIZES[size])
         c["frames"], c["image_size"] = frames or c["frames"], image_size or c["image_size"]
         if c["frames"] % c["tubelet"] or c["image_size"] % c["patch"]:
-            raise ValueError(f"{c['frames']} x {c['image_size']}: not multiples of {c['tubelet']} x {c['patch']}")
+            raise ValueError(
+                f"{c['frames']} x {c['image_size']}: not multiples of {c['tubelet']} x {c['patch']}"
+            )
         super().__init__(c["width"], c["depth"], c["heads"], drop_path)
-        self.config, self.grid = c, (c["frames"] // c["tubelet"], *[c["image_size"] // c["patch"]] * 2)
+        self.config, self.grid = (
+            c,
+            (c["frames"] // c["tubelet"], *[c["image_size"] // c["patch"]] * 2),
+        )
         self.num_tokens, cube = math.prod(self.grid), (c["tubelet"], c["patch"], c["patch"])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], cube, stride=cube)})
-        self.register_buffer("pos_embed", sincos_table(self.num_tokens, c["width"]), persistent=False)
+        self.register_buffer(
+            "pos_embed", sincos_table(self.num_tokens, c["width"]), persistent=False
+        )
 
     def cubes(self, video):
         shape = [3, self.config["frames"], self.config["image_size"], self.config["image_size"]]
@@ -154,10 +215,14 @@ class Encoder(Transformer):
             cubes, position = take(cubes, index), take(position, index)
         # a convolution whose stride is its kernel is one matrix product per cube: [D,3,2,16,16] -> [D,P]
         weight = self.patch_embed["proj"].weight.permute(0, 2, 3, 4, 1).flatten(1)
-        return self.norm(self.run_blocks(F.linear(cubes, weight, self.patch_embed["proj"].bias) + position))
+        return self.norm(
+            self.run_blocks(F.linear(cubes, weight, self.patch_embed["proj"].bias) + position)
+        )
+
 
 class AllGather(torch.autograd.Function):
     """The rows of all ranks, [2,B,D] -> [2,ranks*B,D]; gradients come back summed over ranks."""
+
     @staticmethod
     def forward(ctx, own):
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -169,11 +234,13 @@ class AllGather(torch.autograd.Function):
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
+
 def gather_rows(own):
     """The rows of all ranks, [B] -> [ranks*B], without a gradient."""
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own.contiguous())
     return torch.cat(every)
+
 
 def info_nce(video_emb, text_emb, scale, group=None):
     """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], any length; scale is 1 / temperature.
@@ -181,7 +248,9 @@ def info_nce(video_emb, text_emb, scale, group=None):
     ([B] integers; None: all differ), and samples of one caption, that is texts of cosine above 0.999.
     Under torch.distributed a collective, with equal B: a rank's loss is the mean over its own rows against everyone's
     columns; gathering passes gradients back, so DistributedDataParallel averages to the whole batch's gradient."""
-    own = torch.stack([F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)])  # [2,B,D]
+    own = torch.stack(
+        [F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)]
+    )  # [2,B,D]
     together = dist.is_available() and dist.is_initialized()
     every = AllGather.apply(own) if together else own  # [2,ranks*B,D]
     if group is None:
@@ -194,8 +263,10 @@ def info_nce(video_emb, text_emb, scale, group=None):
     to_text, to_video = scale * own[0] @ every[1].T, scale * own[1] @ every[0].T
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_video, target)) / 2
 
+
 class ContrastiveHead(nn.Module):
     """tokens [B,V,D], text [B,text_dim], group [B] -> InfoNCE of the tokens' projected mean and the text, in float32."""
+
     def __init__(self, width, text_dim):
         super().__init__()
         self.proj = Linear(width, text_dim, bias=False)
@@ -211,23 +282,34 @@ class ContrastiveHead(nn.Module):
         the limit would have no gradient, and the temperature could never come back."""
         self.logit_scale.clamp_(0, math.log(100))
 
+
 MAEOutput = namedtuple("MAEOutput", "loss_mae loss_nce")
+
 
 class VideoMAE(nn.Module):
     """The masked autoencoder.  nce_detach stops the contrastive gradient at the encoder's output: the head trains, the
     encoder is untouched (the paper's monitored contrastive loss)."""
+
     def __init__(self, size="base", frames=None, image_size=None, text_dim=512, nce_detach=False):
         super().__init__()
         self.encoder, self.nce_detach = Encoder(size, frames, image_size), nce_detach
-        c, self.grid, self.num_tokens = self.encoder.config, self.encoder.grid, self.encoder.num_tokens
+        c, self.grid, self.num_tokens = (
+            self.encoder.config,
+            self.encoder.grid,
+            self.encoder.num_tokens,
+        )
         self.config = c
-        self.encoder_to_decoder = nn.Linear(c["width"], c["decoder_width"], bias=False)  # PyTorch's init, as VideoMAE
+        self.encoder_to_decoder = nn.Linear(
+            c["width"], c["decoder_width"], bias=False
+        )  # PyTorch's init, as VideoMAE
         self.mask_token = nn.Parameter(torch.empty(1, 1, c["decoder_width"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder = Transformer(c["decoder_width"], c["decoder_depth"], c["decoder_heads"])
         self.decoder.head = Linear(c["decoder_width"], 3 * c["tubelet"] * c["patch"] ** 2)
         self.contrastive = ContrastiveHead(c["width"], text_dim)
-        self.register_buffer("pos_embed", sincos_table(self.num_tokens, c["decoder_width"]), persistent=False)
+        self.register_buffer(
+            "pos_embed", sincos_table(self.num_tokens, c["decoder_width"]), persistent=False
+        )
         self.register_buffer("rgb", torch.tensor([MEAN, STD]), persistent=False)
 
     def set_checkpointing(self, on=True):
@@ -251,13 +333,20 @@ class VideoMAE(nn.Module):
 
     def encode(self, video, mask=None, visible=None):
         """-> the visible tokens (without a mask, all) after the final norm, [B,V,D], in (t, h, w) order."""
-        return self.encoder.encode(self.encoder.cubes(video), None if mask is None else split_mask(mask, visible)[0])
+        return self.encoder.encode(
+            self.encoder.cubes(video), None if mask is None else split_mask(mask, visible)[0]
+        )
 
     def decode(self, tokens, seen, hidden):
         """tokens [B,V,D] -> [B,M,P], M hidden ones; mask tokens go last and positions follow: nothing is reordered."""
-        x = torch.cat([self.encoder_to_decoder(tokens) + take(self.pos_embed, seen),
-                       self.mask_token + take(self.pos_embed, hidden)], dim=1)  # [B,V+M,decoder width]
-        return self.decoder.head(self.decoder.norm(self.decoder.run_blocks(x)[:, seen.shape[1]:]))
+        x = torch.cat(
+            [
+                self.encoder_to_decoder(tokens) + take(self.pos_embed, seen),
+                self.mask_token + take(self.pos_embed, hidden),
+            ],
+            dim=1,
+        )  # [B,V+M,decoder width]
+        return self.decoder.head(self.decoder.norm(self.decoder.run_blocks(x)[:, seen.shape[1] :]))
 
     def target(self, cubes):
         """cubes [B,M,P] -> (target [B,M,P], mean, deviation [B,M,1,3]), float32: pixels in [0,1] again, then each
@@ -275,19 +364,34 @@ class VideoMAE(nn.Module):
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, hidden).float()
         target = target.scatter(1, hidden.expand_as(prediction), prediction)
         pixels = (target.unflatten(-1, (-1, 3)) * deviation + mean).flatten(-2)
-        return unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"]).clamp(0, 1)
+        return unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"]).clamp(
+            0, 1
+        )
+
 
 class VideoViT(Encoder):
     """The classifier in VideoMAE's fine-tuning layout: mean over tokens, fc_norm in place of norm, dropout, head."""
-    def __init__(self, size="base", classes=400, frames=None, image_size=None, drop_path=0.0, head_dropout=0.0):
+
+    def __init__(
+        self,
+        size="base",
+        classes=400,
+        frames=None,
+        image_size=None,
+        drop_path=0.0,
+        head_dropout=0.0,
+    ):
         super().__init__(size, frames, image_size, drop_path)
         self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.config["width"], eps=EPS)
         self.dropout, self.head = nn.Dropout(head_dropout), Linear(self.config["width"], classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # VideoMAE's 0.02 * 0.001: starts from uniform predictions
+        nn.init.trunc_normal_(
+            self.head.weight, std=2e-5
+        )  # VideoMAE's 0.02 * 0.001: starts from uniform predictions
 
     def forward(self, video):
         """video [B,3,T,H,W] normalised -> logits [B,classes]."""
         return self.head(self.dropout(self.fc_norm(self.encode(self.cubes(video)).mean(dim=1))))
+
 
 HF_KEYS = [  # (ours, Hugging Face's); VideoViT's keys with "encoder." before them
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
@@ -513,7 +617,9 @@ def save_checkpoint(path, **content):
     checkpoint, this one or the last. OSError, with the path and the reason, if it cannot be."""
     temporary = path.with_name(path.name + ".new")
     try:
-        with open(temporary, "wb") as file:  # given the name alone, torch keeps the reason to itself
+        with open(
+            temporary, "wb"
+        ) as file:  # given the name alone, torch keeps the reason to itself
             torch.save(content, file)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
@@ -617,17 +723,25 @@ def count_flops(model, visible, decoded=None):
     others decoded, (encoder, decoder), in matrix products: ViT-B's encoder on all 1568 tokens, 180 G."""
     c, M = model.config, model.num_tokens - visible if decoded is None else decoded
     P, D, E = 3 * c["tubelet"] * c["patch"] ** 2, c["width"], c["decoder_width"]
-    encoder, decoder = (depth * (12 * n * width**2 + 2 * n**2 * width)  # qkv, proj and MLP; attention's two products
-                        for n, width, depth in ((visible, D, c["depth"]), (visible + M, E, c["decoder_depth"])))
+    encoder, decoder = (
+        depth
+        * (12 * n * width**2 + 2 * n**2 * width)  # qkv, proj and MLP; attention's two products
+        for n, width, depth in ((visible, D, c["depth"]), (visible + M, E, c["decoder_depth"]))
+    )
     return visible * P * D + encoder, visible * D * E + decoder + M * E * P
 
+
 def print_sizes():
-    print("GFLOPs: multiply-adds of a clip's forward pass in pretraining, encoder + decoder (tokens kept)\n"
-          f"size  encoder  whole   tokens{'random, tube, flow 0.9':>25}{'motion 0.75':>25}{'text 0.6':>25}")
+    print(
+        "GFLOPs: multiply-adds of a clip's forward pass in pretraining, encoder + decoder (tokens kept)\n"
+        f"size  encoder  whole   tokens{'random, tube, flow 0.9':>25}{'motion 0.75':>25}{'text 0.6':>25}"
+    )
     for size in SIZES:
         with torch.device("meta"):
             model = VideoMAE(size)
-        encoder, whole = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model))
+        encoder, whole = (
+            sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model)
+        )
         row, (t, h, w) = f"{size:5}{encoder:7.1f}M{whole:7.1f}M{model.num_tokens:7}", model.grid
         for kept in (t * (h * w - math.floor(ratio * h * w)) for ratio in (0.9, 0.75, 0.6)):
             row += f"{' + '.join(f'{f / 1e9:.3g}' for f in count_flops(model, kept)) + f' ({kept})':>25}"
@@ -638,7 +752,9 @@ def run(argv=None):
     from tgm.run import Parser, RunError
 
     parser = Parser(description=__doc__)
-    parser.add_argument("--export", type=Path, metavar="FILE", help="our checkpoint, for transformers")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="our checkpoint, for transformers"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --export writes")
     args = parser.parse_args(argv)
     if (args.export is None) != (args.out is None):

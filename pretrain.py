@@ -33,6 +33,7 @@ nodes, and --resume auto goes on. Several nodes must share the folder --out.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -54,7 +55,6 @@ from torchvision.utils import save_image
 
 import masking
 import model as models
-from tgm.sampling import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
 from tgm.arrays import companion, file_hash, filled, hold, open_array
 from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.run import (
@@ -85,6 +85,7 @@ from tgm.run import (
     worker_count,
     writing,
 )
+from tgm.sampling import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
@@ -96,17 +97,28 @@ class Clips(TrainingClips):
 
     def __init__(self, videos, rows, args, grid, text=None, saliency=None, motion=None):
         super().__init__(videos, rows, args.seed)
-        self.args, self.grid, self.text, self.saliency, self.motion = args, grid, text, saliency, motion
+        self.args, self.grid, self.text, self.saliency, self.motion = (
+            args,
+            grid,
+            text,
+            saliency,
+            motion,
+        )
 
     def sample(self, epoch, row, rng):
         args, video = self.args, self.videos[row]
         with VideoReader(video.path, timeout=args.video_timeout) as reader:
             start, end = reader.span(video)
             times = clip_times(start, end, reader.fps, args.frames, args.stride, rng.random())
-            frames = reader.read(times)                                                      # uint8 [T, H, W, 3]
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                # [T, 3, H, W]
-        middles = torch.from_numpy((times.reshape(self.grid[0], -1).mean(1) - start) / (end - start)).float()
-        repeats = [self.view(frames, row, repeat_seed(args.seed, epoch, row, repeat)) for repeat in range(args.repeat)]
+            frames = reader.read(times)  # uint8 [T, H, W, 3]
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
+        middles = torch.from_numpy(
+            (times.reshape(self.grid[0], -1).mean(1) - start) / (end - start)
+        ).float()
+        repeats = [
+            self.view(frames, row, repeat_seed(args.seed, epoch, row, repeat))
+            for repeat in range(args.repeat)
+        ]
         stacked = {key: torch.stack([view[key] for view in repeats]) for key in repeats[0]}
         seconds = torch.full((args.repeat,), end - start, dtype=torch.float32)
         rows = torch.full((args.repeat,), row)
@@ -116,31 +128,50 @@ class Clips(TrainingClips):
         """One crop, flip, caption and mask noise of a decoded clip; all randomness from `seed`."""
         args, (height, width) = self.args, frames.shape[-2:]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks for accelerators: 0.5 ms where there are none
+            torch.default_generator.manual_seed(
+                seed
+            )  # torch.manual_seed also asks for accelerators: 0.5 ms where there are none
             if args.crop == "resized":
-                top, left, h, w = v2.RandomResizedCrop.get_params(frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3))
+                top, left, h, w = v2.RandomResizedCrop.get_params(
+                    frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3)
+                )
             else:
                 top, left, h, w = multi_scale_crop(height, width)
             flip = args.flip and bool(torch.rand(()) < 0.5)
             noise, choice = torch.rand(math.prod(self.grid)), torch.rand(()).item()
-        clip = TF.resized_crop(frames, top, left, h, w, [args.image_size, args.image_size], antialias=True)
+        clip = TF.resized_crop(
+            frames, top, left, h, w, [args.image_size, args.image_size], antialias=True
+        )
         clip = clip.flip(-1) if flip else clip
-        view = {"clip": clip.transpose(0, 1).contiguous(),                                   # uint8 [3, T, H, W]
-                "box": torch.tensor([left / width, top / height, (left + w) / width, (top + h) / height]),
-                "flip": torch.tensor(flip), "noise": noise}
+        view = {
+            "clip": clip.transpose(0, 1).contiguous(),  # uint8 [3, T, H, W]
+            "box": torch.tensor(
+                [left / width, top / height, (left + w) / width, (top + h) / height]
+            ),
+            "flip": torch.tensor(flip),
+            "noise": noise,
+        }
         maps = self.saliency if self.saliency is not None else self.text
         if maps is not None:
-            captions = 1 if maps is None else int((~np.isnan(maps[row].reshape(len(maps[row]), -1)[:, 0])).sum())
+            captions = (
+                1
+                if maps is None
+                else int((~np.isnan(maps[row].reshape(len(maps[row]), -1)[:, 0])).sum())
+            )
             caption = int(choice * captions)
         if self.text is not None:
             view["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))
         if self.saliency is not None:
-            view["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())          # float16 [S, G, G]
+            view["saliency"] = torch.from_numpy(
+                self.saliency[row, caption].copy()
+            )  # float16 [S, G, G]
         if self.motion is not None:
-            view["motion"] = torch.from_numpy(self.motion[row].copy())                       # float16 [S, 2, G, G]
+            view["motion"] = torch.from_numpy(self.motion[row].copy())  # float16 [S, 2, G, G]
         for kind in ("saliency", "motion"):
             if kind in view and not view[kind].isfinite().all():
-                raise VideoError(f"{self.videos[row].path}: its {kind} has numbers that are not finite")
+                raise VideoError(
+                    f"{self.videos[row].path}: its {kind} has numbers that are not finite"
+                )
         return view
 
 
@@ -155,15 +186,22 @@ def learning_rate(step, lr, warmup, total, floor=FLOOR):
     if step < warmup:
         return lr * (step + 1) / warmup
     floor = min(floor, lr)
-    return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return floor + (lr - floor) * 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    )
 
 
 def make_optimizer(model, args):
     """AdamW; biases, norms, the mask token and the temperature do not decay."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     still = lambda name, p: p.ndim < 2 or name == "mask_token"
-    groups = [{"params": [p for name, p in named if not still(name, p)], "weight_decay": args.weight_decay},
-              {"params": [p for name, p in named if still(name, p)], "weight_decay": 0.0}]
+    groups = [
+        {
+            "params": [p for name, p in named if not still(name, p)],
+            "weight_decay": args.weight_decay,
+        },
+        {"params": [p for name, p in named if still(name, p)], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -179,8 +217,13 @@ def draw_reconstruction(path, model, dataset, args, device, autocast):
     cubes = mask[:, :, None].expand(-1, -1, 3 * c["tubelet"] * c["patch"] ** 2).float()
     hidden = models.unpatchify(cubes, model.grid, c["tubelet"], c["patch"])
     true = batch["clip"] / 255
-    rows = [x[0].transpose(0, 1)[:: c["tubelet"]] for x in (true, torch.where(hidden > 0, torch.full_like(true, 0.5), true), made)]
-    picture = torch.nn.functional.interpolate(torch.cat(rows), scale_factor=max(1, 128 // true.shape[-1]))
+    rows = [
+        x[0].transpose(0, 1)[:: c["tubelet"]]
+        for x in (true, torch.where(hidden > 0, torch.full_like(true, 0.5), true), made)
+    ]
+    picture = torch.nn.functional.interpolate(
+        torch.cat(rows), scale_factor=max(1, 128 // true.shape[-1])
+    )
     save_image(picture, path, nrow=len(rows[0]), padding=4, pad_value=1.0)
 
 
@@ -191,56 +234,163 @@ def mask_batch(batch, model, args):
         maps["saliency"] = masking.cut_maps(batch["saliency"], *place)
     if "motion" in batch:
         maps["motion"] = masking.cut_motion(batch["motion"], *place, batch["seconds"])
-    return masking.make_mask(args.mask, args.mask_ratio, len(batch["clip"]), model.grid, noise=batch["noise"], **maps)
+    return masking.make_mask(
+        args.mask, args.mask_ratio, len(batch["clip"]), model.grid, noise=batch["noise"], **maps
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
-    data.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
-    data.add_argument("--companions", metavar="PREFIX", help="read PREFIX.{saliency,motion,text}.npy, not the manifest's")
+    data.add_argument(
+        "--root", help="folder that relative paths start from (default: the manifest's)"
+    )
+    data.add_argument(
+        "--strict-root",
+        action="store_true",
+        help="refuse a manifest whose paths lead out of that folder",
+    )
+    data.add_argument(
+        "--companions",
+        metavar="PREFIX",
+        help="read PREFIX.{saliency,motion,text}.npy, not the manifest's",
+    )
     data.add_argument("--frames", type=frame_count, help="frames of a clip (default: the size's)")
-    data.add_argument("--stride", type=positive_int, help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)")
+    data.add_argument(
+        "--stride",
+        type=positive_int,
+        help="video frames a clip frame (default: 4, tiny 2; SSv2 wants 2)",
+    )
     data.add_argument("--image-size", type=pixel_count, help="pixels (default: the size's)")
-    data.add_argument("--crop", choices=("multiscale", "resized"), default="multiscale", help="VideoMAE's, or random resized")
-    data.add_argument("--crop-scale", type=ratio, nargs=2, default=(0.5, 1.0), metavar=("MIN", "MAX"), help="a resized crop's area")
-    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the samples")
+    data.add_argument(
+        "--crop",
+        choices=("multiscale", "resized"),
+        default="multiscale",
+        help="VideoMAE's, or random resized",
+    )
+    data.add_argument(
+        "--crop-scale",
+        type=ratio,
+        nargs=2,
+        default=(0.5, 1.0),
+        metavar=("MIN", "MAX"),
+        help="a resized crop's area",
+    )
+    data.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mirror half of the samples",
+    )
     data.add_argument("--repeat", type=positive_int, default=1, help="samples of each decoded clip")
-    data.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
-    data.add_argument("--max-bad", type=fraction, default=0.05, help="stop when more than this share of the videos cannot be read")
+    data.add_argument(
+        "--video-timeout",
+        type=not_negative,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds after which a video is given up",
+    )
+    data.add_argument(
+        "--max-bad",
+        type=fraction,
+        default=0.05,
+        help="stop when more than this share of the videos cannot be read",
+    )
     method = parser.add_argument_group("method")
     method.add_argument("--mask", choices=tuple(masking.MASKS), default="text")
-    method.add_argument("--mask-ratio", type=ratio, help="share of tokens masked (default: the mask's own)")
-    method.add_argument("--decoder-keep", type=ratio, default=1.0, help="share of the masked tokens that are reconstructed; VideoMAE V2: 0.5")
-    method.add_argument("--nce-weight", type=not_negative, default=1.0, help="weight of the contrastive loss; 0 only monitors it")
+    method.add_argument(
+        "--mask-ratio", type=ratio, help="share of tokens masked (default: the mask's own)"
+    )
+    method.add_argument(
+        "--decoder-keep",
+        type=ratio,
+        default=1.0,
+        help="share of the masked tokens that are reconstructed; VideoMAE V2: 0.5",
+    )
+    method.add_argument(
+        "--nce-weight",
+        type=not_negative,
+        default=1.0,
+        help="weight of the contrastive loss; 0 only monitors it",
+    )
     method.add_argument("--size", choices=tuple(models.SIZES), default="base")
-    method.add_argument("--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder")
+    method.add_argument(
+        "--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder"
+    )
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=positive_int, default=32, help="videos a rank and step, before --repeat")
-    optim.add_argument("--accum", type=positive_int, default=1, help="batches whose gradients are added up in a step (each has its own negatives)")
+    optim.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=32,
+        help="videos a rank and step, before --repeat",
+    )
+    optim.add_argument(
+        "--accum",
+        type=positive_int,
+        default=1,
+        help="batches whose gradients are added up in a step (each has its own negatives)",
+    )
     optim.add_argument("--epochs", type=positive_int, default=200)
     optim.add_argument("--warmup-epochs", type=not_negative, default=20)
-    optim.add_argument("--blr", type=positive, default=1.5e-4, help="learning rate for 256 videos per step")
+    optim.add_argument(
+        "--blr", type=positive, default=1.5e-4, help="learning rate for 256 videos per step"
+    )
     optim.add_argument("--weight-decay", type=not_negative, default=0.05)
-    optim.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest gradient norm; 0 does not clip")
+    optim.add_argument(
+        "--clip-grad", type=not_negative, default=1.0, help="largest gradient norm; 0 does not clip"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/MASK)")
     run.add_argument("--seed", type=seed_number, default=0)
     run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument("--workers", type=worker_count, default=min(8, os.cpu_count()), help="decoding processes a rank; 0 decodes in line")
-    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
-    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations")
-    run.add_argument("--max-steps", type=positive_int, help="stop after this many steps, for a trial")
-    run.add_argument("--resume", choices=("auto", "none"), help="auto: go on from the checkpoint in --out, if any; none: begin again")
-    run.add_argument("--save-every", type=count, default=0, help="checkpoint after every so many steps, beside the end of each epoch")
+    run.add_argument(
+        "--workers",
+        type=worker_count,
+        default=min(8, os.cpu_count()),
+        help="decoding processes a rank; 0 decodes in line",
+    )
+    run.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU"
+    )
+    run.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model",
+    )
+    run.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations",
+    )
+    run.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
+    )
+    run.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        help="auto: go on from the checkpoint in --out, if any; none: begin again",
+    )
+    run.add_argument(
+        "--save-every",
+        type=count,
+        default=0,
+        help="checkpoint after every so many steps, beside the end of each epoch",
+    )
     run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
-    run.add_argument("--picture-every", type=count, default=10, help="epochs between reconstruction pictures; 0 draws none")
+    run.add_argument(
+        "--picture-every",
+        type=count,
+        default=10,
+        help="epochs between reconstruction pictures; 0 draws none",
+    )
     args = parser.parse_args(argv)
     if args.crop_scale[0] > args.crop_scale[1]:
-        parser.error(f"argument --crop-scale: expected MIN up to MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}")
+        parser.error(
+            f"argument --crop-scale: expected MIN up to MAX, found {args.crop_scale[0]:g} {args.crop_scale[1]:g}"
+        )
     args.mask_ratio = masking.RATIOS[args.mask] if args.mask_ratio is None else args.mask_ratio
     args.out = Path(args.out or f"runs/{args.mask}")
     return args
@@ -257,7 +407,9 @@ def open_data(args):
     if args.mask.startswith("text"):
         arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
     if args.mask in ("motion", "flow"):
-        arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion")
+        arrays["motion"], _ = open_array(
+            f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion"
+        )
     if args.nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
         try:
             arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
@@ -288,7 +440,9 @@ def refuse_gigabytes(args, ranks_here):
     memory = machine_memory()
     batch = batch_bytes(args.batch_size, args.repeat, frames, pixels) * ranks_here
     tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
-    table = 3 * 8 * tokens * config["width"]  # sines and cosines in float64, and what they are chosen into
+    table = (
+        3 * 8 * tokens * config["width"]
+    )  # sines and cosines in float64, and what they are chosen into
     if batch > memory:
         raise RunError(
             f"one batch is {batch / 1e9:.0f} GB of pixels ({ranks_here} ranks x {args.batch_size} videos x {args.repeat} "
@@ -407,7 +561,18 @@ def whose_run(saved):
     return f"a run of {saved['data']} with mask {saved['mask']} at {saved['mask_ratio']:g}"
 
 
-OF_A_NODE = {"workers", "device", "root", "data", "companions", "out", "resume", "strict_root", "video_timeout", "identity"}
+OF_A_NODE = {
+    "workers",
+    "device",
+    "root",
+    "data",
+    "companions",
+    "out",
+    "resume",
+    "strict_root",
+    "video_timeout",
+    "identity",
+}
 
 
 def refuse_unequal_ranks(rank, ranks, step, args):
@@ -424,7 +589,10 @@ def refuse_unequal_ranks(rank, ranks, step, args):
             give_up(f"--out {args.out}: {steps}: all nodes must see the same folder", rank)
         for name, value in its_own.items():
             if value != first[name]:
-                give_up(f"{name} is {first[name]} on rank 0, {value} on rank {other}: start every node alike", rank)
+                give_up(
+                    f"{name} is {first[name]} on rank 0, {value} on rank {other}: start every node alike",
+                    rank,
+                )
 
 
 def give_up(message, rank):
@@ -496,10 +664,19 @@ def main(argv=None):
         masked = masking.masked_count(args.mask_ratio, model.grid)
         visible, decoded = model.num_tokens - masked, round(args.decoder_keep * masked)
         if not 0 < decoded <= masked:
-            raise ValueError(f"--decoder-keep {args.decoder_keep} reconstructs {decoded} of {masked} masked tokens")
+            raise ValueError(
+                f"--decoder-keep {args.decoder_keep} reconstructs {decoded} of {masked} masked tokens"
+            )
     except (ManifestError, ValueError) as error:
-        sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
-    args.frames, args.image_size, grid = model.config["frames"], model.config["image_size"], model.grid
+        sys.exit(
+            str(error)
+            + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)")
+        )
+    args.frames, args.image_size, grid = (
+        model.config["frames"],
+        model.config["image_size"],
+        model.grid,
+    )
     args.stride = args.stride or model.config["stride"]
     refuse_small(args, len(rows), videos, device, ranks)
     refuse_missing(args, videos, rows)
@@ -543,7 +720,11 @@ def main(argv=None):
             scaler.load_state_dict(saved["scaler"])
             start = saved["step"]
         elif args.init:
-            say(f"from {args.init}:", *(models.load_pretrained(model, args.init) or ["every key"]), sep="\n  ")
+            say(
+                f"from {args.init}:",
+                *(models.load_pretrained(model, args.init) or ["every key"]),
+                sep="\n  ",
+            )
     except ValueError as error:
         sys.exit(str(error))
     args.out = str(args.out)  # a checkpoint holds plain types alone
@@ -567,7 +748,9 @@ contrastive  {contrastive}
 batch        {samples_per_step} = {args.batch_size} videos x {args.repeat} repeats x {args.accum} accumulated x {ranks} ranks
 lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down to {min(floor, args.lr):.3g}; {args.epochs} epochs, {args.epochs * args.repeat} effective""")
     if left_out > 0:
-        say(f"note         each epoch leaves out {left_out} videos, others each time, which fill no step of {videos_per_step}")
+        say(
+            f"note         each epoch leaves out {left_out} videos, others each time, which fill no step of {videos_per_step}"
+        )
     for kind, array in arrays.items():
         rows_filled = len(videos) if array is None else int(filled(array).sum())
         if rows_filled < len(videos):
@@ -576,10 +759,14 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
                 "saliency.py was stopped, run it again"
             )
     if warmup_steps >= last_step:
-        say(f"note         the warm-up of {args.warmup_epochs:g} epochs is longer than the run, whose learning rate only rises")
+        say(
+            f"note         the warm-up of {args.warmup_epochs:g} epochs is longer than the run, whose learning rate only rises"
+        )
     if start > 0 and args.epochs != saved_args.get("epochs", args.epochs):
         longer = learning_rate(start, args.lr, warmup_steps, total_steps, floor)
-        shorter = learning_rate(start, args.lr, warmup_steps, saved_args["epochs"] * steps_per_epoch, floor)
+        shorter = learning_rate(
+            start, args.lr, warmup_steps, saved_args["epochs"] * steps_per_epoch, floor
+        )
         say(
             f"note         begun for {saved_args['epochs']} epochs, now {args.epochs}: the learning rate jumps from {shorter:.3g} "
             f"to {longer:.3g}, the longer schedule's"
@@ -590,9 +777,16 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
             f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {seconds * (last_step - start) / 3600:.2g} hours in "
             "all; it wants a GPU; --size tiny is for CPUs"
         )
-    ahead = batch_bytes(args.batch_size, args.repeat, args.frames, args.image_size) * 2 * args.workers * ranks_here
+    ahead = (
+        batch_bytes(args.batch_size, args.repeat, args.frames, args.image_size)
+        * 2
+        * args.workers
+        * ranks_here
+    )
     if ahead > machine_memory():
-        say(f"note         {args.workers} workers may hold {ahead / 1e9:.0f} GB of clips, more than this machine has: lower --workers")
+        say(
+            f"note         {args.workers} workers may hold {ahead / 1e9:.0f} GB of clips, more than this machine has: lower --workers"
+        )
     if start >= last_step:
         say(f"{checkpoint_path}: already at step {start}, nothing left to do")
         if ranks > 1:
@@ -601,7 +795,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     if rank == 0:
         make_folder(log_path.parent)
         hold(checkpoint_path)
-        if args.resume == "none" and checkpoint_path.exists():  # at once: a kill must not leave it for --resume auto
+        if (
+            args.resume == "none" and checkpoint_path.exists()
+        ):  # at once: a kill must not leave it for --resume auto
             checkpoint_path.replace(checkpoint_path.with_suffix(".old.pt"))
             say(f"note         the old checkpoint is now {checkpoint_path.with_suffix('.old.pt')}")
         args_path = log_path.with_name("args.json")
@@ -612,7 +808,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         with writing(log_path):
             keep_log(log_path, start)
 
-    sampler = EpochBatches(rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks)
+    sampler = EpochBatches(
+        rows, args.batch_size, steps_per_epoch * args.accum, args.seed, rank, ranks
+    )
     loader = DataLoader(
         Clips(videos, rows, args, grid, **arrays),
         batch_sampler=sampler,
@@ -631,7 +829,11 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     # With weight 0 the loss is the head's alone, and trains it at full weight.
     nce_weight = args.nce_weight if args.nce_weight > 0 else 1.0
     # A head that only monitors has no part in the norm: through it, it would touch the encoder.
-    clipped = [p for name, p in model.named_parameters() if args.nce_weight > 0 or not name.startswith("contrastive.")]
+    clipped = [
+        p
+        for name, p in model.named_parameters()
+        if args.nce_weight > 0 or not name.startswith("contrastive.")
+    ]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
     failed = set()  # rows that could not be read, of all ranks
     newly_failed = set()  # since the last log line: of this rank
@@ -653,15 +855,21 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
             newly_failed.update(row for row in batch["failed"].tolist() if row >= 0)
             used[-1] += batch["row"][:, 0].tolist()
             batch = {  # [B, R, ...] -> [B*R, ...]
-                key: value.to(device, non_blocking=True).flatten(0, 1) for key, value in batch.items() if value.ndim > 1
+                key: value.to(device, non_blocking=True).flatten(0, 1)
+                for key, value in batch.items()
+                if value.ndim > 1
             }
-            mask = mask_batch(batch, model, args)                                            # bool [B*R, N]
-            chosen = masking.some_masked(mask, batch["noise"], decoded) if decoded < masked else None
+            mask = mask_batch(batch, model, args)  # bool [B*R, N]
+            chosen = (
+                masking.some_masked(mask, batch["noise"], decoded) if decoded < masked else None
+            )
             is_last = micro == args.accum - 1
             with contextlib.nullcontext() if is_last or ranks == 1 else wrapped.no_sync():
                 with autocast:
                     clip = models.normalize(batch["clip"])
-                    loss_mae, loss_nce = wrapped(clip, mask, batch.get("text"), visible, chosen, batch["row"])
+                    loss_mae, loss_nce = wrapped(
+                        clip, mask, batch.get("text"), visible, chosen, batch["row"]
+                    )
                 if loss_nce is None:
                     loss_nce = torch.zeros_like(loss_mae)
                 scaler.scale((loss_mae + nce_weight * loss_nce) / args.accum).backward()
@@ -679,8 +887,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         saves = ends_epoch or stopped or (args.save_every > 0 and step % args.save_every == 0)
         if not saves and step % args.log_every != 0:
             continue
-        stats = torch.stack(window)                                                          # [steps, 3]
-        judged = stats[:, :2] if scaler.is_enabled() else stats                              # fp16's scaler skips infinite gradients
+        stats = torch.stack(window)  # [steps, 3]
+        judged = (
+            stats[:, :2] if scaler.is_enabled() else stats
+        )  # fp16's scaler skips infinite gradients
         finite = judged.isfinite().all(1)
         counts = torch.tensor([len(newly_failed - failed), 0.0], device=device)
         counts[1] = (~finite).any()
@@ -694,7 +904,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
             failed |= of_all_ranks(newly_failed, ranks)
             if len(failed) > args.max_bad * len(rows):
                 names = ", ".join(videos[row].name for row in sorted(failed)[:20])
-                give_up(f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: {names}", rank)
+                give_up(
+                    f"{len(failed)} of {len(rows)} videos cannot be read, more than --max-bad {args.max_bad}: {names}",
+                    rank,
+                )
         seconds = (time.time() - began) / len(window)
         entry = {
             "step": step,
@@ -709,7 +922,10 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
             "left_s": (last_step - step) * seconds,
             "skipped": len(failed),
         }
-        say("  ".join(f"{key} {value:.4g}" for key, value in entry.items() if value is not None), flush=True)
+        say(
+            "  ".join(f"{key} {value:.4g}" for key, value in entry.items() if value is not None),
+            flush=True,
+        )
         if rank == 0:
             with writing(log_path), open(log_path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -722,7 +938,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
                 step=step,
                 args=vars(args),
             )
-        draws = args.picture_every > 0 and (step == last_step or step % (steps_per_epoch * args.picture_every) == 0)
+        draws = args.picture_every > 0 and (
+            step == last_step or step % (steps_per_epoch * args.picture_every) == 0
+        )
         if rank == 0 and ends_epoch and draws:
             path = log_path.with_name(f"reconstruction_{step:06d}.png")
             try:
@@ -760,7 +978,10 @@ def give_up_on_values(finite, step, used, videos, rank, ranks):
     first = min(of_all_ranks(bad, ranks))
     rows = used[first - step - 1] if first in bad else []
     names = ", ".join(videos[row].name for row in sorted(of_all_ranks(rows, ranks)))
-    give_up(f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {names}", rank)
+    give_up(
+        f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: {names}",
+        rank,
+    )
 
 
 if __name__ == "__main__":

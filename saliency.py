@@ -38,6 +38,7 @@ the manifest's end, `--extend` keeps those that there are (after caption.py --ex
 after the batch in hand.
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
 """
+
 import contextlib
 import datetime
 import difflib
@@ -55,7 +56,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tgm import motion
-from tgm.arrays import companion, create_or_resume, file_hash, fill, filled, open_rows, read_captions, refuse_foreign_array
+from tgm.arrays import (
+    companion,
+    create_or_resume,
+    file_hash,
+    fill,
+    filled,
+    open_rows,
+    read_captions,
+    refuse_foreign_array,
+)
 from tgm.manifest import ManifestError, read_manifest, require_files
 from tgm.run import (
     Parser,
@@ -130,7 +140,9 @@ def read_pairs(video, moments, size, timeout):
     """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds between them, float32 [S]."""
     with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
-        times, apart = motion.pair_times(segment_midpoints(start, end, moments), start, end, reader.fps)
+        times, apart = motion.pair_times(
+            segment_midpoints(start, end, moments), start, end, reader.fps
+        )
         frames = reader.read(times.ravel(), (size, size))
     frames = torch.from_numpy(frames).permute(0, 3, 1, 2).unflatten(0, (moments, 2)).contiguous()
     return frames, torch.full((moments,), apart, dtype=torch.float32)
@@ -255,7 +267,7 @@ def join_heads(block, heads):
 
 def patch_features(visual, images, dense):
     """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised -> [B, G*G, D] float32."""
-    x, path = visual._embeds(images), 0.0                                                       # [B, L, W], class token first
+    x, path = visual._embeds(images), 0.0  # [B, L, W], class token first
     blocks, attend = visual.transformer.resblocks, F.scaled_dot_product_attention
     for index, block in enumerate(blocks):
         last = index == len(blocks) - 1
@@ -292,6 +304,7 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
 # Each opens its arrays with create(kind, shape, about) and returns: the array whose rows are NaN until done, the videos that have
 # a row to fill, read(video) for the loader's workers, write(good) for a batch [(row, what was read), ...], a line that describes it.
 
+
 def text_cue(args, videos, device, autocast, create):
     caption_path = args.captions or companion(args.data, "captions.jsonl")
     captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
@@ -300,10 +313,15 @@ def text_cue(args, videos, device, autocast, create):
     model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
     visual = model.visual
     grid, size, moments = tuple(visual.grid_size), tuple(visual.image_size), args.moments or 16
-    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
+    mean, std = (
+        torch.tensor(value, device=device)[:, None, None]
+        for value in (visual.image_mean, visual.image_std)
+    )
     texts = max(len(of_video) for of_video in captions)
     with autocast:
-        embedded = embed_texts(model, tokenizer, [text for of_video in captions for text in of_video], device)
+        embedded = embed_texts(
+            model, tokenizer, [text for of_video in captions for text in of_video], device
+        )
     width = len(next(iter(embedded.values())))
 
     about = {
@@ -317,11 +335,13 @@ def text_cue(args, videos, device, autocast, create):
     array = create("saliency", (texts, moments, *grid), about)
 
     def write(good):
-        images = torch.cat([frames for _, frames in good]).to(device)                           # [B*S, 3, H, W]
+        images = torch.cat([frames for _, frames in good]).to(device)  # [B*S, 3, H, W]
         with autocast:
             patches = patch_features(visual, (images / 255 - mean) / std, args.dense)
-        for (row, _), of_video in zip(good, patches.unflatten(0, (len(good), moments))):        # [S, G*G, D]
-            text = torch.stack([embedded[text] for text in captions[row]])                      # [K, D]
+        for (row, _), of_video in zip(
+            good, patches.unflatten(0, (len(good), moments))
+        ):  # [S, G*G, D]
+            text = torch.stack([embedded[text] for text in captions[row]])  # [K, D]
             maps = torch.einsum("spd,kd->ksp", of_video, text.to(device)).unflatten(-1, grid)
             if not (maps.isfinite().all() and text.isfinite().all()):
                 tqdm.write(f"{videos[row].path}: {args.clip} gives numbers that are not finite")
@@ -329,9 +349,17 @@ def text_cue(args, videos, device, autocast, create):
             fill(text_array, row, text.numpy())
             fill(array, row, maps.cpu().numpy())
 
-    says = (f"{args.clip}, {sum(not of_video for of_video in captions)} videos without captions, {texts} captions x "
-            f"{moments} moments x {grid[0]} x {grid[1]} patches")
-    return array, [video for video in videos if captions[video.row]], partial(read_moments, moments=moments, size=size, timeout=args.video_timeout), write, says
+    says = (
+        f"{args.clip}, {sum(not of_video for of_video in captions)} videos without captions, {texts} captions x "
+        f"{moments} moments x {grid[0]} x {grid[1]} patches"
+    )
+    return (
+        array,
+        [video for video in videos if captions[video.row]],
+        partial(read_moments, moments=moments, size=size, timeout=args.video_timeout),
+        write,
+        says,
+    )
 
 
 def motion_cue(args, videos, device, autocast, create):
@@ -344,14 +372,22 @@ def motion_cue(args, videos, device, autocast, create):
         read = partial(read_pairs, moments=moments, size=size, timeout=args.video_timeout)
     else:
         about |= {"window": args.window}
-        read = partial(read_codec_field, moments=moments, window=args.window, grid=args.grid, timeout=args.video_timeout)
+        read = partial(
+            read_codec_field,
+            moments=moments,
+            window=args.window,
+            grid=args.grid,
+            timeout=args.video_timeout,
+        )
     array = create("motion", (moments, 2, args.grid, args.grid), about)
 
     def write(good):
         for row, field in good:
             if flow == "raft":
                 pairs, seconds = field
-                field = motion.raft_field(model, pairs.to(device), seconds.to(device), args.grid).cpu()
+                field = motion.raft_field(
+                    model, pairs.to(device), seconds.to(device), args.grid
+                ).cpu()
             fill(array, row, field.numpy())
 
     says = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
@@ -362,15 +398,37 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
-    parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
-    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.saliency.npy and so on (default: beside the manifest)")
-    parser.add_argument("--cue", choices=("text", "motion"), default="text", help="what the maps show")
-    parser.add_argument("--moments", type=frame_count, help="moments of a video (default: 16, of motion 32)")
-    parser.add_argument("--image-size", type=pixel_count, help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)")
+    parser.add_argument(
+        "--root", help="folder that relative paths start from (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--strict-root",
+        action="store_true",
+        help="refuse a manifest whose paths lead out of that folder",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PREFIX",
+        help="write PREFIX.saliency.npy and so on (default: beside the manifest)",
+    )
+    parser.add_argument(
+        "--cue", choices=("text", "motion"), default="text", help="what the maps show"
+    )
+    parser.add_argument(
+        "--moments", type=frame_count, help="moments of a video (default: 16, of motion 32)"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=pixel_count,
+        help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)",
+    )
     text = parser.add_argument_group("--cue text")
-    text.add_argument("--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)")
-    text.add_argument("--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME")
+    text.add_argument(
+        "--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)"
+    )
+    text.add_argument(
+        "--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME"
+    )
     text.add_argument(
         "--pretrained",
         default="openai",
@@ -379,18 +437,46 @@ def parse_args(argv=None):
     )
     text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
     field = parser.add_argument_group("--cue motion")
-    field.add_argument("--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)")
-    field.add_argument("--flow-weights", metavar="FILE", help="RAFT-small's weights (default: torchvision's, downloaded once)")
-    field.add_argument("--grid", type=grid_size, default=14, help="cells of the field along each side")
-    field.add_argument("--window", type=positive, default=5, help="frames around a moment that a codec's field averages")
+    field.add_argument(
+        "--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)"
+    )
+    field.add_argument(
+        "--flow-weights",
+        metavar="FILE",
+        help="RAFT-small's weights (default: torchvision's, downloaded once)",
+    )
+    field.add_argument(
+        "--grid", type=grid_size, default=14, help="cells of the field along each side"
+    )
+    field.add_argument(
+        "--window",
+        type=positive,
+        default=5,
+        help="frames around a moment that a codec's field averages",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=positive_int, default=16, help="videos a batch")
-    run.add_argument("--workers", type=worker_count, default=2, help="decoding processes a rank; 0 decodes in line")
+    run.add_argument(
+        "--workers",
+        type=worker_count,
+        default=2,
+        help="decoding processes a rank; 0 decodes in line",
+    )
     run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument("--max-steps", type=positive_int, help="stop after this many batches, for a trial")
-    run.add_argument("--video-timeout", type=not_negative, default=TIMEOUT, metavar="S", help="seconds after which a video is given up")
+    run.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
+    )
+    run.add_argument(
+        "--video-timeout",
+        type=not_negative,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds after which a video is given up",
+    )
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
-    run.add_argument("--extend", action="store_true", help="rows were added at the manifest's end: compute those")
+    run.add_argument(
+        "--extend", action="store_true", help="rows were added at the manifest's end: compute those"
+    )
     args = parser.parse_args(argv)
     if args.cue == "text" and (args.flow or args.flow_weights):
         parser.error("--flow and --flow-weights are for --cue motion")
@@ -408,9 +494,16 @@ def main(argv=None):
     args = parse_args(argv)
     rank, ranks, local = torchrun_ranks()
     device, _ = choose_device(args.device, local)
-    autocast = contextlib.nullcontext() if device.type == "cpu" else torch.autocast(
-        "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    if ranks > 1:  # ranks only wait for one another, at the start and at the end of work of very different length
+    autocast = (
+        contextlib.nullcontext()
+        if device.type == "cpu"
+        else torch.autocast(
+            "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        )
+    )
+    if (
+        ranks > 1
+    ):  # ranks only wait for one another, at the start and at the end of work of very different length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
 
     prefix, written = args.out or Path(args.data).with_suffix(""), {}
@@ -428,7 +521,10 @@ def main(argv=None):
         cue = text_cue if args.cue == "text" else motion_cue
         array, able, read, write, says = cue(args, videos, device, autocast, create)
     except ManifestError as error:
-        sys.exit(str(error) + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)"))
+        sys.exit(
+            str(error)
+            + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)")
+        )
 
     there = filled(array)
     wait_for_ranks()  # until all have read: the rows that one of them fills would change the others' parts
@@ -455,8 +551,14 @@ def main(argv=None):
     wait_for_ranks()
     if rank == 0:
         path = next(path for path, memory in written.items() if memory is array)
-        done = int(filled(open_rows(path)).sum())  # opened again: on a network disk it may not show yet what other nodes wrote
-        print(*(f"{path} {list(memory.shape)}" for path, memory in written.items()), sep=", ", end=f": {done} of {len(videos)} videos\n")
+        done = int(
+            filled(open_rows(path)).sum()
+        )  # opened again: on a network disk it may not show yet what other nodes wrote
+        print(
+            *(f"{path} {list(memory.shape)}" for path, memory in written.items()),
+            sep=", ",
+            end=f": {done} of {len(videos)} videos\n",
+        )
         if done == 0 and args.max_steps is None:
             raise RunError(f"{args.data}: none of its videos could be read; the reasons are above")
     if ranks > 1:
@@ -468,7 +570,9 @@ def check_places(args, videos, prefix):
     there that are not ours."""
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(args.out, Path(args.data).stem)
-        raise RunError(f"--out {args.out}: is a folder; give what the files' names begin with, such as --out {example}")
+        raise RunError(
+            f"--out {args.out}: is a folder; give what the files' names begin with, such as --out {example}"
+        )
     require_files(videos, args.data)
     make_folder(Path(prefix).parent)
     for kind in ("text", "saliency") if args.cue == "text" else ("motion",):

@@ -12,6 +12,7 @@ its four attributes, such as "Back 15som 05Twis FREE". Each file is one dive, so
 Confusing: version 1 (Diving48_train.json, Diving48_test.json) names the same videos with labels that are known to be noisy, and
 results on the two cannot be compared. It is read with --v1 alone.
 """
+
 import os
 import sys
 
@@ -20,7 +21,9 @@ import lists
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "diving48")
-    parser.add_argument("--annotations", default="data/diving48/annotations", help="folder of the json files")
+    parser.add_argument(
+        "--annotations", default="data/diving48/annotations", help="folder of the json files"
+    )
     parser.add_argument("--v1", action="store_true", help="read the noisy labels of version 1")
     return parser.parse_args(argv)
 
@@ -29,7 +32,12 @@ def read_list(path, classes, videos):
     rows = []
     for where, entry in lists.read_entries(path, "vid_name", "label"):
         label = lists.integer(entry["label"], where, "a label from 0")
-        lists.expect(label < len(classes), where, f"a label below {len(classes)}, the classes of the vocabulary", label)
+        lists.expect(
+            label < len(classes),
+            where,
+            f"a label below {len(classes)}, the classes of the vocabulary",
+            label,
+        )
         name = str(entry["vid_name"])
         rows.append(lists.Row(videos.find(name), label, where, wanted=f"{name}.mp4"))
     return rows
@@ -38,19 +46,30 @@ def read_list(path, classes, videos):
 def main(argv=None):
     args = parse_args(argv)
     version = "Diving48_" if args.v1 else "Diving48_V2_"
-    if not args.v1 and not os.path.exists(os.path.join(args.annotations, f"{version}train.json")) \
-            and os.path.exists(os.path.join(args.annotations, "Diving48_train.json")):
-        sys.exit(f"{args.annotations}: has version 1 alone, whose labels are noisy: expected Diving48_V2_train.json "
-                 f"(--v1 reads version 1 all the same)")
+    if (
+        not args.v1
+        and not os.path.exists(os.path.join(args.annotations, f"{version}train.json"))
+        and os.path.exists(os.path.join(args.annotations, "Diving48_train.json"))
+    ):
+        sys.exit(
+            f"{args.annotations}: has version 1 alone, whose labels are noisy: expected Diving48_V2_train.json "
+            f"(--v1 reads version 1 all the same)"
+        )
     path = lists.first_of(args.annotations, "Diving48_vocab.json")
     classes = []
     for i, words in enumerate(lists.read_json(path, list), 1):
-        lists.expect(isinstance(words, list) and words and all(isinstance(word, str) for word in words), f"{path}: entry {i}",
-                     "a list of attributes", repr(words))
+        lists.expect(
+            isinstance(words, list) and words and all(isinstance(word, str) for word in words),
+            f"{path}: entry {i}",
+            "a list of attributes",
+            repr(words),
+        )
         classes.append(" ".join(words))
     videos = lists.Videos(args.videos, args.out)
-    splits = {split: read_list(lists.first_of(args.annotations, f"{version}{name}.json"), classes, videos)
-              for split, name in (("train", "train"), ("val", "test"))}
+    splits = {
+        split: read_list(lists.first_of(args.annotations, f"{version}{name}.json"), classes, videos)
+        for split, name in (("train", "train"), ("val", "test"))
+    }
     lists.write(args.out, splits, classes, folder=args.videos)
 
 

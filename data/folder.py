@@ -13,6 +13,7 @@ which it finds nothing is refused. Without --group every file is a group of its 
 If ROOT holds nothing but train/ and val/ (or validation/, or test/), these are the split, with the classes inside. A test/
 beside a val/ becomes test.csv.
 """
+
 import os
 import random
 import re
@@ -29,17 +30,28 @@ def draw(groups, share, seed):
     for name in sorted(groups):
         free = sorted(groups[name] - held - kept)
         random.Random(f"{seed} {name}").shuffle(free)
-        wanted = min(max(round(share * len(groups[name])), 1), len(groups[name]) - 1) - len(groups[name] & held)
-        held |= set(free[:max(wanted, 0)])
-        kept |= set(free[max(wanted, 0):])
+        wanted = min(max(round(share * len(groups[name])), 1), len(groups[name]) - 1) - len(
+            groups[name] & held
+        )
+        held |= set(free[: max(wanted, 0)])
+        kept |= set(free[max(wanted, 0) :])
     return held
 
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "folder")
-    parser.add_argument("--val", type=float, default=0.2, help="share of each class's groups for val.csv, between 0 and 1")
+    parser.add_argument(
+        "--val",
+        type=float,
+        default=0.2,
+        help="share of each class's groups for val.csv, between 0 and 1",
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the groups")
-    parser.add_argument("--group", metavar="REGEX", help="its first parentheses are the group (default: each file its own)")
+    parser.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="its first parentheses are the group (default: each file its own)",
+    )
     return parser.parse_args(argv)
 
 
@@ -56,7 +68,7 @@ def main(argv=None):
     videos = lists.Videos(args.videos, args.out)
     tops = {name.split(os.sep)[0] for name in videos.names if os.sep in name}
     given = "train" in tops and len(tops) > 1 and tops <= set(SPLITS)
-    files, loose = [], 0                                                       # (path, split or None, class, group)
+    files, loose = [], 0  # (path, split or None, class, group)
     for name in videos.names:
         split, *rest = name.split(os.sep) if given else [None, *name.split(os.sep)]
         if len(rest) < 2:
@@ -64,38 +76,54 @@ def main(argv=None):
             continue
         match = pattern.search(os.path.splitext(rest[-1])[0])
         if args.group and (match is None or match[1] is None):
-            sys.exit(f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its name: "
-                     r"make optional what some names lack, as in '(.*?)(_c\d+)?$'")
+            sys.exit(
+                f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its name: "
+                r"make optional what some names lack, as in '(.*?)(_c\d+)?$'"
+            )
         files.append((name, SPLITS.get(split), rest[0], match[1] if args.group else name))
     if loose:
         print(f"{loose} videos are in no class folder: left out")
     if not files:
-        sys.exit(f"{args.videos}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), found none (--videos)")
+        sys.exit(
+            f"{args.videos}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), found none (--videos)"
+        )
     groups = {}
     for _, _, name, group in files:
         groups.setdefault(name, set()).add(group)
     if given:
         only_test = not any(split == "val" for _, split, _, _ in files)
-        files = [(name, "val" if only_test and split == "test" else split, *rest) for name, split, *rest in files]
+        files = [
+            (name, "val" if only_test and split == "test" else split, *rest)
+            for name, split, *rest in files
+        ]
         homes = {}
         for name, split, _, group in files:
             other, home = homes.setdefault(group, (name, split))
             if home != split:
-                sys.exit(f"{os.path.join(args.videos, name)}: group {group!r} is in {split}, but also in {home} ({other})")
+                sys.exit(
+                    f"{os.path.join(args.videos, name)}: group {group!r} is in {split}, but also in {home} ({other})"
+                )
     else:
         held = draw(groups, args.val, args.seed)
-        files = [(name, "val" if group in held else "train", *rest, group) for name, _, *rest, group in files]
+        files = [
+            (name, "val" if group in held else "train", *rest, group)
+            for name, _, *rest, group in files
+        ]
     classes = sorted(groups)
     sides = {}
     for _, split, name, _ in files:
         sides.setdefault(name, set()).add(split)
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
-        print(f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{', ...' if len(lone) > 10 else ''}")
+        print(
+            f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{', ...' if len(lone) > 10 else ''}"
+        )
     splits, numbers = {}, {name: i for i, name in enumerate(classes)}
     for name, split, kind, _ in files:
         splits.setdefault(split, []).append(lists.Row(videos.path(name), numbers[kind], name, name))
     if "val" not in splits:
-        sys.exit(f"{args.videos}: expected a class of two groups or more to draw val.csv from, found none (--group)")
+        sys.exit(
+            f"{args.videos}: expected a class of two groups or more to draw val.csv from, found none (--group)"
+        )
     splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}
     lists.write(args.out, splits, classes, folder=args.videos)
 

@@ -12,6 +12,7 @@ classes.txt, in alphabetical order. Videos lie in class folders or side by side;
 Confusing: a line is "FILE.avi 1 " with a space at its end; 1 is training, 2 test, 0 neither (each split uses 5,100 of the
 6,766 clips). File names hold #, &, ;, brackets, commas, two dots in a row; shells and space-separated lists trip over them.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -23,18 +24,28 @@ SPLITS = {"1": "train", "2": "val"}
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "hmdb51")
-    parser.add_argument("--annotations", default="data/hmdb51/annotations", help="folder of the CLASS_test_splitN.txt")
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="which official split")
+    parser.add_argument(
+        "--annotations",
+        default="data/hmdb51/annotations",
+        help="folder of the CLASS_test_splitN.txt",
+    )
+    parser.add_argument(
+        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     ending = f"_test_split{args.split}.txt"
-    paths = sorted(Path(args.annotations).glob(f"*{ending}"), key=lambda path: path.name[:-len(ending)])
+    paths = sorted(
+        Path(args.annotations).glob(f"*{ending}"), key=lambda path: path.name[: -len(ending)]
+    )
     if not paths:
-        sys.exit(f"{args.annotations}: expected CLASS{ending} in it, found none (--annotations sets the folder)")
-    classes = [path.name[:-len(ending)] for path in paths]
+        sys.exit(
+            f"{args.annotations}: expected CLASS{ending} in it, found none (--annotations sets the folder)"
+        )
+    classes = [path.name[: -len(ending)] for path in paths]
     videos, splits, odd = lists.Videos(args.videos, args.out, classes), {"train": [], "val": []}, []
     for label, (path, name) in enumerate(zip(paths, classes)):
         count = {"train": 0, "val": 0}
@@ -42,14 +53,21 @@ def main(argv=None):
             file, number = (line.rsplit(None, 1) + [""])[:2]  # file names may hold spaces
             lists.expect(number in ("0", "1", "2"), where, "'FILE.avi 0', '1' or '2'", repr(line))
             if split := SPLITS.get(number):
-                row = lists.Row(videos.find(os.path.splitext(file)[0], name), label, where, wanted=f"{name}/{file}")
+                row = lists.Row(
+                    videos.find(os.path.splitext(file)[0], name),
+                    label,
+                    where,
+                    wanted=f"{name}/{file}",
+                )
                 splits[split].append(row)
                 count[split] += 1
         if count != {"train": 70, "val": 30}:
             odd.append(f"{name} {count['train']} + {count['val']}")
     if odd:
-        print(f"warning: {len(odd)} classes do not list 70 training and 30 test clips: {', '.join(odd[:5])}"
-              f"{', ...' if len(odd) > 5 else ''}")
+        print(
+            f"warning: {len(odd)} classes do not list 70 training and 30 test clips: {', '.join(odd[:5])}"
+            f"{', ...' if len(odd) > 5 else ''}"
+        )
     lists.write(args.out, splits, classes, folder=args.videos)
 
 

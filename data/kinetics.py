@@ -19,6 +19,7 @@ With --list, the lists of VideoMAE, SlowFast and mmaction2 are read: a line is "
 Confusing: the validation split is "val" or "validate"; some copies of the test csv have no labels and cannot be used; lists of
 VideoMAE end in .csv but are separated by spaces.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val"
 def split_of(path):
     """The split that a file's name tells: train, val or test."""
     names = [name for name in ("train", "val", "test") if name in Path(path).stem.lower()]
-    lists.expect(len(names) == 1, path, "a file name with one of train, val, test in it", Path(path).name)
+    lists.expect(
+        len(names) == 1, path, "a file name with one of train, val, test in it", Path(path).name
+    )
     return names[0]
 
 
@@ -41,23 +44,36 @@ def read_official(paths, names, args):
     for path in paths:
         header = (lists.read_text(path).splitlines() or [""])[0].split(",")
         if "label" not in header and "youtube_id" in header:
-            sys.exit(f"{path}:1: has no labels and cannot be used: name the other files, --annotations train.csv val.csv")
+            sys.exit(
+                f"{path}:1: has no labels and cannot be used: name the other files, --annotations train.csv val.csv"
+            )
         for where, fields in lists.read_csv(path, "label", "youtube_id", "time_start", "time_end"):
             lists.expect(fields["label"], where, "a label", "")
             split = fields.get("split") or split_of(path)
-            lists.expect(split in SPLITS, where, "the split train, val, validate or test", repr(split))
-            start, end = (lists.integer(fields[key], where, f"{key} in whole seconds") for key in ("time_start", "time_end"))
+            lists.expect(
+                split in SPLITS, where, "the split train, val, validate or test", repr(split)
+            )
+            start, end = (
+                lists.integer(fields[key], where, f"{key} in whole seconds")
+                for key in ("time_start", "time_end")
+            )
             lists.expect(end > start, where, "time_end after time_start", f"{start} to {end}")
             lines.append((where, SPLITS[split], fields["label"], fields["youtube_id"], start, end))
     names = names or sorted({label for _, _, label, *_ in lines})
-    numbers, videos, splits = {name: i for i, name in enumerate(names)}, lists.Videos(args.videos, args.out, names), {}
+    numbers, videos, splits = (
+        {name: i for i, name in enumerate(names)},
+        lists.Videos(args.videos, args.out, names),
+        {},
+    )
     for where, split, label, key, start, end in lines:
         lists.expect(label in numbers, where, "a label that --classes names", repr(label))
         clip = f"{key}_{start:06d}_{end:06d}"
         path, span = videos.find(clip, label), (None, None)
         if path is None:
             path, span = videos.find(key, label), (start, end) if args.untrimmed else span
-        splits.setdefault(split, []).append(lists.Row(path, numbers[label], where, f"{label}/{clip}.mp4", *span))
+        splits.setdefault(split, []).append(
+            lists.Row(path, numbers[label], where, f"{label}/{clip}.mp4", *span)
+        )
     return splits, names
 
 
@@ -70,8 +86,15 @@ def read_lists(paths, names, args):
             name, what = name.strip(), "'PATH LABEL', separated by a space, the label an integer"
             lists.expect(name and number.isdecimal(), where, what, repr(line))
             label, (folder, _, frames) = int(number), name.rpartition(" ")
-            lists.expect(not folder or not frames.isdigit(), where, what, f"{line!r}: a list of frames ('PATH FRAMES LABEL')")
-            lists.expect(names is None or label < len(names), where, "a label that --classes names", label)
+            lists.expect(
+                not folder or not frames.isdigit(),
+                where,
+                what,
+                f"{line!r}: a list of frames ('PATH FRAMES LABEL')",
+            )
+            lists.expect(
+                names is None or label < len(names), where, "a label that --classes names", label
+            )
             lines.append((where, split_of(path), name, label))
     names = names or [str(i) for i in range(1 + max((label for *_, label in lines), default=0))]
     folders = [os.path.basename(os.path.dirname(name)) or None for _, _, name, _ in lines]
@@ -79,18 +102,35 @@ def read_lists(paths, names, args):
     for folder, (where, split, name, label) in zip(folders, lines):
         stem, extension = os.path.splitext(os.path.basename(name))
         stem += "" if extension.lower() in lists.EXTENSIONS else extension
-        splits.setdefault(split, []).append(lists.Row(videos.find(stem, folder), label, where, name))
+        splits.setdefault(split, []).append(
+            lists.Row(videos.find(stem, folder), label, where, name)
+        )
     return splits, names
 
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "kinetics")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--annotations", nargs="+", default=["data/kinetics/annotations"], metavar="PATH",
-                        help="folder of the official csv files, or the files")
-    source.add_argument("--list", nargs="+", metavar="FILE", help="lists 'path label' instead; their names tell the split")
-    parser.add_argument("--classes", help="text file: line i names class i (default: alphabetical; for --list, numbers)")
-    parser.add_argument("--untrimmed", action="store_true", help="ID.mp4 is the whole video, not the clip")
+    source.add_argument(
+        "--annotations",
+        nargs="+",
+        default=["data/kinetics/annotations"],
+        metavar="PATH",
+        help="folder of the official csv files, or the files",
+    )
+    source.add_argument(
+        "--list",
+        nargs="+",
+        metavar="FILE",
+        help="lists 'path label' instead; their names tell the split",
+    )
+    parser.add_argument(
+        "--classes",
+        help="text file: line i names class i (default: alphabetical; for --list, numbers)",
+    )
+    parser.add_argument(
+        "--untrimmed", action="store_true", help="ID.mp4 is the whole video, not the clip"
+    )
     return parser.parse_args(argv)
 
 
@@ -103,14 +143,22 @@ def main(argv=None):
         paths = []
         for path in args.annotations:
             inside = sorted(Path(path).glob("*.csv")) if os.path.isdir(path) else ()
-            paths += [name for name in inside if any(split in name.stem.lower() for split in ("train", "val", "test"))]
+            paths += [
+                name
+                for name in inside
+                if any(split in name.stem.lower() for split in ("train", "val", "test"))
+            ]
             paths += [] if os.path.isdir(path) else [path]
         if not paths:
-            sys.exit(f"{args.annotations[0]}: expected train.csv, val.csv or validate.csv in it, found none (--annotations)")
+            sys.exit(
+                f"{args.annotations[0]}: expected train.csv, val.csv or validate.csv in it, found none (--annotations)"
+            )
         splits, names = read_official(paths, names, args)
     splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}
     if not splits:
-        sys.exit(f"{(args.list or args.annotations)[0]}: expected lines after the header, found none")
+        sys.exit(
+            f"{(args.list or args.annotations)[0]}: expected lines after the header, found none"
+        )
     lists.write(args.out, splits, names, folder=args.videos)
 
 

@@ -6,6 +6,7 @@
 
 train.csv has the header path,label,class[,start,end][,further columns]. Every error is one line, with the file and the line.
 """
+
 import argparse
 import csv
 import io
@@ -15,29 +16,44 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")  # of a video that is there twice, the first of these is taken
+EXTENSIONS = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+)  # of a video that is there twice, the first of these is taken
 
 
 class Row(NamedTuple):
-    path: str | None           # as the csv writes it; None: not on disk
+    path: str | None  # as the csv writes it; None: not on disk
     label: int
-    where: str                 # place in the annotations, "file:line"
-    wanted: str                # path in the folder of videos that was looked for first
+    where: str  # place in the annotations, "file:line"
+    wanted: str  # path in the folder of videos that was looked for first
     start: float | None = None  # seconds
     end: float | None = None
-    extra: tuple = ()          # values of the further columns
-    id: str | None = None      # rows of the same id are duplicates; None: rows of the same path, start and end are
+    extra: tuple = ()  # values of the further columns
+    id: str | None = (
+        None  # rows of the same id are duplicates; None: rows of the same path, start and end are
+    )
 
 
 def parser(doc, name):
     """The flags that every script has."""
-    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--videos", default=f"data/{name}/videos", help="folder of the videos; its subfolders are searched too")
+    flags = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument(
+        "--videos",
+        default=f"data/{name}/videos",
+        help="folder of the videos; its subfolders are searched too",
+    )
     flags.add_argument("--out", default=f"data/{name}", help="folder for train.csv and the rest")
     return flags
 
 
 # ---- annotations -----------------------------------------------------------------------------------------------------
+
 
 def expect(condition, where, expected, found):
     """Ends with one line, "where: expected ..., found ...", unless the condition holds."""
@@ -57,7 +73,9 @@ def first_of(folder, *names):
     for name in names:
         if os.path.exists(os.path.join(folder, name)):
             return os.path.join(folder, name)
-    sys.exit(f"{folder}: expected {' or '.join(names)} in it, found none (--annotations sets the folder)")
+    sys.exit(
+        f"{folder}: expected {' or '.join(names)} in it, found none (--annotations sets the folder)"
+    )
 
 
 def read_text(path):
@@ -72,7 +90,11 @@ def read_text(path):
 
 def read_lines(path):
     """[("file:line", text)] of the lines that are not blank."""
-    return [(f"{path}:{i}", line.strip()) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    return [
+        (f"{path}:{i}", line.strip())
+        for i, line in enumerate(read_text(path).split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def read_csv(path, *columns):
@@ -81,12 +103,22 @@ def read_csv(path, *columns):
     try:
         header = next(reader, [])
         absent = [column for column in columns if column not in header]
-        expect(not absent, f"{path}:1", f"the columns {','.join(columns)}", f"{','.join(header)} (without {','.join(absent)})")
+        expect(
+            not absent,
+            f"{path}:1",
+            f"the columns {','.join(columns)}",
+            f"{','.join(header)} (without {','.join(absent)})",
+        )
         rows = []
         for fields in reader:
             if fields:
                 where = f"{path}:{reader.line_num}"
-                expect(len(fields) == len(header), where, f"{len(header)} fields ({','.join(header)})", len(fields))
+                expect(
+                    len(fields) == len(header),
+                    where,
+                    f"{len(header)} fields ({','.join(header)})",
+                    len(fields),
+                )
                 rows.append((where, dict(zip(header, fields))))
     except csv.Error as error:
         sys.exit(f"{path}:{reader.line_num}: expected csv ({error})")
@@ -107,12 +139,17 @@ def read_entries(path, *keys):
     """[("file: entry i", object)] of a json list of objects that have these keys."""
     entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(read_json(path, list), 1)]
     for where, entry in entries:
-        expect(isinstance(entry, dict) and all(key in entry for key in keys), where, f"the keys {', '.join(keys)}",
-               ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__)
+        expect(
+            isinstance(entry, dict) and all(key in entry for key in keys),
+            where,
+            f"the keys {', '.join(keys)}",
+            ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__,
+        )
     return entries
 
 
 # ---- videos ----------------------------------------------------------------------------------------------------------
+
 
 class Videos:
     """The videos below a folder, listed in one walk, so that a row costs no access to the disk.
@@ -125,7 +162,10 @@ class Videos:
         if not os.path.isdir(folder):
             sys.exit(f"{folder}: no such folder (--videos sets the folder of the videos)")
         self.folder, self.classes = folder, {self._plain(name) for name in classes}
-        real, base = os.path.realpath(folder), os.path.realpath(out)  # ".." after a symbolic link is its target's parent
+        real, base = (
+            os.path.realpath(folder),
+            os.path.realpath(out),
+        )  # ".." after a symbolic link is its target's parent
         try:
             self._prefix = os.path.relpath(real, base)
         except ValueError:  # another drive
@@ -138,8 +178,12 @@ class Videos:
                 continue
             walked.add((status.st_dev, status.st_ino))
             inner = "" if parent == real else os.path.relpath(parent, real)
-            self.names += [os.path.join(inner, name) for name in files if name.lower().endswith(EXTENSIONS)]
-        self.names.sort(key=lambda name: (EXTENSIONS.index(os.path.splitext(name)[1].lower()), name))
+            self.names += [
+                os.path.join(inner, name) for name in files if name.lower().endswith(EXTENSIONS)
+            ]
+        self.names.sort(
+            key=lambda name: (EXTENSIONS.index(os.path.splitext(name)[1].lower()), name)
+        )
         self._by_stem = {}
         for name in self.names:
             self._by_stem.setdefault(os.path.splitext(os.path.basename(name))[0], []).append(name)
@@ -159,12 +203,14 @@ class Videos:
         names = self._by_stem.get(stem, ())
         if folder is not None and names:
             parents = [self._plain(os.path.basename(os.path.dirname(name))) for name in names]
-            names = ([name for name, parent in zip(names, parents) if parent == self._plain(folder)]
-                     or [name for name, parent in zip(names, parents) if parent not in self.classes])
+            names = [
+                name for name, parent in zip(names, parents) if parent == self._plain(folder)
+            ] or [name for name, parent in zip(names, parents) if parent not in self.classes]
         return self.path(names[0]) if names else None
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
+
 
 def write(out, splits, classes, columns=(), folder="", within=()):
     """Writes {split: [Row]} as {split}.csv, missing-{split}.txt and classes.txt (line i: class i) into the folder `out`.
@@ -181,40 +227,68 @@ def write(out, splits, classes, columns=(), folder="", within=()):
             other = unique.setdefault(row.id or (name, row.start, row.end), row)
             if other.label != row.label:
                 old, new = classes[other.label], classes[row.label]
-                sys.exit(f"{row.where}: {name} is of class {new!r}, but of {old!r} at {other.where}")
+                sys.exit(
+                    f"{row.where}: {name} is of class {new!r}, but of {old!r} at {other.where}"
+                )
             duplicates[split] += other is not row
             where, home = split_of.setdefault(name, (row.where, split))
             if home != split and split not in within:
-                sys.exit(f"{row.where}: {name} is in {split}, but also in {home} ({where}): take it out of one of the two")
+                sys.exit(
+                    f"{row.where}: {name} is in {split}, but also in {home} ({where}): take it out of one of the two"
+                )
             if row.path is None:
                 missing[split][row.wanted] = None
         kept[split] = [row for row in unique.values() if row.path is not None]
         if not kept[split]:
-            first = f": looked first for {os.path.join(folder, next(iter(missing[split])))}" if missing[split] else ""
-            sys.exit(f"{split}: none of its {len(unique)} rows has a video on disk{first} (--videos sets the folder)")
+            first = (
+                f": looked first for {os.path.join(folder, next(iter(missing[split])))}"
+                if missing[split]
+                else ""
+            )
+            sys.exit(
+                f"{split}: none of its {len(unique)} rows has a video on disk{first} (--videos sets the folder)"
+            )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for split, rows in kept.items():
             path = out / f"{split}.csv"
             if path.exists() and path.open("rb").read(5) != b"path,":
-                sys.exit(f"{path}: is there and is no manifest: not overwritten (--out sets another folder)")
+                sys.exit(
+                    f"{path}: is there and is no manifest: not overwritten (--out sets another folder)"
+                )
             spans = ("start", "end") if any(row.end is not None for row in rows) else ()
             lines = [("path", "label", "class", *spans, *columns)]
-            lines += [(row.path, row.label, classes[row.label], *map(seconds, (row.start, row.end)[:len(spans)]), *row.extra)
-                      for row in rows]
+            lines += [
+                (
+                    row.path,
+                    row.label,
+                    classes[row.label],
+                    *map(seconds, (row.start, row.end)[: len(spans)]),
+                    *row.extra,
+                )
+                for row in rows
+            ]
             text = io.StringIO(newline="")
             csv.writer(text).writerows(lines)
             replace(path, text.getvalue())
             gone = out / f"missing-{split}.txt"
-            replace(gone, "".join(f"{name}\n" for name in missing[split])) if missing[split] else gone.unlink(missing_ok=True)
-            print(f"{path}: {len(rows)} rows, {len({row.label for row in rows})} classes, {len(missing[split])} videos missing"
-                  f"{f' ({gone.name})' if missing[split] else ''}, {duplicates[split]} duplicates")
+            replace(gone, "".join(f"{name}\n" for name in missing[split])) if missing[
+                split
+            ] else gone.unlink(missing_ok=True)
+            print(
+                f"{path}: {len(rows)} rows, {len({row.label for row in rows})} classes, {len(missing[split])} videos missing"
+                f"{f' ({gone.name})' if missing[split] else ''}, {duplicates[split]} duplicates"
+            )
         replace(out / "classes.txt", "".join(f"{name}\n" for name in classes))
     except OSError as error:
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
     except UnicodeEncodeError as error:
-        sys.exit(f"{error.object[max(error.start - 40, 0):error.end + 40]!a}: a name that is not UTF-8: rename the file")
-    print(f"next, to check the files: python -m tgm.prepare {out / next(iter(kept))}.csv, and so on")
+        sys.exit(
+            f"{error.object[max(error.start - 40, 0) : error.end + 40]!a}: a name that is not UTF-8: rename the file"
+        )
+    print(
+        f"next, to check the files: python -m tgm.prepare {out / next(iter(kept))}.csv, and so on"
+    )
 
 
 def replace(path, text):

@@ -17,6 +17,7 @@ Confusing: "label" in train.json is that text ("holding potato next to vicks vap
 its brackets ("Holding something next to something"), which labels.json numbers, as strings. test.json has ids alone; its
 answers, "ID;TEMPLATE" without a header, hold no text, so there the caption is the class.
 """
+
 import os
 
 import lists
@@ -30,7 +31,11 @@ def read_split(path, numbers, videos):
         name = str(entry["template"]).replace("[", "").replace("]", "")
         lists.expect(name in numbers, where, "a template that labels.json numbers", repr(name))
         stem = str(entry["id"])
-        rows.append(lists.Row(videos.find(stem), numbers[name], where, f"{stem}.webm", extra=(entry["label"],)))
+        rows.append(
+            lists.Row(
+                videos.find(stem), numbers[name], where, f"{stem}.webm", extra=(entry["label"],)
+            )
+        )
     return rows
 
 
@@ -44,14 +49,22 @@ def read_test(path, answers, numbers, videos):
     rows = []
     for where, entry in lists.read_entries(path, "id"):
         stem = str(entry["id"])
-        lists.expect(stem in names, where, f"an id that {os.path.basename(answers)} has", repr(stem))
-        rows.append(lists.Row(videos.find(stem), numbers[names[stem]], where, f"{stem}.webm", extra=(names[stem],)))
+        lists.expect(
+            stem in names, where, f"an id that {os.path.basename(answers)} has", repr(stem)
+        )
+        rows.append(
+            lists.Row(
+                videos.find(stem), numbers[names[stem]], where, f"{stem}.webm", extra=(names[stem],)
+            )
+        )
     return rows
 
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "ssv2")
-    parser.add_argument("--annotations", default="data/ssv2/annotations", help="folder of labels.json and the rest")
+    parser.add_argument(
+        "--annotations", default="data/ssv2/annotations", help="folder of labels.json and the rest"
+    )
     return parser.parse_args(argv)
 
 
@@ -59,17 +72,27 @@ def main(argv=None):
     args = parse_args(argv)
     find = lambda name: lists.first_of(args.annotations, name, PREFIX + name)
     path = find("labels.json")
-    numbers = {name: lists.integer(number, f"{path}: {name!r}", "a class number")
-               for name, number in lists.read_json(path, dict).items()}
-    lists.expect(sorted(numbers.values()) == list(range(len(numbers))), path, f"the numbers 0 to {len(numbers) - 1}, once each",
-                 "others")
+    numbers = {
+        name: lists.integer(number, f"{path}: {name!r}", "a class number")
+        for name, number in lists.read_json(path, dict).items()
+    }
+    lists.expect(
+        sorted(numbers.values()) == list(range(len(numbers))),
+        path,
+        f"the numbers 0 to {len(numbers) - 1}, once each",
+        "others",
+    )
     videos = lists.Videos(args.videos, args.out)
-    splits = {split: read_split(find(f"{name}.json"), numbers, videos)
-              for split, name in (("train", "train"), ("val", "validation"))}
+    splits = {
+        split: read_split(find(f"{name}.json"), numbers, videos)
+        for split, name in (("train", "train"), ("val", "validation"))
+    }
     answers = os.path.join(args.annotations, "test-answers.csv")
     if os.path.exists(answers):
         splits["test"] = read_test(find("test.json"), answers, numbers, videos)
-    lists.write(args.out, splits, sorted(numbers, key=numbers.get), ("caption",), folder=args.videos)
+    lists.write(
+        args.out, splits, sorted(numbers, key=numbers.get), ("caption",), folder=args.videos
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Confusing: class HandstandPushups holds files named v_HandStandPushups_*, so the
 from the file's name. Numbers start at 1 in classInd.txt, at 0 here. The test lists carry no number. Clips of one source video
 share a group (g08); the official splits keep groups apart, a random split would not.
 """
+
 import os
 
 import lists
@@ -25,12 +26,21 @@ def read_list(path, classes, videos):
         name, _, number = line.partition(" ")
         folder, _, file = name.rpartition("/")
         lists.expect(file, where, "'CLASS/FILE.avi', in training lists with a number", repr(line))
-        lists.expect(folder.casefold() in numbers, where, "a class of classInd.txt as the folder", repr(name))
+        lists.expect(
+            folder.casefold() in numbers, where, "a class of classInd.txt as the folder", repr(name)
+        )
         label = numbers[folder.casefold()]
         if number:
             found = lists.integer(number, where, "'CLASS/FILE.avi NUMBER'")
-            lists.expect(found == label + 1, where, f"number {label + 1}, that of {classes[label]} in classInd.txt", found)
-        rows.append(lists.Row(videos.find(os.path.splitext(file)[0], folder), label, where, wanted=name))
+            lists.expect(
+                found == label + 1,
+                where,
+                f"number {label + 1}, that of {classes[label]} in classInd.txt",
+                found,
+            )
+        rows.append(
+            lists.Row(videos.find(os.path.splitext(file)[0], folder), label, where, wanted=name)
+        )
     return rows
 
 
@@ -48,8 +58,14 @@ def read_classes(path):
 
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "ucf101")
-    parser.add_argument("--annotations", default="data/ucf101/annotations", help="folder of classInd.txt and the lists")
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="which official split")
+    parser.add_argument(
+        "--annotations",
+        default="data/ucf101/annotations",
+        help="folder of classInd.txt and the lists",
+    )
+    parser.add_argument(
+        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split"
+    )
     return parser.parse_args(argv)
 
 
@@ -57,8 +73,12 @@ def main(argv=None):
     args = parse_args(argv)
     classes = read_classes(lists.first_of(args.annotations, "classInd.txt"))
     videos = lists.Videos(args.videos, args.out, classes)
-    splits = {split: read_list(lists.first_of(args.annotations, f"{name}0{args.split}.txt"), classes, videos)
-              for split, name in (("train", "trainlist"), ("val", "testlist"))}
+    splits = {
+        split: read_list(
+            lists.first_of(args.annotations, f"{name}0{args.split}.txt"), classes, videos
+        )
+        for split, name in (("train", "trainlist"), ("val", "testlist"))
+    }
     lists.write(args.out, splits, classes, folder=args.videos)
 
 

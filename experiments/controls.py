@@ -14,6 +14,7 @@
 no-text and truth take the videos' own text embeddings along, for the contrastive loss (PREFIX.text.npy).
 Letters: N videos, K captions, S moments, G grid, D embedding.
 """
+
 import argparse
 import json
 import shutil
@@ -27,12 +28,13 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import saliency  # noqa: E402
-import toy  # noqa: E402
-from tgm.arrays import companion, open_array, read_captions  # noqa: E402
-from tgm.manifest import ManifestError, manifest_hash, read_manifest  # noqa: E402
-from tgm.run import RunError  # noqa: E402
-from tgm.video import VideoError, VideoReader, segment_midpoints  # noqa: E402
+import toy
+
+import saliency
+from tgm.arrays import companion, open_array, read_captions
+from tgm.manifest import ManifestError, manifest_hash, read_manifest
+from tgm.run import RunError
+from tgm.video import VideoError, VideoReader, segment_midpoints
 
 
 def shuffle(captions, seed=0):
@@ -51,22 +53,33 @@ def shuffle(captions, seed=0):
 
 def no_text_maps(visual, images):
     """images [S, 3, H, W] normalised -> float32 [S, G, G]: cosine of each patch to the class token of its image."""
-    image = F.normalize(visual(images).float(), dim=-1)                                         # [S, D]
-    return torch.einsum("spd,sd->sp", saliency.patch_features(visual, images, "self"), image).unflatten(-1, visual.grid_size)
+    image = F.normalize(visual(images).float(), dim=-1)  # [S, D]
+    return torch.einsum(
+        "spd,sd->sp", saliency.patch_features(visual, images, "self"), image
+    ).unflatten(-1, visual.grid_size)
 
 
 @torch.inference_mode()
 def no_text(args, videos, moments):
     """-> (maps [N, S, G, G], what made them); a video that cannot be read is NaN."""
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    device = (
+        "cuda"
+        if args.device == "auto" and torch.cuda.is_available()
+        else args.device.replace("auto", "cpu")
+    )
     model, _ = saliency.load_clip(args.clip, args.pretrained, None, device)
     visual = model.visual
-    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (visual.image_mean, visual.image_std))
+    mean, std = (
+        torch.tensor(value, device=device)[:, None, None]
+        for value in (visual.image_mean, visual.image_std)
+    )
     maps = np.full((len(videos), moments, *visual.grid_size), np.nan, np.float16)
     for video in tqdm(videos, "no-text", unit="video"):
         try:
             with VideoReader(video.path) as reader:
-                frames = reader.read(segment_midpoints(*reader.span(video), moments), tuple(visual.image_size))
+                frames = reader.read(
+                    segment_midpoints(*reader.span(video), moments), tuple(visual.image_size)
+                )
         except VideoError as error:
             tqdm.write(str(error))
             continue
@@ -82,18 +95,32 @@ def no_text(args, videos, moments):
 
 def truth(args, videos, moments, grid):
     """-> (maps [N, S, G, G], what made them)."""
-    masks = np.load(companion(args.data, "masks.npy"), mmap_mode="r")                           # [N, 20, 64, 8] of packed bits
+    masks = np.load(
+        companion(args.data, "masks.npy"), mmap_mode="r"
+    )  # [N, 20, 64, 8] of packed bits
     frames = ((np.arange(moments) + 0.5) * toy.FRAMES / moments).astype(int)
-    bits = np.unpackbits(masks[:, frames], axis=-1).reshape(len(videos), moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid)
+    bits = np.unpackbits(masks[:, frames], axis=-1).reshape(
+        len(videos), moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid
+    )
     return bits.mean((3, 5), dtype=np.float32), {"cue": "true mask"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("control", choices=("shuffled", "no-text", "truth"))
-    parser.add_argument("--data", default="data/train.csv", help="the manifest; its captions and arrays are read beside it")
-    parser.add_argument("--out", metavar="PREFIX", required=True, help="write PREFIX.saliency.npy and so on")
-    parser.add_argument("--clip", default=f"local-dir:{ROOT}/data/toy/clip", help="as of saliency.py")
+    parser.add_argument(
+        "--data",
+        default="data/train.csv",
+        help="the manifest; its captions and arrays are read beside it",
+    )
+    parser.add_argument(
+        "--out", metavar="PREFIX", required=True, help="write PREFIX.saliency.npy and so on"
+    )
+    parser.add_argument(
+        "--clip", default=f"local-dir:{ROOT}/data/toy/clip", help="as of saliency.py"
+    )
     parser.add_argument("--pretrained", default="openai", help="as of saliency.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     return parser.parse_args(argv)
@@ -107,15 +134,24 @@ def main(argv=None):
         videos = read_manifest(args.data)
         if args.control == "shuffled":
             captions = read_captions(companion(args.data, "captions.jsonl"), videos, remedy)
-            entries = ({"path": video.name, "captions": captions[other]} for video, other in zip(videos, shuffle(captions)))
-            Path(f"{args.out}.captions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            entries = (
+                {"path": video.name, "captions": captions[other]}
+                for video, other in zip(videos, shuffle(captions))
+            )
+            Path(f"{args.out}.captions.jsonl").write_text(
+                "".join(json.dumps(entry) + "\n" for entry in entries)
+            )
             return
         own, _ = open_array(companion(args.data, "saliency.npy"), videos, remedy)
         open_array(companion(args.data, "text.npy"), videos, remedy)
-        maps, about = no_text(args, videos, own.shape[2]) if args.control == "no-text" else truth(args, videos, *own.shape[2:4])
+        maps, about = (
+            no_text(args, videos, own.shape[2])
+            if args.control == "no-text"
+            else truth(args, videos, *own.shape[2:4])
+        )
     except (ManifestError, RunError, OSError) as error:
         sys.exit(str(error))
-    maps = np.repeat(maps[:, None].astype(np.float16), own.shape[1], 1)                         # [N, K, S, G, G]
+    maps = np.repeat(maps[:, None].astype(np.float16), own.shape[1], 1)  # [N, K, S, G, G]
     for kind in ("npy", "json"):
         shutil.copy(companion(args.data, f"text.{kind}"), f"{args.out}.text.{kind}")
     np.save(f"{args.out}.saliency.npy", maps)

@@ -11,6 +11,7 @@
 Clips are the first 16 of a video's 20 frames, 64 x 64 pixels; tokens are 2 frames of 8 x 8 pixels: a grid of 8 x 8 x 8.
 Letters: N videos, S moments, G grid, t h w tokens, P points of an object.
 """
+
 import argparse
 import csv
 import os
@@ -24,12 +25,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "data")]
-import masking  # noqa: E402
-import toy  # noqa: E402
-from tgm.motion import pair_times  # noqa: E402
-from tgm.arrays import open_array  # noqa: E402
-from tgm.manifest import ManifestError, read_manifest  # noqa: E402
-from tgm.video import VideoError, VideoReader, segment_midpoints  # noqa: E402
+import toy
+
+import masking
+from tgm.arrays import open_array
+from tgm.manifest import ManifestError, read_manifest
+from tgm.motion import pair_times
+from tgm.video import VideoError, VideoReader, segment_midpoints
 
 GRID, PATCH = (8, 8, 8), 8
 SLICES = (2 * np.arange(GRID[0]) + 0.5) / toy.FPS  # seconds: the middle of each slice of two frames
@@ -53,20 +55,35 @@ def field_error(field, scenes):
         if not moves(sc):
             continue
         _, mask = toy.render(sc, segment_midpoints(0, SECONDS, moments))
-        on = mask.reshape(moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid).mean((2, 4)) >= 0.5
-        measured = field[row].astype(np.float32) * toy.SIZE                                 # pixels per second
+        on = (
+            mask.reshape(moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid).mean((2, 4))
+            >= 0.5
+        )
+        measured = field[row].astype(np.float32) * toy.SIZE  # pixels per second
         measured = np.moveaxis(measured - np.median(measured, (2, 3), keepdims=True), 1, -1)[on]
         true = sc.travel - sc.camera
         length = np.linalg.norm(true)
         along = measured @ true / (length * np.linalg.norm(measured, axis=1).clip(1e-9))
         error = np.linalg.norm(measured - true, axis=1) / length
-        rows["drifting" if sc.camera.any() else "static"].append(((along > np.cos(np.pi / 4)).mean(), error.mean()))
-    return {camera: (*np.mean(values, 0).tolist(), len(values)) for camera, values in rows.items() if values}
+        rows["drifting" if sc.camera.any() else "static"].append(
+            ((along > np.cos(np.pi / 4)).mean(), error.mean())
+        )
+    return {
+        camera: (*np.mean(values, 0).tolist(), len(values))
+        for camera, values in rows.items()
+        if values
+    }
 
 
 def object_share(mask, scenes):
     """The share of the object's pixels that a mask hides, over the clip: mask bool [N, t*h*w] -> float [N]."""
-    hidden = mask.view(-1, *GRID).repeat_interleave(2, 1).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3).numpy()
+    hidden = (
+        mask.view(-1, *GRID)
+        .repeat_interleave(2, 1)
+        .repeat_interleave(PATCH, 2)
+        .repeat_interleave(PATCH, 3)
+        .numpy()
+    )
     frames = np.arange(2 * GRID[0]) / toy.FPS
     true = np.stack([toy.render(sc, frames)[1] for sc in scenes])
     return (hidden & true).sum((1, 2, 3)) / true.sum((1, 2, 3))
@@ -75,11 +92,13 @@ def object_share(mask, scenes):
 def object_points(sc, count=1500):
     """Where points that are fixed on the object stand in the middle of each slice: pixels [t, P, 2]; those that stay in the picture."""
     u = np.random.default_rng(0).uniform(-1.2, 1.2, (count, 2))
-    u = u[toy.inside(sc.shape, u[:, 0], u[:, 1]) < 0]                                       # [P, 2] in units of the radius
+    u = u[toy.inside(sc.shape, u[:, 0], u[:, 1]) < 0]  # [P, 2] in units of the radius
     past = SLICES - SECONDS / 2
-    angle, radius = sc.angle + sc.spin * past, sc.radius * sc.growth ** past
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])      # [2, 2, t]
-    centre = sc.centre + np.outer(past, sc.travel) + np.outer(np.sin(2 * np.pi * 2.5 * SLICES), sc.shake)
+    angle, radius = sc.angle + sc.spin * past, sc.radius * sc.growth**past
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])  # [2, 2, t]
+    centre = (
+        sc.centre + np.outer(past, sc.travel) + np.outer(np.sin(2 * np.pi * 2.5 * SLICES), sc.shake)
+    )
     at = centre[:, None] + radius[:, None, None] * np.einsum("xyt,py->tpx", turn, u)
     return at[:, ((at >= 0) & (at < toy.SIZE)).all((0, 2))]
 
@@ -90,7 +109,7 @@ def constancy(mask, scenes):
     result = []
     for visible, sc in zip((~mask).view(-1, *GRID).numpy(), scenes):
         at = (object_points(sc) // PATCH).astype(int)
-        seen = visible[np.arange(GRID[0])[:, None], at[..., 1], at[..., 0]].astype(float)   # [t, P]
+        seen = visible[np.arange(GRID[0])[:, None], at[..., 1], at[..., 0]].astype(float)  # [t, P]
         both = seen @ seen.T
         either = seen.sum(1)[:, None] + seen.sum(1) - both
         pairs = np.triu(either > 0, 1)
@@ -102,14 +121,27 @@ def cut(array, motion=False):
     """A stored array of the whole frame, [N, S, ...], at the tokens of the clips."""
     array = torch.from_numpy(np.array(array))
     whole, n = torch.tensor([[0.0, 0, 1, 1]]), len(array)
-    place = (torch.tensor(SLICES / SECONDS).expand(n, -1), whole.expand(n, -1), torch.zeros(n, dtype=torch.bool), GRID)
-    return masking.cut_motion(array, *place, torch.full((n,), SECONDS)) if motion else masking.cut_maps(array, *place)
+    place = (
+        torch.tensor(SLICES / SECONDS).expand(n, -1),
+        whole.expand(n, -1),
+        torch.zeros(n, dtype=torch.bool),
+        GRID,
+    )
+    return (
+        masking.cut_motion(array, *place, torch.full((n,), SECONDS))
+        if motion
+        else masking.cut_maps(array, *place)
+    )
 
 
 def table(head, rows):
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:
-        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.3f}" for cell in row) + " |")
+        print(
+            "| "
+            + " | ".join(cell if isinstance(cell, str) else f"{cell:.3f}" for cell in row)
+            + " |"
+        )
     print(flush=True)
 
 
@@ -122,30 +154,61 @@ def measure(args):
     videos, prefix = read_manifest(args.data), Path(args.data).with_suffix("")
     remedy = f"python saliency.py {args.data} --cue motion --grid 8"
     fields = {"codec": prefix} | dict(field.split("=", 1) for field in args.field)
-    fields = {name: open_array(f"{where}.motion.npy", videos, remedy)[0] for name, where in fields.items()}
-    saliency, _ = open_array(f"{prefix}.saliency.npy", videos, f"python saliency.py {args.data} --clip local-dir:data/toy/clip")
+    fields = {
+        name: open_array(f"{where}.motion.npy", videos, remedy)[0] for name, where in fields.items()
+    }
+    saliency, _ = open_array(
+        f"{prefix}.saliency.npy",
+        videos,
+        f"python saliency.py {args.data} --clip local-dir:data/toy/clip",
+    )
 
     print("### The motion field on the object of moving actions, camera motion taken out\n")
     errors = {name: field_error(field, scenes) for name, field in fields.items()}
-    table(("field", "camera", "videos", "direction within 45°", "end-point error / displacement"),
-          [(name, camera, str(n), right, error) for name, of_field in errors.items() for camera, (right, error, n) in of_field.items()])
+    table(
+        ("field", "camera", "videos", "direction within 45°", "end-point error / displacement"),
+        [
+            (name, camera, str(n), right, error)
+            for name, of_field in errors.items()
+            for camera, (right, error, n) in of_field.items()
+        ],
+    )
 
     maps = {"saliency": cut(saliency[:, 0]), "motion": cut(fields["codec"], motion=True)}
     still = maps | {"motion": torch.zeros_like(maps["motion"])}
-    drifting, moving = (np.array([f(sc) for sc in scenes]) for f in (lambda sc: sc.camera.any(), moves))
-    groups = {"static, moving": ~drifting & moving, "drifting, moving": drifting & moving, "static, others": ~drifting & ~moving,
-              "drifting, others": drifting & ~moving}
-    make = lambda name, ratio, maps: masking.make_mask(name, ratio, len(scenes), GRID, generator=torch.Generator().manual_seed(0), **maps)
+    drifting, moving = (
+        np.array([f(sc) for sc in scenes]) for f in (lambda sc: sc.camera.any(), moves)
+    )
+    groups = {
+        "static, moving": ~drifting & moving,
+        "drifting, moving": drifting & moving,
+        "static, others": ~drifting & ~moving,
+        "drifting, others": drifting & ~moving,
+    }
+    make = lambda name, ratio, maps: masking.make_mask(
+        name, ratio, len(scenes), GRID, generator=torch.Generator().manual_seed(0), **maps
+    )
     for title, measured, names in (
-            ("### Share of the object's pixels masked", object_share, tuple(masking.MASKS)),
-            ("### Constancy of the visible object points (Jaccard index of two slices)", constancy, ("random", "tube", "flow"))):
+        ("### Share of the object's pixels masked", object_share, tuple(masking.MASKS)),
+        (
+            "### Constancy of the visible object points (Jaccard index of two slices)",
+            constancy,
+            ("random", "tube", "flow"),
+        ),
+    ):
         print(title + "\n")
         rows = []
         for ratio in (0.6, 0.75, 0.9):
             for name in names:
                 for control in (False, True) if name in ("motion", "flow") else (False,):
                     values = measured(make(name, ratio, still if control else maps), scenes)
-                    rows.append((f"{ratio}", name + ", motion set to 0" * control, *(np.nanmean(values[group]) for group in groups.values())))
+                    rows.append(
+                        (
+                            f"{ratio}",
+                            name + ", motion set to 0" * control,
+                            *(np.nanmean(values[group]) for group in groups.values()),
+                        )
+                    )
         table(("ratio", "mask", *groups), rows)
 
 
@@ -154,42 +217,74 @@ def warp_error(field, videos, apart, size=112):
     the first is moved along the field; its mean absolute difference from the second, divided by the difference unmoved.
     Returns one number a video whose row is not NaN; 1 is as good as no field."""
     ratios = []
-    y, x = torch.meshgrid((torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij"
+    )
     for video, of_video in zip(videos, field):
         if np.isnan(of_video).any():
             continue
         with VideoReader(video.path) as reader:
             start, end = reader.span(video)
-            times, gap = pair_times(segment_midpoints(start, end, len(of_video)), start, end, reader.fps, apart)
-            frames = torch.from_numpy(reader.read(times.ravel(), (size, size))).float().permute(0, 3, 1, 2)
-        before, after = frames.unflatten(0, (-1, 2)).unbind(1)                              # [S, 3, size, size]
+            times, gap = pair_times(
+                segment_midpoints(start, end, len(of_video)), start, end, reader.fps, apart
+            )
+            frames = (
+                torch.from_numpy(reader.read(times.ravel(), (size, size)))
+                .float()
+                .permute(0, 3, 1, 2)
+            )
+        before, after = frames.unflatten(0, (-1, 2)).unbind(1)  # [S, 3, size, size]
         shift = F.interpolate(torch.tensor(of_video).float() * gap, (size, size), mode="bilinear")
         points = torch.stack([x - shift[:, 0], y - shift[:, 1]], -1) * 2 - 1
         moved = F.grid_sample(before, points, padding_mode="border", align_corners=False)
-        ratios.append(((moved - after).abs().mean() / (before - after).abs().mean().clamp(min=1e-3)).item())
+        ratios.append(
+            ((moved - after).abs().mean() / (before - after).abs().mean().clamp(min=1e-3)).item()
+        )
     return ratios
 
 
 def warp(args):
     videos, rows = read_manifest(args.data), []
-    for name, where in ({"beside the manifest": Path(args.data).with_suffix("")} | dict(field.split("=", 1) for field in args.field)).items():
-        field, _ = open_array(f"{where}.motion.npy", videos, f"python saliency.py {args.data} --cue motion")
+    for name, where in (
+        {"beside the manifest": Path(args.data).with_suffix("")}
+        | dict(field.split("=", 1) for field in args.field)
+    ).items():
+        field, _ = open_array(
+            f"{where}.motion.npy", videos, f"python saliency.py {args.data} --cue motion"
+        )
         errors = [warp_error(field, videos, apart) for apart in (0.1, 0.27)]
-        rows.append((name, f"{len(errors[0])} of {len(videos)}", *(statistics.mean(of_gap) for of_gap in errors)))
-    print("### Difference of two frames after moving the first along the field, relative to before\n")
+        rows.append(
+            (
+                name,
+                f"{len(errors[0])} of {len(videos)}",
+                *(statistics.mean(of_gap) for of_gap in errors),
+            )
+        )
+    print(
+        "### Difference of two frames after moving the first along the field, relative to before\n"
+    )
     table(("field", "videos", "0.1 s apart", "0.27 s apart"), rows)
 
 
 def cost(batch=32, micro=4, repeats=11):
     """Milliseconds of each mask for a batch, from stored maps to tokens, and of ViT-B's forward and backward step on it."""
     from model import VideoMAE
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     grid, generator = (8, 14, 14), torch.Generator().manual_seed(0)
     uniform = lambda *shape: torch.rand(*shape, generator=generator).to(device)
-    stored, field, noise = uniform(batch, 16, 14, 14).half(), uniform(batch, 32, 2, 14, 14).half() - 0.5, uniform(batch, 1568)
-    place = (torch.linspace(0.3, 0.5, 8, device=device).expand(batch, -1), torch.tensor([[0.1, 0.1, 0.8, 0.9]], device=device).expand(batch, -1),
-             torch.zeros(batch, dtype=torch.bool, device=device), grid)
+    stored, field, noise = (
+        uniform(batch, 16, 14, 14).half(),
+        uniform(batch, 32, 2, 14, 14).half() - 0.5,
+        uniform(batch, 1568),
+    )
+    place = (
+        torch.linspace(0.3, 0.5, 8, device=device).expand(batch, -1),
+        torch.tensor([[0.1, 0.1, 0.8, 0.9]], device=device).expand(batch, -1),
+        torch.zeros(batch, dtype=torch.bool, device=device),
+        grid,
+    )
 
     def clock(work, times):
         taken = []
@@ -199,11 +294,15 @@ def cost(batch=32, micro=4, repeats=11):
             work()
             wait()
             taken.append(1000 * (time.perf_counter() - began))
-        return sorted(taken[1:])                                                            # the first warms up
+        return sorted(taken[1:])  # the first warms up
 
     def mask(name):
         maps = {"saliency": masking.cut_maps(stored, *place)} if name.startswith("text") else {}
-        maps |= {"motion": masking.cut_motion(field, *place, torch.full((batch,), 10.0, device=device))} if name in ("motion", "flow") else {}
+        maps |= (
+            {"motion": masking.cut_motion(field, *place, torch.full((batch,), 10.0, device=device))}
+            if name in ("motion", "flow")
+            else {}
+        )
         return masking.make_mask(name, 0.9, batch, grid, noise=noise, **maps)
 
     model = VideoMAE("base").to(device)
@@ -219,19 +318,45 @@ def cost(batch=32, micro=4, repeats=11):
     masks = {name: clock(lambda: mask(name), repeats) for name in masking.MASKS}
     steps = clock(step, 3 if device == "cuda" else 1)
     whole = statistics.median(steps)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    print(f"### Making masks: batch {batch}, 16 x 224 x 224, ratio 0.9, on {where}, torch {torch.__version__}\n")
+    where = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"a CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    )
+    print(
+        f"### Making masks: batch {batch}, 16 x 224 x 224, ratio 0.9, on {where}, torch {torch.__version__}\n"
+    )
     print(f"ViT-B forward and backward, {batch // micro} x {micro} clips: {whole:.0f} ms\n")
-    table(("mask", "ms, median", "ms, range", "share of the step"),
-          [(name, f"{statistics.median(ms):.2f}", f"{ms[0]:.2f} to {ms[-1]:.2f}", f"{100 * statistics.median(ms) / whole:.4f} %") for name, ms in masks.items()])
+    table(
+        ("mask", "ms, median", "ms, range", "share of the step"),
+        [
+            (
+                name,
+                f"{statistics.median(ms):.2f}",
+                f"{ms[0]:.2f} to {ms[-1]:.2f}",
+                f"{100 * statistics.median(ms) / whole:.4f} %",
+            )
+            for name, ms in masks.items()
+        ],
+    )
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/val.csv", help="a manifest, but for --warp of data/toy.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="data/val.csv", help="a manifest, but for --warp of data/toy.py"
+    )
     parser.add_argument("--split", default="val", help="its split")
     parser.add_argument("--seed", type=int, default=0, help="its seed")
-    parser.add_argument("--field", action="append", default=[], metavar="NAME=PREFIX", help="another PREFIX.motion.npy beside the manifest's")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="another PREFIX.motion.npy beside the manifest's",
+    )
     parser.add_argument("--warp", action="store_true", help="measure fields on any videos instead")
     parser.add_argument("--cost", action="store_true", help="time the masks instead")
     return parser.parse_args(argv)

@@ -2,12 +2,13 @@
 
 Letters: a row is a finished cell, {column of runs.csv: value}; `found` is {(what was run, contrastive weight): {seed: row}}.
 """
+
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from linprobe import t_interval  # noqa: E402
+from linprobe import t_interval
 
 PROBES = ("linear", "knn", "attentive", "finetuned")
 
@@ -20,7 +21,11 @@ def spread(values):
 
 def paired(one, other, measure):
     """The differences one - other of a measure, seed by seed: a list. one, other: {seed: row}."""
-    seeds = [seed for seed in one if seed in other and None not in (one[seed].get(measure), other[seed].get(measure))]
+    seeds = [
+        seed
+        for seed in one
+        if seed in other and None not in (one[seed].get(measure), other[seed].get(measure))
+    ]
     return [one[seed][measure] - other[seed][measure] for seed in seeds]
 
 
@@ -34,7 +39,13 @@ def said(values, sign=""):
 
 
 def table(head, rows):
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    return (
+        "\n".join(
+            ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+            + ["| " + " | ".join(row) + " |" for row in rows]
+        )
+        + "\n"
+    )
 
 
 def measures_of(rows, labels):
@@ -61,26 +72,60 @@ def results(found, measures):
     """The means over seeds, the cost beside them."""
     lines = []
     for (what, nce), of_seed in found.items():
-        cost = [f"{statistics.fmean(values):{form}}" if (values := column(of_seed, key)) else ""
-                for key, form in (("visible", ".0f"), ("tokens", ",.0f"), ("pretrain_s", ".0f"), ("seconds", ".0f"))]
+        cost = [
+            f"{statistics.fmean(values):{form}}" if (values := column(of_seed, key)) else ""
+            for key, form in (
+                ("visible", ".0f"),
+                ("tokens", ",.0f"),
+                ("pretrain_s", ".0f"),
+                ("seconds", ".0f"),
+            )
+        ]
         means = [said(column(of_seed, measure)) for measure in (*measures, "loss_mae", "loss_nce")]
         lines.append((what, weight(what, nce), str(len(of_seed)), *means, *cost))
-    return table(("mask, saliency", "contrastive weight", "seeds", *map(title, measures), "reconstruction loss", "contrastive loss",
-                  "visible tokens", "tokens encoded", "pretraining, s", "all, s"), lines)
+    return table(
+        (
+            "mask, saliency",
+            "contrastive weight",
+            "seeds",
+            *map(title, measures),
+            "reconstruction loss",
+            "contrastive loss",
+            "visible tokens",
+            "tokens encoded",
+            "pretraining, s",
+            "all, s",
+        ),
+        lines,
+    )
 
 
 def against(found, measures, pairs):
     """Differences of pairs [(first columns, one, other), ...] -> (table lines, how many differences have an interval)."""
-    lines = [(*first, *(said(paired(found[one], found[other], measure), "+") for measure in measures)) for first, one, other in pairs]
+    lines = [
+        (*first, *(said(paired(found[one], found[other], measure), "+") for measure in measures))
+        for first, one, other in pairs
+    ]
     return lines, sum("±" in cell for line in lines for cell in line)
 
 
 def report(found, measures, tube, questions):
     """The three tables. tube(what): the names of the tube runs that `what` is compared with; questions: [(question, one, other), ...]"""
-    tubes = [((what, base, weight(what, nce)), (what, nce), (base, nce)) for what, nce in found if weight(what, nce)
-             for base in tube(what) if (base, nce) in found and base != what]
-    asked = [((question, *(f"{what}, weight {nce:g}" for what, nce in (one, other))), one, other) for question, one, other in questions]
-    (less_tube, compared), (answers, more) = against(found, measures, tubes), against(found, measures, asked)
+    tubes = [
+        ((what, base, weight(what, nce)), (what, nce), (base, nce))
+        for what, nce in found
+        if weight(what, nce)
+        for base in tube(what)
+        if (base, nce) in found and base != what
+    ]
+    asked = [
+        ((question, *(f"{what}, weight {nce:g}" for what, nce in (one, other))), one, other)
+        for question, one, other in questions
+    ]
+    (less_tube, compared), (answers, more) = (
+        against(found, measures, tubes),
+        against(found, measures, asked),
+    )
     return f"""### Mean over seeds, ± half of the 95 % interval (Student's t)
 
 {results(found, measures)}

@@ -1,5 +1,6 @@
 """What the tests share: the scripts' folder on the path, a small toy world with captions, saliency and motion, and a way to run a
 script as a user does."""
+
 import contextlib
 import importlib
 import io
@@ -16,11 +17,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
-from tgm import arrays  # noqa: E402
+from tgm import arrays
 
 torch.set_num_threads(1)
 CLIP, BLIP = f"local-dir:{ROOT}/data/toy/clip", f"{ROOT}/data/toy/blip"
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),
+}
 os.environ.update(ENVIRONMENT)
 
 
@@ -43,10 +50,20 @@ def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
     args = [str(arg) for arg in args]
     if ranks == 1 and not process:
         return run_here(Path(script).stem if script.endswith(".py") else script, args, cwd, fails)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    done = subprocess.run([sys.executable, *launcher, *program, *args], cwd=cwd, env=ENVIRONMENT, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *launcher, *program, *args],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode in ((1, 2) if fails else (0,)), done.stdout + done.stderr
     assert not fails or "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1] if fails else done.stdout
@@ -80,9 +97,41 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     run("data/toy.py", "--train", 32, "--val", 24, "--workers", 1, cwd=folder, process=True)
     for split, process in (("train", True), ("val", False)):
-        run("caption.py", f"data/{split}.csv", "--model", BLIP, "--workers", 0, cwd=folder, process=process)
-        run("saliency.py", f"data/{split}.csv", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=folder, process=process)
-        run("saliency.py", f"data/{split}.csv", "--cue", "motion", "--moments", 16, "--grid", 8, "--workers", 0, cwd=folder)
+        run(
+            "caption.py",
+            f"data/{split}.csv",
+            "--model",
+            BLIP,
+            "--workers",
+            0,
+            cwd=folder,
+            process=process,
+        )
+        run(
+            "saliency.py",
+            f"data/{split}.csv",
+            "--clip",
+            CLIP,
+            "--moments",
+            8,
+            "--workers",
+            0,
+            cwd=folder,
+            process=process,
+        )
+        run(
+            "saliency.py",
+            f"data/{split}.csv",
+            "--cue",
+            "motion",
+            "--moments",
+            16,
+            "--grid",
+            8,
+            "--workers",
+            0,
+            cwd=folder,
+        )
     return folder
 
 

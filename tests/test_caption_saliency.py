@@ -1,4 +1,5 @@
 """Stages 1 and 2 on real files: what they write, going on after a kill, ranks, failures, refusals."""
+
 import json
 
 import numpy as np
@@ -13,7 +14,10 @@ from tgm.video import read_frames, segment_midpoints
 
 
 def entries(folder, split="train"):
-    return [json.loads(line) for line in (folder / f"data/{split}.captions.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / f"data/{split}.captions.jsonl").read_text().splitlines()
+    ]
 
 
 # ---- captions
@@ -23,7 +27,9 @@ def test_captions_in_the_manifests_order(world):
     names = [line.split(",")[0] for line in (world / "data/train.csv").read_text().splitlines()[1:]]
     made = entries(world)
     assert [entry["path"] for entry in made] == names
-    assert all(len(entry["captions"]) == 3 for entry in made) and not list((world / "data").glob("*.part-*"))
+    assert all(len(entry["captions"]) == 3 for entry in made) and not list(
+        (world / "data").glob("*.part-*")
+    )
     about = json.loads((world / "data/train.captions.json").read_text())
     assert about["model"] == BLIP and about["frames"] == 3
 
@@ -37,71 +43,137 @@ def test_captions_go_on_after_a_kill_and_share_work_over_ranks(world, copy):
     out = run("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 4, cwd=copy, ranks=2)
     assert "32 videos, 10 done before, 2 ranks" in out
     assert (copy / "data/train.captions.jsonl").read_text() == expected
-    assert "32 videos captioned, 0 failed" in run("caption.py", "--model", BLIP, cwd=copy)  # again: nothing to do
+    assert "32 videos captioned, 0 failed" in run(
+        "caption.py", "--model", BLIP, cwd=copy
+    )  # again: nothing to do
 
 
 def test_a_bad_video_is_recorded_and_tried_again(copy):
     (copy / "bad.mp4").write_bytes(b"not a video")
     manifest = copy / "bad.csv"
     manifest.write_text("path\nbad.mp4\ndata/videos/train/00001.mp4\nmissing.mp4\n")
-    assert "1 videos captioned, 2 failed" in run("caption.py", manifest, "--model", BLIP, "--workers", 1, cwd=copy)
+    assert "1 videos captioned, 2 failed" in run(
+        "caption.py", manifest, "--model", BLIP, "--workers", 1, cwd=copy
+    )
     made = [json.loads(line) for line in (copy / "bad.captions.jsonl").read_text().splitlines()]
     assert [len(entry["captions"]) for entry in made] == [0, 3, 0]
     assert made[0]["error"].startswith(f"{copy}/bad.mp4: ") and "missing.mp4" in made[2]["error"]
     (copy / "bad.mp4").write_bytes((copy / "data/videos/train/00002.mp4").read_bytes())
-    assert "2 videos captioned, 1 failed" in run("caption.py", manifest, "--model", BLIP, "--workers", 0, cwd=copy)
+    assert "2 videos captioned, 1 failed" in run(
+        "caption.py", manifest, "--model", BLIP, "--workers", 0, cwd=copy
+    )
     out = run("saliency.py", manifest, "--clip", CLIP, "--workers", 0, "--moments", 2, cwd=copy)
     assert "1 videos without captions" in out and "2 of 3 videos" in out
-    assert np.isnan(np.load(copy / "bad.saliency.npy")).reshape(3, -1).all(1).tolist() == [False, False, True]
+    assert np.isnan(np.load(copy / "bad.saliency.npy")).reshape(3, -1).all(1).tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_prompt_beams_and_other_frames(copy):
-    run("caption.py", "data/val.csv", "--model", BLIP, "--frames", 1, "--beams", 3, "--prompt", "a red", "--max-tokens", 4,
-        "--resume", "none", "--workers", 0, cwd=copy)
+    run(
+        "caption.py",
+        "data/val.csv",
+        "--model",
+        BLIP,
+        "--frames",
+        1,
+        "--beams",
+        3,
+        "--prompt",
+        "a red",
+        "--max-tokens",
+        4,
+        "--resume",
+        "none",
+        "--workers",
+        0,
+        cwd=copy,
+    )
     texts = [text for entry in entries(copy, "val") for text in entry["captions"]]
     assert len(texts) == 24 and all(text.startswith("a red ") for text in texts)
 
 
 def test_the_blip2_family(copy):
     """A BLIP-2 of a few thousand random weights, saved as the published ones are: every video gets its three captions."""
-    import transformers as hf
     import toy_models
+    import transformers as hf
+
     torch.manual_seed(0)
     size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     vision = hf.Blip2VisionConfig(**size, intermediate_size=64, image_size=32, patch_size=16)
-    qformer = hf.Blip2QFormerConfig(**size, intermediate_size=64, encoder_hidden_size=32, vocab_size=30)
-    text = hf.OPTConfig(**size, ffn_dim=64, vocab_size=30, max_position_embeddings=64, word_embed_proj_dim=32)
-    config = hf.Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
-                            num_query_tokens=4, image_token_index=25)
+    qformer = hf.Blip2QFormerConfig(
+        **size, intermediate_size=64, encoder_hidden_size=32, vocab_size=30
+    )
+    text = hf.OPTConfig(
+        **size, ffn_dim=64, vocab_size=30, max_position_embeddings=64, word_embed_proj_dim=32
+    )
+    config = hf.Blip2Config(
+        vision_config=vision.to_dict(),
+        qformer_config=qformer.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=25,
+    )
     hf.Blip2ForConditionalGeneration(config).save_pretrained(copy / "blip2")
     processor = hf.BlipImageProcessor(size={"height": 32, "width": 32})
-    hf.Blip2Processor(processor, toy_models.make_tokenizer(), num_query_tokens=4).save_pretrained(copy / "blip2")
-    run("caption.py", "data/val.csv", "--model", copy / "blip2", "--resume", "none", "--workers", 0, "--max-tokens", 5, cwd=copy)
+    hf.Blip2Processor(processor, toy_models.make_tokenizer(), num_query_tokens=4).save_pretrained(
+        copy / "blip2"
+    )
+    run(
+        "caption.py",
+        "data/val.csv",
+        "--model",
+        copy / "blip2",
+        "--resume",
+        "none",
+        "--workers",
+        0,
+        "--max-tokens",
+        5,
+        cwd=copy,
+    )
     assert [len(entry["captions"]) for entry in entries(copy, "val")] == [3] * 24
-    assert all(set(text.split()) <= set(toy_models.VOCABULARY) for entry in entries(copy, "val") for text in entry["captions"])
+    assert all(
+        set(text.split()) <= set(toy_models.VOCABULARY)
+        for entry in entries(copy, "val")
+        for text in entry["captions"]
+    )
 
 
 def test_labels_as_captions(copy):
     run("caption.py", "--labels", "--label-column", "caption", cwd=copy)
-    assert entries(copy)[3]["captions"] == [(copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]]
+    assert entries(copy)[3]["captions"] == [
+        (copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]
+    ]
     (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
     (copy / "names.txt").write_text("a dog\na cat\n")
     run("caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
-    assert [json.loads(line)["captions"] for line in (copy / "ids.captions.jsonl").read_text().splitlines()] == [["a cat"], ["a dog"]]
+    assert [
+        json.loads(line)["captions"]
+        for line in (copy / "ids.captions.jsonl").read_text().splitlines()
+    ] == [["a cat"], ["a dog"]]
     (copy / "ids.csv").write_text("path,label\na b.mp4,2\n")
-    assert "label '2' is not a line of --classes, 0 to 1" in run("caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy, fails=True)
+    assert "label '2' is not a line of --classes, 0 to 1" in run(
+        "caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy, fails=True
+    )
     (copy / "ids.csv").write_text("path\na b.mp4\n")
     assert "has no label" in run("caption.py", "ids.csv", "--labels", cwd=copy, fails=True)
 
 
 def test_captions_refuse(copy):
     assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True, process=True)
-    assert "remake them with: python caption.py" in run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True)
+    assert "remake them with: python caption.py" in run(
+        "caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True
+    )
     (copy / "data/train.captions.json").unlink()  # without it, rows are still matched by name
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     run("caption.py", "--model", BLIP, "--workers", 0, cwd=copy)
-    assert [entry["path"] for entry in entries(copy)] == [line.split(",")[0] for line in reversed(lines[1:])]
+    assert [entry["path"] for entry in entries(copy)] == [
+        line.split(",")[0] for line in reversed(lines[1:])
+    ]
     line = run("caption.py", "--model", copy / "nowhere", "--resume", "none", cwd=copy, fails=True)
     assert "cannot load it" in line
 
@@ -127,13 +199,19 @@ def reference(visual, images, dense):
         qkv, out = y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias, torch.zeros_like(x)
         for head in range(heads):
             part = slice(head * width // heads, (head + 1) * width // heads)
-            q, k, v = qkv[..., :width][..., part], qkv[..., width:2 * width][..., part], qkv[..., 2 * width:][..., part]
+            q, k, v = (
+                qkv[..., :width][..., part],
+                qkv[..., width : 2 * width][..., part],
+                qkv[..., 2 * width :][..., part],
+            )
             if dense == "value":
                 out[..., part] = v
             if dense == "self":
                 for a in (q, k):
                     for i in range(x.shape[1]):
-                        weight = torch.softmax((a[:, i:i + 1] * a).sum(-1) / (width / heads) ** 0.5, -1)
+                        weight = torch.softmax(
+                            (a[:, i : i + 1] * a).sum(-1) / (width / heads) ** 0.5, -1
+                        )
                         out[:, i, part] += (weight[..., None] * v).sum(1)
         out = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
         if number > {"value": len(blocks) - 1, "self": len(blocks) // 2}.get(dense, len(blocks)):
@@ -145,14 +223,30 @@ def reference(visual, images, dense):
 
 @pytest.mark.parametrize("dense", saliency.DENSE)
 def test_saliency_is_the_cosine_of_patch_and_text(world, tmp_path, dense):
-    run("saliency.py", world / "data/val.csv", "--clip", CLIP, "--moments", 4, "--dense", dense, "--workers", 0, "--out", tmp_path / "x")
-    maps, text = np.load(tmp_path / "x.saliency.npy"), np.load(tmp_path / "x.text.npy").astype(np.float32)
+    run(
+        "saliency.py",
+        world / "data/val.csv",
+        "--clip",
+        CLIP,
+        "--moments",
+        4,
+        "--dense",
+        dense,
+        "--workers",
+        0,
+        "--out",
+        tmp_path / "x",
+    )
+    maps, text = (
+        np.load(tmp_path / "x.saliency.npy"),
+        np.load(tmp_path / "x.text.npy").astype(np.float32),
+    )
     assert maps.shape == (24, 3, 4, 8, 8) and maps.dtype == np.float16
     model = open_clip.create_model(CLIP).eval()
     frames = read_frames(world / "data/videos/val/00007.mp4", segment_midpoints(0, 2.0, 4))
     images = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
     with torch.no_grad():
-        patches = reference(model.visual, images, dense).numpy()                             # [S, 64, D]
+        patches = reference(model.visual, images, dense).numpy()  # [S, 64, D]
     expected = np.einsum("spd,kd->ksp", patches, text[7]).reshape(3, 4, 8, 8)
     assert np.abs(maps[7] - expected).max() < 3e-3
     assert json.loads((tmp_path / "x.saliency.json").read_text())["dense"] == dense
@@ -162,7 +256,9 @@ def test_last_is_open_clips_own(world):
     visual = open_clip.create_model(CLIP).eval().visual
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        own = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        own = visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
         own = torch.nn.functional.normalize(own["image_intermediates"][0] @ visual.proj, dim=-1)
         assert torch.allclose(saliency.patch_features(visual, images, "last"), own, atol=1e-5)
 
@@ -174,27 +270,58 @@ def test_saliency_goes_on_and_ranks_fill_their_own_rows(world, copy):
     array[5:20] = np.nan
     array.flush()
     out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=copy, ranks=2)
-    assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out  # of rows 5 to 19, the even ones
-    assert np.array_equal(np.load(path)[:5], expected[:5]) and np.abs(np.load(path) - expected).max() < 2e-3
+    assert (
+        "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
+    )  # of rows 5 to 19, the even ones
+    assert (
+        np.array_equal(np.load(path)[:5], expected[:5])
+        and np.abs(np.load(path) - expected).max() < 2e-3
+    )
 
 
 def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
-    run("saliency.py", world / "data/val.csv", "--clip", CLIP, "--moments", 1, "--image-size", 96, "--workers", 0, "--max-steps", 1,
-        "--batch-size", 4, "--out", tmp_path / "x")
+    run(
+        "saliency.py",
+        world / "data/val.csv",
+        "--clip",
+        CLIP,
+        "--moments",
+        1,
+        "--image-size",
+        96,
+        "--workers",
+        0,
+        "--max-steps",
+        1,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "x",
+    )
     maps = np.load(tmp_path / "x.saliency.npy")
     assert maps.shape == (24, 3, 1, 12, 12)
-    assert np.isfinite(maps).reshape(24, -1).all(1).tolist() == [True] * 4 + [False] * 20  # --max-steps 1
+    assert (
+        np.isfinite(maps).reshape(24, -1).all(1).tolist() == [True] * 4 + [False] * 20
+    )  # --max-steps 1
 
 
 def test_saliency_refuses(copy):
     base = ("saliency.py", "--clip", CLIP, "--moments", 8)
-    assert "another dense; --resume none remakes it" in run(*base, "--dense", "last", cwd=copy, fails=True, process=True)
+    assert "another dense; --resume none remakes it" in run(
+        *base, "--dense", "last", cwd=copy, fails=True, process=True
+    )
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
-    assert "is of another manifest; make it with: python caption.py" in run(*base, cwd=copy, fails=True)
+    assert "is of another manifest; make it with: python caption.py" in run(
+        *base, cwd=copy, fails=True
+    )
     (copy / "data/train.captions.jsonl").unlink()
-    assert run(*base, cwd=copy, fails=True).endswith("make it with: python caption.py data/train.csv")
-    assert "cannot load it" in run("saliency.py", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True)
+    assert run(*base, cwd=copy, fails=True).endswith(
+        "make it with: python caption.py data/train.csv"
+    )
+    assert "cannot load it" in run(
+        "saliency.py", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True
+    )
 
 
 def test_the_full_size_towers_patches():
@@ -202,7 +329,9 @@ def test_the_full_size_towers_patches():
     model = open_clip.create_model("ViT-B-16", pretrained=None).eval()
     with torch.no_grad():
         patches = saliency.patch_features(model.visual, torch.randn(1, 3, 224, 224), "self")
-    assert patches.shape == (1, 196, 512) and torch.allclose(patches.norm(dim=-1), torch.ones(1, 196), atol=1e-5)
+    assert patches.shape == (1, 196, 512) and torch.allclose(
+        patches.norm(dim=-1), torch.ones(1, 196), atol=1e-5
+    )
     assert tuple(model.visual.grid_size) == (14, 14)
     with pytest.raises(RunError, match="plain vision transformer"):
         saliency.load_clip("RN50", None, None, "cpu")

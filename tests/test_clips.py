@@ -1,4 +1,5 @@
 """Which frames make a clip or a view: known answers, and real files through the views."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tgm.video import VideoError, read_frames
 
 def test_clip_times_lie_in_the_span_and_the_last_moment_repeats():
     assert sampling.clip_times(2, 12, 10, 4, 5, 0.0).tolist() == pytest.approx([2, 2.5, 3, 3.5])
-    assert sampling.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx([10, 10.5, 11, 11.5])  # the window is 2 s wide
+    assert sampling.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx(
+        [10, 10.5, 11, 11.5]
+    )  # the window is 2 s wide
     assert sampling.clip_times(2, 12, 10, 4, 5, 0.5)[0] == pytest.approx(6)
     short = sampling.clip_times(1, 1.4, 10, 4, 2, 0.7)
     assert short.tolist() == pytest.approx([1, 1.2, 1.35, 1.35])  # 0.35: inside the last frame
@@ -28,9 +31,16 @@ def test_center_crop():
 
 def test_uniform_times_take_one_of_each_part():
     assert sampling.uniform_times(2, 10, 30, 4, 0.5).tolist() == [3, 5, 7, 9]
-    assert sampling.uniform_times(0, 8, 30, 4, np.array([0, 0.25, 0.5, 0.75])).tolist() == [0, 2.5, 5, 7.5]
+    assert sampling.uniform_times(0, 8, 30, 4, np.array([0, 0.25, 0.5, 0.75])).tolist() == [
+        0,
+        2.5,
+        5,
+        7.5,
+    ]
     assert sampling.uniform_times(0, 8, 4, 4, 1.0)[-1] == 8 - 0.125  # inside the last frame
-    both = np.sort(np.concatenate([sampling.uniform_times(0, 8, 30, 4, where) for where in (0.25, 0.75)]))
+    both = np.sort(
+        np.concatenate([sampling.uniform_times(0, 8, 30, 4, where) for where in (0.25, 0.75)])
+    )
     assert both.tolist() == (np.arange(8) + 0.5).tolist()  # two clips interleave
 
 
@@ -39,7 +49,7 @@ def test_side_crops():
     cut = sampling.side_crops(frames, 4, 3)
     assert cut.shape == (3, 2, 4, 4, 3)
     for got, left in zip(cut, (0, 3, 6)):
-        assert np.array_equal(got, frames[:, :, left:left + 4])
+        assert np.array_equal(got, frames[:, :, left : left + 4])
     upright = sampling.side_crops(frames.swapaxes(1, 2), 4, 3)
     assert np.array_equal(upright, cut.swapaxes(2, 3))
     assert np.array_equal(sampling.side_crops(frames, 4, 1)[0], frames[:, :, 3:7])
@@ -50,15 +60,28 @@ def test_side_crops():
 def test_views_are_clips_times_crops_in_that_order(tmp_path, sampling):
     path = write(tmp_path / "a.mp4", pictures(60), fps=30)
     bad = Video(str(tmp_path / "gone.mp4"), None, None, None, 7, "gone.mp4")
-    views = Views([Video(path, None, None, None, 3, "a.mp4"), bad], 4, 48, 3, clips=2, crops=3, sampling=sampling)
+    views = Views(
+        [Video(path, None, None, None, 3, "a.mp4"), bad],
+        4,
+        48,
+        3,
+        clips=2,
+        crops=3,
+        sampling=sampling,
+    )
     row, got, error = views[0]
     assert (row, error, got.shape, got.dtype) == (3, None, (6, 3, 4, 48, 48), torch.uint8)
-    numbers = {"dense": ([0, 3, 6, 9], [48, 51, 54, 57]), "uniform": ([0, 15, 30, 45], [7, 22, 37, 52])}[sampling]  # of 60 frames
+    numbers = {
+        "dense": ([0, 3, 6, 9], [48, 51, 54, 57]),
+        "uniform": ([0, 15, 30, 45], [7, 22, 37, 52]),
+    }[sampling]  # of 60 frames
     for i in range(2):
         times = np.array(numbers[i]) / 30
-        frames = read_frames(path, times, 48)                                                # [4, 48, 64, 3]
+        frames = read_frames(path, times, 48)  # [4, 48, 64, 3]
         for j, left in enumerate((0, 8, 16)):
-            assert np.array_equal(got[3 * i + j].permute(1, 2, 3, 0), frames[:, :, left:left + 48])
+            assert np.array_equal(
+                got[3 * i + j].permute(1, 2, 3, 0), frames[:, :, left : left + 48]
+            )
     row, got, error = views[1]
     assert (row, got) == (7, None) and "gone.mp4" in error
 
@@ -69,6 +92,7 @@ def test_a_broken_video_gives_its_place_to_the_same_other():
             if row in bad:
                 raise VideoError(f"{row}: broken")
             return {"row": row, "epoch": epoch}
+
     videos, bad = [Video(f"{row}.mp4", None, None, None, row, "") for row in range(20)], {3, 4}
     some, rows = Some(videos, np.arange(20), seed=0), range(20)
     assert some[2, 5] == {"row": 5, "epoch": 2, "failed": -1}
@@ -86,14 +110,16 @@ def videomae_dense(total, clip_len, rate, segments):
     kept = list(range(0, total, rate))
     kept += [kept[-1]] * (clip_len - len(kept))
     step = (len(kept) - clip_len) / (segments - 1)
-    return [kept[int(k * step + 1e-9):int(k * step + 1e-9) + clip_len] for k in range(segments)]
+    return [kept[int(k * step + 1e-9) : int(k * step + 1e-9) + clip_len] for k in range(segments)]
 
 
 def videomae_uniform(total, parts):
     """The frames of VideoMAE's two uniform test clips, from the description of its ssv2.py: the beginnings and the middles of
     the parts, sorted, dealt out in turn."""
     part = total / parts
-    numbers = sorted([int(part * i) for i in range(parts)] + [int(part / 2 + part * i) for i in range(parts)])
+    numbers = sorted(
+        [int(part * i) for i in range(parts)] + [int(part / 2 + part * i) for i in range(parts)]
+    )
     return [numbers[0::2], numbers[1::2]]
 
 
@@ -106,17 +132,28 @@ def test_test_clips_are_videomaes(fps):
     for total in (300, 299, 250, 97, 64, 63, 40, 5, 1):
         for segments, rate in ((5, 4), (2, 4), (10, 2)):
             found = sampling.view_times(0, total / fps, fps, 16, rate, segments, "dense")
-            assert frames_on_screen(found, fps) == videomae_dense(total, 16, rate, segments), (total, segments, rate)
+            assert frames_on_screen(found, fps) == videomae_dense(total, 16, rate, segments), (
+                total,
+                segments,
+                rate,
+            )
     for total in (300, 97, 48, 40, 33):
-        assert frames_on_screen(sampling.view_times(0, total / fps, fps, 16, 4, 2, "uniform"), fps) == videomae_uniform(total, 16)
+        assert frames_on_screen(
+            sampling.view_times(0, total / fps, fps, 16, 4, 2, "uniform"), fps
+        ) == videomae_uniform(total, 16)
     ten_seconds = sampling.view_times(0, 10, 30, 16, 4, 5, "dense")
-    assert frames_on_screen(ten_seconds[:, 0], 30) == [0, 56, 116, 176, 236] and frames_on_screen(ten_seconds[-1], 30)[-1] == 296
+    assert (
+        frames_on_screen(ten_seconds[:, 0], 30) == [0, 56, 116, 176, 236]
+        and frames_on_screen(ten_seconds[-1], 30)[-1] == 296
+    )
     later = sampling.view_times(3, 13, 30, 16, 4, 5, "dense")  # an action within a longer video
     assert np.allclose(later, ten_seconds + 3)
 
 
 def test_one_test_clip_is_the_middle_one():
-    assert sampling.view_times(2, 12, 10, 4, 5, 1, "dense").tolist() == [sampling.clip_times(2, 12, 10, 4, 5, 0.5).tolist()]
+    assert sampling.view_times(2, 12, 10, 4, 5, 1, "dense").tolist() == [
+        sampling.clip_times(2, 12, 10, 4, 5, 0.5).tolist()
+    ]
     assert sampling.view_times(2, 10, 30, 4, 5, 1, "uniform").tolist() == [[3, 5, 7, 9]]
 
 
@@ -134,7 +171,9 @@ def test_multi_scale_crops_lie_at_thirteen_places():
             assert (top, left) == (down * ((height - h) // 4), right * ((width - w) // 4))
             places[down, right] = places.get((down, right), 0) + 1
     lengths = [240, 210, 180, 158]
-    assert set(sides) == {(lengths[i], lengths[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1}
+    assert set(sides) == {
+        (lengths[i], lengths[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1
+    }
     corners_and_sides = {(i, j) for i in (0, 2, 4) for j in (0, 2, 4)}
     quarters = {(i, j) for i in (1, 3) for j in (1, 3)}
     assert set(places) == corners_and_sides | quarters
@@ -154,9 +193,15 @@ def test_few_failures_are_said_and_none_where_all_fail(capsys):
     bad = set(range(10))
     assert [some[0, row]["failed"] for row in range(20)] == [*range(10), *[-1] * 10]
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["skipped: 0: broken", "skipped: 1: broken", "skipped: 2: broken; further ones are only counted"]
+    assert lines == [
+        "skipped: 0: broken",
+        "skipped: 1: broken",
+        "skipped: 2: broken; further ones are only counted",
+    ]
     bad = set(range(20))
     some = Some([], np.arange(20), seed=0)
-    with pytest.raises(VideoError, match="^5: broken; and nine videos drawn in its place cannot be read either"):
+    with pytest.raises(
+        VideoError, match="^5: broken; and nine videos drawn in its place cannot be read either"
+    ):
         some[0, 5]
     assert capsys.readouterr().err == ""

@@ -1,4 +1,5 @@
 """The data set scripts: small files in the official formats, empty videos, and the manifests that come out, read back."""
+
 import csv
 import json
 import os
@@ -27,7 +28,9 @@ def rows(path, root=None):
     videos = read_manifest(path)
     assert all(os.path.isfile(video.path) for video in videos)
     root = os.path.realpath(root or path.parent.parent / "videos")
-    return [(os.path.relpath(os.path.realpath(v.path), root), v.label, v.start, v.end) for v in videos]
+    return [
+        (os.path.relpath(os.path.realpath(v.path), root), v.label, v.start, v.end) for v in videos
+    ]
 
 
 def column(path, name):
@@ -38,9 +41,21 @@ def column(path, name):
 @pytest.fixture
 def script(tmp_path):
     """Runs a script with --videos videos --annotations lists --out out in a folder of the test's own."""
+
     def call(name, *args, fails=False, annotations=True):
         lists = ("--annotations", "lists") if annotations else ()
-        return run(f"data/{name}.py", "--videos", "videos", *lists, "--out", "out", *args, cwd=tmp_path, fails=fails)
+        return run(
+            f"data/{name}.py",
+            "--videos",
+            "videos",
+            *lists,
+            "--out",
+            "out",
+            *args,
+            cwd=tmp_path,
+            fails=fails,
+        )
+
     return call
 
 
@@ -50,46 +65,94 @@ HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
 
 
 def kinetics_lists(folder):
-    put(folder / "lists/train.csv", HEADER, "abseiling,-3B32lodo2M,59,69,train,0", '"air drumming",_d_bcJuKJQNs,40,50,train,0',
-        "abseiling,0_-x,5,15,train,0", "abseiling,-3B32lodo2M,59,69,train,0", "abseiling,gone,1,11,train,0",
-        "\"massaging person's head\",flat,0,10,train,0")
-    put(folder / "lists/validate.csv", HEADER.replace(",is_cc", ""), '"air drumming",vvv,100,110,validate')
+    put(
+        folder / "lists/train.csv",
+        HEADER,
+        "abseiling,-3B32lodo2M,59,69,train,0",
+        '"air drumming",_d_bcJuKJQNs,40,50,train,0',
+        "abseiling,0_-x,5,15,train,0",
+        "abseiling,-3B32lodo2M,59,69,train,0",
+        "abseiling,gone,1,11,train,0",
+        '"massaging person\'s head",flat,0,10,train,0',
+    )
+    put(
+        folder / "lists/validate.csv",
+        HEADER.replace(",is_cc", ""),
+        '"air drumming",vvv,100,110,validate',
+    )
     put(folder / "lists/test.csv", HEADER, "abseiling,ttt,100,110,test,0")
 
 
 def test_kinetics_official(script, tmp_path):
     kinetics_lists(tmp_path)
-    touch(tmp_path / "videos", "train/abseiling/-3B32lodo2M_000059_000069.mp4",
-          "train/air_drumming/_d_bcJuKJQNs_000040_000050.mkv",
-          "train/abseiling/0_-x.webm", "flat_000000_000010.mp4", "val/air drumming/vvv_000100_000110.mp4",
-          "val/air drumming/vvv_000100_000110.webm", "test/ttt_000100_000110.mp4", "train/abseiling/gone.mp4.part")
+    touch(
+        tmp_path / "videos",
+        "train/abseiling/-3B32lodo2M_000059_000069.mp4",
+        "train/air_drumming/_d_bcJuKJQNs_000040_000050.mkv",
+        "train/abseiling/0_-x.webm",
+        "flat_000000_000010.mp4",
+        "val/air drumming/vvv_000100_000110.mp4",
+        "val/air drumming/vvv_000100_000110.webm",
+        "test/ttt_000100_000110.mp4",
+        "train/abseiling/gone.mp4.part",
+    )
     printed = script("kinetics")
     assert rows(tmp_path / "out/train.csv") == [
         ("train/abseiling/-3B32lodo2M_000059_000069.mp4", "0", None, None),
         ("train/air_drumming/_d_bcJuKJQNs_000040_000050.mkv", "1", None, None),
-        ("train/abseiling/0_-x.webm", "0", None, None), ("flat_000000_000010.mp4", "2", None, None)]
-    assert rows(tmp_path / "out/val.csv") == [("val/air drumming/vvv_000100_000110.mp4", "1", None, None)]
+        ("train/abseiling/0_-x.webm", "0", None, None),
+        ("flat_000000_000010.mp4", "2", None, None),
+    ]
+    assert rows(tmp_path / "out/val.csv") == [
+        ("val/air drumming/vvv_000100_000110.mp4", "1", None, None)
+    ]
     assert rows(tmp_path / "out/test.csv") == [("test/ttt_000100_000110.mp4", "0", None, None)]
-    assert column(tmp_path / "out/train.csv", "class") == ["abseiling", "air drumming", "abseiling", "massaging person's head"]
-    assert column(tmp_path / "out/train.csv", "path")[0] == "../videos/train/abseiling/-3B32lodo2M_000059_000069.mp4"
-    assert (tmp_path / "out/classes.txt").read_text() == "abseiling\nair drumming\nmassaging person's head\n"
+    assert column(tmp_path / "out/train.csv", "class") == [
+        "abseiling",
+        "air drumming",
+        "abseiling",
+        "massaging person's head",
+    ]
+    assert (
+        column(tmp_path / "out/train.csv", "path")[0]
+        == "../videos/train/abseiling/-3B32lodo2M_000059_000069.mp4"
+    )
+    assert (
+        tmp_path / "out/classes.txt"
+    ).read_text() == "abseiling\nair drumming\nmassaging person's head\n"
     assert (tmp_path / "out/missing-train.txt").read_text() == "abseiling/gone_000001_000011.mp4\n"
     assert not (tmp_path / "out/missing-val.txt").exists()
-    assert "out/train.csv: 4 rows, 3 classes, 1 videos missing (missing-train.txt), 1 duplicates" in printed
+    assert (
+        "out/train.csv: 4 rows, 3 classes, 1 videos missing (missing-train.txt), 1 duplicates"
+        in printed
+    )
     assert "out/val.csv: 1 rows, 1 classes, 0 videos missing, 0 duplicates" in printed
-    assert printed.endswith("next, to check the files: python -m tgm.prepare out/train.csv, and so on\n")
+    assert printed.endswith(
+        "next, to check the files: python -m tgm.prepare out/train.csv, and so on\n"
+    )
     assert not list((tmp_path / "out").glob("*.new"))
 
 
 def test_kinetics_untrimmed(script, tmp_path):
-    put(tmp_path / "lists/train.csv", HEADER, "abseiling,aaa,59,69,train,0", "abseiling,aaa,80,90,train,0",
-        "diving,bbb,0,10,train,0")
+    put(
+        tmp_path / "lists/train.csv",
+        HEADER,
+        "abseiling,aaa,59,69,train,0",
+        "abseiling,aaa,80,90,train,0",
+        "diving,bbb,0,10,train,0",
+    )
     touch(tmp_path / "videos", "aaa.mp4", "bbb_000000_000010.mp4")
     script("kinetics", "--untrimmed")
-    assert rows(tmp_path / "out/train.csv") == [("aaa.mp4", "0", 59, 69), ("aaa.mp4", "0", 80, 90),
-                                                ("bbb_000000_000010.mp4", "1", None, None)]
+    assert rows(tmp_path / "out/train.csv") == [
+        ("aaa.mp4", "0", 59, 69),
+        ("aaa.mp4", "0", 80, 90),
+        ("bbb_000000_000010.mp4", "1", None, None),
+    ]
     printed = script("kinetics")  # ID.mp4 is the clip itself: its two rows are one
-    assert rows(tmp_path / "out/train.csv") == [("aaa.mp4", "0", None, None), ("bbb_000000_000010.mp4", "1", None, None)]
+    assert rows(tmp_path / "out/train.csv") == [
+        ("aaa.mp4", "0", None, None),
+        ("bbb_000000_000010.mp4", "1", None, None),
+    ]
     assert "2 rows, 2 classes, 0 videos missing, 1 duplicates" in printed
 
 
@@ -97,41 +160,102 @@ def test_kinetics_classes_and_files(script, tmp_path):
     kinetics_lists(tmp_path)
     put(tmp_path / "names.txt", "zumba", "air drumming", "abseiling", "massaging person's head")
     touch(tmp_path / "videos", "vvv.mp4")
-    script("kinetics", "--annotations", "lists/validate.csv", "--classes", "names.txt", annotations=False)
+    script(
+        "kinetics",
+        "--annotations",
+        "lists/validate.csv",
+        "--classes",
+        "names.txt",
+        annotations=False,
+    )
     assert rows(tmp_path / "out/val.csv") == [("vvv.mp4", "1", None, None)]
     assert not (tmp_path / "out/train.csv").exists()
     put(tmp_path / "names.txt", "zumba")
-    line = script("kinetics", "--annotations", "lists/validate.csv", "--classes", "names.txt", annotations=False, fails=True)
-    assert line == "lists/validate.csv:2: expected a label that --classes names, found 'air drumming'"
+    line = script(
+        "kinetics",
+        "--annotations",
+        "lists/validate.csv",
+        "--classes",
+        "names.txt",
+        annotations=False,
+        fails=True,
+    )
+    assert (
+        line == "lists/validate.csv:2: expected a label that --classes names, found 'air drumming'"
+    )
 
 
 def test_kinetics_lists(script, tmp_path):
-    put(tmp_path / "k400_train.csv", "/elsewhere/air drumming/a b, c_000001_000011.mp4 1", "abseiling/-x.mp4 0", "noext 2",
-        "abseiling/-x.mp4 0")
+    put(
+        tmp_path / "k400_train.csv",
+        "/elsewhere/air drumming/a b, c_000001_000011.mp4 1",
+        "abseiling/-x.mp4 0",
+        "noext 2",
+        "abseiling/-x.mp4 0",
+    )
     put(tmp_path / "k400_val.txt", "v.mp4 0")
-    touch(tmp_path / "videos", "air drumming/a b, c_000001_000011.mp4", "-x.mp4", "noext.mkv", "v.mp4", "abseiling/v2.mp4")
+    touch(
+        tmp_path / "videos",
+        "air drumming/a b, c_000001_000011.mp4",
+        "-x.mp4",
+        "noext.mkv",
+        "v.mp4",
+        "abseiling/v2.mp4",
+    )
     printed = script("kinetics", "--list", "k400_train.csv", "k400_val.txt", annotations=False)
-    assert rows(tmp_path / "out/train.csv") == [("air drumming/a b, c_000001_000011.mp4", "1", None, None),
-                                                ("-x.mp4", "0", None, None), ("noext.mkv", "2", None, None)]
+    assert rows(tmp_path / "out/train.csv") == [
+        ("air drumming/a b, c_000001_000011.mp4", "1", None, None),
+        ("-x.mp4", "0", None, None),
+        ("noext.mkv", "2", None, None),
+    ]
     assert rows(tmp_path / "out/val.csv") == [("v.mp4", "0", None, None)]
-    assert column(tmp_path / "out/train.csv", "class") == ["1", "0", "2"] and "1 duplicates" in printed
+    assert (
+        column(tmp_path / "out/train.csv", "class") == ["1", "0", "2"] and "1 duplicates" in printed
+    )
     put(tmp_path / "names.txt", "abseiling", "air drumming", "archery")
     script("kinetics", "--list", "k400_train.csv", "--classes", "names.txt", annotations=False)
     assert column(tmp_path / "out/train.csv", "class") == ["air drumming", "abseiling", "archery"]
     put(tmp_path / "names.txt", "abseiling", "air drumming")
-    line = script("kinetics", "--list", "k400_train.csv", "--classes", "names.txt", annotations=False, fails=True)
+    line = script(
+        "kinetics",
+        "--list",
+        "k400_train.csv",
+        "--classes",
+        "names.txt",
+        annotations=False,
+        fails=True,
+    )
     assert line == "k400_train.csv:3: expected a label that --classes names, found 2"
 
 
-@pytest.mark.parametrize("name, line, message", [
-    ("train.txt", "a/frames_dir 300 1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
-                                        "'a/frames_dir 300 1': a list of frames ('PATH FRAMES LABEL')"),
-    ("train.txt", "a.mp4,1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found 'a.mp4,1'"),
-    ("train.txt", "a.mp4 0 -1", "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
-                                "'a.mp4 0 -1'"),
-    ("all.txt", "v.mp4 1", "all.txt: expected a file name with one of train, val, test in it, found all.txt"),
-    ("train.txt", "my clip 12.mp4 3", None),
-])
+@pytest.mark.parametrize(
+    "name, line, message",
+    [
+        (
+            "train.txt",
+            "a/frames_dir 300 1",
+            "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
+            "'a/frames_dir 300 1': a list of frames ('PATH FRAMES LABEL')",
+        ),
+        (
+            "train.txt",
+            "a.mp4,1",
+            "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found 'a.mp4,1'",
+        ),
+        (
+            "train.txt",
+            "a.mp4 0 -1",
+            "train.txt:2: expected 'PATH LABEL', separated by a space, the label an integer, found "
+            "'a.mp4 0 -1'",
+        ),
+        (
+            "all.txt",
+            "v.mp4 1",
+            "all.txt: expected a file name with one of train, val, test in it, found all.txt",
+        ),
+        ("train.txt", "my clip 12.mp4 3", None),
+    ],
+)
 def test_kinetics_list_errors(script, tmp_path, name, line, message):
     put(tmp_path / name, "v.mp4 0", line)
     touch(tmp_path / "videos", "v.mp4", "my clip 12.mp4")
@@ -142,18 +266,38 @@ def test_kinetics_list_errors(script, tmp_path, name, line, message):
         assert script("kinetics", "--list", name, annotations=False, fails=True) == message
 
 
-@pytest.mark.parametrize("line, message", [
-    ("abseiling,x,59,69,tset,0", "lists/train.csv:3: expected the split train, val, validate or test, found 'tset'"),
-    ("abseiling,x,fifty,69,train,0", "lists/train.csv:3: expected time_start in whole seconds, found 'fifty'"),
-    (",x,59,69,train,0", "lists/train.csv:3: expected a label, found nothing"),
-    ("abseiling,x,69,59,train,0", "lists/train.csv:3: expected time_end after time_start, found 69 to 59"),
-    ("abseiling,x,59", "lists/train.csv:3: expected 6 fields (label,youtube_id,time_start,time_end,split,is_cc), found 3"),
-    ("diving,aaa,59,69,train,0",
-     "lists/train.csv:3: ../videos/aaa.mp4 is of class 'diving', but of 'abseiling' at lists/train.csv:2"),
-    ("abseiling,aaa,59,69,test,0", "lists/train.csv:3: ../videos/aaa.mp4 is in test, but also in train (lists/train.csv:2): "
-                                   "take it out of one of the two"),
-    ("\"abseiling,x,59,69,train,0", "lists/train.csv:3: expected csv (unexpected end of data)"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "abseiling,x,59,69,tset,0",
+            "lists/train.csv:3: expected the split train, val, validate or test, found 'tset'",
+        ),
+        (
+            "abseiling,x,fifty,69,train,0",
+            "lists/train.csv:3: expected time_start in whole seconds, found 'fifty'",
+        ),
+        (",x,59,69,train,0", "lists/train.csv:3: expected a label, found nothing"),
+        (
+            "abseiling,x,69,59,train,0",
+            "lists/train.csv:3: expected time_end after time_start, found 69 to 59",
+        ),
+        (
+            "abseiling,x,59",
+            "lists/train.csv:3: expected 6 fields (label,youtube_id,time_start,time_end,split,is_cc), found 3",
+        ),
+        (
+            "diving,aaa,59,69,train,0",
+            "lists/train.csv:3: ../videos/aaa.mp4 is of class 'diving', but of 'abseiling' at lists/train.csv:2",
+        ),
+        (
+            "abseiling,aaa,59,69,test,0",
+            "lists/train.csv:3: ../videos/aaa.mp4 is in test, but also in train (lists/train.csv:2): "
+            "take it out of one of the two",
+        ),
+        ('"abseiling,x,59,69,train,0', "lists/train.csv:3: expected csv (unexpected end of data)"),
+    ],
+)
 def test_kinetics_errors(script, tmp_path, line, message):
     put(tmp_path / "lists/train.csv", HEADER, "abseiling,aaa,59,69,train,0", line)
     touch(tmp_path / "videos", "aaa.mp4")
@@ -165,33 +309,50 @@ def test_kinetics_what_is_not_there(script, tmp_path):
     assert script("kinetics", fails=True) == "lists: cannot be read (No such file or directory)"
     put(tmp_path / "lists/notes.csv", "x")
     assert script("kinetics", fails=True) == (
-        "lists: expected train.csv, val.csv or validate.csv in it, found none (--annotations)")
+        "lists: expected train.csv, val.csv or validate.csv in it, found none (--annotations)"
+    )
     put(tmp_path / "lists/test.csv", "youtube_id,time_start,time_end,split", "x,0,10,test")
-    assert script("kinetics", fails=True) == ("lists/test.csv:1: has no labels and cannot be used: name the other files, "
-                                              "--annotations train.csv val.csv")
+    assert script("kinetics", fails=True) == (
+        "lists/test.csv:1: has no labels and cannot be used: name the other files, "
+        "--annotations train.csv val.csv"
+    )
     put(tmp_path / "lists/test.csv", HEADER)
     put(tmp_path / "lists/train.csv", HEADER, "abseiling,x,0,10,train,0")
-    assert script("kinetics", fails=True) == "videos: no such folder (--videos sets the folder of the videos)"
+    assert (
+        script("kinetics", fails=True)
+        == "videos: no such folder (--videos sets the folder of the videos)"
+    )
     (tmp_path / "videos").mkdir()
-    assert script("kinetics", fails=True) == ("train: none of its 1 rows has a video on disk: looked first for "
-                                              "videos/abseiling/x_000000_000010.mp4 (--videos sets the folder)")
+    assert script("kinetics", fails=True) == (
+        "train: none of its 1 rows has a video on disk: looked first for "
+        "videos/abseiling/x_000000_000010.mp4 (--videos sets the folder)"
+    )
     touch(tmp_path / "videos", "x.mp4")
-    line = script("kinetics", "--out", "lists", fails=True)  # the official train.csv is not to be lost
-    assert line == "lists/train.csv: is there and is no manifest: not overwritten (--out sets another folder)"
+    line = script(
+        "kinetics", "--out", "lists", fails=True
+    )  # the official train.csv is not to be lost
+    assert (
+        line
+        == "lists/train.csv: is there and is no manifest: not overwritten (--out sets another folder)"
+    )
     put(tmp_path / "lists/train.csv", HEADER)
     assert script("kinetics", fails=True) == "lists: expected lines after the header, found none"
     put(tmp_path / "lists/train.csv", "path,label", "a,b")
-    assert script("kinetics",
-                  fails=True) == ("lists/train.csv:1: expected the columns label,youtube_id,time_start,time_end, found "
-                                              "path,label (without youtube_id,time_start,time_end)")
+    assert script("kinetics", fails=True) == (
+        "lists/train.csv:1: expected the columns label,youtube_id,time_start,time_end, found "
+        "path,label (without youtube_id,time_start,time_end)"
+    )
     (tmp_path / "lists/train.csv").write_bytes(b"label\n\xff")
     assert script("kinetics", fails=True) == "lists/train.csv:2: expected UTF-8 text"
 
 
 # ---- Something-Something v2 ------------------------------------------------------------------------------------------
 
-NUMBERS = {"Approaching something with your camera": "0", "Holding something next to something": "1",
-           "Pretending to put something on a surface": "2"}
+NUMBERS = {
+    "Approaching something with your camera": "0",
+    "Holding something next to something": "1",
+    "Pretending to put something on a surface": "2",
+}
 
 
 def entry(key, template, *words):
@@ -200,12 +361,24 @@ def entry(key, template, *words):
 
 
 def write_ssv2(folder, prefix=""):
-    held = entry("78687", "Holding [something] next to [something]", "potato") | {"label": 'holding "a potato", next to it'}
-    train = [held, entry("2", "Pretending to put [something] on a surface", "a \u00e9"), held,
-             entry("9", "Approaching [something] with your camera", "x")]
-    for name, contents in (("labels", NUMBERS), ("train", train),
-                           ("validation", [entry("5", "Approaching [something] with your camera", "a cup")])):
-        put(folder / f"lists/{prefix}{name}.json", json.dumps(contents, ensure_ascii=False, indent=1))
+    held = entry("78687", "Holding [something] next to [something]", "potato") | {
+        "label": 'holding "a potato", next to it'
+    }
+    train = [
+        held,
+        entry("2", "Pretending to put [something] on a surface", "a \u00e9"),
+        held,
+        entry("9", "Approaching [something] with your camera", "x"),
+    ]
+    for name, contents in (
+        ("labels", NUMBERS),
+        ("train", train),
+        ("validation", [entry("5", "Approaching [something] with your camera", "a cup")]),
+    ):
+        put(
+            folder / f"lists/{prefix}{name}.json",
+            json.dumps(contents, ensure_ascii=False, indent=1),
+        )
     touch(folder / "videos", "78687.webm", "2.webm", "5.mp4", "7.webm")
 
 
@@ -215,85 +388,150 @@ def test_ssv2(script, tmp_path, prefix):
     put(tmp_path / f"lists/{prefix}test.json", json.dumps([{"id": "7"}]))
     put(tmp_path / "lists/test-answers.csv", "7;Approaching something with your camera", end="\r\n")
     printed = script("ssv2")
-    assert rows(tmp_path / "out/train.csv") == [("78687.webm", "1", None, None), ("2.webm", "2", None, None)]
+    assert rows(tmp_path / "out/train.csv") == [
+        ("78687.webm", "1", None, None),
+        ("2.webm", "2", None, None),
+    ]
     assert rows(tmp_path / "out/val.csv") == [("5.mp4", "0", None, None)]
     assert rows(tmp_path / "out/test.csv") == [("7.webm", "0", None, None)]
-    assert column(tmp_path / "out/train.csv", "caption") == ['holding "a potato", next to it',
-                                                             "pretending to put a \u00e9 on a surface"]
-    assert column(tmp_path / "out/train.csv", "class") == ["Holding something next to something",
-                                                           "Pretending to put something on a surface"]
-    assert column(tmp_path / "out/test.csv", "caption") == ["Approaching something with your camera"]
+    assert column(tmp_path / "out/train.csv", "caption") == [
+        'holding "a potato", next to it',
+        "pretending to put a \u00e9 on a surface",
+    ]
+    assert column(tmp_path / "out/train.csv", "class") == [
+        "Holding something next to something",
+        "Pretending to put something on a surface",
+    ]
+    assert column(tmp_path / "out/test.csv", "caption") == [
+        "Approaching something with your camera"
+    ]
     assert (tmp_path / "out/classes.txt").read_text().splitlines() == list(NUMBERS)
     assert (tmp_path / "out/missing-train.txt").read_text() == "9.webm\n"
-    assert "out/train.csv: 2 rows, 2 classes, 1 videos missing (missing-train.txt), 1 duplicates" in printed
+    assert (
+        "out/train.csv: 2 rows, 2 classes, 1 videos missing (missing-train.txt), 1 duplicates"
+        in printed
+    )
     run("caption.py", "out/train.csv", "--labels", "--label-column", "caption", cwd=tmp_path)
-    assert json.loads((tmp_path / "out/train.captions.jsonl").read_text().splitlines()[0])["captions"] == (
-        ['holding "a potato", next to it'])
+    assert json.loads((tmp_path / "out/train.captions.jsonl").read_text().splitlines()[0])[
+        "captions"
+    ] == (['holding "a potato", next to it'])
     run("caption.py", "out/val.csv", "--labels", "--classes", "out/classes.txt", cwd=tmp_path)
     assert json.loads((tmp_path / "out/val.captions.jsonl").read_text())["captions"] == (
-        ["Approaching something with your camera"])
+        ["Approaching something with your camera"]
+    )
 
 
 def test_ssv2_errors(script, tmp_path):
-    assert script("ssv2", fails=True) == ("lists: expected labels.json or something-something-v2-labels.json in it, found none "
-                                          "(--annotations sets the folder)")
+    assert script("ssv2", fails=True) == (
+        "lists: expected labels.json or something-something-v2-labels.json in it, found none "
+        "(--annotations sets the folder)"
+    )
     write_ssv2(tmp_path)
     train = tmp_path / "lists/train.json"
     put(train, json.dumps([entry("1", "Eating [something]", "soup")]))
-    assert script("ssv2", fails=True) == ("lists/train.json: entry 1: expected a template that labels.json numbers, found "
-                                          "'Eating something'")
+    assert script("ssv2", fails=True) == (
+        "lists/train.json: entry 1: expected a template that labels.json numbers, found "
+        "'Eating something'"
+    )
     put(train, json.dumps([{"id": "1"}]))
-    assert script("ssv2", fails=True) == "lists/train.json: entry 1: expected the keys id, label, template, found id"
+    assert (
+        script("ssv2", fails=True)
+        == "lists/train.json: entry 1: expected the keys id, label, template, found id"
+    )
     put(train, "[", '{"id": }]')
     assert script("ssv2", fails=True) == "lists/train.json:2: expected json (Expecting value)"
     put(train, "{}")
     assert script("ssv2", fails=True) == "lists/train.json: expected a json list, found dict"
     put(tmp_path / "lists/labels.json", json.dumps({"a": "0", "b": "2"}))
-    assert script("ssv2", fails=True) == "lists/labels.json: expected the numbers 0 to 1, once each, found others"
+    assert (
+        script("ssv2", fails=True)
+        == "lists/labels.json: expected the numbers 0 to 1, once each, found others"
+    )
     write_ssv2(tmp_path)
     put(tmp_path / "lists/test.json", json.dumps([{"id": "7"}]))
     put(tmp_path / "lists/test-answers.csv", "8;Approaching something with your camera")
-    assert script("ssv2", fails=True) == "lists/test.json: entry 1: expected an id that test-answers.csv has, found '7'"
+    assert (
+        script("ssv2", fails=True)
+        == "lists/test.json: entry 1: expected an id that test-answers.csv has, found '7'"
+    )
     put(tmp_path / "lists/test-answers.csv", "8,Approaching")
-    assert script("ssv2", fails=True) == "lists/test-answers.csv:1: expected 'ID;TEMPLATE', found '8,Approaching'"
+    assert (
+        script("ssv2", fails=True)
+        == "lists/test-answers.csv:1: expected 'ID;TEMPLATE', found '8,Approaching'"
+    )
 
 
 def test_200000_rows_are_quick(script, tmp_path, monkeypatch):
     write_ssv2(tmp_path)
-    put(tmp_path / "lists/train.json", json.dumps([entry(str(i), "Approaching [something] with your camera", "a cup")
-                                                   for i in range(200_000)]))
-    put(tmp_path / "lists/validation.json", json.dumps([entry("200000", "Approaching [something] with your camera", "a cup")]))
+    put(
+        tmp_path / "lists/train.json",
+        json.dumps(
+            [
+                entry(str(i), "Approaching [something] with your camera", "a cup")
+                for i in range(200_000)
+            ]
+        ),
+    )
+    put(
+        tmp_path / "lists/validation.json",
+        json.dumps([entry("200000", "Approaching [something] with your camera", "a cup")]),
+    )
     names = [f"{i}.webm" for i in range(0, 200_001, 2)]
     monkeypatch.setattr(os, "walk", lambda folder, followlinks: [(folder, [], names)])
     before = time.process_time()
     printed = script("ssv2")
     assert time.process_time() - before < 10
-    assert "out/train.csv: 100000 rows, 1 classes, 100000 videos missing (missing-train.txt), 0 duplicates" in printed
+    assert (
+        "out/train.csv: 100000 rows, 1 classes, 100000 videos missing (missing-train.txt), 0 duplicates"
+        in printed
+    )
     video = read_manifest(tmp_path / "out/train.csv")[-1]
     assert (video.name, video.label) == ("../videos/199998.webm", "0")
 
 
 # ---- UCF101 ----------------------------------------------------------------------------------------------------------
 
+
 def write_ucf(folder, *more, split=1):
-    put(folder / "lists/classInd.txt", "1 ApplyEyeMakeup", "2 HandstandPushups", "3 YoYo", end="\r\n")
-    put(folder / f"lists/trainlist0{split}.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
-        "HandstandPushups/v_HandStandPushups_g08_c01.avi 2", "YoYo/v_YoYo_g09_c02.avi 3", *more, end="\r\n")
-    put(folder / f"lists/testlist0{split}.txt", "HandstandPushups/v_HandStandPushups_g01_c04.avi", "YoYo/v_YoYo_g01_c01.avi",
-        end="\r\n")
+    put(
+        folder / "lists/classInd.txt",
+        "1 ApplyEyeMakeup",
+        "2 HandstandPushups",
+        "3 YoYo",
+        end="\r\n",
+    )
+    put(
+        folder / f"lists/trainlist0{split}.txt",
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
+        "HandstandPushups/v_HandStandPushups_g08_c01.avi 2",
+        "YoYo/v_YoYo_g09_c02.avi 3",
+        *more,
+        end="\r\n",
+    )
+    put(
+        folder / f"lists/testlist0{split}.txt",
+        "HandstandPushups/v_HandStandPushups_g01_c04.avi",
+        "YoYo/v_YoYo_g01_c01.avi",
+        end="\r\n",
+    )
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])
 @pytest.mark.parametrize("flat", [True, False])
 def test_ucf101(script, tmp_path, split, flat):
     write_ucf(tmp_path, "YoYo/v_YoYo_g09_c02.avi 3", split=split)
-    names = ["ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "HandStandPushups/v_HandStandPushups_g08_c01.avi",
-             "YoYo/v_YoYo_g09_c02.mp4",
-             "HandStandPushups/v_HandStandPushups_g01_c04.avi"]
+    names = [
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",
+        "HandStandPushups/v_HandStandPushups_g08_c01.avi",
+        "YoYo/v_YoYo_g09_c02.mp4",
+        "HandStandPushups/v_HandStandPushups_g01_c04.avi",
+    ]
     names = [os.path.basename(name) for name in names] if flat else names
     touch(tmp_path / "videos", *names)
     printed = script("ucf101", "--split", split)
-    assert rows(tmp_path / "out/train.csv") == [(name, str(label), None, None) for label, name in enumerate(names[:3])]
+    assert rows(tmp_path / "out/train.csv") == [
+        (name, str(label), None, None) for label, name in enumerate(names[:3])
+    ]
     assert rows(tmp_path / "out/val.csv") == [(names[3], "1", None, None)]
     assert column(tmp_path / "out/val.csv", "class") == ["HandstandPushups"]
     assert (tmp_path / "out/classes.txt").read_text() == "ApplyEyeMakeup\nHandstandPushups\nYoYo\n"
@@ -305,135 +543,238 @@ def test_ucf101_errors(script, tmp_path):
     write_ucf(tmp_path)
     touch(tmp_path / "videos", "v_YoYo_g09_c02.avi", "v_YoYo_g01_c01.avi")
     for line, message in (
-            ("YoYo/v_YoYo_g09_c03.avi 2", "expected number 3, that of YoYo in classInd.txt, found 2"),
-            ("YoYo/v_YoYo_g09_c03.avi x", "expected 'CLASS/FILE.avi NUMBER', found 'x'"),
-            ("v_YoYo_g09_c03.avi", "expected a class of classInd.txt as the folder, found 'v_YoYo_g09_c03.avi'"),
-            ("NoNo/v_YoYo_g09_c03.avi", "expected a class of classInd.txt as the folder, found 'NoNo/v_YoYo_g09_c03.avi'")):
+        ("YoYo/v_YoYo_g09_c03.avi 2", "expected number 3, that of YoYo in classInd.txt, found 2"),
+        ("YoYo/v_YoYo_g09_c03.avi x", "expected 'CLASS/FILE.avi NUMBER', found 'x'"),
+        (
+            "v_YoYo_g09_c03.avi",
+            "expected a class of classInd.txt as the folder, found 'v_YoYo_g09_c03.avi'",
+        ),
+        (
+            "NoNo/v_YoYo_g09_c03.avi",
+            "expected a class of classInd.txt as the folder, found 'NoNo/v_YoYo_g09_c03.avi'",
+        ),
+    ):
         write_ucf(tmp_path, line)
         assert script("ucf101", fails=True) == f"lists/trainlist01.txt:4: {message}"
     write_ucf(tmp_path, "YoYo/v_YoYo_g01_c01.avi 3")  # a wrong split
-    assert script("ucf101", fails=True) == ("lists/testlist01.txt:2: ../videos/v_YoYo_g01_c01.avi is in val, but also in train "
-                                            "(lists/trainlist01.txt:4): take it out of one of the two")
+    assert script("ucf101", fails=True) == (
+        "lists/testlist01.txt:2: ../videos/v_YoYo_g01_c01.avi is in val, but also in train "
+        "(lists/trainlist01.txt:4): take it out of one of the two"
+    )
     put(tmp_path / "lists/classInd.txt", "1 ApplyEyeMakeup", "HandstandPushups")
-    assert script("ucf101", fails=True) == "lists/classInd.txt:2: expected 'NUMBER NAME', found 'HandstandPushups'"
+    assert (
+        script("ucf101", fails=True)
+        == "lists/classInd.txt:2: expected 'NUMBER NAME', found 'HandstandPushups'"
+    )
     put(tmp_path / "lists/classInd.txt", "1 ApplyEyeMakeup", "3 HandstandPushups")
     assert script("ucf101", fails=True) == "lists/classInd.txt:2: expected number 2, found 3"
     put(tmp_path / "lists/classInd.txt", "1 YoYo")
     assert script("ucf101", "--split", 2, fails=True) == (
-        "lists: expected trainlist02.txt in it, found none (--annotations sets the folder)")
+        "lists: expected trainlist02.txt in it, found none (--annotations sets the folder)"
+    )
 
 
 # ---- HMDB51 ----------------------------------------------------------------------------------------------------------
 
-ODD = ["#437_How_To_Ride_A_Bike_ride_bike_f_cm_np1_ri_med_0.avi", "Tom & J; (x) [y]..{z}, 'q'_0.avi", 'a "b".avi']
+ODD = [
+    "#437_How_To_Ride_A_Bike_ride_bike_f_cm_np1_ri_med_0.avi",
+    "Tom & J; (x) [y]..{z}, 'q'_0.avi",
+    'a "b".avi',
+]
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_hmdb51(script, tmp_path, split):
-    put(tmp_path / f"lists/brush_hair_test_split{split}.txt", *(f"{name} 1 " for name in ODD), "unused.avi 0 ", "same.avi 2 ",
-        "same.avi 2 ")
-    put(tmp_path / f"lists/wave_test_split{split}.txt", "same.avi 2 ", "w.avi 1 ", "only_in_brush_hair.avi 1 ")
-    touch(tmp_path / "videos", *(f"brush_hair/{name}" for name in ODD), "unused.avi", "brush_hair/same.avi", "wave/same.avi",
-          "w.avi",
-          "brush_hair/only_in_brush_hair.avi")
+    put(
+        tmp_path / f"lists/brush_hair_test_split{split}.txt",
+        *(f"{name} 1 " for name in ODD),
+        "unused.avi 0 ",
+        "same.avi 2 ",
+        "same.avi 2 ",
+    )
+    put(
+        tmp_path / f"lists/wave_test_split{split}.txt",
+        "same.avi 2 ",
+        "w.avi 1 ",
+        "only_in_brush_hair.avi 1 ",
+    )
+    touch(
+        tmp_path / "videos",
+        *(f"brush_hair/{name}" for name in ODD),
+        "unused.avi",
+        "brush_hair/same.avi",
+        "wave/same.avi",
+        "w.avi",
+        "brush_hair/only_in_brush_hair.avi",
+    )
     printed = script("hmdb51", "--split", split)
-    assert rows(tmp_path / "out/train.csv") == [*((f"brush_hair/{name}", "0", None, None) for name in ODD),
-                                                ("w.avi", "1", None, None)]
-    assert rows(tmp_path / "out/val.csv") == [("brush_hair/same.avi", "0", None, None), ("wave/same.avi", "1", None, None)]
+    assert rows(tmp_path / "out/train.csv") == [
+        *((f"brush_hair/{name}", "0", None, None) for name in ODD),
+        ("w.avi", "1", None, None),
+    ]
+    assert rows(tmp_path / "out/val.csv") == [
+        ("brush_hair/same.avi", "0", None, None),
+        ("wave/same.avi", "1", None, None),
+    ]
     assert (tmp_path / "out/missing-train.txt").read_text() == "wave/only_in_brush_hair.avi\n"
     assert (tmp_path / "out/classes.txt").read_text() == "brush_hair\nwave\n"
-    assert "warning: 2 classes do not list 70 training and 30 test clips: brush_hair 3 + 2, wave 2 + 1\n" in printed
+    assert (
+        "warning: 2 classes do not list 70 training and 30 test clips: brush_hair 3 + 2, wave 2 + 1\n"
+        in printed
+    )
     assert "out/val.csv: 2 rows, 2 classes, 0 videos missing, 1 duplicates" in printed
 
 
 def test_hmdb51_counts_and_errors(script, tmp_path):
     assert script("hmdb51", fails=True) == (
-        "lists: expected CLASS_test_split1.txt in it, found none (--annotations sets the folder)")
+        "lists: expected CLASS_test_split1.txt in it, found none (--annotations sets the folder)"
+    )
     path = tmp_path / "lists/wave_test_split1.txt"
     put(path, *(f"{i}.avi {1 if i < 70 else 2} " for i in range(100)), "u.avi 0 ")
     touch(tmp_path / "videos", *(f"wave/{i}.avi" for i in range(100)))
     assert "warning" not in script("hmdb51")
     assert len(rows(tmp_path / "out/train.csv")) == 70 and len(rows(tmp_path / "out/val.csv")) == 30
     put(path, "a.avi 1 ", "a.avi 3 ")
-    assert script("hmdb51", fails=True) == "lists/wave_test_split1.txt:2: expected 'FILE.avi 0', '1' or '2', found 'a.avi 3'"
+    assert (
+        script("hmdb51", fails=True)
+        == "lists/wave_test_split1.txt:2: expected 'FILE.avi 0', '1' or '2', found 'a.avi 3'"
+    )
     put(path, "a.avi")
-    assert script("hmdb51", fails=True) == "lists/wave_test_split1.txt:1: expected 'FILE.avi 0', '1' or '2', found 'a.avi'"
+    assert (
+        script("hmdb51", fails=True)
+        == "lists/wave_test_split1.txt:1: expected 'FILE.avi 0', '1' or '2', found 'a.avi'"
+    )
 
 
 # ---- Diving48 --------------------------------------------------------------------------------------------------------
+
 
 def dive(name, label):
     return {"vid_name": name, "label": label, "start_frame": 0, "end_frame": 125}
 
 
 def test_diving48(script, tmp_path):
-    put(tmp_path / "lists/Diving48_vocab.json",
-        json.dumps([["Back", "15som", "05Twis", "FREE"], ["Forward", "NoSom", "NoTwis", "PIKE"]]))
+    put(
+        tmp_path / "lists/Diving48_vocab.json",
+        json.dumps([["Back", "15som", "05Twis", "FREE"], ["Forward", "NoSom", "NoTwis", "PIKE"]]),
+    )
     for version, label in (("", 1), ("V2_", 0)):
-        put(tmp_path / f"lists/Diving48_{version}train.json", json.dumps([dive("_8Vy3dlHg2w_00000", label), dive("lost", 1)]))
+        put(
+            tmp_path / f"lists/Diving48_{version}train.json",
+            json.dumps([dive("_8Vy3dlHg2w_00000", label), dive("lost", 1)]),
+        )
         put(tmp_path / f"lists/Diving48_{version}test.json", json.dumps([dive("-x_00001", 1)]))
     touch(tmp_path / "videos", "rgb/_8Vy3dlHg2w_00000.mp4", "rgb/-x_00001.mp4")
     printed = script("diving48")
     assert rows(tmp_path / "out/train.csv") == [("rgb/_8Vy3dlHg2w_00000.mp4", "0", None, None)]
     assert rows(tmp_path / "out/val.csv") == [("rgb/-x_00001.mp4", "1", None, None)]
     assert column(tmp_path / "out/train.csv", "class") == ["Back 15som 05Twis FREE"]
-    assert (tmp_path / "out/missing-train.txt").read_text() == "lost.mp4\n" and "1 rows, 1 classes, 1 videos missing" in printed
+    assert (
+        tmp_path / "out/missing-train.txt"
+    ).read_text() == "lost.mp4\n" and "1 rows, 1 classes, 1 videos missing" in printed
     script("diving48", "--v1")
     assert rows(tmp_path / "out/train.csv") == [("rgb/_8Vy3dlHg2w_00000.mp4", "1", None, None)]
 
     put(tmp_path / "lists/Diving48_V2_train.json", json.dumps([dive("a", 2)]))
-    assert script("diving48",
-                  fails=True) == ("lists/Diving48_V2_train.json: entry 1: expected a label below 2, the classes of the "
-                                              "vocabulary, found 2")
+    assert script("diving48", fails=True) == (
+        "lists/Diving48_V2_train.json: entry 1: expected a label below 2, the classes of the "
+        "vocabulary, found 2"
+    )
     (tmp_path / "lists/Diving48_V2_train.json").unlink()
-    assert script("diving48",
-                  fails=True) == ("lists: has version 1 alone, whose labels are noisy: expected Diving48_V2_train.json "
-                                              "(--v1 reads version 1 all the same)")
+    assert script("diving48", fails=True) == (
+        "lists: has version 1 alone, whose labels are noisy: expected Diving48_V2_train.json "
+        "(--v1 reads version 1 all the same)"
+    )
     put(tmp_path / "lists/Diving48_vocab.json", json.dumps([["Back"], "Forward"]))
     assert script("diving48", "--v1", fails=True) == (
-        "lists/Diving48_vocab.json: entry 2: expected a list of attributes, found 'Forward'")
+        "lists/Diving48_vocab.json: entry 2: expected a list of attributes, found 'Forward'"
+    )
 
 
 # ---- EPIC-Kitchens ---------------------------------------------------------------------------------------------------
 
-EPIC_100 = ("narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
-            "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes")
-EPIC_55 = ("uid,participant_id,video_id,narration,start_timestamp,stop_timestamp,start_frame,stop_frame,verb,verb_class,noun,"
-           "noun_class,all_nouns,all_noun_classes")
+EPIC_100 = (
+    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+    "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
+)
+EPIC_55 = (
+    "uid,participant_id,video_id,narration,start_timestamp,stop_timestamp,start_frame,stop_frame,verb,verb_class,noun,"
+    "noun_class,all_nouns,all_noun_classes"
+)
 
 
 def write_epic_100(folder):
-    put(folder / "lists/EPIC_100_train.csv", EPIC_100,
+    put(
+        folder / "lists/EPIC_100_train.csv",
+        EPIC_100,
         "P01_01_0,P01,P01_01,00:00:01.089,00:00:00.14,00:00:03.37,8,202,open door,open,1,door,1,['door'],[1]",
         "P01_01_1,P01,P01_01,00:00:01.089,00:00:00.14,00:00:03.37,8,202,open fridge,open,1,fridge,2,['fridge'],[2]",
         "P01_01_1,P01,P01_01,00:00:01.089,00:00:00.14,00:00:03.37,8,202,open fridge,open,1,fridge,2,['fridge'],[2]",
         "P01_01_2,P01,P01_01,00:00:01.089,00:00:05.00,00:00:05.00,8,202,nothing,open,1,fridge,2,['fridge'],[2]",
         "P02_101_3,P02,P02_101,01:00:01,01:02:03.45,01:02:04.5,1,2,\"take tap, and door\",take,0,tap,0,\"['tap', 'door']\","
-        "\"[0, 1]\"",
-        "P09_01_0,P09,P09_01,00:00:01,00:00:02.00,00:00:03.00,1,2,lost,take,0,tap,0,['tap'],[0]")
-    put(folder / "lists/EPIC_100_validation.csv", EPIC_100,
+        '"[0, 1]"',
+        "P09_01_0,P09,P09_01,00:00:01,00:00:02.00,00:00:03.00,1,2,lost,take,0,tap,0,['tap'],[0]",
+    )
+    put(
+        folder / "lists/EPIC_100_validation.csv",
+        EPIC_100,
         "P01_11_0,P01,P01_11,00:00:00.560,00:00:00.00,00:00:01.89,1,113,open door,open,1,door,1,['door'],[1]",
-        "P18_01_5,P18,P18_01,00:00:00.560,00:00:02.00,00:00:04.00,1,113,take door,take,0,door,1,['door'],[1]")
-    put(folder / "lists/EPIC_100_verb_classes.csv", "id,key,instances,category", "0,take,\"['take', 'grab']\",retrieve",
-        "1,open,['open'],access")
-    put(folder / "lists/EPIC_100_noun_classes.csv", "id,key,instances,category", "0,tap,['tap'],a", "1,door,['door'],b",
-        "2,fridge,['fridge'],c")
-    put(folder / "lists/EPIC_100_unseen_participant_ids_validation.csv", "participant_id", "P18", "P32")
-    touch(folder / "videos", "P01/videos/P01_01.MP4", "P02/P02_101.mp4", "P01_11.Mp4", "P18/videos/P18_01.MP4")
+        "P18_01_5,P18,P18_01,00:00:00.560,00:00:02.00,00:00:04.00,1,113,take door,take,0,door,1,['door'],[1]",
+    )
+    put(
+        folder / "lists/EPIC_100_verb_classes.csv",
+        "id,key,instances,category",
+        "0,take,\"['take', 'grab']\",retrieve",
+        "1,open,['open'],access",
+    )
+    put(
+        folder / "lists/EPIC_100_noun_classes.csv",
+        "id,key,instances,category",
+        "0,tap,['tap'],a",
+        "1,door,['door'],b",
+        "2,fridge,['fridge'],c",
+    )
+    put(
+        folder / "lists/EPIC_100_unseen_participant_ids_validation.csv",
+        "participant_id",
+        "P18",
+        "P32",
+    )
+    touch(
+        folder / "videos",
+        "P01/videos/P01_01.MP4",
+        "P02/P02_101.mp4",
+        "P01_11.Mp4",
+        "P18/videos/P18_01.MP4",
+    )
 
 
-@pytest.mark.parametrize("task, train, val, classes", [
-    ("verb", "110", "10", ["take", "open"]), ("noun", "120", "11", ["tap", "door", "fridge"]),
-    ("action", "120", "13", ["take tap", "open door", "open fridge", "take door"])])
+@pytest.mark.parametrize(
+    "task, train, val, classes",
+    [
+        ("verb", "110", "10", ["take", "open"]),
+        ("noun", "120", "11", ["tap", "door", "fridge"]),
+        ("action", "120", "13", ["take tap", "open door", "open fridge", "take door"]),
+    ],
+)
 def test_epic_100(script, tmp_path, task, train, val, classes):
     write_epic_100(tmp_path)
     printed = script("epic", "--task", task, "--unseen")
     assert rows(tmp_path / "out/train.csv") == [
-        ("P01/videos/P01_01.MP4", train[0], 0.14, 3.37), ("P01/videos/P01_01.MP4", train[1], 0.14, 3.37),
-        ("P02/P02_101.mp4", train[2], 3723.45, 3724.5)]
-    assert rows(tmp_path / "out/val.csv") == [("P01_11.Mp4", val[0], 0, 1.89), ("P18/videos/P18_01.MP4", val[1], 2, 4)]
+        ("P01/videos/P01_01.MP4", train[0], 0.14, 3.37),
+        ("P01/videos/P01_01.MP4", train[1], 0.14, 3.37),
+        ("P02/P02_101.mp4", train[2], 3723.45, 3724.5),
+    ]
+    assert rows(tmp_path / "out/val.csv") == [
+        ("P01_11.Mp4", val[0], 0, 1.89),
+        ("P18/videos/P18_01.MP4", val[1], 2, 4),
+    ]
     assert rows(tmp_path / "out/val_unseen.csv") == [("P18/videos/P18_01.MP4", val[1], 2, 4)]
-    assert column(tmp_path / "out/train.csv", "narration") == ["open door", "open fridge", "take tap, and door"]
+    assert column(tmp_path / "out/train.csv", "narration") == [
+        "open door",
+        "open fridge",
+        "take tap, and door",
+    ]
     assert column(tmp_path / "out/train.csv", "participant") == ["P01", "P01", "P02"]
     assert column(tmp_path / "out/val.csv", "class") == [classes[int(label)] for label in val]
     assert (tmp_path / "out/classes.txt").read_text().splitlines() == classes
@@ -441,52 +782,107 @@ def test_epic_100(script, tmp_path, task, train, val, classes):
     assert "1 segments end at or before their start: left out" in printed
     assert "1 videos missing (missing-train.txt), 1 duplicates" in printed
     if task == "action":
-        assert "3 actions in training; 1 validation rows have one of 1 others, numbered from 3, which count as wrong" in printed
+        assert (
+            "3 actions in training; 1 validation rows have one of 1 others, numbered from 3, which count as wrong"
+            in printed
+        )
 
 
 def test_epic_55(script, tmp_path):
-    put(tmp_path / "lists/EPIC_train_action_labels.csv", EPIC_55,
+    put(
+        tmp_path / "lists/EPIC_train_action_labels.csv",
+        EPIC_55,
         "0,P01,P01_01,open door,00:00:00.14,00:00:03.37,8,202,open,1,door,0,['door'],[0]",
         "1,P25,P25_01,take door,00:00:04.00,00:00:05.00,8,202,take,0,door,0,['door'],[0]",
-        "2,P26,P26_01,take door,00:00:04.00,00:00:05.00,8,202,take,0,door,0,['door'],[0]")
-    put(tmp_path / "lists/EPIC_verb_classes.csv", "verb_id,class_key,verbs", "0,take,['take']", "1,open,['open']")
-    put(tmp_path / "lists/EPIC_noun_classes.csv", "noun_id,class_key,nouns", "0,door,\"['door', 'door:kitchen']\"")
+        "2,P26,P26_01,take door,00:00:04.00,00:00:05.00,8,202,take,0,door,0,['door'],[0]",
+    )
+    put(
+        tmp_path / "lists/EPIC_verb_classes.csv",
+        "verb_id,class_key,verbs",
+        "0,take,['take']",
+        "1,open,['open']",
+    )
+    put(
+        tmp_path / "lists/EPIC_noun_classes.csv",
+        "noun_id,class_key,nouns",
+        "0,door,\"['door', 'door:kitchen']\"",
+    )
     touch(tmp_path / "videos", "P01/P01_01.MP4", "P25/P25_01.MP4", "P26/P26_01.MP4")
     script("epic")
-    assert rows(tmp_path / "out/train.csv") == [("P01/P01_01.MP4", "1", 0.14, 3.37), ("P25/P25_01.MP4", "0", 4, 5)]
+    assert rows(tmp_path / "out/train.csv") == [
+        ("P01/P01_01.MP4", "1", 0.14, 3.37),
+        ("P25/P25_01.MP4", "0", 4, 5),
+    ]
     assert rows(tmp_path / "out/val.csv") == [("P26/P26_01.MP4", "0", 4, 5)]
     script("epic", "--val-from", 25)
-    assert [row[0] for row in rows(tmp_path / "out/val.csv")] == ["P25/P25_01.MP4", "P26/P26_01.MP4"]
+    assert [row[0] for row in rows(tmp_path / "out/val.csv")] == [
+        "P25/P25_01.MP4",
+        "P26/P26_01.MP4",
+    ]
     assert script("epic", "--unseen", fails=True) == (
-        "--unseen is for EPIC-Kitchens-100: in EPIC-55 all kitchens of val.csv are unseen")
+        "--unseen is for EPIC-Kitchens-100: in EPIC-55 all kitchens of val.csv are unseen"
+    )
 
 
 def test_epic_errors(script, tmp_path):
     assert script("epic", fails=True) == (
-        "lists: expected EPIC_100_train.csv or EPIC_train_action_labels.csv in it, found none (--annotations sets the folder)")
+        "lists: expected EPIC_100_train.csv or EPIC_train_action_labels.csv in it, found none (--annotations sets the folder)"
+    )
     write_epic_100(tmp_path)
-    assert script("epic", "--val-from", 26, fails=True) == "--val-from is for EPIC-Kitchens-55: EPIC-100 has a validation list"
-    for fields, message in (("0:0:1,00:00:03,8,202,x,open,1,door,1", "expected a time HH:MM:SS.ss, found '0:0:1'"),
-                            ("00:00:01,00:00:03,8,202,x,open,2,door,1", "expected a verb class below 2, found 2"),
-                            ("00:00:01,00:00:03,8,202,x,open,1,door,-1", "expected a noun class, found '-1'")):
-        put(tmp_path / "lists/EPIC_100_validation.csv", EPIC_100, f"P01_11_0,P01,P01_11,0,{fields},[],[]")
+    assert (
+        script("epic", "--val-from", 26, fails=True)
+        == "--val-from is for EPIC-Kitchens-55: EPIC-100 has a validation list"
+    )
+    for fields, message in (
+        ("0:0:1,00:00:03,8,202,x,open,1,door,1", "expected a time HH:MM:SS.ss, found '0:0:1'"),
+        ("00:00:01,00:00:03,8,202,x,open,2,door,1", "expected a verb class below 2, found 2"),
+        ("00:00:01,00:00:03,8,202,x,open,1,door,-1", "expected a noun class, found '-1'"),
+    ):
+        put(
+            tmp_path / "lists/EPIC_100_validation.csv",
+            EPIC_100,
+            f"P01_11_0,P01,P01_11,0,{fields},[],[]",
+        )
         assert script("epic", fails=True) == f"lists/EPIC_100_validation.csv:2: {message}"
     put(tmp_path / "lists/EPIC_100_verb_classes.csv", "id,key", "0,take", "2,open")
-    assert script("epic", fails=True) == "lists/EPIC_100_verb_classes.csv:3: expected class 1, found 2"
+    assert (
+        script("epic", fails=True) == "lists/EPIC_100_verb_classes.csv:3: expected class 1, found 2"
+    )
 
 
 # ---- any folder ------------------------------------------------------------------------------------------------------
 
+
 def test_folder(script, tmp_path):
-    touch(tmp_path / "videos", *(f"walk/deep/v_g{g:02d}_c{c}.mp4" for g in range(5) for c in range(3)), "run, fast/a.MOV",
-          "run, fast/b [1].webm", "one/x.mkv", "loose.mp4", "walk/notes.txt", "train/\u00e9.avi", "train/z.avi")
-    printed = script("folder", "--val", 0.4, "--group", r"(.*)_c\d+$|(?P<rest>.*)", fails=True, annotations=False)
+    touch(
+        tmp_path / "videos",
+        *(f"walk/deep/v_g{g:02d}_c{c}.mp4" for g in range(5) for c in range(3)),
+        "run, fast/a.MOV",
+        "run, fast/b [1].webm",
+        "one/x.mkv",
+        "loose.mp4",
+        "walk/notes.txt",
+        "train/\u00e9.avi",
+        "train/z.avi",
+    )
+    printed = script(
+        "folder", "--val", 0.4, "--group", r"(.*)_c\d+$|(?P<rest>.*)", fails=True, annotations=False
+    )
     assert "finds no group in its name" in printed
     printed = script("folder", "--val", 0.4, annotations=False)
     train, val = rows(tmp_path / "out/train.csv"), rows(tmp_path / "out/val.csv")
     assert not set(train) & set(val) and len(train) + len(val) == 20 and len(val) == 8
-    assert {name.split("/")[0]: label for name, label, *_ in train} == {"one": "0", "run, fast": "1", "train": "2", "walk": "3"}
-    assert {label for _, label, *_ in val} == {"1", "2", "3"}  # every class with two files has both sides
+    assert {name.split("/")[0]: label for name, label, *_ in train} == {
+        "one": "0",
+        "run, fast": "1",
+        "train": "2",
+        "walk": "3",
+    }
+    assert {label for _, label, *_ in val} == {
+        "1",
+        "2",
+        "3",
+    }  # every class with two files has both sides
     assert (tmp_path / "out/classes.txt").read_text() == "one\nrun, fast\ntrain\nwalk\n"
     assert "1 videos are in no class folder: left out" in printed
     assert "1 classes are not in both train and val: one\n" in printed
@@ -500,44 +896,84 @@ def test_folder(script, tmp_path):
 
 
 def test_folder_groups(script, tmp_path):
-    touch(tmp_path / "videos", *(f"walk/v_g{g:02d}_c{c}.mp4" for g in range(5) for c in range(g + 1)), "sit/v_g00_c9.mp4",
-          "sit/v_g07_c0.mp4")
+    touch(
+        tmp_path / "videos",
+        *(f"walk/v_g{g:02d}_c{c}.mp4" for g in range(5) for c in range(g + 1)),
+        "sit/v_g00_c9.mp4",
+        "sit/v_g07_c0.mp4",
+    )
     for seed in range(5):
         script("folder", "--group", r"(.*)_c\d+$", "--seed", seed, annotations=False)
-        sides = [{re.search("g..", name)[0] for name, *_ in rows(tmp_path / f"out/{split}.csv")} for split in ("train", "val")]
-        assert not sides[0] & sides[1] and sides[0] | sides[1] == {"g00", "g01", "g02", "g03", "g04", "g07"}
-        assert {row[1] for row in rows(tmp_path / "out/val.csv")} == {"0", "1"}  # one group of each class
+        sides = [
+            {re.search("g..", name)[0] for name, *_ in rows(tmp_path / f"out/{split}.csv")}
+            for split in ("train", "val")
+        ]
+        assert not sides[0] & sides[1] and sides[0] | sides[1] == {
+            "g00",
+            "g01",
+            "g02",
+            "g03",
+            "g04",
+            "g07",
+        }
+        assert {row[1] for row in rows(tmp_path / "out/val.csv")} == {
+            "0",
+            "1",
+        }  # one group of each class
 
 
 def test_folder_given_split(script, tmp_path):
-    touch(tmp_path / "videos", "train/a/1_c1.mp4", "train/b/2_c1.mp4", "validation/a/3_c1.mp4", "test/b/4_c1.mp4")
+    touch(
+        tmp_path / "videos",
+        "train/a/1_c1.mp4",
+        "train/b/2_c1.mp4",
+        "validation/a/3_c1.mp4",
+        "test/b/4_c1.mp4",
+    )
     printed = script("folder", "--group", "(.*)_c", annotations=False)
     assert [rows(tmp_path / f"out/{split}.csv") for split in ("train", "val", "test")] == [
         [("train/a/1_c1.mp4", "0", None, None), ("train/b/2_c1.mp4", "1", None, None)],
-        [("validation/a/3_c1.mp4", "0", None, None)], [("test/b/4_c1.mp4", "1", None, None)]]
+        [("validation/a/3_c1.mp4", "0", None, None)],
+        [("test/b/4_c1.mp4", "1", None, None)],
+    ]
     assert "1 classes are not in both train and val: b" in printed
     touch(tmp_path / "videos", "validation/b/2_c7.mp4")
     assert script("folder", "--group", "(.*)_c", annotations=False, fails=True) == (
-        "videos/validation/b/2_c7.mp4: group '2' is in val, but also in train (train/b/2_c1.mp4)")
+        "videos/validation/b/2_c7.mp4: group '2' is in val, but also in train (train/b/2_c1.mp4)"
+    )
     script("folder", annotations=False)
     (tmp_path / "videos/validation").rename(tmp_path / "other")
-    script("folder", annotations=False)  # the only other folder is the test set, which serves as val
+    script(
+        "folder", annotations=False
+    )  # the only other folder is the test set, which serves as val
     assert rows(tmp_path / "out/val.csv") == [("test/b/4_c1.mp4", "1", None, None)]
 
 
 def test_folder_errors(script, tmp_path):
     (tmp_path / "videos").mkdir()
     line = script("folder", annotations=False, fails=True)
-    assert line == "videos: expected videos in class folders (.mp4, .mkv, .webm, .avi, .mov), found none (--videos)"
-    assert script("folder", "--val", 1, annotations=False, fails=True) == "--val 1: expected a share between 0 and 1"
-    assert script("folder", "--group", "(", annotations=False, fails=True).startswith("--group '(': is no regular expression (")
+    assert (
+        line
+        == "videos: expected videos in class folders (.mp4, .mkv, .webm, .avi, .mov), found none (--videos)"
+    )
+    assert (
+        script("folder", "--val", 1, annotations=False, fails=True)
+        == "--val 1: expected a share between 0 and 1"
+    )
+    assert script("folder", "--group", "(", annotations=False, fails=True).startswith(
+        "--group '(': is no regular expression ("
+    )
     assert script("folder", "--group", "x", annotations=False, fails=True) == (
-        "--group 'x': expected parentheses around what names the group")
+        "--group 'x': expected parentheses around what names the group"
+    )
     touch(tmp_path / "videos", os.fsdecode(b"a/\xff.mp4"), "a/b.mp4", "a/c.mp4")
-    assert script("folder", annotations=False, fails=True).endswith("a name that is not UTF-8: rename the file")
+    assert script("folder", annotations=False, fails=True).endswith(
+        "a name that is not UTF-8: rename the file"
+    )
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
+
 
 def test_links(script, tmp_path):
     """Linked folders are followed, loops of links are not, and paths hold where the output folder is itself a link."""
@@ -548,10 +984,15 @@ def test_links(script, tmp_path):
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "far/away")
     assert script("folder", annotations=False, fails=True) == (
-        "videos: expected a class of two groups or more to draw val.csv from, found none (--group)")
+        "videos: expected a class of two groups or more to draw val.csv from, found none (--group)"
+    )
     touch(tmp_path / "videos", "a/4.mp4")
     script("folder", annotations=False)
-    found = [video.path for split in ("train", "val") for video in read_manifest(tmp_path / f"out/{split}.csv")]
+    found = [
+        video.path
+        for split in ("train", "val")
+        for video in read_manifest(tmp_path / f"out/{split}.csv")
+    ]
     assert len(found) == 3 and all(map(os.path.isfile, found))
     assert all(not os.path.isabs(path) for path in column(tmp_path / "out/train.csv", "path"))
 
@@ -560,20 +1001,48 @@ def test_run_as_a_user_does(tmp_path):
     touch(tmp_path / "videos", "a/1.mp4", "a/2.mp4")
     out = run("data/folder.py", "--videos", "videos", "--out", "out", cwd=tmp_path, process=True)
     assert "out/train.csv: 1 rows, 1 classes, 0 videos missing, 0 duplicates" in out
-    line = run("data/kinetics.py", "--videos", "videos", "--out", "out", cwd=tmp_path, process=True, fails=True)
+    line = run(
+        "data/kinetics.py",
+        "--videos",
+        "videos",
+        "--out",
+        "out",
+        cwd=tmp_path,
+        process=True,
+        fails=True,
+    )
     assert line == "data/kinetics/annotations: cannot be read (No such file or directory)"
 
 
 def test_the_example_of_group_takes_any_name(script, tmp_path):
     """The regular expression that folder.py's docstring shows, on names of UCF's kind and on ordinary ones."""
     example = re.search(r"--group '(.*)'", (ROOT / "data/folder.py").read_text())[1]
-    names = ["v_Archery_g01_c02", "v_Archery_g01_c03", "v_Archery_g02_c01", "holiday", "IMG_1234", "my clip (2)"]
+    names = [
+        "v_Archery_g01_c02",
+        "v_Archery_g01_c03",
+        "v_Archery_g02_c01",
+        "holiday",
+        "IMG_1234",
+        "my clip (2)",
+    ]
     groups = [re.search(example, name)[1] for name in names]
-    assert groups == ["v_Archery_g01", "v_Archery_g01", "v_Archery_g02", "holiday", "IMG_1234", "my clip (2)"]
+    assert groups == [
+        "v_Archery_g01",
+        "v_Archery_g01",
+        "v_Archery_g02",
+        "holiday",
+        "IMG_1234",
+        "my clip (2)",
+    ]
     touch(tmp_path / "videos", *(f"{kind}/{name}.mp4" for kind in ("a", "b") for name in names))
     script("folder", "--val", 0.4, "--group", example, annotations=False)
-    both = [{os.path.basename(row[0]) for row in rows(tmp_path / f"out/{split}.csv")} for split in ("train", "val")]
+    both = [
+        {os.path.basename(row[0]) for row in rows(tmp_path / f"out/{split}.csv")}
+        for split in ("train", "val")
+    ]
     assert not both[0] & both[1] and len(both[0] | both[1]) == len(names)
     together = {"v_Archery_g01_c02.mp4", "v_Archery_g01_c03.mp4"}
     assert together <= both[0] or together <= both[1]
-    assert "make optional what some names lack" in script("folder", "--group", r"(.*)_c\d+$", annotations=False, fails=True)
+    assert "make optional what some names lack" in script(
+        "folder", "--group", r"(.*)_c\d+$", annotations=False, fails=True
+    )

@@ -1,4 +1,5 @@
 """The README keeps to what is there: links, files to copy, commands and their flags, and figures that the study printed."""
+
 import csv
 import os
 import re
@@ -8,17 +9,20 @@ import subprocess
 import sys
 
 import pytest
+import study
 from conftest import ROOT
 
-import study
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("experiments/*.md")),
+]
 
 
 def rows_under(text, head):
     """The cells of the rows of the table whose head line begins with `head`."""
-    lines = iter(text[text.index(head):].splitlines()[2:])
+    lines = iter(text[text.index(head) :].splitlines()[2:])
     found = []
     for line in lines:
         if not line.startswith("|"):
@@ -31,12 +35,16 @@ def test_links_lead_somewhere():
     seen = 0
     for page in PAGES:
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-        assert not [link for link in links if "://" not in link and not (page.parent / link).exists()], page
+        assert not [
+            link for link in links if "://" not in link and not (page.parent / link).exists()
+        ], page
         seen += len(links)
     assert seen > 30
 
 
-@pytest.mark.parametrize("row", rows_under(README, "| file | of this project |")[:-1], ids=lambda row: row[0].split()[0])
+@pytest.mark.parametrize(
+    "row", rows_under(README, "| file | of this project |")[:-1], ids=lambda row: row[0].split()[0]
+)
 def test_files_can_be_copied_out(row, tmp_path):
     """Each file with what the README says it needs, in an empty folder, and no other package than those named."""
     ours = [row[0].split()[0], *re.findall(r"[\w/]+\.py", row[1])]
@@ -44,16 +52,38 @@ def test_files_can_be_copied_out(row, tmp_path):
     for name in ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    installed = {"av", "matplotlib", "numpy", "open_clip", "PIL", "pytest", "safetensors", "torch", "torchvision", "tqdm", "transformers"}
-    blocked = installed - needs - ({"numpy", "PIL"} if "torch" in needs else set())  # torch and torchvision bring these along
+    installed = {
+        "av",
+        "matplotlib",
+        "numpy",
+        "open_clip",
+        "PIL",
+        "pytest",
+        "safetensors",
+        "torch",
+        "torchvision",
+        "tqdm",
+        "transformers",
+    }
+    blocked = (
+        installed - needs - ({"numpy", "PIL"} if "torch" in needs else set())
+    )  # torch and torchvision bring these along
     code = f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\nimport {ours[0].removesuffix('.py').replace('/', '.')} as copied\nprint(copied.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == str(tmp_path / ours[0]), done.stderr
 
 
 def commands(text):
     """The commands of ours in a page, as lists of words: in blocks, and in `code` that begins with python or torchrun."""
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
+    blocks = (
+        "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
+    )
     for line in [*blocks, *re.findall(r"`((?:python|torchrun) [^`]+)`", text.replace("\n", " "))]:
         for command in line.split("#")[0].split("&&"):
             if re.match(r"\s*(python|torchrun) .*(\.py|-m tgm\.)", command):
@@ -64,9 +94,18 @@ def test_commands_name_scripts_and_flags_that_exist():
     seen = 0
     for words in (words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))):
         script = next(word for word in words if word.endswith(".py"))
-        source = (ROOT / script).read_text() + "".join((ROOT / name).read_text() for name in ("data/lists.py", "tgm/run.py"))
-        for flag in (word.split("=")[0] for word in words[words.index(script):] if word.startswith("--") and word != "--help"):
-            assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, (script, flag)
+        source = (ROOT / script).read_text() + "".join(
+            (ROOT / name).read_text() for name in ("data/lists.py", "tgm/run.py")
+        )
+        for flag in (
+            word.split("=")[0]
+            for word in words[words.index(script) :]
+            if word.startswith("--") and word != "--help"
+        ):
+            assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, (
+                script,
+                flag,
+            )
             seen += 1
     assert seen > 50
 
@@ -78,9 +117,17 @@ def test_the_studys_figures_are_those_of_its_runs():
     for tier in study.TIERS:
         args = study.parse_args(["--tier", tier])
         with open(args.results / "runs.csv", newline="", encoding="utf-8") as file:
-            rows = [{key: study.number(value) for key, value in row.items()} for row in csv.DictReader(file) if row["tier"] == tier]
+            rows = [
+                {key: study.number(value) for key, value in row.items()}
+                for row in csv.DictReader(file)
+                if row["tier"] == tier
+            ]
         start = f"<!-- study.py: {tier} -->"
-        assert not rows or page.split(start)[1].startswith("\n" + study.text_between(rows, args).split("### What the saliencies")[0].rstrip())
+        assert not rows or page.split(start)[1].startswith(
+            "\n" + study.text_between(rows, args).split("### What the saliencies")[0].rstrip()
+        )
     figures = re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", README)
     assert not [figure for figure in figures if figure not in page]
-    assert len(figures) > 10 or "answers are withdrawn" in README  # no figures only while the study's answers do not stand
+    assert (
+        len(figures) > 10 or "answers are withdrawn" in README
+    )  # no figures only while the study's answers do not stand

@@ -1,14 +1,14 @@
 """The measurements of experiments/: known answers, and that the scripts print their tables."""
+
+import masks
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import run
 from test_motion import FPS, HEIGHT, ONE_REFERENCE, WIDTH, pan
 
-import masks
-import toy
 from tgm.manifest import Video
-
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,33 @@ def test_the_true_field_has_no_error(scenes):
     for right, error, _ in found.values():
         assert right == 1 and error < 1e-5
     backwards = masks.field_error(-field, scenes)
-    assert all(right == 0 and error == pytest.approx(2, abs=1e-5) for right, error, _ in backwards.values())
+    assert all(
+        right == 0 and error == pytest.approx(2, abs=1e-5) for right, error, _ in backwards.values()
+    )
 
 
 def test_share_and_constancy_of_known_masks(scenes):
-    everything, nothing = torch.ones(40, 512, dtype=torch.bool), torch.zeros(40, 512, dtype=torch.bool)
-    assert (masks.object_share(everything, scenes) == 1).all() and (masks.object_share(nothing, scenes) == 0).all()
+    everything, nothing = (
+        torch.ones(40, 512, dtype=torch.bool),
+        torch.zeros(40, 512, dtype=torch.bool),
+    )
+    assert (masks.object_share(everything, scenes) == 1).all() and (
+        masks.object_share(nothing, scenes) == 0
+    ).all()
     left = nothing.view(40, 8, 8, 8).clone()
     left[..., :4] = True
     true = np.stack([toy.render(sc, np.arange(16) / 10)[1] for sc in scenes])
-    assert np.allclose(masks.object_share(left.flatten(1), scenes), true[..., :32].sum((1, 2, 3)) / true.sum((1, 2, 3)))
-    assert (masks.constancy(nothing, scenes) == 1).all() and np.isnan(masks.constancy(everything, scenes)).all()
+    assert np.allclose(
+        masks.object_share(left.flatten(1), scenes),
+        true[..., :32].sum((1, 2, 3)) / true.sum((1, 2, 3)),
+    )
+    assert (masks.constancy(nothing, scenes) == 1).all() and np.isnan(
+        masks.constancy(everything, scenes)
+    ).all()
     alternate = nothing.view(40, 8, 64).clone()
-    alternate[:, ::2] = True  # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see nothing
+    alternate[:, ::2] = (
+        True  # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see nothing
+    )
     assert np.allclose(masks.constancy(alternate.flatten(1), scenes), 6 / 22)
 
 
@@ -50,7 +64,9 @@ def test_points_stay_on_the_object(scenes):
         at = masks.object_points(sc)
         assert at.shape[0] == 8 and at.shape[1] > 100
         x, y = at.astype(int).transpose(2, 0, 1)
-        assert drawn[np.arange(8)[:, None], y, x].mean() > 0.93  # but for those in pixels that the edge cuts
+        assert (
+            drawn[np.arange(8)[:, None], y, x].mean() > 0.93
+        )  # but for those in pixels that the edge cuts
 
 
 def test_the_true_field_explains_the_pictures(tmp_path):
@@ -64,11 +80,29 @@ def test_the_true_field_explains_the_pictures(tmp_path):
 
 
 def test_the_tables(world):
-    out = run("experiments/masks.py", "--data", "data/val.csv", "--field", "again=data/val", cwd=world)
+    out = run(
+        "experiments/masks.py", "--data", "data/val.csv", "--field", "again=data/val", cwd=world
+    )
     assert out.count("| codec | ") == out.count("| again | ") == 2
     assert len([line for line in out.splitlines() if line.startswith("| 0.75 | motion")]) == 2
-    share = {line.split(" | ")[1]: float(line.split(" | ")[2]) for line in out.splitlines() if line.startswith("| 0.6 | ")}
+    share = {
+        line.split(" | ")[1]: float(line.split(" | ")[2])
+        for line in out.splitlines()
+        if line.startswith("| 0.6 | ")
+    }
     assert share["tube"] < 0.9  # the last table's
-    assert "| beside the manifest | 24 of 24 |" in run("experiments/masks.py", "--warp", "--data", "data/val.csv", cwd=world)
-    assert "make it with: python saliency.py" in run("experiments/masks.py", "--data", "data/val.csv", "--field", "x=nowhere", cwd=world, fails=True)
-    assert "is not the toy world's train split" in run("experiments/masks.py", "--data", "data/val.csv", "--split", "train", cwd=world, fails=True)
+    assert "| beside the manifest | 24 of 24 |" in run(
+        "experiments/masks.py", "--warp", "--data", "data/val.csv", cwd=world
+    )
+    assert "make it with: python saliency.py" in run(
+        "experiments/masks.py",
+        "--data",
+        "data/val.csv",
+        "--field",
+        "x=nowhere",
+        cwd=world,
+        fails=True,
+    )
+    assert "is not the toy world's train split" in run(
+        "experiments/masks.py", "--data", "data/val.csv", "--split", "train", cwd=world, fails=True
+    )

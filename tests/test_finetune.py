@@ -1,4 +1,5 @@
 """Stage 4: layer-wise decay, mixing, views and metrics against written-out references; then the command line."""
+
 import csv
 import json
 import math
@@ -14,13 +15,31 @@ import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image
 
-from tgm import evaluation
 import finetune
 import model as models
+from tgm import evaluation
 from tgm.manifest import read_manifest
 
-TINY = ("--size", "tiny", "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 2, "--workers", 0, "--no-flip",
-        "--views", 2, 1, "--drop-path", 0.2)
+TINY = (
+    "--size",
+    "tiny",
+    "--batch-size",
+    8,
+    "--epochs",
+    3,
+    "--warmup-epochs",
+    1,
+    "--log-every",
+    2,
+    "--workers",
+    0,
+    "--no-flip",
+    "--views",
+    2,
+    1,
+    "--drop-path",
+    0.2,
+)
 
 
 def weights(path):
@@ -34,22 +53,42 @@ def log(folder):
 def test_layer_wise_decay():
     model = models.VideoViT("tiny", classes=5)  # three blocks
     optimizer = finetune.make_optimizer(model, 1.0, 0.5, 0.05)
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    expected = {"patch_embed": 1 / 16, "blocks.0": 1 / 8, "blocks.1": 1 / 4, "blocks.2": 1 / 2, "fc_norm": 1, "head": 1}
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    expected = {
+        "patch_embed": 1 / 16,
+        "blocks.0": 1 / 8,
+        "blocks.1": 1 / 4,
+        "blocks.2": 1 / 2,
+        "fc_norm": 1,
+        "head": 1,
+    }
     assert len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         rate = next(rate for start, rate in expected.items() if name.startswith(start))
         still = name.endswith("bias") or "norm" in name
         assert found[id(parameter)] == (rate, 0.0 if still else 0.05), name
     lines = finetune.layer_table(optimizer, 3).splitlines()
-    assert [line.split("lr")[0].strip() for line in lines] == ["patch embedding", "block 0", "block 1", "block 2", "norm and head"]
+    assert [line.split("lr")[0].strip() for line in lines] == [
+        "patch embedding",
+        "block 0",
+        "block 1",
+        "block 2",
+        "norm and head",
+    ]
     assert "0.25" in lines[2]
 
 
 def test_learning_rate_is_that_of_pretraining():
     import pretrain
+
     for step in (0, 3, 10, 50, 99):
-        assert finetune.learning_rate(step, 0.1, 10, 100, 1e-5) == pretrain.learning_rate(step, 0.1, 10, 100, 1e-5)
+        assert finetune.learning_rate(step, 0.1, 10, 100, 1e-5) == pretrain.learning_rate(
+            step, 0.1, 10, 100, 1e-5
+        )
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0), (0.8, 1.0)])
@@ -60,15 +99,25 @@ def test_mixing_and_its_targets(mixup, cutmix):
     mix, kinds = finetune.make_mix(mixup, cutmix, 5), set()
     for _ in range(12):
         mixed, targets = mix(clips.clone(), labels)
-        assert mixed.shape == clips.shape and targets.shape == (4, 5) and torch.allclose(targets.sum(1), torch.ones(4))
+        assert (
+            mixed.shape == clips.shape
+            and targets.shape == (4, 5)
+            and torch.allclose(targets.sum(1), torch.ones(4))
+        )
         share = targets[0, 0].item()
-        assert torch.allclose(targets, share * F.one_hot(labels, 5) + (1 - share) * F.one_hot(labels.roll(1), 5), atol=1e-6)
+        assert torch.allclose(
+            targets,
+            share * F.one_hot(labels, 5) + (1 - share) * F.one_hot(labels.roll(1), 5),
+            atol=1e-6,
+        )
         before = clips.roll(1, 0)
         if torch.allclose(mixed, share * clips + (1 - share) * before, atol=1e-5):
             kinds.add("mixup" if share < 1 else "none")
         else:
-            taken = (mixed == before).all((0, 1, 2))                                         # [H, W], the same for all frames
-            assert torch.equal(mixed, torch.where(taken, before, clips)) and taken.float().mean().item() == pytest.approx(1 - share)
+            taken = (mixed == before).all((0, 1, 2))  # [H, W], the same for all frames
+            assert torch.equal(
+                mixed, torch.where(taken, before, clips)
+            ) and taken.float().mean().item() == pytest.approx(1 - share)
             kinds.add("cutmix")
     kinds.discard("none")
     assert kinds == {name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
@@ -88,13 +137,17 @@ def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
     torch.manual_seed(99)
     assert torch.equal(again[2, 7]["clip"], first["clip"]) and first["label"].tolist() == [7] * 3
     assert first["clip"].shape == (3, 3, 8, 32, 32) and first["clip"].dtype == torch.uint8
-    assert not torch.equal(first["clip"][0], first["clip"][1]) and not torch.equal(data[1, 7]["clip"], first["clip"])
+    assert not torch.equal(first["clip"][0], first["clip"][1]) and not torch.equal(
+        data[1, 7]["clip"], first["clip"]
+    )
 
 
 def test_every_frame_is_augmented_alike(world):
     """Eight copies of one frame stay eight copies of one frame, whatever is done to them."""
     data = clips_of(world, "--erase", 1)
-    frames = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1)
+    frames = torch.randint(
+        0, 256, (1, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    ).expand(8, -1, -1, -1)
     seen = []
     for seed in range(20):
         clip = data.augment(frames, seed)
@@ -103,13 +156,21 @@ def test_every_frame_is_augmented_alike(world):
     assert len(torch.stack(seen).unique(dim=0)) == 20
     plain = clips_of(world, "--erase", 0, "--rand-augment", 0, 0, "--crop-scale", 1, 1, "--no-flip")
     square = frames[..., :48]
-    expected = F.interpolate(square.float(), (32, 32), mode="bilinear", antialias=True).transpose(0, 1)
-    assert (plain.augment(square, 3) - expected).abs().max() < 1.5  # torch's own uint8 arithmetic is within one of the float's
+    expected = F.interpolate(square.float(), (32, 32), mode="bilinear", antialias=True).transpose(
+        0, 1
+    )
+    assert (
+        plain.augment(square, 3) - expected
+    ).abs().max() < 1.5  # torch's own uint8 arithmetic is within one of the float's
 
 
 def test_uniform_sampling_spreads_over_the_video(world, monkeypatch):
     wanted = []
-    monkeypatch.setattr(finetune.VideoReader, "read", lambda self, times: wanted.append(times) or np.zeros((8, 64, 64, 3), np.uint8))
+    monkeypatch.setattr(
+        finetune.VideoReader,
+        "read",
+        lambda self, times: wanted.append(times) or np.zeros((8, 64, 64, 3), np.uint8),
+    )
     clips_of(world, "--sampling", "uniform")[0, 0]
     clips_of(world)[0, 0]
     uniform, dense = wanted
@@ -128,6 +189,7 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
     videos = read_manifest(world / "data/val.csv")[:5]
     videos[3] = videos[3]._replace(path="gone.mp4")
     import contextlib
+
     found = evaluation.predict(model, videos, 4, (2, 3), args, "cpu", contextlib.nullcontext())
     assert model.training and found.shape == (5, 4) and found[3].isnan().all()
     model.eval()
@@ -140,7 +202,10 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
 
 def test_scores_against_loops():
     generator = torch.Generator().manual_seed(0)
-    probabilities, labels = torch.rand(200, 7, generator=generator), torch.randint(-1, 6, (200,), generator=generator)  # class 6 is absent
+    probabilities, labels = (
+        torch.rand(200, 7, generator=generator),
+        torch.randint(-1, 6, (200,), generator=generator),
+    )  # class 6 is absent
     probabilities[5] = probabilities[11] = math.nan
     result = evaluation.score(probabilities, labels, 7)
     top1 = top5 = 0
@@ -153,8 +218,13 @@ def test_scores_against_loops():
             top1 += order[0] == label
             right[label] += order[0] == label
             top5 += label in order[:5]
-    assert result["top1"] == pytest.approx(top1 / 200) and result["top5"] == pytest.approx(top5 / 200)
-    assert result["mean_class"] == pytest.approx(np.mean([right[c] / total[c] for c in range(6)])) and result["per_class"][6].isnan()
+    assert result["top1"] == pytest.approx(top1 / 200) and result["top5"] == pytest.approx(
+        top5 / 200
+    )
+    assert (
+        result["mean_class"] == pytest.approx(np.mean([right[c] / total[c] for c in range(6)]))
+        and result["per_class"][6].isnan()
+    )
     assert np.array_equal(result["confusion"], confusion)
 
 
@@ -162,7 +232,9 @@ def test_bootstrap_interval():
     correct = torch.arange(400) < 300
     low, high = evaluation.bootstrap(correct)
     spread = 1.96 * math.sqrt(0.75 * 0.25 / 400)
-    assert low == pytest.approx(0.75 - spread, abs=0.01) and high == pytest.approx(0.75 + spread, abs=0.01)
+    assert low == pytest.approx(0.75 - spread, abs=0.01) and high == pytest.approx(
+        0.75 + spread, abs=0.01
+    )
     assert evaluation.bootstrap(torch.ones(9, dtype=torch.bool)) == [1.0, 1.0]
 
 
@@ -171,12 +243,16 @@ def test_confusion_picture(tmp_path, classes):
     confusion = torch.eye(classes, dtype=torch.long) * 5
     confusion[0] = 0
     confusion[0, 1] = 3
-    evaluation.draw_confusion(tmp_path / "c.png", confusion, [f"a class of the name {c}" for c in range(classes)])
+    evaluation.draw_confusion(
+        tmp_path / "c.png", confusion, [f"a class of the name {c}" for c in range(classes)]
+    )
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size[0] == picture.size[1] <= 1620
         cell = max(2, min(36, 1200 // classes))
         margin = picture.size[0] - 4 - cell * classes
-        at = lambda i, j: picture.getpixel((margin + j * cell + cell - 2, margin + i * cell + 1 + (cell > 3)))
+        at = lambda i, j: picture.getpixel(
+            (margin + j * cell + cell - 2, margin + i * cell + 1 + (cell > 3))
+        )
         assert at(0, 1) == at(1, 1) == (20, 60, 130) and at(0, 0) == (255, 255, 255)
 
 
@@ -185,35 +261,98 @@ def test_confusion_picture(tmp_path, classes):
 
 def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
     """Trains, validates, tests, writes its files; best and last; then --test-only gives the same numbers."""
-    run("pretrain.py", "--data", world / "data/train.csv", "--size", "tiny", "--batch-size", 8, "--epochs", 1, "--workers", 0, "--out",
-        tmp_path / "pre", "--mask", "tube")
+    run(
+        "pretrain.py",
+        "--data",
+        world / "data/train.csv",
+        "--size",
+        "tiny",
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--out",
+        tmp_path / "pre",
+        "--mask",
+        "tube",
+    )
     data = ("--data", world / "data/train.csv", "--val", world / "data/val.csv")
-    out = run("finetune.py", *TINY, *data, "--checkpoint", tmp_path / "pre/checkpoint.pt", "--out", tmp_path / "ft", "--use", "best")
-    assert "encoder loaded; not used: " in out and "new, as the file has none: final norm (2 keys), classifier (2 keys)" in out and "block 2" in out and "24 videos, 0 unreadable, 2 x 1 views" in out
+    out = run(
+        "finetune.py",
+        *TINY,
+        *data,
+        "--checkpoint",
+        tmp_path / "pre/checkpoint.pt",
+        "--out",
+        tmp_path / "ft",
+        "--use",
+        "best",
+    )
+    assert (
+        "encoder loaded; not used: " in out
+        and "new, as the file has none: final norm (2 keys), classifier (2 keys)" in out
+        and "block 2" in out
+        and "24 videos, 0 unreadable, 2 x 1 views" in out
+    )
     lines = log(tmp_path / "ft")
     assert [line["step"] for line in lines if "val_top1" in line] == [4, 8, 12]
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
-    first = max((line for line in lines if "val_top1" in line), key=lambda line: line["val_top1"])  # of equals, the first
+    first = max(
+        (line for line in lines if "val_top1" in line), key=lambda line: line["val_top1"]
+    )  # of equals, the first
     assert best["best"] == first["val_top1"] and best["step"] == first["step"]
-    groups = torch.load(tmp_path / "ft/checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert len({group["scale"] for group in groups}) == 5 and np.ptp([group["lr"] / group["scale"] for group in groups]) < 1e-12
+    groups = torch.load(tmp_path / "ft/checkpoint.pt", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
+    assert (
+        len({group["scale"] for group in groups}) == 5
+        and np.ptp([group["lr"] / group["scale"] for group in groups]) < 1e-12
+    )
     summary = json.loads((tmp_path / "ft/test.json").read_text())
-    labels = [[video.label for video in read_manifest(world / f"data/{split}.csv")] for split in ("train", "val")]
-    assert summary["majority"] in {np.mean([label == common for label in labels[1]]) for common in set(labels[0])
-                                   if labels[0].count(common) == max(map(labels[0].count, labels[0]))}
-    assert summary["videos"] == 24 and summary["checkpoint"].endswith("best.pt") and summary["top1_bootstrap"][0] <= summary["top1"]
+    labels = [
+        [video.label for video in read_manifest(world / f"data/{split}.csv")]
+        for split in ("train", "val")
+    ]
+    assert summary["majority"] in {
+        np.mean([label == common for label in labels[1]])
+        for common in set(labels[0])
+        if labels[0].count(common) == max(map(labels[0].count, labels[0]))
+    }
+    assert (
+        summary["videos"] == 24
+        and summary["checkpoint"].endswith("best.pt")
+        and summary["top1_bootstrap"][0] <= summary["top1"]
+    )
     with open(tmp_path / "ft/per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == sorted({video.label for video in read_manifest(world / "data/train.csv")})
+    assert [row["class"] for row in rows] == sorted(
+        {video.label for video in read_manifest(world / "data/train.csv")}
+    )
     assert sum(int(row["videos"]) for row in rows) == 24
     shares = [float(row["accuracy"]) for row in rows if row["accuracy"]]
     assert np.mean(shares) == pytest.approx(summary["mean_class"], abs=1e-4)
     assert (tmp_path / "ft/confusion.png").stat().st_size > 500
-    run("finetune.py", "--test-only", "--checkpoint", tmp_path / "ft/best.pt", "--test", world / "data/val.csv", "--views", 2, 1, "--workers", 1,
-        "--out", tmp_path / "again")
+    run(
+        "finetune.py",
+        "--test-only",
+        "--checkpoint",
+        tmp_path / "ft/best.pt",
+        "--test",
+        world / "data/val.csv",
+        "--views",
+        2,
+        1,
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "again",
+    )
     again = json.loads((tmp_path / "again/test.json").read_text())
-    assert {key: again[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")} == {key: summary[key] for key in
-           ("top1", "top5", "mean_class", "top1_bootstrap")}
+    assert {key: again[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")} == {
+        key: summary[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")
+    }
 
 
 def test_two_ranks_test_as_one_does(copy):
@@ -221,16 +360,44 @@ def test_two_ranks_test_as_one_does(copy):
     lines = (copy / "data/val.csv").read_text().splitlines()
     (copy / "data/odd.csv").write_text("\n".join(lines[:-1]) + "\n")
     run("finetune.py", *TINY, "--max-steps", 6, "--out", "one", cwd=copy)
-    flags = ("--test-only", "--checkpoint", "one/checkpoint.pt", "--test", "data/odd.csv", "--views", 2, 3, "--workers", 0, "--batch-size", 12)
+    flags = (
+        "--test-only",
+        "--checkpoint",
+        "one/checkpoint.pt",
+        "--test",
+        "data/odd.csv",
+        "--views",
+        2,
+        3,
+        "--workers",
+        0,
+        "--batch-size",
+        12,
+    )
     run("finetune.py", *flags, "--out", "alone", cwd=copy)
     run("finetune.py", *flags, "--out", "both", cwd=copy, ranks=2)
-    alone, both = (json.loads((copy / name / "test.json").read_text()) for name in ("alone", "both"))
+    alone, both = (
+        json.loads((copy / name / "test.json").read_text()) for name in ("alone", "both")
+    )
     assert alone == both and alone["videos"] == 23
     assert (copy / "alone/per_class.csv").read_text() == (copy / "both/per_class.csv").read_text()
 
 
 def test_two_ranks_train_as_one_does(copy):
-    flags = [*TINY, "--max-steps", 3, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--views", 1, 1]  # which know one rank's batch
+    flags = [
+        *TINY,
+        "--max-steps",
+        3,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--drop-path",
+        0,
+        "--views",
+        1,
+        1,
+    ]  # which know one rank's batch
     flags[flags.index("--batch-size") + 1] = 16
     run("finetune.py", *flags, "--out", "one", cwd=copy)
     flags[flags.index("--batch-size") + 1] = 8
@@ -240,12 +407,31 @@ def test_two_ranks_train_as_one_does(copy):
 
 
 def test_accumulation_is_a_larger_batch(world, tmp_path):
-    flags = [*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 2, "--mixup", 0, "--cutmix", 0,
-             "--drop-path", 0, "--views", 1, 1]
+    flags = [
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--max-steps",
+        2,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--drop-path",
+        0,
+        "--views",
+        1,
+        1,
+    ]
     run("finetune.py", *flags, "--accum", 2, "--out", tmp_path / "accum")
     flags[flags.index("--batch-size") + 1] = 16
     run("finetune.py", *flags, "--out", tmp_path / "large")
-    accum, large = weights(tmp_path / "accum/checkpoint.pt"), weights(tmp_path / "large/checkpoint.pt")
+    accum, large = (
+        weights(tmp_path / "accum/checkpoint.pt"),
+        weights(tmp_path / "large/checkpoint.pt"),
+    )
     assert all(torch.allclose(accum[key], large[key], atol=2e-5) for key in accum)
 
 
@@ -254,60 +440,177 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
     flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv")
     run("finetune.py", *flags, "--out", tmp_path / "whole")
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 3)
-    assert "is there already: --resume auto" in run("finetune.py", *flags, "--out", tmp_path / "parts", fails=True)
-    run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 8, "--resume", "auto", "--workers", 4)
+    assert "is there already: --resume auto" in run(
+        "finetune.py", *flags, "--out", tmp_path / "parts", fails=True
+    )
+    run(
+        "finetune.py",
+        *flags,
+        "--out",
+        tmp_path / "parts",
+        "--max-steps",
+        8,
+        "--resume",
+        "auto",
+        "--workers",
+        4,
+    )
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
-    whole, parts = weights(tmp_path / "whole/checkpoint.pt"), weights(tmp_path / "parts/checkpoint.pt")
+    whole, parts = (
+        weights(tmp_path / "whole/checkpoint.pt"),
+        weights(tmp_path / "parts/checkpoint.pt"),
+    )
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert json.loads((tmp_path / "whole/test.json").read_text())["top1"] == json.loads((tmp_path / "parts/test.json").read_text())["top1"]
+    assert (
+        json.loads((tmp_path / "whole/test.json").read_text())["top1"]
+        == json.loads((tmp_path / "parts/test.json").read_text())["top1"]
+    )
     steps = [line["step"] for line in log(tmp_path / "parts") if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 12
-    run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")  # nothing left: it only tests
+    run(
+        "finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto"
+    )  # nothing left: it only tests
 
 
 def start(*args, cwd):
     """finetune.py in a process group of its own."""
     command = [sys.executable, str(ROOT / "finetune.py"), *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_ends_by_it(world, tmp_path, number):
-    process = start(*TINY, "--epochs", 1000, "--log-every", 1, "--data", world / "data/train.csv", "--val", world / "data/val.csv",
-                    "--out", tmp_path, cwd=tmp_path)
+    process = start(
+        *TINY,
+        "--epochs",
+        1000,
+        "--log-every",
+        1,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--out",
+        tmp_path,
+        cwd=tmp_path,
+    )
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
     os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == -number and f"{number.name}: saved" in out, errors
     assert f"{number.name}: saving after this step" in errors
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == log(tmp_path)[-1]["step"]
+    assert (
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+        == log(tmp_path)[-1]["step"]
+    )
 
 
-@pytest.mark.parametrize("flags", [
-    ("--sampling", "uniform"), ("--sampling", "dense", "--flip"), ("--amp", "bf16"), ("--amp", "fp16"), ("--amp", "off", "--clip-grad", 0.5),
-    ("--checkpointing", "--rand-augment", 0, 0), ("--use", "last", "--label-column", "object"), ("--frames", 4, "--image-size", 64, "--layer-decay", 1),
-], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--sampling", "uniform"),
+        ("--sampling", "dense", "--flip"),
+        ("--amp", "bf16"),
+        ("--amp", "fp16"),
+        ("--amp", "off", "--clip-grad", 0.5),
+        ("--checkpointing", "--rand-augment", 0, 0),
+        ("--use", "last", "--label-column", "object"),
+        ("--frames", 4, "--image-size", 64, "--layer-decay", 1),
+    ],
+    ids=str,
+)
 def test_every_choice_trains(world, tmp_path, flags):
-    run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--out", tmp_path, "--max-steps", 2, *flags)
+    run(
+        "finetune.py",
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--out",
+        tmp_path,
+        "--max-steps",
+        2,
+        *flags,
+    )
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint.pt").values())
 
 
 def test_label_smoothing_reaches_the_loss(world, tmp_path):
-    flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--max-steps", 4, "--blr", 0.04, "--views", 1, 1,
-             "--mixup", 0, "--cutmix", 0)
+    flags = (
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--max-steps",
+        4,
+        "--blr",
+        0.04,
+        "--views",
+        1,
+        1,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+    )
     for name, smoothing in (("hard", 0), ("soft", 0.5)):
         run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
-    hard, soft = (log(tmp_path / name)[1]["loss"] for name in ("hard", "soft"))  # the mean of steps 3 and 4
+    hard, soft = (
+        log(tmp_path / name)[1]["loss"] for name in ("hard", "soft")
+    )  # the mean of steps 3 and 4
     assert hard != soft and soft < 3
 
 
 def test_it_learns(world, tmp_path):
     """The object of 32 videos by heart, from scratch."""
-    data = ("--data", world / "data/train.csv", "--val", world / "data/train.csv", "--label-column", "object")
-    run("finetune.py", *TINY, *data, "--epochs", 40, "--blr", 0.08, "--layer-decay", 1, "--mixup", 0, "--cutmix", 0, "--rand-augment", 0, 0,
-        "--erase", 0, "--crop-scale", 0.9, 1, "--repeat", 4, "--log-every", 60, "--out", tmp_path)
+    data = (
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/train.csv",
+        "--label-column",
+        "object",
+    )
+    run(
+        "finetune.py",
+        *TINY,
+        *data,
+        "--epochs",
+        40,
+        "--blr",
+        0.08,
+        "--layer-decay",
+        1,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--rand-augment",
+        0,
+        0,
+        "--erase",
+        0,
+        "--crop-scale",
+        0.9,
+        1,
+        "--repeat",
+        4,
+        "--log-every",
+        60,
+        "--out",
+        tmp_path,
+    )
     assert json.loads((tmp_path / "test.json").read_text())["top1"] > 0.9
 
 
@@ -318,38 +621,93 @@ def test_others_checkpoints(world, tmp_path):
     model.head.weight.data.normal_()
     models.save_huggingface(model, tmp_path / "hf")
     lines = (world / "data/val.csv").read_text().splitlines()[1:8]
-    (tmp_path / "numbers.csv").write_text("path,label\n" + "".join(f"{world}/data/{line.split(',')[0]},{i % 3}\n" for i, line in enumerate(lines)))
+    (tmp_path / "numbers.csv").write_text(
+        "path,label\n"
+        + "".join(f"{world}/data/{line.split(',')[0]},{i % 3}\n" for i, line in enumerate(lines))
+    )
     flags = ("--size", "tiny", "--workers", 0, "--views", 1, 1)
-    run("finetune.py", *flags, "--test-only", "--checkpoint", tmp_path / "hf", "--test", tmp_path / "numbers.csv", "--out", tmp_path / "out")
+    run(
+        "finetune.py",
+        *flags,
+        "--test-only",
+        "--checkpoint",
+        tmp_path / "hf",
+        "--test",
+        tmp_path / "numbers.csv",
+        "--out",
+        tmp_path / "out",
+    )
     summary = json.loads((tmp_path / "out/test.json").read_text())
     assert (summary["videos"], summary["classes"], summary["top5"]) == (7, 3, 1.0)
-    out = run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--checkpoint", tmp_path / "hf",
-              "--max-steps", 1, "--out", tmp_path / "ft")
-    assert "hf: encoder loaded; new, as the file has none: classifier (2 keys)\n" in out and "8 classes" in out
+    out = run(
+        "finetune.py",
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--checkpoint",
+        tmp_path / "hf",
+        "--max-steps",
+        1,
+        "--out",
+        tmp_path / "ft",
+    )
+    assert (
+        "hf: encoder loaded; new, as the file has none: classifier (2 keys)\n" in out
+        and "8 classes" in out
+    )
 
 
 def test_bad_videos(copy):
     (copy / "data/bad.mp4").write_bytes(b"not a video")
     for split in ("train", "val"):
         lines = (copy / f"data/{split}.csv").read_text().splitlines()
-        lines[4] = "bad.mp4" + lines[4][lines[4].index(","):]
+        lines[4] = "bad.mp4" + lines[4][lines[4].index(",") :]
         (copy / f"data/{split}.csv").write_text("\n".join(lines) + "\n")
-    assert "24 videos, 1 unreadable" in run("finetune.py", *TINY, "--out", "a", "--epochs", 1, cwd=copy)
-    assert "more than --max-bad 0.01: bad.mp4" in run("finetune.py", *TINY, "--out", "b", "--max-bad", 0.01, cwd=copy, fails=True)
+    assert "24 videos, 1 unreadable" in run(
+        "finetune.py", *TINY, "--out", "a", "--epochs", 1, cwd=copy
+    )
+    assert "more than --max-bad 0.01: bad.mp4" in run(
+        "finetune.py", *TINY, "--out", "b", "--max-bad", 0.01, cwd=copy, fails=True
+    )
 
 
 def test_refusals_name_what_mends(copy):
     assert "python data/toy.py" in run("finetune.py", cwd=copy / "data", fails=True, process=True)
-    assert "nowhere.pt: no such file" in run("finetune.py", *TINY, "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
-    assert "lower --batch-size" in run("finetune.py", *TINY, "--batch-size", 33, cwd=copy, fails=True)
-    assert "a column 'kind'" in run("finetune.py", *TINY, "--label-column", "kind", cwd=copy, fails=True)
+    assert "nowhere.pt: no such file" in run(
+        "finetune.py", *TINY, "--checkpoint", "nowhere.pt", cwd=copy, fails=True
+    )
+    assert "lower --batch-size" in run(
+        "finetune.py", *TINY, "--batch-size", 33, cwd=copy, fails=True
+    )
+    assert "a column 'kind'" in run(
+        "finetune.py", *TINY, "--label-column", "kind", cwd=copy, fails=True
+    )
     torch.save({"model": models.VideoMAE("tiny").state_dict()}, copy / "pre.pt")
-    assert "holds no classifier" in run("finetune.py", *TINY, "--test-only", "--checkpoint", "pre.pt", cwd=copy, fails=True)
-    assert "does not fit VideoViT" in run("finetune.py", *TINY, "--size", "small", "--image-size", 32, "--checkpoint", "pre.pt", cwd=copy, fails=True)
+    assert "holds no classifier" in run(
+        "finetune.py", *TINY, "--test-only", "--checkpoint", "pre.pt", cwd=copy, fails=True
+    )
+    assert "does not fit VideoViT" in run(
+        "finetune.py",
+        *TINY,
+        "--size",
+        "small",
+        "--image-size",
+        32,
+        "--checkpoint",
+        "pre.pt",
+        cwd=copy,
+        fails=True,
+    )
     (copy / "data/none.csv").write_text("path\nvideos/val/00000.mp4\n")
-    assert "has no label" in run("finetune.py", *TINY, "--val", "data/none.csv", cwd=copy, fails=True)
+    assert "has no label" in run(
+        "finetune.py", *TINY, "--val", "data/none.csv", cwd=copy, fails=True
+    )
     (copy / "data/other.csv").write_text("path,label\nvideos/val/00000.mp4,juggle\n")
-    assert "none of its labels is among the classes grow" in run("finetune.py", *TINY, "--val", "data/other.csv", cwd=copy, fails=True)
+    assert "none of its labels is among the classes grow" in run(
+        "finetune.py", *TINY, "--val", "data/other.csv", cwd=copy, fails=True
+    )
     if not torch.cuda.is_available():
         assert "no GPU" in run("finetune.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
 
@@ -362,30 +720,68 @@ def test_learning_rates_of_videomaes_recipes():
     recipes = {  # flags -> (learning rate, floor)
         "--accum 3 --epochs 75 --blr 5e-4 --views 5 3": (7.5e-4, 1.5e-6),
         "--accum 4 --repeat 1 --epochs 100 --blr 1e-3": (2e-3, 2e-6),
-        "--accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3": (7.5e-4, 1.5e-6),
+        "--accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3": (
+            7.5e-4,
+            1.5e-6,
+        ),
         "--accum 4 --repeat 1 --epochs 50": (1e-3, 2e-6),
-        "--epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3": (2.5e-4, 5e-6),
+        "--epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3": (
+            2.5e-4,
+            5e-6,
+        ),
     }
     for flags, (lr, floor) in recipes.items():
         assert flags in finetune.__doc__
         args = finetune.parse_args(flags.split())
         videos = args.batch_size * args.accum * 8
-        assert args.blr * videos / 256 == pytest.approx(lr) and args.min_blr * videos / 256 == pytest.approx(floor)
+        assert args.blr * videos / 256 == pytest.approx(
+            lr
+        ) and args.min_blr * videos / 256 == pytest.approx(floor)
         steps = args.epochs * 100
-        rates = [finetune.learning_rate(step, lr, 500, steps, floor) for step in (0, 499, 500, steps - 1)]
-        assert rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)] and rates[-1] >= floor
+        rates = [
+            finetune.learning_rate(step, lr, 500, steps, floor) for step in (0, 499, 500, steps - 1)
+        ]
+        assert (
+            rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)]
+            and rates[-1] >= floor
+        )
 
 
 @pytest.mark.parametrize("repeat, accum", [(1, 1), (3, 1), (2, 2)])
 def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat, accum):
     """0.032 x 8 x accum / 256, which falls to a floor of the same scale."""
-    out = run("finetune.py", *TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv", "--out", tmp_path, "--log-every", 1,
-              "--repeat", repeat, "--accum", accum, "--blr", 0.032, "--min-blr", 0.016, "--views", 1, 1)
+    out = run(
+        "finetune.py",
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--val",
+        world / "data/val.csv",
+        "--out",
+        tmp_path,
+        "--log-every",
+        1,
+        "--repeat",
+        repeat,
+        "--accum",
+        accum,
+        "--blr",
+        0.032,
+        "--min-blr",
+        0.016,
+        "--views",
+        1,
+        1,
+    )
     rates = [line["lr"] for line in log(tmp_path) if "loss" in line]
     steps = 12 // accum
     lr, floor = 1e-3 * accum, 5e-4 * accum
-    last = floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (steps - 1 - steps // 3) / (steps - steps // 3)))
-    assert len(rates) == steps and max(rates) == pytest.approx(lr) and rates[-1] == pytest.approx(last)
+    last = floor + (lr - floor) * 0.5 * (
+        1 + math.cos(math.pi * (steps - 1 - steps // 3) / (steps - steps // 3))
+    )
+    assert (
+        len(rates) == steps and max(rates) == pytest.approx(lr) and rates[-1] == pytest.approx(last)
+    )
     assert f"lr           {lr:g} = 0.032 x {8 * accum} / 256, falls to {floor:g}" in out
     assert f"= {8 * accum * repeat} clips" in out
 
@@ -404,19 +800,40 @@ def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
         share = targets[0, own[0]].item()
         if 0.001 < share < 0.999:
             assert ((targets > 0).sum(1) == 2).all()
-        seen = torch.stack([mixed.mean((1, 2, 3, 4)), targets @ torch.arange(8.0)])  # what is in the clip, and what the target says
+        seen = torch.stack(
+            [mixed.mean((1, 2, 3, 4)), targets @ torch.arange(8.0)]
+        )  # what is in the clip, and what the target says
         assert torch.allclose(*seen, atol=1e-4)
 
 
 def test_a_run_mixes_different_videos(world, tmp_path, monkeypatch):
     seen = []
     entropy = finetune.F.cross_entropy
-    monkeypatch.setattr(finetune.F, "cross_entropy", lambda logits, target, **flags: seen.append(target) or entropy(logits, target, **flags))
+    monkeypatch.setattr(
+        finetune.F,
+        "cross_entropy",
+        lambda logits, target, **flags: seen.append(target) or entropy(logits, target, **flags),
+    )
     lines = (world / "data/train.csv").read_text().splitlines()[1:9]
     rows = [f"{world}/data/{line.split(',')[0]},{number}" for number, line in enumerate(lines)]
     (tmp_path / "eight.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
-    run("finetune.py", *TINY, "--data", tmp_path / "eight.csv", "--val", tmp_path / "eight.csv", "--epochs", 6, "--mixup", 1, "--views", 1, 1,
-        "--out", tmp_path / "run")
+    run(
+        "finetune.py",
+        *TINY,
+        "--data",
+        tmp_path / "eight.csv",
+        "--val",
+        tmp_path / "eight.csv",
+        "--epochs",
+        6,
+        "--mixup",
+        1,
+        "--views",
+        1,
+        1,
+        "--out",
+        tmp_path / "run",
+    )
     mixed = [target for target in seen if 0.01 < target.max() < 0.99]
     assert len(mixed) >= 3
     for target in mixed:
@@ -431,6 +848,7 @@ def test_each_operation_of_rand_augment_comes_with_probability_one_half(world, m
     def counted(self, *args, **flags):
         counts[-1] += 1
         return apply(self, *args, **flags)
+
     monkeypatch.setattr(finetune.v2.RandAugment, "_apply_image_or_video_transform", counted)
     data = clips_of(world, "--erase", 0)
     frames = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
@@ -453,9 +871,16 @@ def test_erasing_fills_in_noise_of_normalised_pixels(world):
         box = (clip[:, 0] != 7).any(0)
         shares.append(box.float().mean().item())
         noise.append(models.normalize(clip[None])[0, :, 0][:, box])
-    noise = torch.cat(noise, 1)                                                                  # [3, pixels]
-    assert noise.mean(1).abs().max() < 0.03 and ((noise.std(1) - 0.97).abs() < 0.05).all(), (noise.mean(1), noise.std(1))
-    assert 0.01 < min(shares) and max(shares) < 0.36 and np.mean(shares) == pytest.approx(0.175, abs=0.03)
+    noise = torch.cat(noise, 1)  # [3, pixels]
+    assert noise.mean(1).abs().max() < 0.03 and ((noise.std(1) - 0.97).abs() < 0.05).all(), (
+        noise.mean(1),
+        noise.std(1),
+    )
+    assert (
+        0.01 < min(shares)
+        and max(shares) < 0.36
+        and np.mean(shares) == pytest.approx(0.175, abs=0.03)
+    )
 
 
 def test_dropout_before_the_head():
@@ -471,7 +896,9 @@ def test_dropout_before_the_head():
     model.eval()
     model(video)
     kept = seen[0] != 0
-    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.03) and torch.allclose(seen[0][kept], 2 * seen[1][kept])
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.03) and torch.allclose(
+        seen[0][kept], 2 * seen[1][kept]
+    )
 
 
 # ---- going on with a run
@@ -487,17 +914,34 @@ def test_resumed_with_other_flags_it_is_refused(copy):
         assert line.startswith("run/checkpoint.pt: another run: ") and "--resume none" in line
         assert (copy / "run/checkpoint.pt").read_bytes() == before
         return line
-    for flag, value, was in (("--blr", 0.01, 0.0005), ("--min-blr", 0.1, 1e-06), ("--layer-decay", 0.5, 0.75), ("--weight-decay", 0.1, 0.05),
-                             ("--seed", 7, 0), ("--warmup-epochs", 2, 1.0), ("--mixup", 0, 0.8), ("--repeat", 1, 2), ("--smoothing", 0, 0.1),
-                             ("--drop-path", 0, 0.2), ("--head-dropout", 0.5, 0.0), ("--clip-grad", 1, 0.0), ("--erase", 0, 0.25),
-                             ("--sampling", "uniform", "dense"), ("--stride", 1, 2), ("--label-column", "object", "label"),
-                             ("--epochs", 2, 3)):
+
+    for flag, value, was in (
+        ("--blr", 0.01, 0.0005),
+        ("--min-blr", 0.1, 1e-06),
+        ("--layer-decay", 0.5, 0.75),
+        ("--weight-decay", 0.1, 0.05),
+        ("--seed", 7, 0),
+        ("--warmup-epochs", 2, 1.0),
+        ("--mixup", 0, 0.8),
+        ("--repeat", 1, 2),
+        ("--smoothing", 0, 0.1),
+        ("--drop-path", 0, 0.2),
+        ("--head-dropout", 0.5, 0.0),
+        ("--clip-grad", 1, 0.0),
+        ("--erase", 0, 0.25),
+        ("--sampling", "uniform", "dense"),
+        ("--stride", 1, 2),
+        ("--label-column", "object", "label"),
+        ("--epochs", 2, 3),
+    ):
         line = refused(flag, value)
         assert f"{flag} was {was}, is {type(was)(value)}" in line, line
     assert "--flip was False, is True" in refused("--flip")
     assert "was 8 videos a step, is 4" in refused("--batch-size", 4)
     assert "was 8 videos a step, is 16" in refused("--accum", 2)
-    assert "another run: --blr" in run("finetune.py", *base, "--blr", 1, cwd=copy, fails=True)  # nor is resuming suggested
+    assert "another run: --blr" in run(
+        "finetune.py", *base, "--blr", 1, cwd=copy, fails=True
+    )  # nor is resuming suggested
     assert "--resume auto goes on" in run("finetune.py", *base, cwd=copy, fails=True)
 
     csv_path = copy / "data/train.csv"
@@ -505,7 +949,9 @@ def test_resumed_with_other_flags_it_is_refused(copy):
     lines = text.splitlines()
     first = lines[1].split(",")
     other = next(line.split(",")[1] for line in lines[2:] if line.split(",")[1] != first[1])
-    csv_path.write_text("\n".join([lines[0], ",".join([first[0], other, *first[2:]]), *lines[2:]]) + "\n")
+    csv_path.write_text(
+        "\n".join([lines[0], ",".join([first[0], other, *first[2:]]), *lines[2:]]) + "\n"
+    )
     assert "--data has other videos or labels" in refused()
     csv_path.write_text("\n".join(lines[:-1]) + "\n")
     assert "--data has other videos or labels" in refused()
@@ -517,8 +963,30 @@ def test_resumed_with_other_flags_it_is_refused(copy):
     (copy / "other.csv").write_text(text.replace("videos/", f"{copy}/data/videos/"))
     assert "--data was data/train.csv, is other.csv" in refused("--data", "other.csv")
 
-    run("finetune.py", *base, "--resume", "auto", "--epochs", 4, "--batch-size", 4, "--accum", 2, "--workers", 1, "--log-every", 1, "--views", 2, 1,
-        "--max-bad", 0.5, "--use", "best", cwd=copy)
+    run(
+        "finetune.py",
+        *base,
+        "--resume",
+        "auto",
+        "--epochs",
+        4,
+        "--batch-size",
+        4,
+        "--accum",
+        2,
+        "--workers",
+        1,
+        "--log-every",
+        1,
+        "--views",
+        2,
+        1,
+        "--max-bad",
+        0.5,
+        "--use",
+        "best",
+        cwd=copy,
+    )
     assert log(copy / "run")[-1]["step"] == 16
 
 
@@ -526,17 +994,50 @@ def test_two_ranks_go_on_with_a_run_of_one(copy):
     flags = [*TINY, "--views", 1, 1, "--out", "run"]
     run("finetune.py", *flags, "--max-steps", 3, cwd=copy)
     flags[flags.index("--batch-size") + 1] = 4
-    run("finetune.py", *flags, "--resume", "auto", "--max-steps", 6, "--use", "best", cwd=copy, ranks=2)
+    run(
+        "finetune.py",
+        *flags,
+        "--resume",
+        "auto",
+        "--max-steps",
+        6,
+        "--use",
+        "best",
+        cwd=copy,
+        ranks=2,
+    )
     assert log(copy / "run")[-1]["step"] == 6
     flags[flags.index("--batch-size") + 1] = 8
-    assert "was 8 videos a step, is 16" in run("finetune.py", *flags, "--resume", "auto", "--accum", 2, cwd=copy, fails=True)
+    assert "was 8 videos a step, is 16" in run(
+        "finetune.py", *flags, "--resume", "auto", "--accum", 2, cwd=copy, fails=True
+    )
 
 
 def test_another_stages_checkpoint_is_refused(copy):
-    run("pretrain.py", "--size", "tiny", "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--out", "run", "--mask", "tube",
-        "--picture-every", 0, cwd=copy)
+    run(
+        "pretrain.py",
+        "--size",
+        "tiny",
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--workers",
+        0,
+        "--out",
+        "run",
+        "--mask",
+        "tube",
+        "--picture-every",
+        0,
+        cwd=copy,
+    )
     for resume in ((), ("--resume", "auto")):
-        assert "run/checkpoint.pt: no checkpoint of finetune.py" in run("finetune.py", *TINY, "--out", "run", *resume, cwd=copy, fails=True)
+        assert "run/checkpoint.pt: no checkpoint of finetune.py" in run(
+            "finetune.py", *TINY, "--out", "run", *resume, cwd=copy, fails=True
+        )
 
 
 def test_begun_again_and_killed_it_does_not_go_on_with_the_run_before(copy):
@@ -553,7 +1054,9 @@ def test_begun_again_and_killed_it_does_not_go_on_with_the_run_before(copy):
     assert not (copy / "run/checkpoint.pt").exists() and not (copy / "run/best.pt").exists()
     kept = weights(copy / "run/checkpoint.old.pt")
     assert all(torch.equal(kept[key], before[key]) for key in before)
-    assert "from step 0" in run("finetune.py", *flags, "--resume", "auto", "--seed", 5, "--max-steps", 1, cwd=copy)
+    assert "from step 0" in run(
+        "finetune.py", *flags, "--resume", "auto", "--seed", 5, "--max-steps", 1, cwd=copy
+    )
 
 
 def test_a_finished_test_of_other_weights_is_taken_away(copy):
@@ -562,7 +1065,18 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
     assert (copy / "run/test.json").exists()
     (copy / "data/bad.csv").write_text("path,label\nnone.mp4,spin\n")
     (copy / "data/none.mp4").write_bytes(b"")
-    line = run("finetune.py", *flags, "--max-steps", 2, "--resume", "auto", "--test", "data/bad.csv", cwd=copy, fails=True)
+    line = run(
+        "finetune.py",
+        *flags,
+        "--max-steps",
+        2,
+        "--resume",
+        "auto",
+        "--test",
+        "data/bad.csv",
+        cwd=copy,
+        fails=True,
+    )
     assert line.startswith("none of the 1 videos to be tested can be read: ") and "none.mp4" in line
     assert not (copy / "run/test.json").exists()
 
@@ -588,21 +1102,47 @@ def slow(model, videos, classes, views, *others):
 evaluation.predict = slow
 launch(finetune.main)
 """)
-    command = [sys.executable, str(copy / "slow.py"), *map(str, flags), "--out", "run", "--epochs", "2", "--resume", "auto"]
-    process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    command = [
+        sys.executable,
+        str(copy / "slow.py"),
+        *map(str, flags),
+        "--out",
+        "run",
+        "--epochs",
+        "2",
+        "--resume",
+        "auto",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     while process.stdout.readline() != "begins\n":
         assert process.poll() is None
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -number, errors
     assert f"{number.name}: ended: --resume auto " in errors and "Traceback" not in errors
-    assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == (4 if when == "validation" else 8)
+    assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == (
+        4 if when == "validation" else 8
+    )
     assert not (copy / "run/test.json").exists()
     run("finetune.py", *flags, "--out", "run", "--epochs", 2, "--resume", "auto", cwd=copy)
     ran, whole = log(copy / "run"), log(copy / "whole")
-    assert [line["val_top1"] for line in ran if "val_top1" in line] == [line["val_top1"] for line in whole if "val_top1" in line]
-    assert [line["grad_norm"] for line in ran if "loss" in line] == [line["grad_norm"] for line in whole if "loss" in line]
-    assert (copy / "run/test.json").read_text() == (copy / "whole/test.json").read_text().replace("whole/", "run/")
+    assert [line["val_top1"] for line in ran if "val_top1" in line] == [
+        line["val_top1"] for line in whole if "val_top1" in line
+    ]
+    assert [line["grad_norm"] for line in ran if "loss" in line] == [
+        line["grad_norm"] for line in whole if "loss" in line
+    ]
+    assert (copy / "run/test.json").read_text() == (copy / "whole/test.json").read_text().replace(
+        "whole/", "run/"
+    )
 
 
 # ---- what goes wrong
@@ -623,9 +1163,32 @@ def late(path, **content):
 model.save_checkpoint = late
 launch(finetune.main)
 """)
-    flags = [*TINY, "--epochs", 1, "--use", "best", "--views", 1, 1, "--out", "run", "--batch-size", 8 // ranks]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, "late.py", *map(str, flags)], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    flags = [
+        *TINY,
+        "--epochs",
+        1,
+        "--use",
+        "best",
+        "--views",
+        1,
+        1,
+        "--out",
+        "run",
+        "--batch-size",
+        8 // ranks,
+    ]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, "late.py", *map(str, flags)],
+        cwd=copy,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and (copy / "run/test.json").exists(), done.stderr
 
 
@@ -636,11 +1199,25 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
         lines[row] = f"gone{row}.mp4," + lines[row].split(",", 1)[1]
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
     flags = [*TINY, "--epochs", 3, "--views", 1, 1, "--log-every", 4, "--batch-size", 4]
-    assert "4 of 32 videos cannot be read, more than --max-bad 0.1" in run("finetune.py", *flags, "--max-bad", 0.1, "--out", "a", cwd=copy, fails=True)
+    assert "4 of 32 videos cannot be read, more than --max-bad 0.1" in run(
+        "finetune.py", *flags, "--max-bad", 0.1, "--out", "a", cwd=copy, fails=True
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(ROOT / "finetune.py"), *map(str, flags), "--max-bad", "0.1", "--out", "b"]
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "finetune.py"),
+        *map(str, flags),
+        "--max-bad",
+        "0.1",
+        "--out",
+        "b",
+    ]
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and "4 of 32 videos cannot be read, more than --max-bad 0.1: gone" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1
+        and "4 of 32 videos cannot be read, more than --max-bad 0.1: gone" in done.stderr
+    ), done.stderr
     assert log(copy / "b") == []  # at the first line that would be logged
     # over many epochs each rank meets all of them, and they are four still
     run("finetune.py", *flags, "--epochs", 6, "--max-bad", 0.125, "--out", "c", cwd=copy, ranks=2)
@@ -651,29 +1228,60 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
 @pytest.mark.parametrize("kept", [0, 1])
 def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
     lines = (copy / "data/train.csv").read_text().splitlines()
-    (copy / "data/train.csv").write_text("\n".join([*lines[:1 + kept], *("gone/" + line for line in lines[1 + kept:])]) + "\n")
-    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, TINY), "--workers", str(workers)]
+    (copy / "data/train.csv").write_text(
+        "\n".join([*lines[: 1 + kept], *("gone/" + line for line in lines[1 + kept :])]) + "\n"
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "finetune.py"),
+        *map(str, TINY),
+        "--workers",
+        str(workers),
+    ]
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     lines = done.stderr.strip().splitlines()
     said = [line for line in lines if line.startswith("skipped: ")]
-    (last,) = [line for line in lines if not line.startswith("skipped: ")]  # a worker may write after it
+    (last,) = [
+        line for line in lines if not line.startswith("skipped: ")
+    ]  # a worker may write after it
     if kept == 0:  # said before any work
-        assert said == [] and "none of its 32 videos is there: searched " in last and "--root FOLDER" in last
+        assert (
+            said == []
+            and "none of its 32 videos is there: searched " in last
+            and "--root FOLDER" in last
+        )
         return
-    assert "No such file" in last and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?" in last
+    assert (
+        "No such file" in last
+        and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?"
+        in last
+    )
     assert len(said) <= 3 * max(1, workers)
 
 
 def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys):
     lines = (copy / "data/val.csv").read_text().splitlines()
-    (copy / "data/val.csv").write_text("\n".join([*lines[:3], *("gone/" + line for line in lines[3:])]) + "\n")
+    (copy / "data/val.csv").write_text(
+        "\n".join([*lines[:3], *("gone/" + line for line in lines[3:])]) + "\n"
+    )
     import contextlib
+
     args = finetune.parse_args(["--workers", "0"])
     vars(args).update(frames=8, image_size=32, stride=2)
-    found = evaluation.predict(models.VideoViT("tiny", classes=4), read_manifest(copy / "data/val.csv"), 4, (1, 1), args, "cpu", contextlib.nullcontext())
+    found = evaluation.predict(
+        models.VideoViT("tiny", classes=4),
+        read_manifest(copy / "data/val.csv"),
+        4,
+        (1, 1),
+        args,
+        "cpu",
+        contextlib.nullcontext(),
+    )
     assert found.isnan().any(1).sum() == 22
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("counted as wrong")]
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("counted as wrong")
+    ]
     assert len(said) == 4 and said[-1] == "counted as wrong: 19 more"
 
 
@@ -681,7 +1289,9 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
 def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
     (copy / "run").mkdir()
     if name == "log.jsonl":
-        monkeypatch.setattr(finetune, "keep_log", lambda path, step: None)  # it puts a new file in the link's place
+        monkeypatch.setattr(
+            finetune, "keep_log", lambda path, step: None
+        )  # it puts a new file in the link's place
     (copy / "run" / name).symlink_to("/dev/full")
     if name == "test.json":  # of a run: it is taken away when training begins
         run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)
@@ -694,9 +1304,12 @@ def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
 
 def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
     for flags, said in (
-        (("--views", 0, 1), "--views: expected 1 to"), (("--rand-augment", 4, 31), "--rand-augment: expected 0 to 30, found 31"),
-        (("--smoothing", "nan"), "--smoothing: expected"), (("--layer-decay", -1), "--layer-decay: expected a finite number, more than 0"),
-        (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"), (("--min-blr", -1), "--min-blr: expected a finite number, 0 or more"),
+        (("--views", 0, 1), "--views: expected 1 to"),
+        (("--rand-augment", 4, 31), "--rand-augment: expected 0 to 30, found 31"),
+        (("--smoothing", "nan"), "--smoothing: expected"),
+        (("--layer-decay", -1), "--layer-decay: expected a finite number, more than 0"),
+        (("--crop-scale", 1, 0.5), "--crop-scale: expected MIN before MAX"),
+        (("--min-blr", -1), "--min-blr: expected a finite number, 0 or more"),
         (("--head-dropout", 2), "--head-dropout: expected"),
         (("--repeat", 10**9), "--repeat: expected 1 to 1024"),
     ):
@@ -705,7 +1318,25 @@ def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
 
 
 def test_the_banner_says_what_is_left_out_and_a_warm_up_without_end(copy):
-    out = run("finetune.py", *TINY, "--batch-size", 9, "--max-steps", 1, "--views", 1, 1, "--warmup-epochs", 3, "--out", "a", cwd=copy)
-    assert "the 5 videos of its incomplete last step are left out" in out and "--warmup-epochs 3 is no shorter than the run" in out
+    out = run(
+        "finetune.py",
+        *TINY,
+        "--batch-size",
+        9,
+        "--max-steps",
+        1,
+        "--views",
+        1,
+        1,
+        "--warmup-epochs",
+        3,
+        "--out",
+        "a",
+        cwd=copy,
+    )
+    assert (
+        "the 5 videos of its incomplete last step are left out" in out
+        and "--warmup-epochs 3 is no shorter than the run" in out
+    )
     out = run("finetune.py", *TINY, "--max-steps", 1, "--views", 1, 1, "--out", "b", cwd=copy)
     assert "left out" not in out and "warmup" not in out

@@ -2,6 +2,7 @@
 
 Flags are found in the stages' own parsers, so that a new one is tried as well. Work is kept small: four videos, one step.
 """
+
 import argparse
 import contextlib
 import importlib
@@ -20,14 +21,109 @@ from tgm import arrays
 SHORT = ("--workers", 0, "--batch-size", 2, "--max-steps", 1)
 TINY = ("--size", "tiny", *SHORT, "--epochs", 1, "--resume", "none", "--out", "out/run")
 STAGES = {
-    "caption": ("caption", "--data", "data/four.csv", "--model", BLIP, *SHORT, "--resume", "none", "--out", "out/four.captions.jsonl"),
-    "saliency": ("saliency", "--data", "data/four.csv", "--clip", CLIP, "--moments", 2, *SHORT, "--resume", "none", "--out", "out/four"),
-    "motion": ("saliency", "--data", "data/four.csv", "--cue", "motion", "--moments", 2, *SHORT, "--resume", "none", "--out", "out/four"),
-    "masking": ("masking", "--data", "data/four.csv", "--frames", 8, "--image-size", 32, "--patch-size", 8, "--out", "mask.png"),
-    "pretrain": ("pretrain", "--data", "data/four.csv", *TINY, "--warmup-epochs", 0, "--picture-every", 0),
-    "finetune": ("finetune", "--data", "data/four.csv", "--val", "data/four.csv", *TINY, "--warmup-epochs", 0, "--views", 1, 1),
-    "linprobe": ("linprobe", "--data", "data/four.csv", "--test", "data/four.csv", "--checkpoint", "none", "--size", "tiny", "--workers", 0,
-                 "--clips", 1, "--rates", 0.1, "--decays", 0, "--epochs", 1, "--seeds", 1, "--k", 1, "--out", "out/probe"),
+    "caption": (
+        "caption",
+        "--data",
+        "data/four.csv",
+        "--model",
+        BLIP,
+        *SHORT,
+        "--resume",
+        "none",
+        "--out",
+        "out/four.captions.jsonl",
+    ),
+    "saliency": (
+        "saliency",
+        "--data",
+        "data/four.csv",
+        "--clip",
+        CLIP,
+        "--moments",
+        2,
+        *SHORT,
+        "--resume",
+        "none",
+        "--out",
+        "out/four",
+    ),
+    "motion": (
+        "saliency",
+        "--data",
+        "data/four.csv",
+        "--cue",
+        "motion",
+        "--moments",
+        2,
+        *SHORT,
+        "--resume",
+        "none",
+        "--out",
+        "out/four",
+    ),
+    "masking": (
+        "masking",
+        "--data",
+        "data/four.csv",
+        "--frames",
+        8,
+        "--image-size",
+        32,
+        "--patch-size",
+        8,
+        "--out",
+        "mask.png",
+    ),
+    "pretrain": (
+        "pretrain",
+        "--data",
+        "data/four.csv",
+        *TINY,
+        "--warmup-epochs",
+        0,
+        "--picture-every",
+        0,
+    ),
+    "finetune": (
+        "finetune",
+        "--data",
+        "data/four.csv",
+        "--val",
+        "data/four.csv",
+        *TINY,
+        "--warmup-epochs",
+        0,
+        "--views",
+        1,
+        1,
+    ),
+    "linprobe": (
+        "linprobe",
+        "--data",
+        "data/four.csv",
+        "--test",
+        "data/four.csv",
+        "--checkpoint",
+        "none",
+        "--size",
+        "tiny",
+        "--workers",
+        0,
+        "--clips",
+        1,
+        "--rates",
+        0.1,
+        "--decays",
+        0,
+        "--epochs",
+        1,
+        "--seeds",
+        1,
+        "--k",
+        1,
+        "--out",
+        "out/probe",
+    ),
     "video": ("tgm.prepare", "data/four.csv", "--workers", 1),
     "toy": ("toy", "--train", 1, "--val", 1, "--workers", 1, "--out", "out/toy"),
 }
@@ -53,7 +149,19 @@ def four(world, tmp_path_factory):
     (folder / "data/four.csv").write_text("\n".join(lines[:5]) + "\n")
     run("caption.py", "data/four.csv", "--model", BLIP, "--workers", 0, cwd=folder)
     run("saliency.py", "data/four.csv", "--clip", CLIP, "--moments", 2, "--workers", 0, cwd=folder)
-    run("saliency.py", "data/four.csv", "--cue", "motion", "--moments", 2, "--grid", 4, "--workers", 0, cwd=folder)
+    run(
+        "saliency.py",
+        "data/four.csv",
+        "--cue",
+        "motion",
+        "--moments",
+        2,
+        "--grid",
+        4,
+        "--workers",
+        0,
+        cwd=folder,
+    )
     return folder
 
 
@@ -133,9 +241,16 @@ def number_flags(stage):
             number = action.type is not None and isinstance(action.type("1"), (int, float))
         except (ValueError, argparse.ArgumentTypeError):
             number = False
-        assert number or not isinstance(action.default, (int, float)) or isinstance(action.default, bool) or action.nargs == 0
+        assert (
+            number
+            or not isinstance(action.default, (int, float))
+            or isinstance(action.default, bool)
+            or action.nargs == 0
+        )
         if number:
-            found.append((action.option_strings[0], action.nargs if isinstance(action.nargs, int) else 1))
+            found.append(
+                (action.option_strings[0], action.nargs if isinstance(action.nargs, int) else 1)
+            )
     return found
 
 
@@ -144,8 +259,16 @@ CASES = [(stage, flag, values) for stage in STAGES for flag, values in number_fl
 
 def test_flags_are_found():
     flags = {(stage, flag) for stage, flag, _ in CASES}
-    assert {("caption", "--beams"), ("saliency", "--moments"), ("masking", "--row"), ("pretrain", "--blr"), ("finetune", "--mixup"),
-            ("linprobe", "--rates"), ("video", "--gop"), ("toy", "--seed")} <= flags
+    assert {
+        ("caption", "--beams"),
+        ("saliency", "--moments"),
+        ("masking", "--row"),
+        ("pretrain", "--blr"),
+        ("finetune", "--mixup"),
+        ("linprobe", "--rates"),
+        ("video", "--gop"),
+        ("toy", "--seed"),
+    } <= flags
     assert len(CASES) > 100
 
 
@@ -159,7 +282,9 @@ def test_stages_do_their_work_with_the_flags_that_the_others_vary(four, stage):
 def test_a_number_is_refused_in_one_line_or_taken(four, stage, flag, values, value):
     if (stage, flag, value) in LONG:
         module, *flags = STAGES[stage]
-        importlib.import_module(module).parse_args([str(each) for each in (*flags, flag, *[value] * values)])
+        importlib.import_module(module).parse_args(
+            [str(each) for each in (*flags, flag, *[value] * values)]
+        )
         return
     line = outcome(stage, four, flag, *[value] * values)
     if value in REFUSED:
@@ -171,17 +296,52 @@ def test_a_number_is_refused_in_one_line_or_taken(four, stage, flag, values, val
 
 FOLDERS = ("pretrain", "finetune", "linprobe", "toy")  # their --out is a folder
 WRONG = [
-    *[(stage, "--data", path) for stage in ("caption", "saliency", "motion", "masking", "pretrain", "finetune", "linprobe")
-      for path in ("missing.csv", "data", "data/four.text.npy")],
+    *[
+        (stage, "--data", path)
+        for stage in (
+            "caption",
+            "saliency",
+            "motion",
+            "masking",
+            "pretrain",
+            "finetune",
+            "linprobe",
+        )
+        for path in ("missing.csv", "data", "data/four.text.npy")
+    ],
     ("video", "missing.csv"),
-    *[(stage, "--out", path) for stage in FOLDERS for path in ("data/four.csv", "data/four.csv/run", "/proc/run")],
-    *[(stage, "--out", path) for stage in ("caption", "saliency", "motion") for path in ("data/four.csv/x.jsonl", "/proc/x.jsonl")],
-    *[("masking", "--out", path) for path in ("data/four.csv", "mask", "mask.foo", "nowhere/mask.png", "data/four.csv/mask.png", "data")],
+    *[
+        (stage, "--out", path)
+        for stage in FOLDERS
+        for path in ("data/four.csv", "data/four.csv/run", "/proc/run")
+    ],
+    *[
+        (stage, "--out", path)
+        for stage in ("caption", "saliency", "motion")
+        for path in ("data/four.csv/x.jsonl", "/proc/x.jsonl")
+    ],
+    *[
+        ("masking", "--out", path)
+        for path in (
+            "data/four.csv",
+            "mask",
+            "mask.foo",
+            "nowhere/mask.png",
+            "data/four.csv/mask.png",
+            "data",
+        )
+    ],
     *[("masking", "--video", path) for path in ("clip", "clip.foo", "nowhere/clip.mp4", "data")],
     *[("caption", "--out", path) for path in ("data/four.csv", "data/four.text.npy", "data")],
-    *[(stage, "--device", name) for stage in ("caption", "saliency", "motion", "pretrain", "finetune", "linprobe")
-      for name in ("foo", "mps", "cuda", "cuda:7")],
-    *[(stage, "--max-steps", "9", "--root", "nowhere") for stage in ("caption", "saliency", "motion", "linprobe")],
+    *[
+        (stage, "--device", name)
+        for stage in ("caption", "saliency", "motion", "pretrain", "finetune", "linprobe")
+        for name in ("foo", "mps", "cuda", "cuda:7")
+    ],
+    *[
+        (stage, "--max-steps", "9", "--root", "nowhere")
+        for stage in ("caption", "saliency", "motion", "linprobe")
+    ],
     ("caption", "--labels", "--classes", "missing.txt"),
     ("caption", "--labels", "--classes", "data"),
     ("caption", "--labels", "--classes", "data/four.text.npy"),
@@ -195,11 +355,26 @@ WRONG = [
     ("motion", "--flow", "raft", "--flow-weights", "missing.pth"),
     ("motion", "--flow", "raft", "--flow-weights", "data"),
     ("motion", "--flow", "raft", "--flow-weights", "data/four.csv"),
-    *[("pretrain", flag, path) for flag in ("--init", "--companions") for path in ("missing.pt", "data", "data/four.csv")],
-    *[("finetune", flag, path) for flag in ("--checkpoint", "--val", "--test") for path in ("missing.pt", "data", "data/four.text.npy")],
-    *[("linprobe", flag, path) for flag in ("--checkpoint", "--test") for path in ("missing.pt", "data", "data/four.text.npy")],
+    *[
+        ("pretrain", flag, path)
+        for flag in ("--init", "--companions")
+        for path in ("missing.pt", "data", "data/four.csv")
+    ],
+    *[
+        ("finetune", flag, path)
+        for flag in ("--checkpoint", "--val", "--test")
+        for path in ("missing.pt", "data", "data/four.text.npy")
+    ],
+    *[
+        ("linprobe", flag, path)
+        for flag in ("--checkpoint", "--test")
+        for path in ("missing.pt", "data", "data/four.text.npy")
+    ],
     *[("video", "--good", path) for path in ("data/four.csv/good.csv", "data")],
-    *[("video", "--reencode", path) for path in ("data/four.csv", "data/four.csv/new", "/proc/new")],
+    *[
+        ("video", "--reencode", path)
+        for path in ("data/four.csv", "data/four.csv/new", "/proc/new")
+    ],
     ("toy", "--report", "nowhere"),
 ]
 
@@ -207,7 +382,9 @@ WRONG = [
 def contents(folder):
     """What the files beside four.csv hold, and the names in the folder."""
     files = [path for path in (folder / "data").iterdir() if path.is_file()]
-    return {path.name: path.read_bytes() for path in files}, sorted(path.name for path in folder.iterdir())
+    return {path.name: path.read_bytes() for path in files}, sorted(
+        path.name for path in folder.iterdir()
+    )
 
 
 @pytest.fixture
@@ -226,7 +403,11 @@ def test_a_wrong_path_is_one_line_and_nothing_is_touched(own, case):
     else:
         line = outcome(stage, own, *more)
     path = Path(more[-1].removeprefix("local-dir:"))
-    named = (str(path), str(path.with_suffix(".json")), *[str(folder) for folder in path.parents if folder.name])
+    named = (
+        str(path),
+        str(path.with_suffix(".json")),
+        *[str(folder) for folder in path.parents if folder.name],
+    )
     assert line is not None and any(name in line for name in named), line
     after = contents(own)
     assert after[0] == before[0]

@@ -1,5 +1,6 @@
 """Runs that end before their time, by kill -9 at random moments, by signals, on a full disk: what they leave is whole, and gone on with
 it is what an uninterrupted run writes, bit for bit. Three kills a stage here; twenty on demand (pytest -m slow)."""
+
 import json
 import os
 import signal
@@ -13,33 +14,142 @@ import torch
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 
 STAGES = {  # the command, and the outputs to compare; batches of one, since a batch's size can change the last bit of a sum
-    "caption": (("caption.py", "--model", BLIP, "--batch-size", 1, "--workers", 0), "data/train.captions.jsonl"),
-    "saliency": (("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 1, "--workers", 0), "data/train.saliency.npy"),
-    "motion": (("saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, "--batch-size", 1, "--workers", 0), "data/train.motion.npy"),
-    "pretrain": (("pretrain.py", "--size", "tiny", "--batch-size", 4, "--epochs", 6, "--warmup-epochs", 1, "--workers", 1, "--save-every", 3,
-                  "--log-every", 2, "--picture-every", 0, "--resume", "auto", "--out", "run"), "run/checkpoint.pt"),
-    "finetune": (("finetune.py", "--size", "tiny", "--batch-size", 4, "--epochs", 4, "--warmup-epochs", 1, "--workers", 1, "--save-every", 3,
-                  "--log-every", 2, "--views", 1, 1, "--no-flip", "--resume", "auto", "--out", "run"), "run/checkpoint.pt"),
-    "linprobe": (("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--attentive", "--seeds", 1, "--batch-size", 1, "--workers", 0,
-                  "--out", "run"), "run/label.json"),
+    "caption": (
+        ("caption.py", "--model", BLIP, "--batch-size", 1, "--workers", 0),
+        "data/train.captions.jsonl",
+    ),
+    "saliency": (
+        ("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 1, "--workers", 0),
+        "data/train.saliency.npy",
+    ),
+    "motion": (
+        (
+            "saliency.py",
+            "--cue",
+            "motion",
+            "--moments",
+            16,
+            "--grid",
+            8,
+            "--batch-size",
+            1,
+            "--workers",
+            0,
+        ),
+        "data/train.motion.npy",
+    ),
+    "pretrain": (
+        (
+            "pretrain.py",
+            "--size",
+            "tiny",
+            "--batch-size",
+            4,
+            "--epochs",
+            6,
+            "--warmup-epochs",
+            1,
+            "--workers",
+            1,
+            "--save-every",
+            3,
+            "--log-every",
+            2,
+            "--picture-every",
+            0,
+            "--resume",
+            "auto",
+            "--out",
+            "run",
+        ),
+        "run/checkpoint.pt",
+    ),
+    "finetune": (
+        (
+            "finetune.py",
+            "--size",
+            "tiny",
+            "--batch-size",
+            4,
+            "--epochs",
+            4,
+            "--warmup-epochs",
+            1,
+            "--workers",
+            1,
+            "--save-every",
+            3,
+            "--log-every",
+            2,
+            "--views",
+            1,
+            1,
+            "--no-flip",
+            "--resume",
+            "auto",
+            "--out",
+            "run",
+        ),
+        "run/checkpoint.pt",
+    ),
+    "linprobe": (
+        (
+            "linprobe.py",
+            "--checkpoint",
+            "none",
+            "--size",
+            "tiny",
+            "--attentive",
+            "--seeds",
+            1,
+            "--batch-size",
+            1,
+            "--workers",
+            0,
+            "--out",
+            "run",
+        ),
+        "run/label.json",
+    ),
 }
 
 
 def start(command, cwd, ranks=1, *flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags]
+        if ranks > 1
+        else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / command[0]), *map(str, command[1:])],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def contents(path):
     """What a file holds, for comparing: weights without what only tells how they came about."""
     if path.suffix == ".pt":
-        return {key: value.numpy().tobytes() for key, value in torch.load(path, weights_only=True)["model"].items()}
+        return {
+            key: value.numpy().tobytes()
+            for key, value in torch.load(path, weights_only=True)["model"].items()
+        }
     return path.read_bytes()
 
 
 def children(process):
-    return list(map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()))
+    return list(
+        map(
+            int,
+            subprocess.run(
+                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+            ).stdout.split(),
+        )
+    )
 
 
 def log(folder):
@@ -52,7 +162,15 @@ def fresh(copy, name, folder):
     for path in (copy / "data").iterdir():
         os.symlink(path, folder / "data" / path.name)
     output = folder / STAGES[name][1]
-    for path in (output, output.with_suffix(".json"), *([folder / "data/train.text.npy", folder / "data/train.text.json"] if name == "saliency" else [])):
+    for path in (
+        output,
+        output.with_suffix(".json"),
+        *(
+            [folder / "data/train.text.npy", folder / "data/train.text.json"]
+            if name == "saliency"
+            else []
+        ),
+    ):
         path.unlink(missing_ok=True)
     return folder, output
 
@@ -76,8 +194,12 @@ def kill_and_go_on(name, copy, tmp_path, kills, ranks=1):
         except subprocess.TimeoutExpired:
             if ranks > 1 and (of_ranks := children(process)):
                 os.kill(int(rng.choice(of_ranks)), signal.SIGKILL)
-                _, errors = process.communicate(timeout=60)  # the other rank does not outlive it by more than torchrun's 30 s
-                assert process.returncode == 1 and "exitcode: -9" in errors or process.returncode == 0, errors
+                _, errors = process.communicate(
+                    timeout=60
+                )  # the other rank does not outlive it by more than torchrun's 30 s
+                assert (
+                    process.returncode == 1 and "exitcode: -9" in errors or process.returncode == 0
+                ), errors
             else:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
@@ -85,7 +207,9 @@ def kill_and_go_on(name, copy, tmp_path, kills, ranks=1):
     assert contents(output) == contents(expected)
     assert not [path for path in killed.rglob("*") if ".part-" in path.name]
     if name in ("pretrain", "finetune"):
-        lines, reference = ([line for line in log(folder) if "lr" in line] for folder in (killed, whole))
+        lines, reference = (
+            [line for line in log(folder) if "lr" in line] for folder in (killed, whole)
+        )
         assert [line["step"] for line in lines] == [line["step"] for line in reference]
         assert [line["grad_norm"] for line in lines] == [line["grad_norm"] for line in reference]
 
@@ -117,7 +241,9 @@ def heal(copy, kills):
     run(*command, "--out", "whole", cwd=copy, ranks=2)
     process = start(command, copy, 2, f"--max-restarts={kills}")
     rng, seen = np.random.default_rng(0), set()
-    step = lambda: ([0] + [line["step"] for line in log(copy)])[-1] if (copy / "run/log.jsonl").exists() else 0
+    step = lambda: (
+        ([0] + [line["step"] for line in log(copy)])[-1] if (copy / "run/log.jsonl").exists() else 0
+    )
     for reached in np.cumsum(rng.integers(3, 9, kills)):
         until = time.time() + 120
         while step() < reached or seen & set(children(process)):
@@ -127,7 +253,10 @@ def heal(copy, kills):
         os.kill(int(rng.choice(children(process))), signal.SIGKILL)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert contents(copy / "run/checkpoint.pt") == contents(copy / "whole/checkpoint.pt") and out.count("120 = 30 epochs x 4") == kills + 1
+    assert (
+        contents(copy / "run/checkpoint.pt") == contents(copy / "whole/checkpoint.pt")
+        and out.count("120 = 30 epochs x 4") == kills + 1
+    )
 
 
 def test_torchrun_heals_a_run_by_restarts(copy):
@@ -148,17 +277,26 @@ def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     time.sleep(1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and ": saved run/checkpoint.pt at step" in out, errors
-    assert errors.count(f"exitcode  : -{number.value}") == 2, errors  # both ranks end by the signal; to torchrun that is a failure
-    assert torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"] == log(copy)[-1]["step"] < 4000
+    assert errors.count(f"exitcode  : -{number.value}") == 2, (
+        errors
+    )  # both ranks end by the signal; to torchrun that is a failure
+    assert (
+        torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"]
+        == log(copy)[-1]["step"]
+        < 4000
+    )
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
     """Files may not grow beyond a limit that the first checkpoint respects: the second ends the run, and the first is whole."""
     from model import save_checkpoint
+
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, model={"x": torch.ones(1000)}, step=1)
     code = """
@@ -176,25 +314,51 @@ def main(_):
 
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
-    assert done.stderr == f"{path}: cannot be written, the last checkpoint is kept (File too large)\n"
+    assert (
+        done.stderr == f"{path}: cannot be written, the last checkpoint is kept (File too large)\n"
+    )
     saved = torch.load(path, weights_only=True)
-    assert saved["step"] == 1 and torch.equal(saved["model"]["x"], torch.ones(1000)) and not list(tmp_path.glob("*.new"))
+    assert (
+        saved["step"] == 1
+        and torch.equal(saved["model"]["x"], torch.ones(1000))
+        and not list(tmp_path.glob("*.new"))
+    )
 
 
 @pytest.mark.parametrize("name", ["saliency", "motion", "linprobe"])
 def test_a_disk_that_fills_while_an_array_is_made(copy, name):
     """All of an array's space is taken before anything is computed: then it either is there, or the stage ends with one line."""
-    for path in [*(copy / "data").glob("train.saliency.*"), *(copy / "data").glob("train.text.*"), *(copy / "data").glob("train.motion.*")]:
+    for path in [
+        *(copy / "data").glob("train.saliency.*"),
+        *(copy / "data").glob("train.text.*"),
+        *(copy / "data").glob("train.motion.*"),
+    ]:
         path.unlink()
-    code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); import importlib; "
-            "importlib.import_module(sys.argv[2]).main(sys.argv[3:])")
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); import importlib; "
+        "importlib.import_module(sys.argv[2]).main(sys.argv[3:])"
+    )
     command = list(map(str, STAGES[name][0]))
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), command[0][:-3], *command[1:]], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), command[0][:-3], *command[1:]],
+        cwd=copy,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "cannot be written (File too large)" in done.stderr.splitlines()[-1]
-    assert not [path for path in copy.rglob("*.new")] and not [*copy.glob("data/train.motion.*"), *copy.glob("data/train.saliency.*")]
+    assert not [path for path in copy.rglob("*.new")] and not [
+        *copy.glob("data/train.motion.*"),
+        *copy.glob("data/train.saliency.*"),
+    ]
     run(*command, cwd=copy)
 
 
@@ -214,7 +378,13 @@ next(held)
 sys.last_held = held  # what a traceback's frames do: nothing shuts the loader down
 raise RuntimeError("a rank fails")
 """)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "fails.py")], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "fails.py")],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         _, errors = process.communicate(timeout=40)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,5 @@
 """Stage 4: the probes by value on features whose answer is known, the features written out, and the command line."""
+
 import json
 import math
 import os
@@ -10,14 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import run
 from test_run import Child, no_child_is_left, two_ranks  # noqa: F401
 
 import linprobe
-import toy
-from tgm.sampling import clip_times, uniform_times
-from tgm.manifest import read_manifest
 from model import VideoMAE, normalize
+from tgm.manifest import read_manifest
+from tgm.sampling import clip_times, uniform_times
 from tgm.video import read_frames
 
 RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.PROTOCOLS["sweep"]["rates"]]
@@ -28,7 +29,9 @@ def blobs(n, seed=0, spread=1.0):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=rng)
     centres = 2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
-    return ((centres[labels] + spread * torch.randn(n, 16, generator=rng)) * torch.logspace(-2, 3, 16))[:, None], labels
+    return (
+        (centres[labels] + spread * torch.randn(n, 16, generator=rng)) * torch.logspace(-2, 3, 16)
+    )[:, None], labels
 
 
 # ---- the linear probe ----------------------------------------------------------------------------------------------------
@@ -41,10 +44,14 @@ def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
     assert result["linear"] > 0.97 and result["linear_chosen"][0] in RATES
     settings = [{"rate": 0.0, "decay": 0.0}, {"rate": 1.0, "decay": 0.0}]
     result = linprobe.repeat("linear", probe, train, labels, test, truth, settings, [0])
-    assert result["linear_chosen"] == settings[1:] and result["linear"] > 0.97  # the chosen setting is the one that is used
+    assert (
+        result["linear_chosen"] == settings[1:] and result["linear"] > 0.97
+    )  # the chosen setting is the one that is used
     noise = torch.randn(1500, 1, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
-    result = linprobe.repeat("linear", probe, noise[:750], labels[:750], noise[750:], labels[750:], RATES, [0])
+    result = linprobe.repeat(
+        "linear", probe, noise[:750], labels[:750], noise[750:], labels[750:], RATES, [0]
+    )
     assert abs(result["linear"] - 1 / 3) < 0.07
 
 
@@ -59,18 +66,27 @@ def test_the_sweep_is_each_setting_alone():
     test = blobs(50, seed=1)[0]
     predicted = linprobe.linear(train, labels, test, settings, 0, classes=3, epochs=5)
     for together, setting in zip(predicted, settings):
-        assert torch.equal(together, linprobe.linear(train, labels, test, [setting], 0, classes=3, epochs=5)[0])
+        assert torch.equal(
+            together, linprobe.linear(train, labels, test, [setting], 0, classes=3, epochs=5)[0]
+        )
 
 
 def test_linear_is_torchs_batch_norm_and_sgd():
     """One batch an epoch, where the batch's statistics are the training set's; weight decay on weights and bias, warm-up."""
     (train, labels), (test, _) = blobs(64), blobs(40, seed=1)
     setting, epochs, warmup = {"rate": 0.5, "decay": 0.02}, 6, 2
-    norm, layer = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0), torch.nn.Linear(16, 3)
-    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[0]  # no epochs: the initial weights
+    norm, layer = (
+        torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0),
+        torch.nn.Linear(16, 3),
+    )
+    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[
+        0
+    ]  # no epochs: the initial weights
     assert first[:16].std() == pytest.approx(0.01, rel=0.3) and (first[16] == 0).all()
     layer.weight.data, layer.bias.data = first[:16].T.clone(), first[16].clone()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5 * 64 / 256, momentum=0.9, weight_decay=0.02)
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=0.5 * 64 / 256, momentum=0.9, weight_decay=0.02
+    )
     for epoch in range(epochs):
         factor = epoch / 2 if epoch < 2 else (1 + math.cos(math.pi * (epoch - 2) / 4)) / 2
         optimizer.param_groups[0]["lr"] = 0.125 * factor
@@ -79,21 +95,37 @@ def test_linear_is_torchs_batch_norm_and_sgd():
         optimizer.step()
     standard = norm(train[:, 0])[:, None]
     weight = linprobe.fit_linear(standard, labels, 3, [setting], epochs, seed=3, warmup=warmup)[0]
-    assert torch.allclose(weight[:16].T, layer.weight, atol=1e-5) and torch.allclose(weight[16], layer.bias, atol=1e-5)
+    assert torch.allclose(weight[:16].T, layer.weight, atol=1e-5) and torch.allclose(
+        weight[16], layer.bias, atol=1e-5
+    )
     norm.eval()
     norm.running_var *= 63 / 64  # torch keeps the unbiased variance
     expected = layer(norm(test[:, 0])).argmax(1)
-    predicted = linprobe.linear(train, labels, test, [setting], 3, classes=3, epochs=epochs, warmup=warmup)
+    predicted = linprobe.linear(
+        train, labels, test, [setting], 3, classes=3, epochs=epochs, warmup=warmup
+    )
     assert torch.equal(predicted[0], expected)
 
 
 def test_schedule_and_protocols():
-    assert [linprobe.schedule(epoch, 100, 10) for epoch in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [linprobe.schedule(epoch, 100, 10) for epoch in (0, 5, 10, 55, 100)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
     assert linprobe.schedule(0, 50) == 1 and linprobe.schedule(25, 50) == pytest.approx(0.5)
     args = linprobe.parse_args(["--checkpoint", "none"])
-    assert len(args.rates) * len(args.decays) == 21 and (args.epochs, args.probe_batch, args.warmup) == (50, 256, 0)
+    assert len(args.rates) * len(args.decays) == 21 and (
+        args.epochs,
+        args.probe_batch,
+        args.warmup,
+    ) == (50, 256, 0)
     args = linprobe.parse_args(["--checkpoint", "none", "--protocol", "videomae", "--epochs", "7"])
-    assert (args.rates, args.decays, args.epochs, args.probe_batch, args.warmup) == ((0.1,), (0.0,), 7, 1024, 10)
+    assert (args.rates, args.decays, args.epochs, args.probe_batch, args.warmup) == (
+        (0.1,),
+        (0.0,),
+        7,
+        1024,
+        10,
+    )
 
 
 def test_an_epoch_draws_one_view_of_each_video():
@@ -102,13 +134,21 @@ def test_an_epoch_draws_one_view_of_each_video():
     clean = (clean - clean.mean(0)) / clean.std(0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
     setting = [{"rate": 0.1, "decay": 0.0}]
-    alone, same, both = (linprobe.fit_linear(x, labels, 3, setting, 10, seed=0)
-                         for x in (clean, torch.cat([clean, clean], 1), torch.cat([clean, noise], 1)))
+    alone, same, both = (
+        linprobe.fit_linear(x, labels, 3, setting, 10, seed=0)
+        for x in (clean, torch.cat([clean, clean], 1), torch.cat([clean, noise], 1))
+    )
     assert not torch.allclose(same, both, atol=1e-2)
-    accuracy = lambda weight: ((clean[:, 0] @ weight[0, :16] + weight[0, 16]).argmax(1) == labels).float().mean()
+    accuracy = lambda weight: (
+        ((clean[:, 0] @ weight[0, :16] + weight[0, 16]).argmax(1) == labels).float().mean()
+    )
     assert accuracy(alone) > 0.97 and accuracy(same) > 0.97 and accuracy(both) > 0.9
-    predicted = linprobe.linear(clean, labels, torch.cat([clean, -clean], 1), setting, 0, classes=3, epochs=1)
-    assert len(predicted[0].unique()) == 1  # a test video is the mean of its views: here always the same
+    predicted = linprobe.linear(
+        clean, labels, torch.cat([clean, -clean], 1), setting, 0, classes=3, epochs=1
+    )
+    assert (
+        len(predicted[0].unique()) == 1
+    )  # a test video is the mean of its views: here always the same
 
 
 # ---- nearest neighbours --------------------------------------------------------------------------------------------------
@@ -118,14 +158,21 @@ def test_knn_votes_by_similarity():
     ks = lambda *values: [{"k": k} for k in values]
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 3.0], [0.0, 1.0]])[:, None]
     labels = torch.tensor([0, 0, 1, 1, 2])
-    assert linprobe.knn(train, labels, torch.tensor([[[5.0, 0.1]], [[0.05, 1.0]]]), ks(2), 0, 3).tolist() == [[0, 1]]
+    assert linprobe.knn(
+        train, labels, torch.tensor([[[5.0, 0.1]], [[0.05, 1.0]]]), ks(2), 0, 3
+    ).tolist() == [[0, 1]]
     # one neighbour at cosine 1 outweighs two at 0.5: exp(1 / 0.07) against 2 exp(0.5 / 0.07)
-    train = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [0.5, -(0.75 ** 0.5)]])[:, None]
-    assert linprobe.knn(train, torch.tensor([0, 1, 1]), torch.tensor([[[1.0, 0.0]]]), ks(3), 0, 2).tolist() == [[0]]
+    train = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5], [0.5, -(0.75**0.5)]])[:, None]
+    assert linprobe.knn(
+        train, torch.tensor([0, 1, 1]), torch.tensor([[[1.0, 0.0]]]), ks(3), 0, 2
+    ).tolist() == [[0]]
 
 
 def test_knn_is_a_written_out_loop():
-    (train, labels), (test, _) = blobs(300, spread=4.0), blobs(280, seed=1, spread=4.0)  # more test videos than a chunk
+    (train, labels), (test, _) = (
+        blobs(300, spread=4.0),
+        blobs(280, seed=1, spread=4.0),
+    )  # more test videos than a chunk
     train, test = torch.cat([train, train + 1], 1), test / 3
     ks = (1, 5, 20, 1000)
     predicted = linprobe.knn(train, labels, test, [{"k": k} for k in ks], 0, 3)
@@ -134,7 +181,9 @@ def test_knn_is_a_written_out_loop():
     for k, of_k in zip(ks, predicted):
         for of_video, voted in zip(similar, of_k):
             near = np.argsort(-of_video)[:k]
-            votes = [sum(math.exp(of_video[i] / 0.07) for i in near if labels[i] == c) for c in range(3)]
+            votes = [
+                sum(math.exp(of_video[i] / 0.07) for i in near if labels[i] == c) for c in range(3)
+            ]
             assert int(np.argmax(votes)) == voted
     assert (predicted[0] != predicted[3]).any()
 
@@ -149,21 +198,32 @@ def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_tes
     def probe(train, labels, test, settings, seed):
         seen.append((len(train), len(test), set(train.tolist()) & set(test.tolist())))
         right, training = test % 10, test < 1000
-        return torch.stack([torch.where(training == setting["training"], right, -2) for setting in settings])
+        return torch.stack(
+            [torch.where(training == setting["training"], right, -2) for setting in settings]
+        )
 
     train, test = torch.arange(0, 200), torch.arange(1000, 1050)
     settings = [{"training": False}, {"training": True}]
     result = linprobe.repeat("x", probe, train, train % 10, test, test % 10, settings, [0, 1])
-    assert result["x"] == 0 and result["x_chosen"] == settings[1:] * 2 and result["x_seeds"] == [0, 0]
-    assert seen == [(180, 20, set()), (200, 50, set())] * 2  # chosen on a tenth, then trained anew on the whole
-    assert linprobe.choose(None, train, None, settings[:1], 0) == settings[0]  # nothing to choose, nothing trained
+    assert (
+        result["x"] == 0 and result["x_chosen"] == settings[1:] * 2 and result["x_seeds"] == [0, 0]
+    )
+    assert (
+        seen == [(180, 20, set()), (200, 50, set())] * 2
+    )  # chosen on a tenth, then trained anew on the whole
+    assert (
+        linprobe.choose(None, train, None, settings[:1], 0) == settings[0]
+    )  # nothing to choose, nothing trained
 
 
 def test_k_and_rate_are_chosen_with_the_held_out_part():
     """Labels that only the nearest neighbour knows (every video has a twin), and test videos that k = 200 would get right."""
     rng = torch.Generator().manual_seed(0)
     twins = torch.nn.functional.normalize(torch.randn(200, 1, 3, generator=rng), dim=-1)
-    train, labels = torch.cat([twins, twins + 1e-4]), torch.randint(2, (200,), generator=rng).repeat(2)
+    train, labels = (
+        torch.cat([twins, twins + 1e-4]),
+        torch.randint(2, (200,), generator=rng).repeat(2),
+    )
     truth = linprobe.knn(train, labels, twins, [{"k": 200}], 0, 2)[0]  # what k = 200 says
     probe, ks = partial(linprobe.knn, classes=2), [{"k": 200}, {"k": 1}]
     result = linprobe.repeat("knn", probe, train, labels, twins, truth, ks, [0, 1, 2])
@@ -173,10 +233,10 @@ def test_k_and_rate_are_chosen_with_the_held_out_part():
 
 def test_intervals():
     assert linprobe.t_interval([0.5]) is None
-    margin = 4.302653 / 3 ** 0.5
+    margin = 4.302653 / 3**0.5
     assert linprobe.t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - margin, 2 + margin], abs=1e-3)
     values = np.arange(31.0)
-    margin = 2.042272 * values.std(ddof=1) / 31 ** 0.5
+    margin = 2.042272 * values.std(ddof=1) / 31**0.5
     assert linprobe.t_interval(values) == pytest.approx([15 - margin, 15 + margin], abs=1e-2)
     assert linprobe.bootstrap(np.ones(50)) == [1, 1] and linprobe.bootstrap(np.zeros(50)) == [0, 0]
     half = np.arange(400) % 2.0  # a binomial of 400: 0.5 +- 1.96 * 0.025
@@ -192,7 +252,9 @@ def test_the_attentive_probe_is_torchs_multi_head_attention():
     probe, tokens = linprobe.AttentiveProbe(24, 3, 5), 3 * torch.randn(4, 10, 24) + 1
     probe.query.data *= 200  # an attention that is far from uniform
     reference = torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
-    reference.in_proj_weight.data = torch.cat([torch.eye(24), probe.key.weight.data, probe.value.weight.data])
+    reference.in_proj_weight.data = torch.cat(
+        [torch.eye(24), probe.key.weight.data, probe.value.weight.data]
+    )
     reference.out_proj.weight.data = torch.eye(24)
     normed = torch.nn.LayerNorm(24)(tokens)
     pooled, attention = reference(probe.query.reshape(1, 1, 24).expand(4, 1, 24), normed, normed)
@@ -208,11 +270,19 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     one_hot = np.eye(16, dtype=np.float16)
     tokens[np.arange(500), rng.integers(12, size=500)] = 3 * one_hot[labels] + 6 * one_hot[9]
     tokens[499] = np.nan  # a failed test video: any prediction will do
-    train, test = linprobe.Tokens(tokens, torch.arange(300)), linprobe.Tokens(tokens, torch.arange(300, 500))
+    train, test = (
+        linprobe.Tokens(tokens, torch.arange(300)),
+        linprobe.Tokens(tokens, torch.arange(300, 500)),
+    )
     probe = partial(linprobe.attentive, heads=2, classes=3)
     settings = [{"rate": 1e-5}, {"rate": 1e-2}]
     predicted = probe(train, labels[:300], test, settings, 0)
-    assert (predicted[1] == labels[300:])[:-1].float().mean() > 0.9 > 0.6 > (predicted[0] == labels[300:]).float().mean()
+    assert (
+        (predicted[1] == labels[300:])[:-1].float().mean()
+        > 0.9
+        > 0.6
+        > (predicted[0] == labels[300:]).float().mean()
+    )
     assert torch.equal(probe(train, labels[:300], test, settings[1:], 0)[0], predicted[1])
     assert linprobe.choose(probe, train, labels[:300], settings, 0) == settings[1]
 
@@ -241,34 +311,75 @@ def wide(tmp_path_factory):
         coarse = rng.integers(0, 255, (24, 6, 12, 3), dtype=np.uint8)
         toy.write_video(folder / f"{row}.mp4", coarse.repeat(8, axis=1).repeat(8, axis=2))
     (folder / "2.mp4").write_bytes(b"broken")
-    (folder / "all.csv").write_text("path,label\n" + "".join(f"{row}.mp4,{row // 2}\n" for row in range(4)))
+    (folder / "all.csv").write_text(
+        "path,label\n" + "".join(f"{row}.mp4,{row // 2}\n" for row in range(4))
+    )
     return folder, ("--data", folder / "all.csv", "--test", folder / "all.csv", *UNTRAINED, *FAST)
 
 
 @pytest.mark.parametrize("sampling", ("dense", "uniform"))
 def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tmp_path, sampling):
     folder, flags = wide
-    run("linprobe.py", *flags, "--clips", 2, "--crops", 3, "--sampling", sampling, "--attentive", "--token-grid", 2, 2, 1,
-        "--out", tmp_path)
+    run(
+        "linprobe.py",
+        *flags,
+        "--clips",
+        2,
+        "--crops",
+        3,
+        "--sampling",
+        sampling,
+        "--attentive",
+        "--token-grid",
+        2,
+        2,
+        1,
+        "--out",
+        tmp_path,
+    )
     torch.manual_seed(0)
     model, means, pooled = VideoMAE("tiny").eval(), [], []
     for where in {"dense": (0, 1), "uniform": (0, 0.5)}[sampling]:  # of the room; of each part
-        times = uniform_times(0, 2.4, 10, 8, where) if sampling == "uniform" else clip_times(0, 2.4, 10, 8, 2, where)
+        times = (
+            uniform_times(0, 2.4, 10, 8, where)
+            if sampling == "uniform"
+            else clip_times(0, 2.4, 10, 8, 2, where)
+        )
         frames = read_frames(folder / "1.mp4", times, 32)
         for crop in (frames[:, :, :32], frames[:, :, 16:48], frames[:, :, 32:]):
             with torch.no_grad():
-                tokens = model.encode(normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None]))[0]
+                tokens = model.encode(
+                    normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None])
+                )[0]
             means.append(tokens.mean(0))
-            pooled.append(tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96))  # (t h w) 4 4 4 -> 2 2 1
+            pooled.append(
+                tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96)
+            )  # (t h w) 4 4 4 -> 2 2 1
     features, stored = of(tmp_path, "test.features"), of(tmp_path, "test.tokens")
-    assert (features.shape, features.dtype, stored.shape, stored.dtype) == ((4, 96), np.float32, (4, 24, 96), np.float16)
+    assert (features.shape, features.dtype, stored.shape, stored.dtype) == (
+        (4, 96),
+        np.float32,
+        (4, 24, 96),
+        np.float16,
+    )
     assert np.allclose(features[1], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert np.allclose(stored[1], torch.cat(pooled), rtol=2e-3, atol=2e-3)
-    assert np.isnan(features[2]).all() and np.isnan(stored[2]).all() and np.isfinite(features[[0, 1, 3]]).all()
+    assert (
+        np.isnan(features[2]).all()
+        and np.isnan(stored[2]).all()
+        and np.isfinite(features[[0, 1, 3]]).all()
+    )
     assert np.allclose(of(tmp_path, "train.features"), features, equal_nan=True)
     result = json.loads((tmp_path / "label.json").read_text())
-    assert (result["train"], result["test"], result["unreadable"], result["classes"]) == (3, 4, 2, 2)
-    assert max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75  # the broken one is wrong
+    assert (result["train"], result["test"], result["unreadable"], result["classes"]) == (
+        3,
+        4,
+        2,
+        2,
+    )
+    assert (
+        max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75
+    )  # the broken one is wrong
 
 
 def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
@@ -282,15 +393,28 @@ def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (abs(features[:, a] - features[:, b]).max(1)[[0, 1, 3]] > 1e-3).all()
     assert of(tmp_path / "a", "train.tokens").shape == (4, 128, 96)  # clean
-    args = SimpleNamespace(seed=0, augment=20, frames=8, stride=2, image_size=32, sampling="dense", flip=False, video_timeout=60)
+    args = SimpleNamespace(
+        seed=0,
+        augment=20,
+        frames=8,
+        stride=2,
+        image_size=32,
+        sampling="dense",
+        flip=False,
+        video_timeout=60,
+    )
     videos = read_manifest(folder / "all.csv")
-    views = lambda videos, **changed: linprobe.RandomViews(videos, SimpleNamespace(**vars(args) | changed))
+    views = lambda videos, **changed: linprobe.RandomViews(
+        videos, SimpleNamespace(**vars(args) | changed)
+    )
     plain, flipped = (views(videos, flip=flip)[1][1] for flip in (False, True))
     fewer = views(videos[1:], augment=2)[0]  # the row counts, not the place in the list
     assert fewer[0] == 1 and torch.equal(fewer[1], plain[:2])
     assert plain.shape == (20, 3, 8, 32, 32) and plain.dtype == torch.uint8
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(plain, flipped)]
-    assert 3 < sum(mirrored) < 17 and all(torch.equal(a, b) for a, b, mirror in zip(plain, flipped, mirrored) if not mirror)
+    assert 3 < sum(mirrored) < 17 and all(
+        torch.equal(a, b) for a, b, mirror in zip(plain, flipped, mirrored) if not mirror
+    )
     assert not any(torch.equal(a, b) for a, b in zip(plain, views(videos, seed=1)[1][1]))
     run("linprobe.py", *flags, "--out", tmp_path / "a", "--no-flip", "--sampling", "uniform")
     assert abs(of(tmp_path / "a", "train.features") - features)[[0, 1, 3]].max() > 1e-3
@@ -304,7 +428,9 @@ def test_a_half_made_extraction_goes_on(world, tmp_path):
     assert out == f"16 of 32 videos of {world}/data/train.csv are done; run it again to go on\n"
     array = np.load(half / "train.features.npy", mmap_mode="r+")
     assert np.isfinite(array[:16]).all() and np.isnan(array[16:]).all()
-    assert not list(half.glob("label.json*")) and not (half / "test.features.npy").exists()  # no result of a part
+    assert (
+        not list(half.glob("label.json*")) and not (half / "test.features.npy").exists()
+    )  # no result of a part
     array[3] = 7
     del array
     run("linprobe.py", *flags, "--out", half)
@@ -331,14 +457,21 @@ def test_features_are_reused_until_something_changes(copy):
 
     torch.save({"model": VideoMAE("tiny").state_dict()}, copy / "c.pt")
     run("linprobe.py", *flags, cwd=copy)
-    assert marked() and marked("--label-column", "object") and marked("--seed", 1) and marked("--protocol", "videomae")
+    assert (
+        marked()
+        and marked("--label-column", "object")
+        and marked("--seed", 1)
+        and marked("--protocol", "videomae")
+    )
     assert not marked("--resume", "none") and marked("--resume", "auto")
     assert not marked("--stride", 1) and not marked("--crops", 2) and not marked("--augment", 1)
     assert not marked("--augment", 1, "--seed", 1) and not marked()
     torch.save({"model": VideoMAE("tiny").state_dict()}, copy / "c.pt")
     assert not marked() and marked()
     lines = (copy / "data/train.csv").read_text().splitlines()
-    (copy / "data/train.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    (copy / "data/train.csv").write_text(
+        "\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n"
+    )
     assert not marked()
 
 
@@ -349,28 +482,48 @@ def test_end_to_end(world, tmp_path):
     flags = (*both(world), *UNTRAINED, "--attentive", "--seeds", 2)
     out = run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path, process=True)
     result = json.loads((tmp_path / "label.json").read_text())
-    assert [result[key] for key in ("label", "checkpoint", "classes", "train", "test", "unreadable", "seed")] == \
-        ["label", "none", 8, 32, 24, 0, 0] and 0 < result["majority"] < 0.5
+    assert [
+        result[key]
+        for key in ("label", "checkpoint", "classes", "train", "test", "unreadable", "seed")
+    ] == ["label", "none", 8, 32, 24, 0, 0] and 0 < result["majority"] < 0.5
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     for probe, settings in (("linear", {"rate", "decay"}), ("knn", {"k"}), ("attentive", {"rate"})):
-        seeds, (low, high), (least, most) = (result[f"{probe}_{key}"] for key in ("seeds", "interval", "bootstrap"))
-        assert len(seeds) == 2 and result[probe] == pytest.approx(sum(seeds) / 2) == pytest.approx((low + high) / 2)
-        assert high - low == pytest.approx(12.706 * abs(seeds[0] - seeds[1]), abs=1e-6) and least <= result[probe] <= most
+        seeds, (low, high), (least, most) = (
+            result[f"{probe}_{key}"] for key in ("seeds", "interval", "bootstrap")
+        )
+        assert len(seeds) == 2 and result[probe] == pytest.approx(sum(seeds) / 2) == pytest.approx(
+            (low + high) / 2
+        )
+        assert (
+            high - low == pytest.approx(12.706 * abs(seeds[0] - seeds[1]), abs=1e-6)
+            and least <= result[probe] <= most
+        )
         assert len(result[f"{probe}_chosen"]) == 2 and set(result[f"{probe}_chosen"][0]) == settings
-        assert f"{result[probe]:.3f}" in lines[probe] and f"{least:.3f} to {most:.3f}" in lines[probe]
+        assert (
+            f"{result[probe]:.3f}" in lines[probe] and f"{least:.3f} to {most:.3f}" in lines[probe]
+        )
     assert f"{result['majority']:.3f}" in lines["majority"]
     run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path / "again")
-    assert json.loads((tmp_path / "again/label.json").read_text()) == result  # a pure function of the seed
+    assert (
+        json.loads((tmp_path / "again/label.json").read_text()) == result
+    )  # a pure function of the seed
 
 
 def test_two_ranks_are_one(world, tmp_path):
     flags = (*both(world), *UNTRAINED, *FAST, "--augment", 2, "--attentive")
     run("linprobe.py", *flags, "--out", tmp_path / "two", ranks=2)
     run("linprobe.py", *flags, "--out", tmp_path / "one")
-    for name, close in (("train.features", 1e-5), ("test.features", 1e-5), ("train.tokens", 2e-3), ("test.tokens", 2e-3)):
+    for name, close in (
+        ("train.features", 1e-5),
+        ("test.features", 1e-5),
+        ("train.tokens", 2e-3),
+        ("test.tokens", 2e-3),
+    ):
         one, two = of(tmp_path / "one", name), of(tmp_path / "two", name)
         assert np.isfinite(one).all() and np.allclose(one, two, rtol=close, atol=close)
-    results = [json.loads((tmp_path / f"{ranks}/label.json").read_text()) for ranks in ("one", "two")]
+    results = [
+        json.loads((tmp_path / f"{ranks}/label.json").read_text()) for ranks in ("one", "two")
+    ]
     assert results[0]["knn"] == pytest.approx(results[1]["knn"], abs=0.1)
 
 
@@ -378,14 +531,21 @@ def test_max_steps_ends_with_the_number_of_videos_tried(copy, tmp_path):
     """On every rank's part, broken videos included; a run that needs no more steps than that gives a result."""
     flags = (*UNTRAINED, *FAST, "--clips", 1, "--batch-size", 8, "--max-steps", 1, "--out", "p")
     lines = (copy / "data/train.csv").read_text().splitlines()
-    lines[2] = "gone.mp4" + lines[2][lines[2].index(","):]
+    lines[2] = "gone.mp4" + lines[2][lines[2].index(",") :]
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
-    tried = lambda name, count, of: f"{count} of {of} videos of data/{name}.csv are done; run it again to go on"
+    tried = lambda name, count, of: (
+        f"{count} of {of} videos of data/{name}.csv are done; run it again to go on"
+    )
     assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("train", 8, 32)
-    for batch, last in ((8, tried("train", 23, 32)), (5, tried("val", 10, 24))):  # 7 + 16 of 25, then 10 of the last 10
+    for batch, last in (
+        (8, tried("train", 23, 32)),
+        (5, tried("val", 10, 24)),
+    ):  # 7 + 16 of 25, then 10 of the last 10
         children = two_ranks(tmp_path, probing, copy, "--batch-size", batch, "--max-steps", 1)
         assert [child.code(60) for child in children] == [0, 0]
-        assert children[0].printed().splitlines()[-1] == last and "done" not in children[1].printed()
+        assert (
+            children[0].printed().splitlines()[-1] == last and "done" not in children[1].printed()
+        )
     assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("val", 18, 24)
     assert not list((copy / "p").glob("label.json*"))
     run("linprobe.py", *flags, cwd=copy)
@@ -400,8 +560,21 @@ def test_features_of_another_root_are_not_reused(world, copy):
     (other / "videos").mkdir()
     (other / "videos/train").symlink_to(copy / "data/videos/val")
     (other / "videos/val").symlink_to(copy / "data/videos/val")
-    flags = (*UNTRAINED, *FAST, "--clips", 1, "--out", "p", "--data", "few.csv", "--test", "data/val.csv")
-    (copy / "few.csv").write_text("path,label\n" + "".join(f"videos/train/{row:05d}.mp4,{row % 2}\n" for row in range(8)))
+    flags = (
+        *UNTRAINED,
+        *FAST,
+        "--clips",
+        1,
+        "--out",
+        "p",
+        "--data",
+        "few.csv",
+        "--test",
+        "data/val.csv",
+    )
+    (copy / "few.csv").write_text(
+        "path,label\n" + "".join(f"videos/train/{row:05d}.mp4,{row % 2}\n" for row in range(8))
+    )
     run("linprobe.py", *flags, "--root", "data", cwd=copy)
     first = of(copy / "p", "train.features").copy()
     run("linprobe.py", *flags, "--root", copy / "data", cwd=copy)  # the same folder, told otherwise
@@ -416,17 +589,45 @@ def test_features_of_another_root_are_not_reused(world, copy):
 
 
 def test_a_checkpoint_brings_its_own_settings(copy):
-    run("pretrain.py", "--size", "tiny", "--frames", 4, "--stride", 3, "--batch-size", 8, "--epochs", 1, "--workers", 0,
-        cwd=copy)
-    out = run("linprobe.py", "--checkpoint", "runs/text/checkpoint.pt", "--workers", 1, "--clips", 1, cwd=copy)
+    run(
+        "pretrain.py",
+        "--size",
+        "tiny",
+        "--frames",
+        4,
+        "--stride",
+        3,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        cwd=copy,
+    )
+    out = run(
+        "linprobe.py",
+        "--checkpoint",
+        "runs/text/checkpoint.pt",
+        "--workers",
+        1,
+        "--clips",
+        1,
+        cwd=copy,
+    )
     about = json.loads((copy / "runs/text/probe/train.features.json").read_text())
-    assert (about["size"], about["frames"], about["stride"], about["clips"]) == ("tiny", 4, 3, 1) and "knn" in out
+    assert (about["size"], about["frames"], about["stride"], about["clips"]) == (
+        "tiny",
+        4,
+        3,
+        1,
+    ) and "knn" in out
 
 
 def test_unreadable_unknown_and_few(copy):
     flags = (*UNTRAINED, *FAST, "--attentive", "--clips", 1, "--out", "p")
     lines = (copy / "data/val.csv").read_text().splitlines()
-    lines[1] = "missing.mp4" + lines[1][lines[1].index(","):]
+    lines[1] = "missing.mp4" + lines[1][lines[1].index(",") :]
     lines[2] = lines[2].split(",")[0] + ",fly,bird,a bird"
     (copy / "data/val.csv").write_text("\n".join(lines) + "\n")
     out = run("linprobe.py", *flags, cwd=copy)
@@ -434,13 +635,41 @@ def test_unreadable_unknown_and_few(copy):
     result = json.loads((copy / "p/label.json").read_text())
     assert result["test"] == 24 and result["unreadable"] == 1
     # five videos, one of class 900, labels with gaps; the sweep holds one out, k is cut to those there are
-    (copy / "few.csv").write_text("path,label\n" + "".join(f"data/videos/train/{row:05d}.mp4,{label}\n"
-                                                           for row, label in enumerate((3, 3, 900, 7, 7))) + "gone.mp4,8\n")
-    flags = (*UNTRAINED, "--attentive", "--clips", 1, "--out", "q", "--data", "few.csv", "--test", "few.csv", "--workers", 0)
+    (copy / "few.csv").write_text(
+        "path,label\n"
+        + "".join(
+            f"data/videos/train/{row:05d}.mp4,{label}\n"
+            for row, label in enumerate((3, 3, 900, 7, 7))
+        )
+        + "gone.mp4,8\n"
+    )
+    flags = (
+        *UNTRAINED,
+        "--attentive",
+        "--clips",
+        1,
+        "--out",
+        "q",
+        "--data",
+        "few.csv",
+        "--test",
+        "few.csv",
+        "--workers",
+        0,
+    )
     out = run("linprobe.py", *flags, "--epochs", 60, cwd=copy)
     result = json.loads((copy / "q/label.json").read_text())
-    assert (result["train"], result["test"], result["classes"], result["unreadable"]) == (5, 6, 3, 2) and "wrong: 8" in out
-    assert result["knn"] == pytest.approx(5 / 6) and result["linear"] <= 5 / 6 and result["majority"] == pytest.approx(2 / 6)
+    assert (result["train"], result["test"], result["classes"], result["unreadable"]) == (
+        5,
+        6,
+        3,
+        2,
+    ) and "wrong: 8" in out
+    assert (
+        result["knn"] == pytest.approx(5 / 6)
+        and result["linear"] <= 5 / 6
+        and result["majority"] == pytest.approx(2 / 6)
+    )
     (copy / "one.csv").write_text("path,label\ndata/videos/train/00000.mp4,3\ngone.mp4,8\n")
     refusal = run("linprobe.py", *flags, "--data", "one.csv", cwd=copy, fails=True)
     assert refusal == "one.csv: 1 readable videos: nothing to train on"
@@ -449,22 +678,55 @@ def test_unreadable_unknown_and_few(copy):
 def test_refusals(copy):
     assert "no such file" in run("linprobe.py", "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
     (copy / "garbage.pt").write_bytes(b"not a checkpoint")
-    refusal = run("linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True)
+    refusal = run(
+        "linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True
+    )
     assert "garbage.pt: no checkpoint" in refusal
-    assert "'verb'" in run("linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True)
-    assert "--token-grid [9, 1, 1]: expected" in run("linprobe.py", *UNTRAINED, "--token-grid", 9, 1, 1, cwd=copy, fails=True)
-    for flag in ("--seeds", "--clips", "--crops", "--k", "--epochs", "--probe-batch", "--max-steps", "--batch-size", "--stride"):
+    assert "'verb'" in run(
+        "linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True
+    )
+    assert "--token-grid [9, 1, 1]: expected" in run(
+        "linprobe.py", *UNTRAINED, "--token-grid", 9, 1, 1, cwd=copy, fails=True
+    )
+    for flag in (
+        "--seeds",
+        "--clips",
+        "--crops",
+        "--k",
+        "--epochs",
+        "--probe-batch",
+        "--max-steps",
+        "--batch-size",
+        "--stride",
+    ):
         refusal = run("linprobe.py", *UNTRAINED, flag, 0, cwd=copy, fails=True)
         assert f"argument {flag}: expected 1 to " in refusal and ", found 0 (" in refusal
-    for flag, value in (("--rates", "nan"), ("--rates", "inf"), ("--rates", 0), ("--decays", -1), ("--decays", "nan"), ("--video-timeout", -1)):
+    for flag, value in (
+        ("--rates", "nan"),
+        ("--rates", "inf"),
+        ("--rates", 0),
+        ("--decays", -1),
+        ("--decays", "nan"),
+        ("--video-timeout", -1),
+    ):
         refusal = run("linprobe.py", *UNTRAINED, f"{flag}={value}", cwd=copy, fails=True)
-        assert f"argument {flag}: expected a finite number, " in refusal and f", found {value} (" in refusal
-    assert "argument --augment: expected 0 to 100, found 1000" in run("linprobe.py", *UNTRAINED, "--augment", 1000, cwd=copy, fails=True)
+        assert (
+            f"argument {flag}: expected a finite number, " in refusal
+            and f", found {value} (" in refusal
+        )
+    assert "argument --augment: expected 0 to 100, found 1000" in run(
+        "linprobe.py", *UNTRAINED, "--augment", 1000, cwd=copy, fails=True
+    )
     (copy / "file").write_text("")
-    assert run("linprobe.py", *UNTRAINED, "--out", "file", cwd=copy, fails=True) == "--out file: is a file, expected a folder"
+    assert (
+        run("linprobe.py", *UNTRAINED, "--out", "file", cwd=copy, fails=True)
+        == "--out file: is a file, expected a folder"
+    )
     assert not (copy / "runs").exists()
     (copy / "data/val.csv").write_text("path,label\nvideos/val/00001.mp4,\n")
-    assert "has no label" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", cwd=copy, fails=True)
+    assert "has no label" in run(
+        "linprobe.py", "--checkpoint", "none", "--size", "tiny", cwd=copy, fails=True
+    )
 
 
 # ---- stopped -------------------------------------------------------------------------------------------------------------
@@ -496,8 +758,12 @@ def test_a_signal_ends_loading_and_probing_at_once(copy, tmp_path, monkeypatch, 
         child.kill(number)
         assert child.code(3) == -number
         name = signal.Signals(number).name
-        assert child.printed().endswith(f"ready\n\n{name}: ended: the features are kept, run it again\n")
-    assert {path.name for path in (copy / "p").iterdir()} == {f"{split}.features.{kind}" for split in ("train", "test") for kind in ("npy", "json")}
+        assert child.printed().endswith(
+            f"ready\n\n{name}: ended: the features are kept, run it again\n"
+        )
+    assert {path.name for path in (copy / "p").iterdir()} == {
+        f"{split}.features.{kind}" for split in ("train", "test") for kind in ("npy", "json")
+    }
     mark = np.load(copy / "p/train.features.npy", mmap_mode="r+")
     mark[0] = 7
     del mark
@@ -522,13 +788,22 @@ def test_a_signal_ends_an_extraction_after_its_batch(copy, tmp_path, monkeypatch
     child.kill(signal.SIGTERM)
     assert child.code(10) == -15
     out = child.printed()
-    assert "SIGTERM: ending after this batch; once more ends at once" in out and "SIGTERM: stopped; run it again to go on" in out
+    assert (
+        "SIGTERM: ending after this batch; once more ends at once" in out
+        and "SIGTERM: stopped; run it again to go on" in out
+    )
     features = of(copy / "p", "train.features")
     done = int(np.isfinite(features).all(1).sum())
-    assert done in (4, 8, 12) and np.isnan(features[done:]).all() and not list((copy / "p").glob("label*"))
+    assert (
+        done in (4, 8, 12)
+        and np.isnan(features[done:]).all()
+        and not list((copy / "p").glob("label*"))
+    )
 
 
-def test_two_ranks_stop_while_features_are_made_and_while_rank_0_probes(copy, tmp_path, monkeypatch):
+def test_two_ranks_stop_while_features_are_made_and_while_rank_0_probes(
+    copy, tmp_path, monkeypatch
+):
     """One rank told: both end by the signal. While rank 0 probes, the other has ended well."""
     with monkeypatch.context() as patch:
         patch.setattr(VideoMAE, "encode", slow_encode(VideoMAE.encode))

@@ -18,13 +18,31 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as M  # noqa: E402
-from model import VideoMAE, VideoViT, info_nce, load_pretrained, patchify, save_huggingface, unpatchify  # noqa: E402
-from tgm.run import one_line_errors  # noqa: E402
+import model as M
+from model import (
+    VideoMAE,
+    VideoViT,
+    info_nce,
+    load_pretrained,
+    patchify,
+    save_huggingface,
+    unpatchify,
+)
+from tgm.run import one_line_errors
 
 torch.set_num_threads(1)
-NANO = dict(M.SIZES["tiny"], frames=4, image_size=32, patch=16, width=24, depth=2, heads=2,
-            decoder_width=12, decoder_depth=1, decoder_heads=3)
+NANO = dict(
+    M.SIZES["tiny"],
+    frames=4,
+    image_size=32,
+    patch=16,
+    width=24,
+    depth=2,
+    heads=2,
+    decoder_width=12,
+    decoder_depth=1,
+    decoder_heads=3,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +57,9 @@ def randomize(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim:  # not logit_scale
-            p.data = 0.15 * torch.randn(p.shape, generator=g) + ("norm" in name and name.endswith("weight"))
+            p.data = 0.15 * torch.randn(p.shape, generator=g) + (
+                "norm" in name and name.endswith("weight")
+            )
     return model
 
 
@@ -57,10 +77,13 @@ def random_mask(model, batch=2, visible=None, seed=2):
 
 def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape
-    assert (a - b).abs().max() <= tolerance * b.abs().max(), ((a - b).abs().max() / b.abs().max()).item()
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (
+        (a - b).abs().max() / b.abs().max()
+    ).item()
 
 
 # --- parity with transformers ---
+
 
 def hf_model(cls, config):
     """The class at our sizes, its two hard-coded epsilons (1e-5) set to the official 1e-6, as our docstring says."""
@@ -78,22 +101,41 @@ def official_eps(hf):
 
 def hf_config(model, **extra):
     c = model.config
-    return dict(image_size=c["image_size"], patch_size=c["patch"], num_frames=c["frames"], tubelet_size=2,
-                hidden_size=c["width"], num_hidden_layers=c["depth"], num_attention_heads=c["heads"],
-                intermediate_size=4 * c["width"], decoder_hidden_size=c["decoder_width"],
-                decoder_num_hidden_layers=c["decoder_depth"], decoder_num_attention_heads=c["decoder_heads"],
-                decoder_intermediate_size=4 * c["decoder_width"], layer_norm_eps=1e-6, **extra)
+    return dict(
+        image_size=c["image_size"],
+        patch_size=c["patch"],
+        num_frames=c["frames"],
+        tubelet_size=2,
+        hidden_size=c["width"],
+        num_hidden_layers=c["depth"],
+        num_attention_heads=c["heads"],
+        intermediate_size=4 * c["width"],
+        decoder_hidden_size=c["decoder_width"],
+        decoder_num_hidden_layers=c["decoder_depth"],
+        decoder_num_attention_heads=c["decoder_heads"],
+        decoder_intermediate_size=4 * c["decoder_width"],
+        layer_norm_eps=1e-6,
+        **extra,
+    )
 
 
 def ours_in_hf(name):
     """Parameter name of transformers -> ours, written out independently of model.HF_KEYS; None where ours is fused."""
-    for a, b in (("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
-                 ("videomae.encoder.layer", "encoder.blocks"), ("videomae.layernorm", "encoder.norm"),
-                 ("decoder.decoder_layers", "decoder.blocks"), ("layernorm_before", "norm1"),
-                 ("layernorm_after", "norm2"), ("attention.output.dense", "attn.proj"),
-                 ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
-                 ("attention.attention.query.bias", "attn.q_bias"), ("attention.attention.value.bias", "attn.v_bias"),
-                 ("attention.attention", "attn"), ("classifier", "head")):
+    for a, b in (
+        ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
+        ("videomae.encoder.layer", "encoder.blocks"),
+        ("videomae.layernorm", "encoder.norm"),
+        ("decoder.decoder_layers", "decoder.blocks"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+        ("attention.output.dense", "attn.proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+        ("attention.attention.query.bias", "attn.q_bias"),
+        ("attention.attention.value.bias", "attn.v_bias"),
+        ("attention.attention", "attn"),
+        ("classifier", "head"),
+    ):
         name = name.replace(a, b)
     return name
 
@@ -138,12 +180,19 @@ def test_base_loss_equals_transformers():
     copy_weights(hf, ours)
     video, mask = random_video(ours, 1), random_mask(ours, 1, visible=160)
     with torch.no_grad():
-        close(ours(video, mask, visible=160).loss_mae, hf(video.transpose(1, 2), bool_masked_pos=mask).loss)
+        close(
+            ours(video, mask, visible=160).loss_mae,
+            hf(video.transpose(1, 2), bool_masked_pos=mask).loss,
+        )
 
 
 def test_classifier_equals_transformers():
     ours = VideoViT("nano", classes=5)
-    hf = randomize(hf_model("VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=5)))
+    hf = randomize(
+        hf_model(
+            "VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=5)
+        )
+    )
     copy_weights(hf, ours, "encoder.")
     video = random_video(ours)
     close(ours.eval()(video), hf(video.transpose(1, 2)).logits)
@@ -153,7 +202,9 @@ def test_classifier_equals_transformers():
 def test_published_sizes_classify_as_transformers_does_both_ways(tmp_path, size):
     """16 x 224 x 224: their random weights through our loader, and ours through their from_pretrained."""
     ours = VideoViT(size, classes=11).eval()
-    hf = hf_model("VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=11)).eval()
+    hf = hf_model(
+        "VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=11)
+    ).eval()
     video = random_video(ours, 1)
     for model in (hf.classifier, ours.head):
         torch.nn.init.normal_(model.weight, std=0.05)
@@ -171,19 +222,31 @@ def test_published_sizes_classify_as_transformers_does_both_ways(tmp_path, size)
 
 def test_huggingface_folder_there_and_back(tmp_path):
     transformers = pytest.importorskip("transformers")
-    mae, vit = randomize(VideoMAE("nano", text_dim=7)), randomize(VideoViT("nano", classes=5)).eval()
+    mae, vit = (
+        randomize(VideoMAE("nano", text_dim=7)),
+        randomize(VideoViT("nano", classes=5)).eval(),
+    )
     video, mask = random_video(mae), random_mask(mae)
-    for model, cls, folder in ((mae, "VideoMAEForPreTraining", tmp_path / "mae"),
-                               (vit, "VideoMAEForVideoClassification", tmp_path / "vit")):
+    for model, cls, folder in (
+        (mae, "VideoMAEForPreTraining", tmp_path / "mae"),
+        (vit, "VideoMAEForVideoClassification", tmp_path / "vit"),
+    ):
         save_huggingface(model, folder)
         hf, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True)
-        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-        assert type(hf).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+            info
+        )
+        assert (
+            type(hf).__name__
+            == json.loads((folder / "config.json").read_text())["architectures"][0]
+        )
         assert hf.config.layer_norm_eps == 1e-6
         official_eps(hf)
         with torch.no_grad():
             if model is mae:
-                close(hf(video.transpose(1, 2), bool_masked_pos=mask).loss, mae(video, mask).loss_mae)
+                close(
+                    hf(video.transpose(1, 2), bool_masked_pos=mask).loss, mae(video, mask).loss_mae
+                )
             else:
                 close(hf(video.transpose(1, 2)).logits, vit(video))
                 assert hf.config.num_labels == 5
@@ -196,7 +259,9 @@ def test_huggingface_folder_there_and_back(tmp_path):
             kept_out = {"missing contrastive.proj.weight", "missing contrastive.logit_scale"}
             assert set(report) == (kept_out if model is mae else set())
             for key, value in model.state_dict().items():
-                assert key.startswith("contrastive.") or torch.equal(value, back.state_dict()[key]), key
+                assert key.startswith("contrastive.") or torch.equal(
+                    value, back.state_dict()[key]
+                ), key
 
 
 def test_bare_huggingface_encoder_loads(tmp_path):
@@ -204,8 +269,20 @@ def test_bare_huggingface_encoder_loads(tmp_path):
     hf = randomize(hf_model("VideoMAEModel", hf_config(mae, use_mean_pooling=False)))
     hf.save_pretrained(tmp_path)
     report = load_pretrained(mae, tmp_path)
-    assert all(r.startswith(("missing decoder.", "missing contrastive.", "missing mask_token", "missing encoder_to_"))
-               for r in report) and "missing mask_token" in report
+    assert (
+        all(
+            r.startswith(
+                (
+                    "missing decoder.",
+                    "missing contrastive.",
+                    "missing mask_token",
+                    "missing encoder_to_",
+                )
+            )
+            for r in report
+        )
+        and "missing mask_token" in report
+    )
     video = random_video(mae)
     close(mae.encode(video), hf(video.transpose(1, 2)).last_hidden_state)
 
@@ -215,50 +292,99 @@ def test_bare_huggingface_encoder_without_a_norm(tmp_path):
     mae = VideoMAE("nano")
     hf = randomize(hf_model("VideoMAEModel", hf_config(mae, use_mean_pooling=True)))
     hf.save_pretrained(tmp_path)
-    assert {"missing encoder.norm.weight", "missing encoder.norm.bias"} <= set(load_pretrained(mae, tmp_path))
+    assert {"missing encoder.norm.weight", "missing encoder.norm.bias"} <= set(
+        load_pretrained(mae, tmp_path)
+    )
     video = random_video(mae)
     expected = F.layer_norm(hf(video.transpose(1, 2)).last_hidden_state, (24,), eps=1e-6)
     close(mae.encode(video), expected)
     vit = VideoViT("nano", classes=3)
-    assert load_pretrained(vit, tmp_path) == ["missing fc_norm.weight", "missing fc_norm.bias", "missing head.weight", "missing head.bias"]
+    assert load_pretrained(vit, tmp_path) == [
+        "missing fc_norm.weight",
+        "missing fc_norm.bias",
+        "missing head.weight",
+        "missing head.bias",
+    ]
 
 
 # --- the official checkpoints ---
 
+
 def official_keys(D=768, depth=12, E=384, decoder_depth=4, P=1536):
-    keys = {"encoder.patch_embed.proj.weight": (D, 3, 2, 16, 16), "encoder.patch_embed.proj.bias": (D,),
-            "encoder.norm.weight": (D,), "encoder.norm.bias": (D,), "encoder_to_decoder.weight": (E, D),
-            "mask_token": (1, 1, E), "decoder.norm.weight": (E,), "decoder.norm.bias": (E,),
-            "decoder.head.weight": (P, E), "decoder.head.bias": (P,)}
+    keys = {
+        "encoder.patch_embed.proj.weight": (D, 3, 2, 16, 16),
+        "encoder.patch_embed.proj.bias": (D,),
+        "encoder.norm.weight": (D,),
+        "encoder.norm.bias": (D,),
+        "encoder_to_decoder.weight": (E, D),
+        "mask_token": (1, 1, E),
+        "decoder.norm.weight": (E,),
+        "decoder.norm.bias": (E,),
+        "decoder.head.weight": (P, E),
+        "decoder.head.bias": (P,),
+    }
     for part, width, n in (("encoder", D, depth), ("decoder", E, decoder_depth)):
         for i in range(n):
-            keys |= {f"{part}.blocks.{i}.{name}": shape for name, shape in {
-                "norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
-                "attn.q_bias": (width,), "attn.v_bias": (width,), "attn.qkv.weight": (3 * width, width),
-                "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-                "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
-                "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}.items()}
+            keys |= {
+                f"{part}.blocks.{i}.{name}": shape
+                for name, shape in {
+                    "norm1.weight": (width,),
+                    "norm1.bias": (width,),
+                    "norm2.weight": (width,),
+                    "norm2.bias": (width,),
+                    "attn.q_bias": (width,),
+                    "attn.v_bias": (width,),
+                    "attn.qkv.weight": (3 * width, width),
+                    "attn.proj.weight": (width, width),
+                    "attn.proj.bias": (width,),
+                    "mlp.fc1.weight": (4 * width, width),
+                    "mlp.fc1.bias": (4 * width,),
+                    "mlp.fc2.weight": (width, 4 * width),
+                    "mlp.fc2.bias": (width,),
+                }.items()
+            }
     return keys
 
 
-@pytest.mark.parametrize("size, shape", [("small", (384, 12, 192, 4)), ("base", (768, 12, 384, 4)),
-                                         ("large", (1024, 24, 512, 12)), ("huge", (1280, 32, 640, 12))])
+@pytest.mark.parametrize(
+    "size, shape",
+    [
+        ("small", (384, 12, 192, 4)),
+        ("base", (768, 12, 384, 4)),
+        ("large", (1024, 24, 512, 12)),
+        ("huge", (1280, 32, 640, 12)),
+    ],
+)
 def test_keys_and_shapes_are_the_official_ones(size, shape):
     with torch.device("meta"):
         own = {k: tuple(v.shape) for k, v in VideoMAE(size).state_dict().items()}
         vit = {k: tuple(v.shape) for k, v in VideoViT(size, classes=400).state_dict().items()}
-    assert own.pop("contrastive.proj.weight") == (512, shape[0]) and own.pop("contrastive.logit_scale") == ()
+    assert (
+        own.pop("contrastive.proj.weight") == (512, shape[0])
+        and own.pop("contrastive.logit_scale") == ()
+    )
     official = official_keys(*shape)
     assert own == official
-    fine_tuned = {k.removeprefix("encoder."): v for k, v in official.items()
-                  if k.startswith("encoder.") and not k.startswith("encoder.norm.")}
+    fine_tuned = {
+        k.removeprefix("encoder."): v
+        for k, v in official.items()
+        if k.startswith("encoder.") and not k.startswith("encoder.norm.")
+    }
     D = shape[0]
-    assert vit == fine_tuned | {"fc_norm.weight": (D,), "fc_norm.bias": (D,),
-                                "head.weight": (400, D), "head.bias": (400,)}
+    assert vit == fine_tuned | {
+        "fc_norm.weight": (D,),
+        "fc_norm.bias": (D,),
+        "head.weight": (400, D),
+        "head.bias": (400,),
+    }
 
 
 def test_heads_are_the_official_ones():  # they leave no trace in the shapes
-    heads = {name: (c["heads"], c["decoder_heads"]) for name, c in M.SIZES.items() if name not in ("tiny", "nano")}
+    heads = {
+        name: (c["heads"], c["decoder_heads"])
+        for name, c in M.SIZES.items()
+        if name not in ("tiny", "nano")
+    }
     assert heads == {"small": (6, 3), "base": (12, 6), "large": (16, 8), "huge": (16, 8)}
 
 
@@ -270,21 +396,34 @@ def official_state(seed=0):
 @pytest.mark.parametrize("wrap", ["model", "module"])
 def test_official_pretraining_file(tmp_path, wrap):
     state, file = official_state(), tmp_path / "official.pth"
-    torch.save({wrap: state, "epoch": 1600, "args": argparse.Namespace(lr=1.5e-4)}, file)  # as VideoMAE saves it
+    torch.save(
+        {wrap: state, "epoch": 1600, "args": argparse.Namespace(lr=1.5e-4)}, file
+    )  # as VideoMAE saves it
     mae, vit = VideoMAE("nano"), VideoViT("nano", classes=3)
-    assert set(load_pretrained(mae, file)) == {"missing contrastive.proj.weight", "missing contrastive.logit_scale"}
+    assert set(load_pretrained(mae, file)) == {
+        "missing contrastive.proj.weight",
+        "missing contrastive.logit_scale",
+    }
     assert all(torch.equal(mae.state_dict()[k], v) for k, v in state.items())
     report = load_pretrained(vit, file)
-    unused = {f"unused {k.removeprefix('encoder.')}" for k in state
-              if k.startswith(("decoder.", "encoder.norm.", "mask_token", "encoder_to"))}
-    missing = {f"missing {k}" for k in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")}
+    unused = {
+        f"unused {k.removeprefix('encoder.')}"
+        for k in state
+        if k.startswith(("decoder.", "encoder.norm.", "mask_token", "encoder_to"))
+    }
+    missing = {
+        f"missing {k}" for k in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
+    }
     assert set(report) == unused | missing
     assert torch.equal(vit.blocks[1].attn.qkv.weight, state["encoder.blocks.1.attn.qkv.weight"])
 
 
 def test_our_checkpoint_and_fine_tuned_layout(tmp_path):
     mae, vit = randomize(VideoMAE("nano")), randomize(VideoViT("nano", classes=3))
-    torch.save({"model": mae.state_dict(), "optimizer": {"x": torch.ones(1)}, "step": 3}, tmp_path / "mae.pt")
+    torch.save(
+        {"model": mae.state_dict(), "optimizer": {"x": torch.ones(1)}, "step": 3},
+        tmp_path / "mae.pt",
+    )
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pt")
     back = VideoMAE("nano", frames=8, image_size=64)  # positions are computed: another grid loads
     assert load_pretrained(back, tmp_path / "mae.pt") == []
@@ -295,11 +434,26 @@ def test_our_checkpoint_and_fine_tuned_layout(tmp_path):
     assert "unused contrastive.proj.weight" in load_pretrained(again, tmp_path / "mae.pt")
     # Of a fine-tuned file the autoencoder takes the blocks, and fc_norm for its final norm.
     report = load_pretrained(mae, tmp_path / "vit.pt")
-    assert {"unused encoder.head.weight", "unused encoder.head.bias", "missing mask_token"} <= set(report)
-    assert all(r.startswith(("unused encoder.head.", "missing decoder.", "missing encoder_to_", "missing mask", "missing contr")) for r in report)
+    assert {"unused encoder.head.weight", "unused encoder.head.bias", "missing mask_token"} <= set(
+        report
+    )
+    assert all(
+        r.startswith(
+            (
+                "unused encoder.head.",
+                "missing decoder.",
+                "missing encoder_to_",
+                "missing mask",
+                "missing contr",
+            )
+        )
+        for r in report
+    )
     for key, value in vit.state_dict().items():
         if not key.startswith("head."):
-            assert torch.equal(value, mae.state_dict()["encoder." + key.replace("fc_norm", "norm")]), key
+            assert torch.equal(
+                value, mae.state_dict()["encoder." + key.replace("fc_norm", "norm")]
+            ), key
 
 
 def test_a_new_head_for_other_classes(tmp_path):
@@ -308,8 +462,13 @@ def test_a_new_head_for_other_classes(tmp_path):
     with pytest.raises(ValueError, match=r"head.weight: file \[3, 24\], model \[7, 24\]"):
         load_pretrained(new, tmp_path / "old.pt")
     head = new.head.weight.clone()
-    assert load_pretrained(new, tmp_path / "old.pt", new_head=True) == ["missing head.weight", "missing head.bias"]
-    assert torch.equal(new.head.weight, head) and torch.equal(new.fc_norm.weight, old.fc_norm.weight)
+    assert load_pretrained(new, tmp_path / "old.pt", new_head=True) == [
+        "missing head.weight",
+        "missing head.bias",
+    ]
+    assert torch.equal(new.head.weight, head) and torch.equal(
+        new.fc_norm.weight, old.fc_norm.weight
+    )
     assert M.head_classes(tmp_path / "old.pt") == 3
     torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
     assert "unused mask_token" in load_pretrained(new, tmp_path / "mae.pt", new_head=True)
@@ -322,7 +481,9 @@ def test_saved_args(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(size=1)}, tmp_path / "official.pt")
     (tmp_path / "bad.pt").write_bytes(b"no")
     assert M.saved_args(tmp_path / "ours.pt") == {"size": "tiny"}
-    assert [M.saved_args(tmp_path / name) for name in ("official.pt", "bad.pt", "gone.pt")] == [{}] * 3 and M.saved_args("none") == {}
+    assert [M.saved_args(tmp_path / name) for name in ("official.pt", "bad.pt", "gone.pt")] == [
+        {}
+    ] * 3 and M.saved_args("none") == {}
 
 
 class Payload:
@@ -353,14 +514,23 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "owned"))
     torch.save({"model": Payload()}, file)
     refused("no checkpoint")
-    assert not (tmp_path / "owned").exists()  # the payload works, as the last line of this test shows
+    assert not (
+        tmp_path / "owned"
+    ).exists()  # the payload works, as the last line of this test shows
 
     state = official_state()
-    torch.save({"model": state | {"mask_token": torch.ones(1, 1, 13), "encoder.norm.bias": torch.ones(9)}}, file)
+    torch.save(
+        {"model": state | {"mask_token": torch.ones(1, 1, 13), "encoder.norm.bias": torch.ones(9)}},
+        file,
+    )
     message = refused("does not fit VideoMAE")
     assert "mask_token: file [1, 1, 13], model [1, 1, 12]" in message
     assert "encoder.norm.bias: file [9], model [24]" in message
-    for gone in ("encoder.blocks.1.attn.q_bias", "decoder.norm.bias", "mask_token"):  # not even part of the decoder
+    for gone in (
+        "encoder.blocks.1.attn.q_bias",
+        "decoder.norm.bias",
+        "mask_token",
+    ):  # not even part of the decoder
         torch.save({k: v for k, v in state.items() if k != gone}, file)
         refused(f"missing {gone}")
     torch.save(state | {"encoder.blocks.2.attn.q_bias": torch.ones(24)}, file)
@@ -368,8 +538,14 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     refused("unexpected blocks.2.attn.q_bias", VideoViT("nano"))
     torch.save(state | {"contrastive.logit_scale": torch.ones(())}, file)
     refused("missing contrastive.proj.weight")
-    torch.save({k.removeprefix("encoder."): v for k, v in VideoViT("nano", classes=3).state_dict().items()
-                if k != "fc_norm.bias"}, file)
+    torch.save(
+        {
+            k.removeprefix("encoder."): v
+            for k, v in VideoViT("nano", classes=3).state_dict().items()
+            if k != "fc_norm.bias"
+        },
+        file,
+    )
     refused("missing fc_norm.bias", VideoViT("nano", classes=3))
     refused(r"head.bias: file \[3\], model \[4\]", VideoViT("nano", classes=4))
     save_huggingface(mae, tmp_path / "hf")
@@ -385,12 +561,16 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
 
 # --- tokens, targets, losses ---
 
+
 def test_patchify_order_and_inverse():
     video = torch.arange(2 * 3 * 4 * 32 * 48).reshape(2, 3, 4, 32, 48)
     cubes = patchify(video, 2, 16)
     assert cubes.shape == (2, 2 * 2 * 3, 1536)
     t, h, w, dt, y, x, c = 1, 0, 2, 1, 5, 7, 2  # one number of one cube, by hand
-    assert cubes[1, (t * 2 + h) * 3 + w, ((dt * 16 + y) * 16 + x) * 3 + c] == video[1, c, 2 + dt, 5, 32 + 7]
+    assert (
+        cubes[1, (t * 2 + h) * 3 + w, ((dt * 16 + y) * 16 + x) * 3 + c]
+        == video[1, c, 2 + dt, 5, 32 + 7]
+    )
     assert torch.equal(unpatchify(cubes, (2, 2, 3), 2, 16), video)
 
 
@@ -405,7 +585,11 @@ def test_normalize():
 @pytest.mark.parametrize("frames, image_size", [(8, 96), (32, 32), (4, 160)])
 def test_encode_equals_a_dense_convolution_and_sees_only_the_visible(frames, image_size):
     mae = randomize(VideoMAE("nano", frames, image_size))
-    assert mae.grid == (frames // 2, image_size // 16, image_size // 16) and mae.num_tokens == math.prod(mae.grid)
+    assert mae.grid == (
+        frames // 2,
+        image_size // 16,
+        image_size // 16,
+    ) and mae.num_tokens == math.prod(mae.grid)
     video, mask = random_video(mae), random_mask(mae)
     conv = mae.encoder.patch_embed["proj"]
     x = F.conv3d(video, conv.weight, conv.bias, stride=(2, 16, 16)).flatten(2).transpose(1, 2)
@@ -416,7 +600,10 @@ def test_encode_equals_a_dense_convolution_and_sees_only_the_visible(frames, ima
     x = x[~mask].reshape(2, -1, 24)
     for block in mae.encoder.blocks:
         x = block(x)
-    close(mae.encode(video, mask), F.layer_norm(x, (24,), mae.encoder.norm.weight, mae.encoder.norm.bias, 1e-6))
+    close(
+        mae.encode(video, mask),
+        F.layer_norm(x, (24,), mae.encoder.norm.weight, mae.encoder.norm.bias, 1e-6),
+    )
     cubes = patchify(video)
     cubes[mask] = 1e6
     assert torch.equal(mae.encode(unpatchify(cubes, mae.grid), mask), mae.encode(video, mask))
@@ -447,20 +634,27 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     hidden = mask.nonzero()[:, 1].view(2, -1)
     decoded = torch.stack([row[torch.randperm(len(row))[:20]] for row in hidden])
     loss = mae(video, mask, decoded=decoded).loss_mae
-    barred = mask.scatter(1, decoded, False)                                                # [B,N]
+    barred = mask.scatter(1, decoded, False)  # [B,N]
     cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
     target, plain = mae.target(cubes)[0], F.scaled_dot_product_attention
     tokens = mae.encoder.encode(cubes, seen)
     order = torch.cat([seen, every], 1)[..., 0]
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda q, k, v: plain(q, k, v, attn_mask=~barred.gather(1, order)[:, None, None, :]))
-    prediction = torch.zeros_like(target).scatter(1, every.expand(-1, -1, target.shape[-1]), mae.decode(tokens, seen, every))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: plain(q, k, v, attn_mask=~barred.gather(1, order)[:, None, None, :]),
+    )
+    prediction = torch.zeros_like(target).scatter(
+        1, every.expand(-1, -1, target.shape[-1]), mae.decode(tokens, seen, every)
+    )
     monkeypatch.undo()
     errors = (prediction - target).square().mean(-1)
     by_hand = sum(errors[row, token] for row in range(2) for token in decoded[row]) / 40
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
     whole = mae(video, mask)
-    assert torch.equal(mae(video, mask, decoded=hidden).loss_mae, whole.loss_mae) and whole.loss_mae.item() != pytest.approx(loss.item(), rel=1e-5)
+    assert torch.equal(
+        mae(video, mask, decoded=hidden).loss_mae, whole.loss_mae
+    ) and whole.loss_mae.item() != pytest.approx(loss.item(), rel=1e-5)
     shuffled = mae(video, mask, decoded=hidden[:, torch.randperm(hidden.shape[1])]).loss_mae
     assert shuffled.item() == pytest.approx(whole.loss_mae.item(), rel=1e-5)
     with pytest.raises(RuntimeError, match="not every token is masked"):
@@ -472,7 +666,9 @@ def test_trivial_predictor_scores_one():
     for p in mae.decoder.head.parameters():
         nn.init.zeros_(p)
     # per colour 512 numbers of unbiased variance 1: their mean square is 511 / 512
-    assert mae(random_video(mae), random_mask(mae)).loss_mae.item() == pytest.approx(511 / 512, rel=1e-4)
+    assert mae(random_video(mae), random_mask(mae)).loss_mae.item() == pytest.approx(
+        511 / 512, rel=1e-4
+    )
     flat = torch.full((1, 3, 4, 32, 32), 0.3)  # a cube of one colour has deviation 0: no NaN
     assert mae(flat, random_mask(mae, 1)).loss_mae.item() == pytest.approx(0, abs=1e-2)
 
@@ -488,7 +684,9 @@ def test_reconstruct_borrows_only_mean_and_deviation():
     with torch.no_grad():
         prediction = mae.decode(mae.encode(video, mask), seen, hidden)
     truth = pixels[mask].view(-1, 512, 3)
-    expected = prediction.view(-1, 512, 3) * truth.std(1, keepdim=True) + truth.mean(1, keepdim=True)
+    expected = prediction.view(-1, 512, 3) * truth.std(1, keepdim=True) + truth.mean(
+        1, keepdim=True
+    )
     close(picture[mask].view(-1, 512, 3), expected.clamp(0, 1), 1e-4)
 
 
@@ -513,7 +711,9 @@ def test_info_nce_equals_a_double_loop_also_with_shared_captions():
     assert info_nce(video, text, 10.0).item() == pytest.approx(expected, rel=1e-5)
     assert alone.item() != pytest.approx(expected, rel=1e-2)
     same = text[:1].expand(6, 5)  # one caption for all: nothing to tell apart
-    assert info_nce(video[:1].expand(6, 5), same, 10.0).item() == pytest.approx(math.log(6), rel=1e-5)
+    assert info_nce(video[:1].expand(6, 5), same, 10.0).item() == pytest.approx(
+        math.log(6), rel=1e-5
+    )
 
 
 def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_limited_temperature():
@@ -523,7 +723,9 @@ def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_limited_temperat
     z = mae.encode(video, mask).mean(1) @ mae.contrastive.proj.weight.T
     out = mae(video, mask, text)
     close(out.loss_nce, info_nce(z, text.float(), 1 / 0.07))
-    assert mae(video, mask).loss_nce is None and torch.equal(mae(video, mask).loss_mae, out.loss_mae)
+    assert mae(video, mask).loss_nce is None and torch.equal(
+        mae(video, mask).loss_mae, out.loss_mae
+    )
     mae.contrastive.logit_scale.data.fill_(50.0)
     mae.contrastive.limit_temperature()
     close(mae(video, mask, text).loss_nce, info_nce(z, text.float(), 100.0))
@@ -531,9 +733,17 @@ def test_contrastive_head_uses_the_mean_of_visible_tokens_and_a_limited_temperat
 
 def test_nce_detach_leaves_the_encoder_alone():
     grads = {}
-    for name, detach, with_text in (("plain", False, False), ("monitored", True, True), ("joint", False, True)):
+    for name, detach, with_text in (
+        ("plain", False, False),
+        ("monitored", True, True),
+        ("joint", False, True),
+    ):
         mae = randomize(VideoMAE("nano", text_dim=5, nce_detach=detach))
-        out = mae(random_video(mae, 4), random_mask(mae, 4), torch.ones(4, 5).tril() if with_text else None)
+        out = mae(
+            random_video(mae, 4),
+            random_mask(mae, 4),
+            torch.ones(4, 5).tril() if with_text else None,
+        )
         (out.loss_mae + (out.loss_nce if with_text else 0)).backward()
         grads[name] = {k: p.grad for k, p in mae.named_parameters()}
     for key in grads["plain"]:
@@ -547,7 +757,9 @@ def test_nce_detach_leaves_the_encoder_alone():
 
 def rank_main(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     M.SIZES["nano"] = NANO
     mae = randomize(VideoMAE("nano", text_dim=5))
     ddp = nn.parallel.DistributedDataParallel(mae)
@@ -557,8 +769,13 @@ def rank_main(rank, folder):
     (out.loss_mae + out.loss_nce).backward()
     losses = torch.stack(out).detach()
     torch.distributed.all_reduce(losses)
-    torch.save((losses / 2, {k: p.grad for k, p in mae.named_parameters()}), folder / f"rank{rank}.pt")
-    del out, ddp  # no thread of theirs is to want the interpreter while it shuts down: that ends in SIGABRT
+    torch.save(
+        (losses / 2, {k: p.grad for k, p in mae.named_parameters()}), folder / f"rank{rank}.pt"
+    )
+    del (
+        out,
+        ddp,
+    )  # no thread of theirs is to want the interpreter while it shuts down: that ends in SIGABRT
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -579,6 +796,7 @@ def test_two_ranks_equal_one_with_the_whole_batch(tmp_path):
 
 
 # --- how it is run ---
+
 
 def test_masks_of_unequal_rows_are_refused():
     mae = VideoMAE("nano")
@@ -602,7 +820,11 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         half = mae(video, mask, text)
     for a, b in zip(half, full):
-        assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=2e-2) and a.item() != b.item()
+        assert (
+            a.dtype == torch.float32
+            and a.item() == pytest.approx(b.item(), rel=2e-2)
+            and a.item() != b.item()
+        )
     with torch.autocast("cpu", torch.bfloat16):
         target = mae.target(patchify(video))[0]
         nce = mae.contrastive(mae.encode(video, mask), text)
@@ -618,16 +840,22 @@ def test_checkpointing_changes_no_gradient():
         mae.decoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         mae(random_video(mae), random_mask(mae)).loss_mae.backward()
         assert len(calls) == (4 if on else 2)  # recomputed in the backward pass
-        grads.append([p.grad for k, p in mae.named_parameters() if not k.startswith("contrastive.")])
+        grads.append(
+            [p.grad for k, p in mae.named_parameters() if not k.startswith("contrastive.")]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 def test_compiles_to_one_graph_when_told_the_count():
     mae = randomize(VideoMAE("nano", text_dim=5))
     video, mask, text = random_video(mae), random_mask(mae, visible=3), torch.randn(2, 5)
-    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")  # a read of the device would break the graph
+    compiled = torch.compile(
+        mae, fullgraph=True, backend="aot_eager"
+    )  # a read of the device would break the graph
     for decoded in (None, mask.nonzero()[:, 1].view(2, -1)[:, 1:4]):
-        for a, b in zip(compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)):
+        for a, b in zip(
+            compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)
+        ):
             close(a, b)
 
 
@@ -649,17 +877,30 @@ def test_initialisation_is_videomaes():
     bound = math.sqrt(6 / sum(weight.shape))
     assert 0.95 * bound < weight.abs().max() <= bound
     assert 0 < mae.mask_token.abs().max() <= 0.02
-    assert all((p == 0).all() for k, p in mae.named_parameters() if k.endswith("bias") and "patch_embed" not in k)
+    assert all(
+        (p == 0).all()
+        for k, p in mae.named_parameters()
+        if k.endswith("bias") and "patch_embed" not in k
+    )
     assert 0 < vit.head.weight.abs().max() < 2e-4
 
 
 def test_cost_counts():
     from torch.utils.flop_counter import FlopCounterMode
+
     mae = VideoMAE("tiny")
-    from torch.nn.attention import SDPBackend, sdpa_kernel  # torch 2.8 does not count the CPU's fused attention
+    from torch.nn.attention import (
+        SDPBackend,
+        sdpa_kernel,
+    )  # torch 2.8 does not count the CPU's fused attention
+
     video, mask = random_video(mae, 1), random_mask(mae, 1, visible=28)
     for decoded, count in ((None, None), (mask.nonzero()[None, :18, 1], 18)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             mae(video, mask, visible=28, decoded=decoded)
         assert counter.get_total_flops() / 2 == sum(M.count_flops(mae, 28, count))
     with torch.device("meta"):
@@ -767,7 +1008,9 @@ def test_notes_in_words(tmp_path):
     torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
     torch.save({"model": VideoViT("nano", classes=3).state_dict()}, tmp_path / "vit.pt")
     torch.save({"model": official_state()}, tmp_path / "official.pth")
-    words = lambda model, name, **options: M.summary_of(load_pretrained(model, tmp_path / name, **options))
+    words = lambda model, name, **options: M.summary_of(
+        load_pretrained(model, tmp_path / name, **options)
+    )
     assert words(VideoMAE("nano"), "mae.pt") == "every key loaded"
     # 13 keys of one block, norm and head with weight and bias, encoder_to_decoder, mask_token
     decoder = "decoder (19 keys)"
@@ -782,7 +1025,9 @@ def test_notes_in_words(tmp_path):
     found = words(VideoViT("nano", classes=7), "vit.pt", new_head=True)
     assert found == f"encoder loaded; {new}: classifier (2 keys)"
     found = words(VideoMAE("nano"), "vit.pt")
-    assert found.startswith("encoder loaded; not used: classifier (2 keys); new, as the file has none: ")
+    assert found.startswith(
+        "encoder loaded; not used: classifier (2 keys); new, as the file has none: "
+    )
     assert decoder in found and head in found
 
 
@@ -817,7 +1062,9 @@ def test_huggingfaces_pipeline_classifies_a_clip_by_name(tmp_path):
     classify = transformers.pipeline("video-classification", model=str(tmp_path))
     assert classify.model.config.label2id == {name: i for i, name in enumerate(names)}
     official_eps(classify.model)
-    frames = frames_of(vit.config)  # as numbers: this transformers decodes files by torchcodec alone
+    frames = frames_of(
+        vit.config
+    )  # as numbers: this transformers decodes files by torchcodec alone
     found = classify(frames)
     with torch.no_grad():
         expected = vit(M.normalize(in_our_layout(frames))).softmax(-1)[0]
@@ -841,7 +1088,10 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
     args = {"size": "tiny", "frames": 4, "image_size": 64, "classes": ["calm", "fight"]}
     torch.save({"model": vit.state_dict(), "args": args, "step": 3}, tmp_path / "best.pt")
     out = run("model.py", "--export", tmp_path / "best.pt", "--out", tmp_path / "vit")
-    assert out == f'{tmp_path}/vit: transformers opens it with pipeline("video-classification", model=...)\n'
+    assert (
+        out
+        == f'{tmp_path}/vit: transformers opens it with pipeline("video-classification", model=...)\n'
+    )
     classify = transformers.pipeline("video-classification", model=str(tmp_path / "vit"))
     official_eps(classify.model)
     frames = frames_of(vit.config)
@@ -854,7 +1104,9 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
     mae = randomize(VideoMAE("tiny", text_dim=7))
     args = {"size": "tiny", "frames": 8, "image_size": 32, "text_dim": 7}
     torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "checkpoint.pt")
-    out = run("model.py", "--export", tmp_path / "checkpoint.pt", "--out", tmp_path / "mae", process=True)
+    out = run(
+        "model.py", "--export", tmp_path / "checkpoint.pt", "--out", tmp_path / "mae", process=True
+    )
     assert "VideoMAEForPreTraining.from_pretrained" in out
     back = VideoMAE("tiny", text_dim=7)
     load_pretrained(back, tmp_path / "mae")
@@ -865,7 +1117,9 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
     export = lambda file, out: run("model.py", "--export", file, "--out", out, fails=True)
     torch.save({"model": official_state()}, tmp_path / "official.pth")
     line = export(tmp_path / "official.pth", tmp_path / "hf")
-    assert line == f"--export {tmp_path}/official.pth: not a checkpoint of pretrain.py or finetune.py"
+    assert (
+        line == f"--export {tmp_path}/official.pth: not a checkpoint of pretrain.py or finetune.py"
+    )
     assert export("gone.pt", tmp_path / "hf") == "--export gone.pt: no checkpoint there"
     (tmp_path / "file").write_text("mine")
     save_huggingface(VideoMAE("nano"), tmp_path / "full")
@@ -902,14 +1156,27 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_pat
     M.save_checkpoint(path, step=1)
     with pytest.raises(RuntimeError, match="a bug, not a disk"):
         M.save_checkpoint(path, step=Broken())
-    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(path.parent) == [path.name]
+    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(path.parent) == [
+        path.name
+    ]
 
 
 def test_what_the_stages_write_is_exported(copy):
     transformers = pytest.importorskip("transformers")
     tiny = ("--size", "tiny", "--batch-size", 8, "--max-steps", 1, "--workers", 0)
     run("pretrain.py", *tiny, "--out", "pre", cwd=copy)
-    run("finetune.py", *tiny, "--views", 1, 1, "--checkpoint", "pre/checkpoint.pt", "--out", "ft", cwd=copy)
+    run(
+        "finetune.py",
+        *tiny,
+        "--views",
+        1,
+        1,
+        "--checkpoint",
+        "pre/checkpoint.pt",
+        "--out",
+        "ft",
+        cwd=copy,
+    )
     run("model.py", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)
     run("model.py", "--export", "ft/checkpoint.pt", "--out", "hf/ft", cwd=copy)
     hf = transformers.VideoMAEForPreTraining.from_pretrained(copy / "hf/pre")
@@ -920,7 +1187,10 @@ def test_what_the_stages_write_is_exported(copy):
     lines = (copy / "data/train.csv").read_text().splitlines()
     column = lines[0].split(",").index("label")
     assert {one["label"] for one in found} == {line.split(",")[column] for line in lines[1:]}
+
+
 # --- the contrastive loss: samples of one video, and the temperature ---
+
 
 def nce_by_pairs(video, text, scale, positive):
     """InfoNCE pair by pair; positive(i, j) says which pairs belong together."""
@@ -941,15 +1211,29 @@ def test_info_nce_takes_samples_of_one_video_for_positives():
     expected = nce_by_pairs(video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j])
     loss = info_nce(video, text, 10.0, torch.tensor(rows))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert info_nce(video, text, 10.0).item() != pytest.approx(expected, rel=1e-2)  # each sample for itself
-    text[3] = text[4]  # the same caption as well: 3 with 4, 4 with 3 and with the other of its video
+    assert info_nce(video, text, 10.0).item() != pytest.approx(
+        expected, rel=1e-2
+    )  # each sample for itself
+    text[3] = text[
+        4
+    ]  # the same caption as well: 3 with 4, 4 with 3 and with the other of its video
     pairs = {(3, 4), (4, 3)}
-    expected = nce_by_pairs(video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j] or (i, j) in pairs)
-    assert info_nce(video, text, 10.0, torch.tensor(rows)).item() == pytest.approx(expected, rel=1e-5)
-    assert info_nce(video[:1], text[:1], 10.0, torch.tensor([3])).item() == 0  # alone: nothing to tell apart
-    same = info_nce(video[:1].expand(4, 5), text[:4], 10.0, torch.full((4,), 3))  # one video alone, four times
+    expected = nce_by_pairs(
+        video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j] or (i, j) in pairs
+    )
+    assert info_nce(video, text, 10.0, torch.tensor(rows)).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert (
+        info_nce(video[:1], text[:1], 10.0, torch.tensor([3])).item() == 0
+    )  # alone: nothing to tell apart
+    same = info_nce(
+        video[:1].expand(4, 5), text[:4], 10.0, torch.full((4,), 3)
+    )  # one video alone, four times
     own = (10 * F.normalize(text[:4], dim=-1) @ F.normalize(video[0], dim=0)).double()
-    assert same.item() == pytest.approx(((own.logsumexp(0) - own.mean()) + math.log(4)).item() / 2, rel=1e-5)
+    assert same.item() == pytest.approx(
+        ((own.logsumexp(0) - own.mean()) + math.log(4)).item() / 2, rel=1e-5
+    )
 
 
 def test_info_nce_is_its_own_positive_whatever_the_product_says(monkeypatch):
@@ -975,20 +1259,29 @@ def test_a_temperature_at_its_limit_comes_back():
         optimizer.step()
         head.limit_temperature()
         values.append(head.logit_scale.item())
-    assert values[0] == pytest.approx(math.log(100)) and values[1] < values[0] and values[2] < values[1]
+    assert (
+        values[0] == pytest.approx(math.log(100))
+        and values[1] < values[0]
+        and values[2] < values[1]
+    )
     head.logit_scale.data.fill_(-1.0)
     head.limit_temperature()
     assert head.logit_scale.item() == 0
 
 
 def nce_of_rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     video, text, rows = torch.load(folder / "batch.pt")
     part = slice(3 * rank, 3 * rank + 3)
     own = video[part].clone().requires_grad_()
     loss = info_nce(own, text[part], 10.0, rows[part])
     loss.backward()
-    torch.save((loss.detach(), info_nce(video[part], text[part], 10.0), own.grad), folder / f"rank{rank}.pt")
+    torch.save(
+        (loss.detach(), info_nce(video[part], text[part], 10.0), own.grad),
+        folder / f"rank{rank}.pt",
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -1002,5 +1295,7 @@ def test_samples_of_one_video_on_two_ranks(tmp_path):
     loss.backward()
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert (ranks[0][0] + ranks[1][0]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
-    assert (ranks[0][1] + ranks[1][1]).item() / 2 == pytest.approx(info_nce(video, text, 10.0).item(), rel=1e-5)
+    assert (ranks[0][1] + ranks[1][1]).item() / 2 == pytest.approx(
+        info_nce(video, text, 10.0).item(), rel=1e-5
+    )
     close(torch.cat([ranks[0][2], ranks[1][2]]) / 2, whole.grad)

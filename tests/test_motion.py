@@ -1,16 +1,17 @@
 """Motion fields: vectors of known motion through real encoders, their rasterisation by hand, RAFT's units, and the stage."""
+
 import json
 from types import SimpleNamespace
 
+import masks
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import run
 from test_video import write
 
-import masks
 from tgm import motion
-import toy
 from tgm.video import VideoError, VideoReader, segment_midpoints
 
 FPS, HEIGHT, WIDTH = 25, 96, 160
@@ -25,7 +26,10 @@ def panning(count, velocity, seed=0):
     big = (big[0] - big.mean()) / big.std() * 45 + 128
     big = big.clamp(0, 255).byte().permute(1, 2, 0).numpy()
     dx, dy = velocity
-    return [big[150 - dy * t:150 - dy * t + HEIGHT, 150 - dx * t:150 - dx * t + WIDTH] for t in range(count)]
+    return [
+        big[150 - dy * t : 150 - dy * t + HEIGHT, 150 - dx * t : 150 - dx * t + WIDTH]
+        for t in range(count)
+    ]
 
 
 def pan(path, velocity=(3, -2), count=24, **how):
@@ -46,11 +50,16 @@ ONE_REFERENCE = {"refs": "1", "bf": "0"}
 B_FRAMES = {"refs": "1", "bf": "3", "x264-params": "b-adapt=0:b-pyramid=none"}
 PYRAMID = {"refs": "1", "bf": "3", "x264-params": "b-adapt=0:b-pyramid=normal"}
 ENCODED = {
-    "h264.mp4": {"options": ONE_REFERENCE}, "b.mp4": {"options": B_FRAMES}, "pyramid.mp4": {"options": PYRAMID},
-    "annexb.ts": {"options": PYRAMID}, "pyramid.mkv": {"options": PYRAMID}, "h264.avi": {"options": ONE_REFERENCE},
+    "h264.mp4": {"options": ONE_REFERENCE},
+    "b.mp4": {"options": B_FRAMES},
+    "pyramid.mp4": {"options": PYRAMID},
+    "annexb.ts": {"options": PYRAMID},
+    "pyramid.mkv": {"options": PYRAMID},
+    "h264.avi": {"options": ONE_REFERENCE},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"qscale": "3"}},
     "qpel.mp4": {"codec": "mpeg4", "options": {"flags": "+qpel"}},
-    "b.avi": {"codec": "mpeg4", "b_frames": 2}, "mpeg4b.mp4": {"codec": "mpeg4", "b_frames": 2},
+    "b.avi": {"codec": "mpeg4", "b_frames": 2},
+    "mpeg4b.mp4": {"codec": "mpeg4", "b_frames": 2},
     "mpeg2.ts": {"codec": "mpeg2video", "b_frames": 2},
     "flv1.flv": {"codec": "flv"},
 }
@@ -60,7 +69,9 @@ ENCODED = {
 def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
     """Every frame's median vector, whatever it refers to, and the field away from the border, where new texture comes in."""
     frames = read(pan(tmp_path / name, **ENCODED[name]))
-    assert len(frames) >= (6 if name in ("b.avi", "mpeg4b.mp4") else 20)  # libav keeps no vectors of MPEG-4's B pictures
+    assert len(frames) >= (
+        6 if name in ("b.avi", "mpeg4b.mp4") else 20
+    )  # libav keeps no vectors of MPEG-4's B pictures
     for frame in frames:
         assert np.abs(np.median(pixels(frame), 0) - (3, -2)).max() < 0.3, frame.time
         assert (frame.blocks[:, :2] < frame.blocks[:, 2:]).all() and frame.blocks.min() >= 0
@@ -72,17 +83,28 @@ def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
 
 def test_b_pictures_look_both_ways(tmp_path):
     """Vectors of both directions, each with the seconds to its own reference: I b b b P and I b B b P in steps of a frame."""
-    for name, options, expected in (("b.mp4", B_FRAMES, {1: (1, 3), 2: (2, 2), 3: (3, 1), 4: (4,)}),
-                                    ("p.mp4", PYRAMID, {1: (1, 1), 2: (2, 2), 3: (1, 1), 4: (4,)}),
-                                    ("p.ts", PYRAMID, {1: (1, 1), 2: (2, 2), 3: (1, 1), 4: (4,)})):
-        frames = {round(frame.time * FPS): frame for frame in read(pan(tmp_path / name, options=options))}
+    for name, options, expected in (
+        ("b.mp4", B_FRAMES, {1: (1, 3), 2: (2, 2), 3: (3, 1), 4: (4,)}),
+        ("p.mp4", PYRAMID, {1: (1, 1), 2: (2, 2), 3: (1, 1), 4: (4,)}),
+        ("p.ts", PYRAMID, {1: (1, 1), 2: (2, 2), 3: (1, 1), 4: (4,)}),
+    ):
+        frames = {
+            round(frame.time * FPS): frame for frame in read(pan(tmp_path / name, options=options))
+        }
         assert 0 not in frames  # the key frame
         for index, steps in expected.items():
-            assert set(np.rint(frames[index].seconds * FPS).astype(int).tolist()) == set(steps), (name, index)
+            assert set(np.rint(frames[index].seconds * FPS).astype(int).tolist()) == set(steps), (
+                name,
+                index,
+            )
 
 
 def test_the_field_is_of_the_frame_as_displayed(tmp_path):
-    for rotation, expected in ((90, (-2, -3)), (180, (-3, 2)), (-90, (2, 3))):  # anticlockwise: right becomes up, up becomes left
+    for rotation, expected in (
+        (90, (-2, -3)),
+        (180, (-3, 2)),
+        (-90, (2, 3)),
+    ):  # anticlockwise: right becomes up, up becomes left
         frames = read(pan(tmp_path / "turned.mp4", options=ONE_REFERENCE, rotation=rotation))
         wide, high = (HEIGHT, WIDTH) if rotation != 180 else (WIDTH, HEIGHT)
         for frame in frames:
@@ -92,10 +114,20 @@ def test_the_field_is_of_the_frame_as_displayed(tmp_path):
     images = [still.copy() for still in panning(24, (0, 0), 1)]
     for image, moving in zip(images, panning(24, (3, 0))):
         image[:48, :80] = moving[:48, :80]
-    moving = {90: (slice(5, 7), slice(1, 3)), 180: (slice(5, 7), slice(5, 7)), -90: (slice(1, 3), slice(5, 7))}
+    moving = {
+        90: (slice(5, 7), slice(1, 3)),
+        180: (slice(5, 7), slice(5, 7)),
+        -90: (slice(1, 3), slice(5, 7)),
+    }
     for rotation, (rows, columns) in moving.items():
-        path = write(tmp_path / "quarter.mp4", images, fps=FPS, options=ONE_REFERENCE, rotation=rotation)
-        speed = np.linalg.norm(motion.codec_field(read(path), np.array([0.5]), 0.5, 8)[0], axis=0) * WIDTH / FPS   # [8, 8]
+        path = write(
+            tmp_path / "quarter.mp4", images, fps=FPS, options=ONE_REFERENCE, rotation=rotation
+        )
+        speed = (
+            np.linalg.norm(motion.codec_field(read(path), np.array([0.5]), 0.5, 8)[0], axis=0)
+            * WIDTH
+            / FPS
+        )  # [8, 8]
         assert np.abs(speed[rows, columns] - 3).max() < 0.5
         speed[rows, columns] = 0
         assert np.median(speed) < 0.1 and (speed[:4, :4].mean() < 0.2 or speed[4:, 4:].mean() < 0.2)
@@ -103,12 +135,21 @@ def test_the_field_is_of_the_frame_as_displayed(tmp_path):
             assert speed[moving[other]].max() < 1
 
 
-@pytest.mark.parametrize("name, how, codec", [
-    ("a.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "mjpeg"), ("b.mp4", {"codec": "libx265"}, "hevc"),
-    ("c.webm", {"codec": "libvpx-vp9"}, "vp9"), ("d.mp4", {"options": {"g": "1"}}, "h264"), ("e.mp4", {"count": 1}, "h264")])
+@pytest.mark.parametrize(
+    "name, how, codec",
+    [
+        ("a.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "mjpeg"),
+        ("b.mp4", {"codec": "libx265"}, "hevc"),
+        ("c.webm", {"codec": "libvpx-vp9"}, "vp9"),
+        ("d.mp4", {"options": {"g": "1"}}, "h264"),
+        ("e.mp4", {"count": 1}, "h264"),
+    ],
+)
 def test_codecs_without_vectors_say_so(tmp_path, name, how, codec):
     path = pan(tmp_path / name, **{"count": 5} | how)
-    with pytest.raises(VideoError, match=f"{name}: no motion vectors in its {codec} stream; --flow raft"):
+    with pytest.raises(
+        VideoError, match=f"{name}: no motion vectors in its {codec} stream; --flow raft"
+    ):
         read(path, 5)
 
 
@@ -124,26 +165,47 @@ def test_frames_are_the_same_with_vectors(tmp_path):
 def vectors(time, *rows, seconds=0.1):
     """Rows of x0, y0, x1, y1, dx, dy."""
     rows = np.array(rows, np.float32)
-    return SimpleNamespace(time=time, blocks=rows[:, :4], shift=rows[:, 4:], seconds=np.full(len(rows), seconds, np.float32))
+    return SimpleNamespace(
+        time=time,
+        blocks=rows[:, :4],
+        shift=rows[:, 4:],
+        seconds=np.full(len(rows), seconds, np.float32),
+    )
 
 
 def test_paint_shares_blocks_out_by_area():
-    block = np.array([[0.25, 0, 0.75, 0.25]], np.float32)  # half over the first of 2 x 2 cells, half over the second
+    block = np.array(
+        [[0.25, 0, 0.75, 0.25]], np.float32
+    )  # half over the first of 2 x 2 cells, half over the second
     total = motion.paint(block, np.array([[0.2, -0.4]], np.float32), np.array([0.5], np.float32), 2)
     area = 0.25 * 0.25
-    assert np.allclose(total[:, 0], np.array([[0.2, 0.2], [-0.4, -0.4], [0.5, 0.5]]) * area) and not total[:, 1].any()
-    outside = motion.paint(np.array([[-0.5, -0.5, 2.0, 2.0]], np.float32), np.ones((1, 2), np.float32), np.ones(1, np.float32), 4)
+    assert (
+        np.allclose(total[:, 0], np.array([[0.2, 0.2], [-0.4, -0.4], [0.5, 0.5]]) * area)
+        and not total[:, 1].any()
+    )
+    outside = motion.paint(
+        np.array([[-0.5, -0.5, 2.0, 2.0]], np.float32),
+        np.ones((1, 2), np.float32),
+        np.ones(1, np.float32),
+        4,
+    )
     assert np.allclose(outside, 1 / 16)
 
 
 def test_the_field_is_total_displacement_over_total_time():
     whole = (0, 0, 1, 1)
-    frames = [vectors(0.0, (*whole, 0.1, 0)), vectors(0.1, (*whole, 0.5, 0.2), seconds=0.3), vectors(0.9, (*whole, 9, 9))]
+    frames = [
+        vectors(0.0, (*whole, 0.1, 0)),
+        vectors(0.1, (*whole, 0.5, 0.2), seconds=0.3),
+        vectors(0.9, (*whole, 9, 9)),
+    ]
     field = motion.codec_field(frames, np.array([0.05]), 0.2, 4)
     assert np.allclose(field[0, 0], 0.6 / 0.4) and np.allclose(field[0, 1], 0.2 / 0.4)
     halves = [vectors(0.0, (0, 0, 0.5, 1, 0.1, 0), (0.5, 0, 1, 1, -0.1, 0.05))]
     field = motion.codec_field(halves, np.array([0.0]), 0.2, 4)[0]
-    assert np.allclose(field[0], [[1, 1, -1, -1]] * 4) and np.allclose(field[1], [[0, 0, 0.5, 0.5]] * 4)
+    assert np.allclose(field[0], [[1, 1, -1, -1]] * 4) and np.allclose(
+        field[1], [[0, 0, 0.5, 0.5]] * 4
+    )
 
 
 def test_gaps_are_filled_from_the_nearest_moment():
@@ -152,7 +214,9 @@ def test_gaps_are_filled_from_the_nearest_moment():
     field[2, :, 0, 1] = 7
     filled = motion.fill_in_time(field)
     assert filled[:, 0, 0, 0].tolist() == [1, 1, 1, 4, 4] and filled[:, 1, 0, 1].tolist() == [7] * 5
-    assert filled[:, 0, 1, 1].tolist() == [np.median([a, 7]) for a in (1, 1, 1, 4, 4)]  # never known: the moment's median
+    assert filled[:, 0, 1, 1].tolist() == [
+        np.median([a, 7]) for a in (1, 1, 1, 4, 4)
+    ]  # never known: the moment's median
     tie = np.full((3, 2, 1, 1), np.nan, np.float32)
     tie[0], tie[2] = 1, 3
     assert motion.fill_in_time(tie)[1, 0, 0, 0] == 1  # the earlier
@@ -160,7 +224,9 @@ def test_gaps_are_filled_from_the_nearest_moment():
 
 
 def test_one_wild_vector_does_not_show():
-    calm = [(x / 16, y / 16, (x + 1) / 16, (y + 1) / 16, 0.01, 0) for x in range(16) for y in range(16)]
+    calm = [
+        (x / 16, y / 16, (x + 1) / 16, (y + 1) / 16, 0.01, 0) for x in range(16) for y in range(16)
+    ]
     wild = [row[:4] + (5, 5) if i == 100 else row for i, row in enumerate(calm)]
     field = motion.codec_field([vectors(0, *wild)], np.array([0.0]), 0.1, 8)
     assert np.allclose(field[0, 0], 0.1) and np.allclose(field[0, 1], 0)
@@ -172,10 +238,12 @@ def test_one_wild_vector_does_not_show():
 def test_pairs_of_frames():
     times, apart = motion.pair_times(np.array([0.0, 1.0, 2.0]), 0.0, 2.0, 30.0)
     assert apart == pytest.approx(0.1) and np.allclose(times[:, 1] - times[:, 0], apart)
-    assert times[0, 0] == 0 and times[1].tolist() == pytest.approx([0.95 + 1 / 60, 1.05 + 1 / 60], abs=1 / 59)
+    assert times[0, 0] == 0 and times[1].tolist() == pytest.approx(
+        [0.95 + 1 / 60, 1.05 + 1 / 60], abs=1 / 59
+    )
     assert times.min() >= 0 and times.max() < 2.0
-    assert np.allclose(times * 30, np.rint(times * 30))                                    # on frames
-    assert motion.pair_times(np.array([1.0]), 0.0, 2.0, 4.0)[1] == 0.25                    # at least one frame apart
+    assert np.allclose(times * 30, np.rint(times * 30))  # on frames
+    assert motion.pair_times(np.array([1.0]), 0.0, 2.0, 4.0)[1] == 0.25  # at least one frame apart
 
 
 def test_raft_field_is_in_frame_sizes_per_second():
@@ -185,17 +253,21 @@ def test_raft_field_is_in_frame_sizes_per_second():
             flow = torch.tensor([16.0, -8.0])[:, None, None].expand(2, 64, 128).clone()
             flow[:, :, 64:] = 0
             return [None, torch.stack([flow, 2 * flow])]
+
     pairs = torch.zeros(2, 2, 3, 64, 128, dtype=torch.uint8)
     pairs[:, 1] = 255
     field = motion.raft_field(Flow(), pairs, torch.tensor([0.1, 0.5]), 4)
     assert field.shape == (2, 2, 4, 4)
-    assert torch.allclose(field[0, 0, 0], torch.tensor([1.25, 1.25, 0, 0])) and torch.allclose(field[0, 1, 3], torch.tensor([-1.25, -1.25, 0, 0]))
+    assert torch.allclose(field[0, 0, 0], torch.tensor([1.25, 1.25, 0, 0])) and torch.allclose(
+        field[0, 1, 3], torch.tensor([-1.25, -1.25, 0, 0])
+    )
     assert torch.allclose(field[1, 0, 0], torch.tensor([0.5, 0.5, 0, 0]))
 
 
 @pytest.fixture(scope="module")
 def raft(tmp_path_factory):
     from torchvision.models.optical_flow import raft_small
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("raft") / "raft.pth"
     torch.save(raft_small().state_dict(), path)
@@ -204,10 +276,36 @@ def raft(tmp_path_factory):
 
 def test_the_stage_with_raft(world, tmp_path, raft):
     """Random weights: what is written is what torchvision's own model says of the two frames."""
-    run("saliency.py", world / "data/val.csv", "--cue", "motion", "--flow", "raft", "--flow-weights", raft, "--moments", 2, "--grid", 4,
-        "--image-size", 128, "--batch-size", 2, "--max-steps", 1, "--workers", 0, "--out", tmp_path / "x")
+    run(
+        "saliency.py",
+        world / "data/val.csv",
+        "--cue",
+        "motion",
+        "--flow",
+        "raft",
+        "--flow-weights",
+        raft,
+        "--moments",
+        2,
+        "--grid",
+        4,
+        "--image-size",
+        128,
+        "--batch-size",
+        2,
+        "--max-steps",
+        1,
+        "--workers",
+        0,
+        "--out",
+        tmp_path / "x",
+    )
     field = np.load(tmp_path / "x.motion.npy")
-    assert field.shape == (24, 2, 2, 4, 4) and np.isfinite(field[:2]).all() and np.isnan(field[2:]).all()
+    assert (
+        field.shape == (24, 2, 2, 4, 4)
+        and np.isfinite(field[:2]).all()
+        and np.isnan(field[2:]).all()
+    )
     model = motion.load_raft(raft, "cpu")
     with VideoReader(world / "data/videos/val/00001.mp4") as reader, torch.no_grad():
         pair = torch.from_numpy(reader.read([0.5, 0.6], (128, 128))).permute(0, 3, 1, 2) / 127.5 - 1
@@ -221,9 +319,14 @@ def test_raft_weights_that_do_not_load(copy, raft, monkeypatch):
     (copy / "bad.pth").write_bytes(b"not weights")
     assert "cannot load bad.pth" in run(*base, "--flow-weights", "bad.pth", cwd=copy, fails=True)
     torch.save({"x": torch.zeros(1)}, copy / "other.pth")
-    assert "cannot load other.pth" in run(*base, "--flow-weights", "other.pth", cwd=copy, fails=True)
+    assert "cannot load other.pth" in run(
+        *base, "--flow-weights", "other.pth", cwd=copy, fails=True
+    )
     assert "cannot load gone.pth" in run(*base, "--flow-weights", "gone.pth", cwd=copy, fails=True)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")),
+    )
     line = run(*base, cwd=copy, fails=True)
     assert "cannot load the published weights: no network" in line and "--flow-weights FILE" in line
 
@@ -236,7 +339,11 @@ def test_the_toy_worlds_field(world):
     right = []
     for split, count in (("train", 32), ("val", 24)):
         field = np.load(world / f"data/{split}.motion.npy")
-        assert field.shape == (count, 16, 2, 8, 8) and field.dtype == np.float16 and np.isfinite(field).all()
+        assert (
+            field.shape == (count, 16, 2, 8, 8)
+            and field.dtype == np.float16
+            and np.isfinite(field).all()
+        )
         scenes = [toy.scene(0, split, row) for row in range(count)]
         found = masks.field_error(field, scenes)
         right += [share for share, _, n in found.values() for _ in range(n)]
@@ -256,31 +363,67 @@ def test_ranks_fill_their_own_rows_and_settings_are_held(copy):
     out = run(*base, "--moments", 16, cwd=copy, ranks=2)
     assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
     assert np.array_equal(np.load(path), expected)
-    assert "made with another moments, shape; --resume none remakes it" in run(*base, "--moments", 8, cwd=copy, fails=True)
+    assert "made with another moments, shape; --resume none remakes it" in run(
+        *base, "--moments", 8, cwd=copy, fails=True
+    )
 
 
 def test_a_part_of_a_longer_video(tmp_path):
     """Rows with start and end see their own part alone: still, then to the right, then to the left."""
     images = panning(1, (0, 0)) * 30 + panning(30, (3, 0)) + panning(30, (-3, 0))
-    write(tmp_path / "long.mp4", images, fps=FPS, options={**ONE_REFERENCE, "g": "30", "keyint_min": "30"})
-    (tmp_path / "parts.csv").write_text("path,start,end\nlong.mp4,,1.1\nlong.mp4,1.3,2.3\nlong.mp4,2.6,3.5\n")
-    run("saliency.py", "parts.csv", "--cue", "motion", "--moments", 3, "--grid", 4, "--workers", 0, cwd=tmp_path)
+    write(
+        tmp_path / "long.mp4",
+        images,
+        fps=FPS,
+        options={**ONE_REFERENCE, "g": "30", "keyint_min": "30"},
+    )
+    (tmp_path / "parts.csv").write_text(
+        "path,start,end\nlong.mp4,,1.1\nlong.mp4,1.3,2.3\nlong.mp4,2.6,3.5\n"
+    )
+    run(
+        "saliency.py",
+        "parts.csv",
+        "--cue",
+        "motion",
+        "--moments",
+        3,
+        "--grid",
+        4,
+        "--workers",
+        0,
+        cwd=tmp_path,
+    )
     field = np.load(tmp_path / "parts.motion.npy").astype(np.float32)[..., 1:-1, 1:-1] * WIDTH / FPS
-    assert np.abs(field[:, :, 0].mean((1, 2, 3)) - (0, 3, -3)).max() < 0.3 and np.abs(field[:, :, 1]).mean() < 0.5
+    assert (
+        np.abs(field[:, :, 0].mean((1, 2, 3)) - (0, 3, -3)).max() < 0.3
+        and np.abs(field[:, :, 1]).mean() < 0.5
+    )
 
 
 def test_failures_are_named_and_leave_their_rows_empty(copy):
     pan(copy / "j.avi", codec="mjpeg", pix_fmt="yuvj420p", count=5)
     (copy / "some.csv").write_text("path\nj.avi\ndata/videos/train/00001.mp4\ngone.mp4\n")
-    assert "1 of 3 videos" in run("saliency.py", "some.csv", "--cue", "motion", "--workers", 0, cwd=copy)
-    assert np.isnan(np.load(copy / "some.motion.npy")).reshape(3, -1).all(1).tolist() == [True, False, True]
+    assert "1 of 3 videos" in run(
+        "saliency.py", "some.csv", "--cue", "motion", "--workers", 0, cwd=copy
+    )
+    assert np.isnan(np.load(copy / "some.motion.npy")).reshape(3, -1).all(1).tolist() == [
+        True,
+        False,
+        True,
+    ]
     (copy / "none.csv").write_text("path\nj.avi\n")
-    assert "none of its videos could be read" in run("saliency.py", "none.csv", "--cue", "motion", "--workers", 0, cwd=copy, fails=True)
+    assert "none of its videos could be read" in run(
+        "saliency.py", "none.csv", "--cue", "motion", "--workers", 0, cwd=copy, fails=True
+    )
 
 
 def test_flags_that_contradict(copy, capsys):
     import saliency
-    for flags, reason in ((["--flow", "raft"], "for --cue motion"), (["--cue", "motion", "--flow-weights", "x"], "for --flow raft")):
+
+    for flags, reason in (
+        (["--flow", "raft"], "for --cue motion"),
+        (["--cue", "motion", "--flow-weights", "x"], "for --flow raft"),
+    ):
         with pytest.raises(SystemExit) as stop:
             saliency.parse_args(flags)
         assert stop.value.code == 2 and reason in capsys.readouterr().err
@@ -301,11 +444,16 @@ ZEROLATENCY = {"tune": "zerolatency"}
         (ZEROLATENCY | {"refs": "4"}, 1.3, 2.2),
     ],
 )
-def test_speeds_with_several_references_are_off_as_the_docstring_says(tmp_path, options, least, most):
+def test_speeds_with_several_references_are_off_as_the_docstring_says(
+    tmp_path, options, least, most
+):
     """The vectors of a stream do not tell which picture they mean: too fast without B pictures, in the right direction always."""
     rng = np.random.default_rng(1)
     velocity = np.array((3, -2))
-    images = [(image + rng.normal(0, 10, image.shape)).clip(0, 255).astype(np.uint8) for image in panning(36, velocity)]
+    images = [
+        (image + rng.normal(0, 10, image.shape)).clip(0, 255).astype(np.uint8)
+        for image in panning(36, velocity)
+    ]
     frames = read(write(tmp_path / "a.mp4", images, fps=FPS, options=options), 36)
     field = motion.codec_field(frames, segment_midpoints(0, 36 / FPS, 4), 5 / FPS, 8)
     inner = field[:, :, 1:-1, 1:-1].transpose(0, 2, 3, 1) * (WIDTH, HEIGHT) / FPS

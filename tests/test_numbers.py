@@ -1,4 +1,5 @@
 """Numbers gone wrong, and data at its edges: each has a defined end."""
+
 import json
 
 import numpy as np
@@ -29,10 +30,35 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(copy, monkeypatc
     forward = model.forward
     run(f"{script}.py", *TINY[:8], "--batch-size", 8, "--max-steps", 1, "--out", "run", cwd=copy)
     before = (copy / "run/checkpoint.pt").read_bytes()
-    monkeypatch.setattr(model, "forward", lambda self, *args: pretrain.models.MAEOutput(*map(broken_gradient, forward(self, *args)))
-                        if script == "pretrain" else broken_gradient(forward(self, *args)))
-    line = run(f"{script}.py", *TINY[:8], "--batch-size", 8, "--max-steps", 3, "--resume", "auto", "--out", "run", cwd=copy, fails=True)
-    assert line.startswith("step 2: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: ") and line.count(".mp4") == 8
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda self, *args: (
+            pretrain.models.MAEOutput(*map(broken_gradient, forward(self, *args)))
+            if script == "pretrain"
+            else broken_gradient(forward(self, *args))
+        ),
+    )
+    line = run(
+        f"{script}.py",
+        *TINY[:8],
+        "--batch-size",
+        8,
+        "--max-steps",
+        3,
+        "--resume",
+        "auto",
+        "--out",
+        "run",
+        cwd=copy,
+        fails=True,
+    )
+    assert (
+        line.startswith(
+            "step 2: the loss or its gradient is not finite; the last checkpoint is kept. Its batch: "
+        )
+        and line.count(".mp4") == 8
+    )
     assert (copy / "run/checkpoint.pt").read_bytes() == before
 
 
@@ -42,8 +68,21 @@ def test_saliency_that_is_not_finite(copy):
     array[4, :, 3, 2, 2], array[9, :, 1, 1, 0] = np.nan, np.inf
     array.flush()
     run("pretrain.py", *TINY, "--batch-size", 16, "--mask", "text", "--max-bad", 0.1, cwd=copy)
-    assert last(copy / "runs/text")["skipped"] == 2 and np.isfinite(last(copy / "runs/text")["loss_mae"])
-    line = run("pretrain.py", *TINY, "--batch-size", 16, "--mask", "text", "--out", "strict", cwd=copy, fails=True)
+    assert last(copy / "runs/text")["skipped"] == 2 and np.isfinite(
+        last(copy / "runs/text")["loss_mae"]
+    )
+    line = run(
+        "pretrain.py",
+        *TINY,
+        "--batch-size",
+        16,
+        "--mask",
+        "text",
+        "--out",
+        "strict",
+        cwd=copy,
+        fails=True,
+    )
     assert line.startswith("2 of 32 videos cannot be read, more than --max-bad 0.05: videos/train/")
 
 
@@ -54,18 +93,55 @@ def test_clip_that_gives_nan(copy, monkeypatch):
         made = features(visual, images, dense)
         made[2 * 8] = np.nan  # the third video's first moment
         return made
+
     monkeypatch.setattr(saliency, "patch_features", spoilt)
-    out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 16, "--workers", 0, "--out", "x", cwd=copy)
+    out = run(
+        "saliency.py",
+        "--clip",
+        CLIP,
+        "--moments",
+        8,
+        "--batch-size",
+        16,
+        "--workers",
+        0,
+        "--out",
+        "x",
+        cwd=copy,
+    )
     assert "30 of 32 videos" in out
-    assert np.flatnonzero(np.isnan(np.load(copy / "x.saliency.npy")[:, 0, 0, 0, 0])).tolist() == [2, 18]
+    assert np.flatnonzero(np.isnan(np.load(copy / "x.saliency.npy")[:, 0, 0, 0, 0])).tolist() == [
+        2,
+        18,
+    ]
     monkeypatch.undo()
-    assert "2 to do" in run("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 16, "--workers", 0, "--out", "x", cwd=copy)
+    assert "2 to do" in run(
+        "saliency.py",
+        "--clip",
+        CLIP,
+        "--moments",
+        8,
+        "--batch-size",
+        16,
+        "--workers",
+        0,
+        "--out",
+        "x",
+        cwd=copy,
+    )
     assert np.isfinite(np.load(copy / "x.saliency.npy")).all()
 
 
 def test_saliency_that_is_all_equal_masks_at_random(copy):
     """No map prefers anything: the text mask is the random one of each slice, from the sample's own noise."""
-    mask = pretrain.masking.make_mask("text", 0.6, 200, (4, 4, 4), saliency=torch.full((200, 4, 4, 4), 0.25), generator=torch.Generator().manual_seed(0))
+    mask = pretrain.masking.make_mask(
+        "text",
+        0.6,
+        200,
+        (4, 4, 4),
+        saliency=torch.full((200, 4, 4, 4), 0.25),
+        generator=torch.Generator().manual_seed(0),
+    )
     assert (mask.view(200, 4, 16).sum(2) == 9).all()
     assert ((mask.float().mean(0) - 9 / 16).abs() < 4 * (9 / 16 * 7 / 16 / 200) ** 0.5).all()
     array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
@@ -80,7 +156,11 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
     path = copy / "data/train.captions.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     words = " ".join(f"red circle {number}" for number in range(334))
-    entries[0]["captions"], entries[1]["captions"], entries[2]["captions"] = [""] * 3, [words] * 3, []
+    entries[0]["captions"], entries[1]["captions"], entries[2]["captions"] = (
+        [""] * 3,
+        [words] * 3,
+        [],
+    )
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, "--out", "x", cwd=copy)
     assert "1 videos without captions" in out and "31 of 32 videos" in out
@@ -90,24 +170,106 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
     tokenizer = open_clip.get_tokenizer(CLIP)
     model, _ = saliency.load_clip(CLIP, None, None, "cpu")
     tokens = tokenizer([words, " ".join(words.split()[:400])])
-    assert tokens.shape == (2, model.context_length) and torch.equal(*tokens)  # only its beginning counts
+    assert tokens.shape == (2, model.context_length) and torch.equal(
+        *tokens
+    )  # only its beginning counts
     with torch.inference_mode():
-        assert np.allclose(model.encode_text(tokens, normalize=True)[0].numpy(), text[1, 0], atol=1e-3)
-    assert "31 of 32 videos usable" in run("pretrain.py", *TINY, "--batch-size", 8, "--companions", "x", "--out", "run", cwd=copy)
+        assert np.allclose(
+            model.encode_text(tokens, normalize=True)[0].numpy(), text[1, 0], atol=1e-3
+        )
+    assert "31 of 32 videos usable" in run(
+        "pretrain.py", *TINY, "--batch-size", 8, "--companions", "x", "--out", "run", cwd=copy
+    )
 
 
 def test_a_batch_of_one(copy):
     """Contrast needs others: among one the contrastive loss is 0, and the rest learns; fine-tuning, captions, saliency, probes work."""
-    run("pretrain.py", *TINY, "--batch-size", 1, "--max-steps", 3, "--log-every", 1, "--mask", "text", cwd=copy)
-    assert last(copy / "runs/text")["loss_nce"] == 0 and 0.5 < last(copy / "runs/text")["loss_mae"] < 2
-    run("finetune.py", *TINY[:8], "--batch-size", 1, "--repeat", 1, "--max-steps", 2, "--views", 1, 1, cwd=copy)
+    run(
+        "pretrain.py",
+        *TINY,
+        "--batch-size",
+        1,
+        "--max-steps",
+        3,
+        "--log-every",
+        1,
+        "--mask",
+        "text",
+        cwd=copy,
+    )
+    assert (
+        last(copy / "runs/text")["loss_nce"] == 0 and 0.5 < last(copy / "runs/text")["loss_mae"] < 2
+    )
+    run(
+        "finetune.py",
+        *TINY[:8],
+        "--batch-size",
+        1,
+        "--repeat",
+        1,
+        "--max-steps",
+        2,
+        "--views",
+        1,
+        1,
+        cwd=copy,
+    )
     assert json.loads((copy / "runs/finetune/test.json").read_text())["videos"] == 24
-    run("caption.py", "data/train.csv", "--model", BLIP, "--batch-size", 1, "--out", "c.jsonl", "--workers", 0, cwd=copy)
+    run(
+        "caption.py",
+        "data/train.csv",
+        "--model",
+        BLIP,
+        "--batch-size",
+        1,
+        "--out",
+        "c.jsonl",
+        "--workers",
+        0,
+        cwd=copy,
+    )
     assert (copy / "c.jsonl").read_text() == (copy / "data/train.captions.jsonl").read_text()
-    run("saliency.py", "--clip", CLIP, "--moments", 8, "--batch-size", 1, "--workers", 0, "--out", "one", cwd=copy)
-    assert np.abs(np.load(copy / "one.saliency.npy").astype(float) - np.load(copy / "data/train.saliency.npy")).max() < 2e-3
-    run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--batch-size", 1, "--probe-batch", 1, "--epochs", 2, "--seeds", 1, "--workers", 0,
-        "--out", "probe", cwd=copy)
+    run(
+        "saliency.py",
+        "--clip",
+        CLIP,
+        "--moments",
+        8,
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+        "--out",
+        "one",
+        cwd=copy,
+    )
+    assert (
+        np.abs(
+            np.load(copy / "one.saliency.npy").astype(float)
+            - np.load(copy / "data/train.saliency.npy")
+        ).max()
+        < 2e-3
+    )
+    run(
+        "linprobe.py",
+        "--checkpoint",
+        "none",
+        "--size",
+        "tiny",
+        "--batch-size",
+        1,
+        "--probe-batch",
+        1,
+        "--epochs",
+        2,
+        "--seeds",
+        1,
+        "--workers",
+        0,
+        "--out",
+        "probe",
+        cwd=copy,
+    )
     assert 0 <= json.loads((copy / "probe/label.json").read_text())["linear"] <= 1
 
 
@@ -116,11 +278,30 @@ def test_classes_of_one_video_and_numbers_with_gaps(copy):
     lines = (copy / "data/train.csv").read_text().splitlines()
     names = [line.split(",")[0] for line in lines[1:9]]
     labels = [100, 3, 3, 3, 20, 20, 20, 20]  # one video of class 100
-    (copy / "data/few.csv").write_text("path,label\n" + "".join(f"{name},{label}\n" for name, label in zip(names, labels)))
-    flags = ("--data", "data/few.csv", "--val", "data/few.csv", *TINY[:8], "--batch-size", 4, "--views", 1, 1)
+    (copy / "data/few.csv").write_text(
+        "path,label\n" + "".join(f"{name},{label}\n" for name, label in zip(names, labels))
+    )
+    flags = (
+        "--data",
+        "data/few.csv",
+        "--val",
+        "data/few.csv",
+        *TINY[:8],
+        "--batch-size",
+        4,
+        "--views",
+        1,
+        1,
+    )
     run("finetune.py", *flags, cwd=copy)
     saved = torch.load(copy / "runs/finetune/checkpoint.pt", weights_only=True)
-    assert saved["args"]["classes"] == ["3", "20", "100"] and saved["model"]["head.weight"].shape[0] == 3
-    rows = [line.split(",") for line in (copy / "runs/finetune/per_class.csv").read_text().splitlines()[1:]]
+    assert (
+        saved["args"]["classes"] == ["3", "20", "100"]
+        and saved["model"]["head.weight"].shape[0] == 3
+    )
+    rows = [
+        line.split(",")
+        for line in (copy / "runs/finetune/per_class.csv").read_text().splitlines()[1:]
+    ]
     assert [(row[0], row[1]) for row in rows] == [("3", "3"), ("20", "4"), ("100", "1")]
     assert json.loads((copy / "runs/finetune/test.json").read_text())["majority"] == 0.5

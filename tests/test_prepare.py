@@ -1,4 +1,5 @@
 """`python -m tgm.prepare MANIFEST`: the check finds every planted fault, and re-encoded copies show the same at the same times."""
+
 import csv
 import os
 import shutil
@@ -20,13 +21,26 @@ def problems(path):
 
 
 def test_every_planted_fault_among_200_files_is_found(tmp_path):
-    good, long = write(tmp_path / "good.mp4", pictures(20), fps=10), write(tmp_path / "long.mp4", pictures(70), fps=10)
+    good, long = (
+        write(tmp_path / "good.mp4", pictures(20), fps=10),
+        write(tmp_path / "long.mp4", pictures(70), fps=10),
+    )
     data, planted, lines = open(good, "rb").read(), {}, ["path,label,start,end"]
     (tmp_path / "v").mkdir()
     for row in range(200):
         name, span = f"v/{row:03d}, a.mp4", ","
         target = tmp_path / name
-        kind = {7: "missing", 23: "empty", 42: "noise", 77: "half", 101: "folder", 130: "audio", 150: "short", 170: "outside", 199: "missing"}.get(row)
+        kind = {
+            7: "missing",
+            23: "empty",
+            42: "noise",
+            77: "half",
+            101: "folder",
+            130: "audio",
+            150: "short",
+            170: "outside",
+            199: "missing",
+        }.get(row)
         os.link(long, target) if kind not in ("missing", "short", "folder") else None
         if kind in ("empty", "noise", "half", "audio"):
             target.unlink()
@@ -35,16 +49,19 @@ def test_every_planted_fault_among_200_files_is_found(tmp_path):
         if kind == "noise":
             target.write_bytes(np.random.default_rng(0).bytes(5000))
         if kind == "half":
-            target.write_bytes(data[:len(data) // 2])
+            target.write_bytes(data[: len(data) // 2])
         if kind == "folder":
             target.mkdir()
         if kind == "short":
             os.link(good, target)
         if kind == "audio":
             import av
+
             with av.open(str(target), "w") as container:
                 stream = container.add_stream("aac", rate=8000, layout="mono")
-                sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+                sound = av.AudioFrame.from_ndarray(
+                    np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+                )
                 sound.rate = 8000
                 for packet in [*stream.encode(sound), *stream.encode(None)]:
                     container.mux(packet)
@@ -55,11 +72,23 @@ def test_every_planted_fault_among_200_files_is_found(tmp_path):
         lines.append(f'"{name}",x,{span}')
     lines.append('"v/000, a.mp4",x,1.5,2')  # a second row of the first file: a short part
     (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
-    line = run("tgm.prepare", tmp_path / "all.csv", "--good", tmp_path / "sub.csv", cwd=tmp_path, fails=True, process=True)
+    line = run(
+        "tgm.prepare",
+        tmp_path / "all.csv",
+        "--good",
+        tmp_path / "sub.csv",
+        cwd=tmp_path,
+        fails=True,
+        process=True,
+    )
     assert line == "8 of 201 rows cannot be used"
     assert problems(tmp_path / "all.check.csv") == planted
     kept = read_manifest(tmp_path / "sub.csv")
-    assert len(kept) == 193 and all(os.path.exists(video.path) for video in kept) and kept[-1].start == 1.5
+    assert (
+        len(kept) == 193
+        and all(os.path.exists(video.path) for video in kept)
+        and kept[-1].start == 1.5
+    )
 
 
 def test_the_summary(tmp_path):
@@ -67,24 +96,54 @@ def test_the_summary(tmp_path):
     write(tmp_path / "b.avi", pictures(140, 48, 64), codec="mpeg4", fps=20)
     (tmp_path / "two.csv").write_text("path\na.mp4\nb.avi\n")
     out = run("tgm.prepare", "two.csv", "--workers", 1, cwd=tmp_path)
-    for part in ("2 rows in 2 files", "shortest 7.00 s, median 7.00 s, longest 7.00 s", "h264 1", "mpeg4 1", "128x96 1", "64x48 1", "10 1", "20 1",
-                 "problems    none"):
+    for part in (
+        "2 rows in 2 files",
+        "shortest 7.00 s, median 7.00 s, longest 7.00 s",
+        "h264 1",
+        "mpeg4 1",
+        "128x96 1",
+        "64x48 1",
+        "10 1",
+        "20 1",
+        "problems    none",
+    ):
         assert part in out, part
     assert "repeated" not in out and problems(tmp_path / "two.check.csv") == {}
-    out = run("tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)  # again, over the report of before
-    assert "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x --stride 5): their last frame is repeated\n" in out
-    assert "\nproblems    none: two.check.csv\n" in out and problems(tmp_path / "two.check.csv") == {}
+    out = run(
+        "tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path
+    )  # again, over the report of before
+    assert (
+        "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x --stride 5): their last frame is repeated\n"
+        in out
+    )
+    assert (
+        "\nproblems    none: two.check.csv\n" in out and problems(tmp_path / "two.check.csv") == {}
+    )
     assert "none.csv:1: expected" in run("tgm.prepare", "none.csv", cwd=tmp_path, fails=True)
 
 
-@pytest.mark.parametrize("name, how", [
-    ("plain.mp4", {}), ("turned.mp4", {"rotation": 90}), ("b.avi", {"codec": "mpeg4", "b_frames": 2}), ("a.webm", {"codec": "libvpx-vp9"}),
-    ("uneven.mkv", {"pts": np.cumsum(np.random.default_rng(0).integers(1, 6, 60)).tolist(), "tick": Fraction(1, 50)}),
-])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("plain.mp4", {}),
+        ("turned.mp4", {"rotation": 90}),
+        ("b.avi", {"codec": "mpeg4", "b_frames": 2}),
+        ("a.webm", {"codec": "libvpx-vp9"}),
+        (
+            "uneven.mkv",
+            {
+                "pts": np.cumsum(np.random.default_rng(0).integers(1, 6, 60)).tolist(),
+                "tick": Fraction(1, 50),
+            },
+        ),
+    ],
+)
 def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
     path = write(tmp_path / name, pictures(60, 98, 130), **how)
     target = str(tmp_path / "out" / "x.mp4")
-    assert prepare.reencode((path, target, 64, 12)) is None and os.listdir(tmp_path / "out") == ["x.mp4"]
+    assert prepare.reencode((path, target, 64, 12)) is None and os.listdir(tmp_path / "out") == [
+        "x.mp4"
+    ]
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert copy.duration == pytest.approx(source.duration, abs=0.15)
         times = np.random.default_rng(1).uniform(0, source.duration, 20)
@@ -94,7 +153,10 @@ def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
         differences = np.abs(source.read(times, got.shape[1:3]).astype(int) - got).mean((1, 2, 3))
         keys = [packet.pts for packet in copy._packets() if packet.is_keyframe]
     other = np.abs(np.roll(got, 1, 0).astype(int) - got).mean((1, 2, 3))
-    assert differences.max() < 14 and other.min() > 2 * differences.max(), (differences.max(), other.min())  # the right frame each time
+    assert differences.max() < 14 and other.min() > 2 * differences.max(), (
+        differences.max(),
+        other.min(),
+    )  # the right frame each time
     assert len(keys) <= 5
 
 
@@ -103,11 +165,27 @@ def test_a_manifest_of_copies_goes_on_where_it_stopped(tmp_path):
     write(tmp_path / "in/a b.mp4", pictures(20), fps=10)
     write(tmp_path / "in/deep/a b.avi", pictures(20), codec="mpeg4", fps=10)
     (tmp_path / "in/bad.mp4").write_bytes(b"bad")
-    (tmp_path / "in/some.csv").write_text('path,label,start,end,more\na b.mp4,x,0.5,1,"p, q"\ndeep/a b.avi,y,,,\na b.mp4,z,1,2,\nbad.mp4,w,,,\n')
-    flags = ("tgm.prepare", tmp_path / "in/some.csv", "--reencode", tmp_path / "out", "--short-side", 32, "--workers", 1)
+    (tmp_path / "in/some.csv").write_text(
+        'path,label,start,end,more\na b.mp4,x,0.5,1,"p, q"\ndeep/a b.avi,y,,,\na b.mp4,z,1,2,\nbad.mp4,w,,,\n'
+    )
+    flags = (
+        "tgm.prepare",
+        tmp_path / "in/some.csv",
+        "--reencode",
+        tmp_path / "out",
+        "--short-side",
+        32,
+        "--workers",
+        1,
+    )
     assert "1 files could not be re-encoded" in run(*flags, fails=True)
     assert (tmp_path / "out/some.csv").read_text().splitlines() == [
-        "path,label,start,end,more", 'a b.mp4,x,0.5,1,"p, q"', "deep/a b_avi.mp4,y,,,", "a b.mp4,z,1,2,", "bad.mp4,w,,,"]
+        "path,label,start,end,more",
+        'a b.mp4,x,0.5,1,"p, q"',
+        "deep/a b_avi.mp4,y,,,",
+        "a b.mp4,z,1,2,",
+        "bad.mp4,w,,,",
+    ]
     made = tmp_path / "out/a b.mp4"
     assert read_frames(made, [0.7]).shape[1] == 32 and not list((tmp_path / "out").rglob("*.new*"))
     before = made.stat().st_mtime_ns
@@ -124,7 +202,11 @@ def test_names_that_lead_out_of_the_folder_stay_inside(tmp_path):
     (tmp_path / "a/x.csv").write_text(f"path\n../v.mp4\n{path}\n")
     shutil.copy(tmp_path / "v.mp4", tmp_path / "a/v.mp4")
     run("tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "out/in", "--workers", 1)
-    made = {os.path.relpath(file, tmp_path / "out/in") for file in (tmp_path / "out").rglob("*.mp4")}
+    made = {
+        os.path.relpath(file, tmp_path / "out/in") for file in (tmp_path / "out").rglob("*.mp4")
+    }
     assert made == {"v.mp4", path.lstrip("/")}
     (tmp_path / "a/x.csv").write_text("path\n../v.mp4\nv.mp4\n")
-    assert "two of its files would have the same name" in run("tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True)
+    assert "two of its files would have the same name" in run(
+        "tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True
+    )

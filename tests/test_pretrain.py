@@ -1,4 +1,5 @@
 """Stage 3: schedules and samples by value, then the command line: ranks, workers, resuming, every choice, every refusal."""
+
 import json
 import os
 import re
@@ -17,8 +18,24 @@ from conftest import ENVIRONMENT, ROOT, run
 import masking
 import pretrain
 
-TINY = ("--size", "tiny", "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--blr", 2e-3, "--log-every", 2,
-        "--workers", 0, "--picture-every", 0)
+TINY = (
+    "--size",
+    "tiny",
+    "--batch-size",
+    8,
+    "--epochs",
+    3,
+    "--warmup-epochs",
+    1,
+    "--blr",
+    2e-3,
+    "--log-every",
+    2,
+    "--workers",
+    0,
+    "--picture-every",
+    0,
+)
 
 
 def weights(folder):
@@ -32,7 +49,9 @@ def log(folder):
 def test_learning_rate():
     rate = lambda step: pretrain.learning_rate(step, 1.0, warmup=10, total=110, floor=0.0)
     assert rate(0) == 0.1 and rate(9) == 1.0 and rate(10) == 1.0
-    assert rate(60) == pytest.approx(0.5) and rate(109) == pytest.approx(0.5 * (1 + np.cos(np.pi * 0.99)))
+    assert rate(60) == pytest.approx(0.5) and rate(109) == pytest.approx(
+        0.5 * (1 + np.cos(np.pi * 0.99))
+    )
     assert pretrain.learning_rate(110, 1.0, 10, 110, floor=0.2) == pytest.approx(0.2)
     assert pretrain.learning_rate(0, 1.0, 0, 10) == 1.0
 
@@ -56,13 +75,19 @@ def test_multi_scale_crop():
     crops = [pretrain.multi_scale_crop(100, 200) for _ in range(2000)]
     assert all(0 <= top <= 100 - h and 0 <= left <= 200 - w for top, left, h, w in crops)
     sides = {(h, w) for _, _, h, w in crops}
-    assert sides == {(a, b) for a in (100, 87, 75, 66) for b in (100, 87, 75, 66)
-                     if abs((100, 87, 75, 66).index(a) - (100, 87, 75, 66).index(b)) <= 1}
+    assert sides == {
+        (a, b)
+        for a in (100, 87, 75, 66)
+        for b in (100, 87, 75, 66)
+        if abs((100, 87, 75, 66).index(a) - (100, 87, 75, 66).index(b)) <= 1
+    }
     assert {left for _, left, h, w in crops if (h, w) == (100, 100)} == {0, 25, 50, 75, 100}
 
 
 def clips(world, **flags):
-    args = pretrain.parse_args(["--data", str(world / "data/train.csv"), "--size", "tiny", "--stride", "2"])
+    args = pretrain.parse_args(
+        ["--data", str(world / "data/train.csv"), "--size", "tiny", "--stride", "2"]
+    )
     vars(args).update({"frames": 8, "image_size": 64} | flags)
     videos, rows, arrays = pretrain.open_data(args)
     return pretrain.Clips(videos, rows, args, (4, 4, 4), **arrays)
@@ -79,27 +104,71 @@ def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
     assert not torch.equal(first["noise"][0], first["noise"][1])
     for other in (data[1, 7], clips(world, repeat=3, flip=True, seed=1)[2, 7]):
         assert not torch.equal(other["noise"], first["noise"])
-    assert torch.equal(clips(world, repeat=1, flip=True)[2, 7]["clip"][0], first["clip"][0])  # repeats only add
+    assert torch.equal(
+        clips(world, repeat=1, flip=True)[2, 7]["clip"][0], first["clip"][0]
+    )  # repeats only add
 
 
 def test_a_sample_brings_the_caption_it_was_given(world):
     data = clips(world, repeat=8)
     sample = data[0, 5]
     for text, maps in zip(sample["text"], sample["saliency"]):
-        k = [np.array_equal(maps, data.saliency[5, k]) and np.array_equal(text, data.text[5, k].astype(np.float32)) for k in range(3)]
+        k = [
+            np.array_equal(maps, data.saliency[5, k])
+            and np.array_equal(text, data.text[5, k].astype(np.float32))
+            for k in range(3)
+        ]
         assert any(k)
 
 
 def test_the_mission_command_with_two_ranks(copy):
     """`torchrun --nproc_per_node=2 pretrain.py --mask text`, data at its default place: learns, logs, saves, draws."""
-    out = run("pretrain.py", "--mask", "text", "--size", "tiny", "--batch-size", 8, "--epochs", 4, "--workers", 1, "--log-every", 1,
-              "--picture-every", 2, "--blr", 0.02, "--warmup-epochs", 1, cwd=copy, ranks=2)
-    assert "28 of 64 visible: mask text at 0.6" in out and "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out
+    out = run(
+        "pretrain.py",
+        "--mask",
+        "text",
+        "--size",
+        "tiny",
+        "--batch-size",
+        8,
+        "--epochs",
+        4,
+        "--workers",
+        1,
+        "--log-every",
+        1,
+        "--picture-every",
+        2,
+        "--blr",
+        0.02,
+        "--warmup-epochs",
+        1,
+        cwd=copy,
+        ranks=2,
+    )
+    assert (
+        "28 of 64 visible: mask text at 0.6" in out
+        and "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out
+    )
     lines = log(copy / "runs/text")
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert set(lines[0]) == {"step", "epoch", "loss_mae", "loss_nce", "lr", "grad_norm", "data_ms", "step_ms", "clips_per_s", "left_s", "skipped"}
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "loss_mae",
+        "loss_nce",
+        "lr",
+        "grad_norm",
+        "data_ms",
+        "step_ms",
+        "clips_per_s",
+        "left_s",
+        "skipped",
+    }
     assert lines[-1]["loss_mae"] < lines[0]["loss_mae"] - 0.02
-    assert 0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4  # trivial: about 1; chance: ln 16
+    assert (
+        0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4
+    )  # trivial: about 1; chance: ln 16
     assert (copy / "runs/text/reconstruction_000004.png").stat().st_size > 1000
     args = json.loads((copy / "runs/text/args.json").read_text())
     assert (args["mask"], args["frames"], args["stride"], args["image_size"]) == ("text", 8, 2, 32)
@@ -115,47 +184,85 @@ def test_two_ranks_equal_one_with_the_same_global_batch(copy):
     for key in one:
         assert torch.allclose(one[key], two[key], rtol=1e-3, atol=2e-5), key
     for a, b in zip(log(copy / "one"), log(copy / "two")):
-        assert a["loss_mae"] == pytest.approx(b["loss_mae"], rel=1e-5) and a["loss_nce"] == pytest.approx(b["loss_nce"], rel=1e-5)
+        assert a["loss_mae"] == pytest.approx(b["loss_mae"], rel=1e-5) and a[
+            "loss_nce"
+        ] == pytest.approx(b["loss_nce"], rel=1e-5)
 
 
 def test_accumulation_equals_one_large_batch(copy):
-    flags = [*TINY, "--max-steps", 2, "--nce-weight", 0]  # the contrastive loss knows only the batch it sees
+    flags = [
+        *TINY,
+        "--max-steps",
+        2,
+        "--nce-weight",
+        0,
+    ]  # the contrastive loss knows only the batch it sees
     run("pretrain.py", *flags, "--accum", 2, "--out", "two", cwd=copy)
     flags[flags.index("--batch-size") + 1] = 16
     run("pretrain.py", *flags, "--out", "one", cwd=copy)
     one, two = weights(copy / "one"), weights(copy / "two")
-    assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=2e-5) for key in one if not key.startswith("contrastive"))
+    assert all(
+        torch.allclose(one[key], two[key], rtol=1e-3, atol=2e-5)
+        for key in one
+        if not key.startswith("contrastive")
+    )
 
 
 def test_resuming_and_workers_change_nothing(copy):
     repeated = (*TINY, "--repeat", 2, "--blr", 4e-3, "--flip")
     run("pretrain.py", *repeated, "--out", "whole", cwd=copy)
     run("pretrain.py", *repeated, "--out", "parts", "--max-steps", 6, "--resume", "auto", cwd=copy)
-    (copy / "parts/log.jsonl").open("a").write('{"step": 7}\n')  # logged after the last checkpoint, lost in a kill
+    (copy / "parts/log.jsonl").open("a").write(
+        '{"step": 7}\n'
+    )  # logged after the last checkpoint, lost in a kill
     flags = [*repeated, "--out", "parts", "--resume", "auto"]
     flags[flags.index("--workers") + 1] = 4
     assert "from step 6" in run("pretrain.py", *flags, cwd=copy)
     whole, parts = weights(copy / "whole"), weights(copy / "parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert [line["step"] for line in log(copy / "parts")] == [line["step"] for line in log(copy / "whole")] == [2, 4, 6, 8, 10, 12]
-    assert [line["loss_mae"] for line in log(copy / "parts")] == [line["loss_mae"] for line in log(copy / "whole")]
+    assert (
+        [line["step"] for line in log(copy / "parts")]
+        == [line["step"] for line in log(copy / "whole")]
+        == [2, 4, 6, 8, 10, 12]
+    )
+    assert [line["loss_mae"] for line in log(copy / "parts")] == [
+        line["loss_mae"] for line in log(copy / "whole")
+    ]
     assert "already at step 12" in run("pretrain.py", *flags, cwd=copy)
     line = run("pretrain.py", *repeated, "--out", "whole", cwd=copy, fails=True)
-    assert line.startswith("whole/checkpoint.pt is there already, a run of data/train.csv with mask text at 0.6: --resume auto goes on")
-    line = run("pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True)  # not an offer to go on
-    assert line.startswith("whole/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: ")
-    assert "--repeat was 2, is 1; " in line and "--mask was text, is tube" in line and "--resume auto" not in line
+    assert line.startswith(
+        "whole/checkpoint.pt is there already, a run of data/train.csv with mask text at 0.6: --resume auto goes on"
+    )
+    line = run(
+        "pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True
+    )  # not an offer to go on
+    assert line.startswith(
+        "whole/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "
+    )
+    assert (
+        "--repeat was 2, is 1; " in line
+        and "--mask was text, is tube" in line
+        and "--resume auto" not in line
+    )
 
 
 @pytest.mark.parametrize("mask", ["text", "tube", "random"])
 def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
     """Half the masked tokens of every sample reach the decoder; resuming changes nothing; --decoder-keep 1 is the default."""
     counts, decode = [], pretrain.models.VideoMAE.decode
-    monkeypatch.setattr(pretrain.models.VideoMAE, "decode", lambda self, tokens, seen, hidden: counts.append(
-        (seen.shape[1], hidden.shape[1])) or decode(self, tokens, seen, hidden))
+    monkeypatch.setattr(
+        pretrain.models.VideoMAE,
+        "decode",
+        lambda self, tokens, seen, hidden: (
+            counts.append((seen.shape[1], hidden.shape[1])) or decode(self, tokens, seen, hidden)
+        ),
+    )
     flags = (*TINY, "--mask", mask, "--mask-ratio", 0.6, "--epochs", 2)
     half = (*flags, "--decoder-keep", 0.5)
-    assert "28 of 64 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy)) and "; 18 reconstructed" in out
+    assert (
+        "28 of 64 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy))
+        and "; 18 reconstructed" in out
+    )
     assert set(counts) == {(28, 18)}
     run("pretrain.py", *half, "--out", "parts", "--max-steps", 3, cwd=copy)
     run("pretrain.py", *half, "--out", "parts", "--resume", "auto", cwd=copy)
@@ -165,7 +272,9 @@ def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
     assert counts[-1] == (28, 36)
     run("pretrain.py", *flags, "--decoder-keep", 1, "--out", "one", cwd=copy)
     default, one = weights(copy / "default"), weights(copy / "one")
-    assert all(torch.equal(default[key], one[key]) for key in one) and not torch.equal(one["mask_token"], whole["mask_token"])
+    assert all(torch.equal(default[key], one[key]) for key in one) and not torch.equal(
+        one["mask_token"], whole["mask_token"]
+    )
 
 
 def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
@@ -175,22 +284,54 @@ def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
     (copy / "data/train.text.npy").unlink()
     assert "no text array" in run("pretrain.py", *flags, "--out", "alone", cwd=copy)
     monitored, alone = weights(copy / "monitored"), weights(copy / "alone")
-    assert all(torch.equal(monitored[key], alone[key]) for key in alone if not key.startswith("contrastive."))
+    assert all(
+        torch.equal(monitored[key], alone[key])
+        for key in alone
+        if not key.startswith("contrastive.")
+    )
     assert log(copy / "monitored")[0]["loss_nce"] > 1 and log(copy / "alone")[0]["loss_nce"] is None
 
 
-@pytest.mark.parametrize("flags", [
-    *[("--mask", mask, "--crop", crop) for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3, strict=True)],
-    *[("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--blr", 4e-3, "--flip") for mask in masking.MASKS],
-    ("--mask", "random", "--mask-ratio", 0.75, "--crop-scale", 0.2, 0.9), ("--amp", "bf16"), ("--amp", "fp16"), ("--amp", "off"),
-    ("--checkpointing",), ("--frames", 4, "--image-size", 96, "--no-flip"), ("--clip-grad", 0, "--device", "cpu"),
-], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *[
+            ("--mask", mask, "--crop", crop)
+            for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3, strict=True)
+        ],
+        *[
+            ("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--blr", 4e-3, "--flip")
+            for mask in masking.MASKS
+        ],
+        ("--mask", "random", "--mask-ratio", 0.75, "--crop-scale", 0.2, 0.9),
+        ("--amp", "bf16"),
+        ("--amp", "fp16"),
+        ("--amp", "off"),
+        ("--checkpointing",),
+        ("--frames", 4, "--image-size", 96, "--no-flip"),
+        ("--clip-grad", 0, "--device", "cpu"),
+    ],
+    ids=str,
+)
 def test_every_choice_trains(world, tmp_path, flags):
-    run("pretrain.py", *TINY, "--data", world / "data/train.csv", "--out", tmp_path, *flags, "--max-steps", 2)
+    run(
+        "pretrain.py",
+        *TINY,
+        "--data",
+        world / "data/train.csv",
+        "--out",
+        tmp_path,
+        *flags,
+        "--max-steps",
+        2,
+    )
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None,
+    reason="torch.compile needs a C++ compiler",
+)
 def test_compiled_it_is_the_same(world, tmp_path):
     flags = (*TINY, "--data", world / "data/train.csv", "--max-steps", 2)
     run("pretrain.py", *flags, "--out", tmp_path / "eager")
@@ -203,8 +344,24 @@ def test_compiled_it_is_the_same(world, tmp_path):
 def test_other_sizes_start(world, tmp_path):
     """Every size builds and takes a step; the published sizes on small clips."""
     for size in ("small", "base"):
-        run("pretrain.py", *TINY, "--size", size, "--frames", 2, "--image-size", 64, "--batch-size", 2, "--max-steps", 1,
-            "--data", world / "data/train.csv", "--out", tmp_path / size)
+        run(
+            "pretrain.py",
+            *TINY,
+            "--size",
+            size,
+            "--frames",
+            2,
+            "--image-size",
+            64,
+            "--batch-size",
+            2,
+            "--max-steps",
+            1,
+            "--data",
+            world / "data/train.csv",
+            "--out",
+            tmp_path / size,
+        )
     with torch.device("meta"):
         for size in ("large", "huge"):
             pretrain.models.VideoMAE(size)
@@ -213,18 +370,54 @@ def test_other_sizes_start(world, tmp_path):
 def test_init_starts_from_a_checkpoint(world, tmp_path):
     flags = (*TINY, "--data", world / "data/train.csv", "--max-steps", 2)
     run("pretrain.py", *flags, "--out", tmp_path / "a")
-    start = run("pretrain.py", *flags, "--out", tmp_path / "b", "--init", tmp_path / "a/checkpoint.pt")
-    assert "every key" in start and log(tmp_path / "b")[0]["loss_mae"] < log(tmp_path / "a")[0]["loss_mae"]
-    line = run("pretrain.py", *flags, "--out", tmp_path / "c", "--size", "small", "--image-size", 32, "--init", tmp_path / "a/checkpoint.pt", fails=True)
+    start = run(
+        "pretrain.py", *flags, "--out", tmp_path / "b", "--init", tmp_path / "a/checkpoint.pt"
+    )
+    assert (
+        "every key" in start
+        and log(tmp_path / "b")[0]["loss_mae"] < log(tmp_path / "a")[0]["loss_mae"]
+    )
+    line = run(
+        "pretrain.py",
+        *flags,
+        "--out",
+        tmp_path / "c",
+        "--size",
+        "small",
+        "--image-size",
+        32,
+        "--init",
+        tmp_path / "a/checkpoint.pt",
+        fails=True,
+    )
     assert "mask_token: file [1, 1, 96], model [1, 1, 192]; " in line and " more" in line
 
 
-@pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "workers, number", [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)]
+)
 def test_a_signal_saves_and_ends_the_run_by_itself(world, tmp_path, workers, number):
     """As a scheduler or a terminal sends it: to the whole process group, the loader's workers included."""
-    command = ["pretrain.py", *TINY, "--epochs", 1000, "--workers", workers, "--data", world / "data/train.csv", "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    command = [
+        "pretrain.py",
+        *TINY,
+        "--epochs",
+        1000,
+        "--workers",
+        workers,
+        "--data",
+        world / "data/train.csv",
+        "--out",
+        tmp_path,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
     os.killpg(process.pid, number)
@@ -237,12 +430,14 @@ def test_a_signal_saves_and_ends_the_run_by_itself(world, tmp_path, workers, num
 def test_bad_videos_give_their_place_to_others(copy):
     (copy / "data/bad.mp4").write_bytes(b"not a video")
     lines = (copy / "data/train.csv").read_text().splitlines()
-    lines[4] = "bad.mp4" + lines[4][lines[4].index(","):]
+    lines[4] = "bad.mp4" + lines[4][lines[4].index(",") :]
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
     flags = (*TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "none")
     assert "32 of 32 videos usable" in run("pretrain.py", *flags, "--out", "a", cwd=copy)
     assert log(copy / "a")[-1]["skipped"] == 1
-    assert "more than --max-bad 0.01: bad.mp4" in run("pretrain.py", *flags, "--out", "b", "--max-bad", 0.01, cwd=copy, fails=True)
+    assert "more than --max-bad 0.01: bad.mp4" in run(
+        "pretrain.py", *flags, "--out", "b", "--max-bad", 0.01, cwd=copy, fails=True
+    )
 
 
 def test_rows_without_saliency_are_left_out(copy):
@@ -263,24 +458,36 @@ def test_a_loss_that_is_not_finite_stops_with_names(copy):
 
 def test_refusals_name_the_command_that_mends(copy):
     assert "python data/toy.py" in run("pretrain.py", cwd=copy / "data", fails=True, process=True)
-    assert "lower --batch-size" in run("pretrain.py", *TINY, "--batch-size", 33, cwd=copy, fails=True)
+    assert "lower --batch-size" in run(
+        "pretrain.py", *TINY, "--batch-size", 33, cwd=copy, fails=True
+    )
     assert "multiples" in run("pretrain.py", *TINY, "--frames", 5, cwd=copy, fails=True)
-    assert "nowhere.pt: no checkpoint there" in run("pretrain.py", *TINY, "--init", "nowhere.pt", cwd=copy, fails=True)
+    assert "nowhere.pt: no checkpoint there" in run(
+        "pretrain.py", *TINY, "--init", "nowhere.pt", cwd=copy, fails=True
+    )
     if not torch.cuda.is_available():
         assert "no GPU" in run("pretrain.py", *TINY, "--device", "cuda", cwd=copy, fails=True)
     for keep in (0, 1.1):
-        assert "--decoder-keep" in run("pretrain.py", *TINY, "--decoder-keep", keep, cwd=copy, fails=True)
-    assert "mask ratio 0.01" in run("pretrain.py", *TINY, "--mask-ratio", 0.01, cwd=copy, fails=True)
+        assert "--decoder-keep" in run(
+            "pretrain.py", *TINY, "--decoder-keep", keep, cwd=copy, fails=True
+        )
+    assert "mask ratio 0.01" in run(
+        "pretrain.py", *TINY, "--mask-ratio", 0.01, cwd=copy, fails=True
+    )
     captions = (copy / "data/train.captions.jsonl").read_text()
     (copy / "data/train.captions.jsonl").write_text(captions.replace("red", "blue"))
     assert "expected captions" in run("pretrain.py", *TINY, cwd=copy, fails=True)
     (copy / "data/train.captions.jsonl").write_text(captions)
     (copy / "data/train.saliency.npy").unlink()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
-    assert line.endswith("make it with: python caption.py data/train.csv && python saliency.py data/train.csv")
+    assert line.endswith(
+        "make it with: python caption.py data/train.csv && python saliency.py data/train.csv"
+    )
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join(lines[:-1]) + "\n")
-    assert "is of another manifest" in run("pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True)
+    assert "is of another manifest" in run(
+        "pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True
+    )
 
 
 # ---- learning rates
@@ -288,7 +495,19 @@ def test_refusals_name_the_command_that_mends(copy):
 
 def test_the_rate_and_its_floor_follow_the_videos_not_their_samples(world, tmp_path):
     """VideoMAE's and mae_st's rule: 16 videos a step, whatever --repeat; the floor is 1e-5 at 256 videos."""
-    flags = (*TINY, "--repeat", 4, "--accum", 2, "--epochs", 4, "--log-every", 1, "--data", world / "data/train.csv")
+    flags = (
+        *TINY,
+        "--repeat",
+        4,
+        "--accum",
+        2,
+        "--epochs",
+        4,
+        "--log-every",
+        1,
+        "--data",
+        world / "data/train.csv",
+    )
     out = run("pretrain.py", *flags, "--out", tmp_path)
     assert "64 = 8 videos x 4 repeats x 2 accumulated x 1 ranks" in out
     assert "0.000125 = 0.002 x 16 videos / 256, down to 6.25e-07; 4 epochs, 16 effective" in out
@@ -304,8 +523,21 @@ def test_the_rate_and_its_floor_follow_the_videos_not_their_samples(world, tmp_p
 def test_the_model_is_told_which_samples_are_of_one_video(world, tmp_path, monkeypatch):
     groups = []
     forward = pretrain.models.info_nce
-    monkeypatch.setattr(pretrain.models, "info_nce", lambda *args: groups.append(args[3].tolist()) or forward(*args))
-    run("pretrain.py", *TINY, "--repeat", 3, "--max-steps", 1, "--data", world / "data/train.csv", "--out", tmp_path)
+    monkeypatch.setattr(
+        pretrain.models, "info_nce", lambda *args: groups.append(args[3].tolist()) or forward(*args)
+    )
+    run(
+        "pretrain.py",
+        *TINY,
+        "--repeat",
+        3,
+        "--max-steps",
+        1,
+        "--data",
+        world / "data/train.csv",
+        "--out",
+        tmp_path,
+    )
     (group,) = groups
     order = np.random.default_rng([0, 0]).permutation(np.arange(32))
     assert group == np.repeat(order[:8], 3).tolist()
@@ -356,11 +588,35 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
     }
     for changed, expected in refused.items():
         line = run("pretrain.py", *flags, *changed, cwd=copy, fails=True)
-        assert line.startswith("run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "), line
+        assert line.startswith(
+            "run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "
+        ), line
         assert expected in line and "write elsewhere (--out)" in line, line
-    assert (copy / "run/checkpoint.pt").read_bytes() == before and log(copy / "run")[-1]["step"] == 4
-    free = ("--workers", 1, "--log-every", 1, "--save-every", 3, "--picture-every", 1, "--device", "cpu", "--checkpointing", "--video-timeout", 50,
-            "--max-bad", 0.5, "--max-steps", 5, "--crop-scale", 0.5, 1)
+    assert (copy / "run/checkpoint.pt").read_bytes() == before and log(copy / "run")[-1][
+        "step"
+    ] == 4
+    free = (
+        "--workers",
+        1,
+        "--log-every",
+        1,
+        "--save-every",
+        3,
+        "--picture-every",
+        1,
+        "--device",
+        "cpu",
+        "--checkpointing",
+        "--video-timeout",
+        50,
+        "--max-bad",
+        0.5,
+        "--max-steps",
+        5,
+        "--crop-scale",
+        0.5,
+        1,
+    )
     assert "from step 4" in run("pretrain.py", *flags, *free, cwd=copy)
 
 
@@ -370,7 +626,9 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     original = text.read_text()
     text.write_text(json.dumps(json.loads(original) | {"clip": "another"}))
     line = run("pretrain.py", *flags, cwd=copy, fails=True)
-    assert line.startswith("run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: data/train.text.npy was changed since (was ")
+    assert line.startswith(
+        "run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: data/train.text.npy was changed since (was "
+    )
     text.write_text(original)
     array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
     kept = array[3].copy()
@@ -381,11 +639,44 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     array[3] = kept
     array.flush()
     assert "from step 4" in run("pretrain.py", *flags, cwd=copy)
-    run("pretrain.py", *TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "no", "--out", "bare", "--max-steps", 1, cwd=copy)
+    run(
+        "pretrain.py",
+        *TINY,
+        "--mask",
+        "tube",
+        "--nce-weight",
+        0,
+        "--companions",
+        "no",
+        "--out",
+        "bare",
+        "--max-steps",
+        1,
+        cwd=copy,
+    )
     lines = (copy / "data/train.csv").read_text().splitlines()
-    (copy / "data/train.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    line = run("pretrain.py", *TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "no", "--out", "bare", "--resume", "auto", cwd=copy, fails=True)
-    assert line.startswith("bare/checkpoint.pt, a run of data/train.csv with mask tube at 0.9: data/train.csv was changed since (was ")
+    (copy / "data/train.csv").write_text(
+        "\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n"
+    )
+    line = run(
+        "pretrain.py",
+        *TINY,
+        "--mask",
+        "tube",
+        "--nce-weight",
+        0,
+        "--companions",
+        "no",
+        "--out",
+        "bare",
+        "--resume",
+        "auto",
+        cwd=copy,
+        fails=True,
+    )
+    assert line.startswith(
+        "bare/checkpoint.pt, a run of data/train.csv with mask tube at 0.9: data/train.csv was changed since (was "
+    )
 
 
 def test_the_product_of_ranks_and_batch_counts(tmp_path):
@@ -405,9 +696,16 @@ def test_more_epochs_follow_the_longer_schedule(begun):
     run("pretrain.py", *flags, "--max-steps", 8, cwd=copy)
     out = run("pretrain.py", *flags, "--epochs", 6, "--log-every", 1, cwd=copy)
     peak, floor = 2e-3 * 8 / 256, 1e-5 * 8 / 256
-    rate = lambda step, total: floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * (step - 4) / (total - 4)))
-    assert f"begun for 3 epochs, now 6: the learning rate jumps from {rate(8, 12):.3g} to {rate(8, 24):.3g}, the longer schedule's" in out
-    assert [line["lr"] for line in log(copy / "run") if line["step"] > 8] == pytest.approx([rate(step, 24) for step in range(8, 24)])
+    rate = lambda step, total: (
+        floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * (step - 4) / (total - 4)))
+    )
+    assert (
+        f"begun for 3 epochs, now 6: the learning rate jumps from {rate(8, 12):.3g} to {rate(8, 24):.3g}, the longer schedule's"
+        in out
+    )
+    assert [line["lr"] for line in log(copy / "run") if line["step"] > 8] == pytest.approx(
+        [rate(step, 24) for step in range(8, 24)]
+    )
 
 
 def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
@@ -425,18 +723,41 @@ def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
     with pytest.raises(Killed):
         run("pretrain.py", *TINY, "--out", "run", "--resume", "none", cwd=copy)
     monkeypatch.undo()
-    assert not (copy / "run/checkpoint.pt").exists() and (copy / "run/checkpoint.old.pt").read_bytes() == before
+    assert (
+        not (copy / "run/checkpoint.pt").exists()
+        and (copy / "run/checkpoint.old.pt").read_bytes() == before
+    )
     assert "from step 0" in run("pretrain.py", *flags, "--max-steps", 1, cwd=copy)
 
 
 def test_a_checkpoint_that_is_not_ours(begun):
     copy, flags = begun
-    run("finetune.py", "--size", "tiny", "--batch-size", 8, "--max-steps", 1, "--views", 1, 1, "--workers", 0, "--out", "run2", cwd=copy)
+    run(
+        "finetune.py",
+        "--size",
+        "tiny",
+        "--batch-size",
+        8,
+        "--max-steps",
+        1,
+        "--views",
+        1,
+        1,
+        "--workers",
+        0,
+        "--out",
+        "run2",
+        cwd=copy,
+    )
     for resume in (["--resume", "auto"], []):
         line = run("pretrain.py", *TINY, "--out", "run2", *resume, cwd=copy, fails=True)
-        assert line.startswith("run2/checkpoint.pt: this version of pretrain.py did not write it: write elsewhere (--out)")
+        assert line.startswith(
+            "run2/checkpoint.pt: this version of pretrain.py did not write it: write elsewhere (--out)"
+        )
     (copy / "run/checkpoint.pt").write_bytes(b"x")
-    assert "no checkpoint that can be read safely" in run("pretrain.py", *flags, cwd=copy, fails=True)
+    assert "no checkpoint that can be read safely" in run(
+        "pretrain.py", *flags, cwd=copy, fails=True
+    )
 
 
 def test_a_log_that_a_full_disk_left_half_written(begun):
@@ -444,9 +765,13 @@ def test_a_log_that_a_full_disk_left_half_written(begun):
     with open(copy / "run/log.jsonl", "a") as file:
         file.write('{"step": 5, "epoch": 1.2')
     process = [sys.executable, str(ROOT / "pretrain.py"), *map(str, flags), "--max-steps", "6"]
-    done = subprocess.run(process, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        process, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if "broken" in line] == ["run/log.jsonl: 1 broken line dropped"]
+    assert [line for line in done.stderr.splitlines() if "broken" in line] == [
+        "run/log.jsonl: 1 broken line dropped"
+    ]
     assert [line["step"] for line in log(copy / "run")] == [2, 4, 6]
 
 
@@ -473,8 +798,15 @@ def test_a_disk_that_is_full_under_the_log_or_the_flags(begun, monkeypatch, file
 
 
 def start(command, cwd, *launcher):
-    return subprocess.Popen([sys.executable, *map(str, launcher), str(ROOT / "pretrain.py"), *map(str, command)], cwd=cwd, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, launcher), str(ROOT / "pretrain.py"), *map(str, command)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def two_nodes(commands, folders, restarts=0):
@@ -482,20 +814,42 @@ def two_nodes(commands, folders, restarts=0):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-                f"--max-restarts={restarts}")
-    return [start(command, folder, *launcher) for command, folder in zip(commands, folders, strict=True)]
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
+        f"--max-restarts={restarts}",
+    )
+    return [
+        start(command, folder, *launcher) for command, folder in zip(commands, folders, strict=True)
+    ]
 
 
 def wait_for_step(folder, step, processes):
     until = time.time() + 200
-    while not (folder / "log.jsonl").exists() or not (lines := log(folder)) or lines[-1]["step"] < step:
-        assert all(process.poll() is None for process in processes) and time.time() < until, [process.communicate() for process in processes]
+    while (
+        not (folder / "log.jsonl").exists()
+        or not (lines := log(folder))
+        or lines[-1]["step"] < step
+    ):
+        assert all(process.poll() is None for process in processes) and time.time() < until, [
+            process.communicate() for process in processes
+        ]
         time.sleep(0.1)
 
 
 def ranks_of(agent):
-    return list(map(int, subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()))
+    return list(
+        map(
+            int,
+            subprocess.run(
+                ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True
+            ).stdout.split(),
+        )
+    )
 
 
 def test_two_nodes_equal_one_with_two_ranks(copy):
@@ -506,7 +860,9 @@ def test_two_nodes_equal_one_with_two_ranks(copy):
     assert [node.returncode for node in nodes] == [0, 0], said
     one, two = weights(copy / "one"), weights(copy / "two")
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert sorted("16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out for out, _ in said) == [False, True]
+    assert sorted(
+        "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out for out, _ in said
+    ) == [False, True]
 
 
 def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
@@ -519,19 +875,49 @@ def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
     nodes = two_nodes([(*flags, "--resume", "auto")] * 2, [copy, other])
     said = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], said
-    lines = [line for _, errors in said for line in errors.splitlines() if "all nodes must see the same folder" in line]
+    lines = [
+        line
+        for _, errors in said
+        for line in errors.splitlines()
+        if "all nodes must see the same folder" in line
+    ]
     first, second = (2, 0) if "rank 0 would go on from step 2" in lines[0] else (0, 2)
-    assert lines == [f"--out run: rank 0 would go on from step {first}, rank 1 from step {second}: all nodes must see the same folder"]
-    nodes = two_nodes([(*flags, "--resume", "none"), (*flags, "--resume", "none", "--seed", 1)], [other, other])
+    assert lines == [
+        f"--out run: rank 0 would go on from step {first}, rank 1 from step {second}: all nodes must see the same folder"
+    ]
+    nodes = two_nodes(
+        [(*flags, "--resume", "none"), (*flags, "--resume", "none", "--seed", 1)], [other, other]
+    )
     said = [node.communicate(timeout=200) for node in nodes]
-    lines = [line for _, errors in said for line in errors.splitlines() if "start every node alike" in line]
-    assert len(lines) == 1 and lines[0].startswith("seed is ") and [node.returncode for node in nodes] == [1, 1]
+    lines = [
+        line
+        for _, errors in said
+        for line in errors.splitlines()
+        if "start every node alike" in line
+    ]
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("seed is ")
+        and [node.returncode for node in nodes] == [1, 1]
+    )
     assert not (other / "run").exists()
 
 
 def test_two_nodes_heal_by_one_restart(copy):
     """kill -9 of the second node's rank: both agents start theirs again, once, and the end is that of an uninterrupted run."""
-    flags = (*TINY, "--batch-size", 4, "--epochs", 12, "--log-every", 1, "--save-every", 3, "--resume", "auto")
+    flags = (
+        *TINY,
+        "--batch-size",
+        4,
+        "--epochs",
+        12,
+        "--log-every",
+        1,
+        "--save-every",
+        3,
+        "--resume",
+        "auto",
+    )
     run("pretrain.py", *flags, "--out", "whole", cwd=copy, ranks=2)
     nodes = two_nodes([(*flags, "--out", "run")] * 2, [copy] * 2, restarts=1)
     wait_for_step(copy / "run", 7, nodes)
@@ -545,19 +931,38 @@ def test_two_nodes_heal_by_one_restart(copy):
 
 def test_torchrun_does_not_restart_what_a_signal_to_it_ended(copy):
     flags = (*TINY, "--epochs", 1000, "--log-every", 1, "--resume", "auto", "--out", "run")
-    agent = start(flags, copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    agent = start(
+        flags,
+        copy,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=2",
+    )
     wait_for_step(copy / "run", 3, [agent])
     agent.send_signal(signal.SIGTERM)
     out, errors = agent.communicate(timeout=100)
     assert agent.returncode == 1 and out.count("2000 = 1000 epochs x 2, from step") == 1, errors
     step = torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"]
-    assert f"SIGTERM: saved run/checkpoint.pt at step {step}; --resume auto goes on" in out and step == log(copy / "run")[-1]["step"]
+    assert (
+        f"SIGTERM: saved run/checkpoint.pt at step {step}; --resume auto goes on" in out
+        and step == log(copy / "run")[-1]["step"]
+    )
 
 
 def test_torchrun_restarts_when_one_rank_alone_is_told_to_stop(copy):
     """All save and end by the signal, a failure to torchrun; the restart goes on where they were."""
     flags = (*TINY, "--epochs", 12, "--log-every", 1, "--resume", "auto", "--out", "run")
-    agent = start(flags, copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    agent = start(
+        flags,
+        copy,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+    )
     wait_for_step(copy / "run", 3, [agent])
     os.kill(ranks_of(agent)[1], signal.SIGTERM)
     out, errors = agent.communicate(timeout=200)
@@ -573,14 +978,24 @@ def test_max_bad_counts_the_videos_of_all_ranks(copy):
     bad = [int(order[0]), int(order[8])]
     lines = (copy / "data/train.csv").read_text().splitlines()
     for row in bad:
-        lines[1 + row] = f"bad{row}.mp4" + lines[1 + row][lines[1 + row].index(","):]
+        lines[1 + row] = f"bad{row}.mp4" + lines[1 + row][lines[1 + row].index(",") :]
         (copy / f"data/bad{row}.mp4").write_bytes(b"not a video")
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
     flags = (*TINY, "--mask", "tube", "--nce-weight", 0, "--companions", "none")
-    agent = start((*flags, "--out", "run"), copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    agent = start(
+        (*flags, "--out", "run"),
+        copy,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+    )
     _, errors = agent.communicate(timeout=200)
     names = ", ".join(f"bad{row}.mp4" for row in sorted(bad))
-    assert agent.returncode == 1 and errors.count(f"2 of 32 videos cannot be read, more than --max-bad 0.05: {names}\n") == 1, errors
+    assert (
+        agent.returncode == 1
+        and errors.count(f"2 of 32 videos cannot be read, more than --max-bad 0.05: {names}\n") == 1
+    ), errors
     run("pretrain.py", *flags, "--max-bad", 0.0625, "--out", "more", cwd=copy, ranks=2)
     assert log(copy / "more")[-1]["skipped"] == 2  # each is counted once, whichever ranks met it
 
@@ -589,10 +1004,21 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_with_one_line(copy):
     array = np.load(copy / "data/train.text.npy", mmap_mode="r+")
     array[:, :, 5] = np.inf
     array.flush()
-    agent = start((*TINY, "--out", "run"), copy, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    agent = start(
+        (*TINY, "--out", "run"),
+        copy,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+    )
     _, errors = agent.communicate(timeout=200)
     (line,) = [line for line in errors.splitlines() if "not finite" in line]
-    assert line.startswith("step 1: the loss or its gradient is not finite") and line.count(".mp4") == 16 and agent.returncode == 1
+    assert (
+        line.startswith("step 1: the loss or its gradient is not finite")
+        and line.count(".mp4") == 16
+        and agent.returncode == 1
+    )
 
 
 # ---- said before nonsense begins
@@ -601,8 +1027,10 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_with_one_line(copy):
 def test_videos_that_are_gone_are_one_line(copy):
     (copy / "data/videos").unlink()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
-    assert line == ("data/train.csv: 32 of 32 videos that were looked for are not there, such as data/videos/train/00000.mp4: relative paths start "
-                    "at data (--root names another folder)")
+    assert line == (
+        "data/train.csv: 32 of 32 videos that were looked for are not there, such as data/videos/train/00000.mp4: relative paths start "
+        "at data (--root names another folder)"
+    )
 
 
 def test_videos_that_no_worker_can_read_are_one_line(copy):
@@ -610,7 +1038,9 @@ def test_videos_that_no_worker_can_read_are_one_line(copy):
     assert "nine videos drawn in its place cannot be read" in line and "Traceback" not in line
 
 
-@pytest.mark.parametrize("error", [pretrain.VideoError("data/a.mp4: gone"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [pretrain.VideoError("data/a.mp4: gone"), OSError(28, "No space left on device")]
+)
 def test_a_picture_that_cannot_be_drawn_ends_nothing(copy, monkeypatch, error):
     def fail(*_):
         raise error
@@ -625,23 +1055,43 @@ def test_few_videos_get_flags_that_work(copy):
     (copy / "data/few.csv").write_text("\n".join(lines[:21]) + "\n")
     few = ("--data", "data/few.csv", "--mask", "tube", "--nce-weight", 0)
     line = run("pretrain.py", *few, cwd=copy, fails=True)
-    assert line.startswith("data/few.csv: 20 usable videos do not fill one step of 32 videos x 1 accumulated x 1 ranks: lower --batch-size or --accum; ")
+    assert line.startswith(
+        "data/few.csv: 20 usable videos do not fill one step of 32 videos x 1 accumulated x 1 ranks: lower --batch-size or --accum; "
+    )
     trial = line.split("for a trial: ")[1].split()
     assert trial == "--size tiny --batch-size 4 --accum 1 --epochs 20 --warmup-epochs 2".split()
-    assert "steps        100 = 20 epochs x 5" in run("pretrain.py", *few, *trial, "--workers", 0, "--max-steps", 1, cwd=copy)
+    assert "steps        100 = 20 epochs x 5" in run(
+        "pretrain.py", *few, *trial, "--workers", 0, "--max-steps", 1, cwd=copy
+    )
 
 
 def test_gigabytes_are_refused_before_they_are_taken(copy):
     line = run("pretrain.py", *TINY, "--batch-size", 10**6, "--repeat", 100, cwd=copy, fails=True)
-    assert line.startswith("one batch is 2458 GB of pixels (1 ranks x 1000000 videos x 100 repeats x 8 frames of 32 pixels), this machine has ")
-    line = run("pretrain.py", "--batch-size", 1, "--frames", 1000, "--image-size", 2048, cwd=copy, fails=True)
-    assert line.startswith("1000 frames of 2048 pixels are 8192000 tokens, more than this machine's ")
+    assert line.startswith(
+        "one batch is 2458 GB of pixels (1 ranks x 1000000 videos x 100 repeats x 8 frames of 32 pixels), this machine has "
+    )
+    line = run(
+        "pretrain.py",
+        "--batch-size",
+        1,
+        "--frames",
+        1000,
+        "--image-size",
+        2048,
+        cwd=copy,
+        fails=True,
+    )
+    assert line.startswith(
+        "1000 frames of 2048 pixels are 8192000 tokens, more than this machine's "
+    )
 
 
 def test_without_captions_the_flag_that_needs_none_is_named(copy):
     (copy / "data/train.text.npy").unlink()
     line = run("pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True)
-    assert line.endswith("make it with: python caption.py data/train.csv && python saliency.py data/train.csv; or train without captions: --nce-weight 0")
+    assert line.endswith(
+        "make it with: python caption.py data/train.csv && python saliency.py data/train.csv; or train without captions: --nce-weight 0"
+    )
     assert "--nce-weight" not in run("pretrain.py", *TINY, "--mask", "text", cwd=copy, fails=True)
 
 
@@ -650,26 +1100,67 @@ def test_what_is_left_out_and_what_is_half_made_is_said(copy):
     array[[3, 9, 11]] = np.nan
     array.flush()
     out = run("pretrain.py", *TINY, "--warmup-epochs", 40, "--max-steps", 1, cwd=copy)
-    assert "29 of 32 videos usable" in out and "each epoch leaves out 5 videos, others each time" in out
-    assert "the saliency array has 29 of 32 rows: the others failed or have no caption; if saliency.py was stopped, run it again" in out
+    assert (
+        "29 of 32 videos usable" in out
+        and "each epoch leaves out 5 videos, others each time" in out
+    )
+    assert (
+        "the saliency array has 29 of 32 rows: the others failed or have no caption; if saliency.py was stopped, run it again"
+        in out
+    )
     assert "the warm-up of 40 epochs is longer than the run" in out and "the text array" not in out
     array[:] = np.nan
     array.flush()
-    assert "none of the 32 videos has what --mask text needs" in run("pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True)
+    assert "none of the 32 videos has what --mask text needs" in run(
+        "pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True
+    )
 
 
 def test_a_large_model_on_a_cpu_is_told_what_it_takes(world, tmp_path):
     flags = (*TINY, "--data", world / "data/train.csv", "--max-steps", 1)
-    out = run("pretrain.py", *flags, "--size", "small", "--frames", 2, "--image-size", 32, "--out", tmp_path / "small")
-    assert re.search(r"--size small on a CPU: about [0-9.e-]+ s per step, [0-9.e-]+ hours in all; it wants a GPU; --size tiny is for CPUs", out)
+    out = run(
+        "pretrain.py",
+        *flags,
+        "--size",
+        "small",
+        "--frames",
+        2,
+        "--image-size",
+        32,
+        "--out",
+        tmp_path / "small",
+    )
+    assert re.search(
+        r"--size small on a CPU: about [0-9.e-]+ s per step, [0-9.e-]+ hours in all; it wants a GPU; --size tiny is for CPUs",
+        out,
+    )
     assert "on a CPU" not in run("pretrain.py", *flags, "--out", tmp_path / "tiny")
 
 
-@pytest.mark.parametrize("flags", [
-    ("--crop-scale", "0.9", "0.2"), ("--crop-scale", "0", "1"), ("--decoder-keep", "0"), ("--mask-ratio", "0"), ("--mask-ratio", "nan"),
-    ("--clip-grad", "-1"), ("--nce-weight", "-1"), ("--weight-decay", "-1"), ("--stride", "-1"), ("--max-steps", "0"), ("--blr", "0"),
-    ("--device", "mps"), ("--warmup-epochs", "-1"), ("--epochs", "0"), ("--repeat", "0"), ("--max-bad", "2"), ("--seed", "-1"), ("--frames", "0"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--crop-scale", "0.9", "0.2"),
+        ("--crop-scale", "0", "1"),
+        ("--decoder-keep", "0"),
+        ("--mask-ratio", "0"),
+        ("--mask-ratio", "nan"),
+        ("--clip-grad", "-1"),
+        ("--nce-weight", "-1"),
+        ("--weight-decay", "-1"),
+        ("--stride", "-1"),
+        ("--max-steps", "0"),
+        ("--blr", "0"),
+        ("--device", "mps"),
+        ("--warmup-epochs", "-1"),
+        ("--epochs", "0"),
+        ("--repeat", "0"),
+        ("--max-bad", "2"),
+        ("--seed", "-1"),
+        ("--frames", "0"),
+    ],
+    ids=" ".join,
+)
 def test_numbers_out_of_range_name_their_flag(copy, flags):
     line = run("pretrain.py", *TINY, "--max-steps", 1, *flags, cwd=copy, fails=True)
     assert f"argument {flags[0]}: expected " in line

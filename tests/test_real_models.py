@@ -10,13 +10,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import toy
+import toy_models
 import transformers as hf
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, SHARED, run
 
 import caption
 import saliency
-import toy
-import toy_models
 from tgm.run import RunError
 
 # ---- open_clip

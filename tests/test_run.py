@@ -1,5 +1,6 @@
 """tgm/run.py: flags, devices, ranks, loading, stopping, folders and logs. Runs that end by a signal are processes of their own: most
 of them forks of this one, which saves the seconds of importing torch."""
+
 import argparse
 import json
 import math
@@ -19,8 +20,8 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from tgm.manifest import ManifestError
 from tgm import run
+from tgm.manifest import ManifestError
 
 FORK = multiprocessing.get_context("fork")
 STARTED = []
@@ -84,8 +85,14 @@ def two_ranks(tmp_path, program, *args):
         port = free.getsockname()[1]
     children = []
     for rank in range(2):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         children.append(Child(tmp_path / f"rank{rank}", program, *args, environment=environment))
     return children
 
@@ -135,7 +142,13 @@ ACCEPTED = {
     run.not_negative: {"0": 0.0, "1e9": 1e9},
     run.fraction: {"0": 0.0, "1": 1.0, "0.5": 0.5},
     run.ratio: {"1e-3": 1e-3, "1": 1.0},
-    run.device_name: {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda:0", "cuda:12": "cuda:12"},
+    run.device_name: {
+        "auto": "auto",
+        "cpu": "cpu",
+        "cuda": "cuda",
+        "cuda:0": "cuda:0",
+        "cuda:12": "cuda:12",
+    },
 }
 
 
@@ -147,9 +160,14 @@ def test_types_take_their_range_and_nothing_else():
     for read, values in ACCEPTED.items():
         for text, value in values.items():
             assert read(text) == value and type(read(text)) is type(value)
-    with pytest.raises(argparse.ArgumentTypeError, match="^expected a finite number, more than 0 and at most 1, found nan$"):
+    with pytest.raises(
+        argparse.ArgumentTypeError,
+        match="^expected a finite number, more than 0 and at most 1, found nan$",
+    ):
         run.ratio("nan")
-    with pytest.raises(argparse.ArgumentTypeError, match="^expected a finite number, 0 or more, found inf$"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="^expected a finite number, 0 or more, found inf$"
+    ):
         run.not_negative("inf")
 
 
@@ -158,7 +176,9 @@ def test_devices(monkeypatch):
     assert run.choose_device("auto") == (torch.device("cpu"), "no GPU found")
     assert run.choose_device("cpu", 3) == (torch.device("cpu"), "as asked")
     for name in ("cuda", "cuda:7"):
-        with pytest.raises(run.RunError, match=f"^--device {name}: no GPU that torch can use was found$"):
+        with pytest.raises(
+            run.RunError, match=f"^--device {name}: no GPU that torch can use was found$"
+        ):
             run.choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -242,10 +262,15 @@ def test_a_signal_while_the_ranks_answer_counts_the_next_time(tmp_path):
     children[0].says("asking")
     time.sleep(0.3)
     children[0].kill(signal.SIGTERM)
-    children[0].says("SIGTERM: saving after this step", seconds=1)  # heard while it waits, not when the other has come
+    children[0].says(
+        "SIGTERM: saving after this step", seconds=1
+    )  # heard while it waits, not when the other has come
     assert [child.code() for child in children] == [-15, -15]
     for child in children:
-        assert [line for line in child.printed().splitlines() if line in ("True", "False")] == ["False", "True"]
+        assert [line for line in child.printed().splitlines() if line in ("True", "False")] == [
+            "False",
+            "True",
+        ]
 
 
 def wait_for_a_rank_that_is_stuck(grace):
@@ -262,7 +287,9 @@ def test_a_rank_that_waits_for_a_stuck_one_is_ended_by_grace_and_by_a_second_sig
     for child in children:
         child.says("ready")
     children[0].kill(signal.SIGTERM)
-    assert children[0].code(10) == -15 and "SIGTERM: no progress in 1 seconds" in children[0].printed()
+    assert (
+        children[0].code(10) == -15 and "SIGTERM: no progress in 1 seconds" in children[0].printed()
+    )
     children = two_ranks(tmp_path, wait_for_a_rank_that_is_stuck, 300)
     for child in children:
         child.says("ready")
@@ -286,7 +313,12 @@ def test_a_rank_that_gives_up_ends_the_others_in_one_line(tmp_path):
     children = two_ranks(tmp_path, one_rank_gives_up, None)
     assert [child.code() for child in children] == [1, 1]
     assert children[1].printed().splitlines()[-1] == "data/train.csv: wrong"
-    assert children[0].printed().splitlines()[-1].startswith("another rank ended, and this one with it; the other says why (")
+    assert (
+        children[0]
+        .printed()
+        .splitlines()[-1]
+        .startswith("another rank ended, and this one with it; the other says why (")
+    )
     assert "Traceback" not in children[0].printed()
 
 
@@ -312,12 +344,23 @@ class Numbers(torch.utils.data.Dataset):
 
 def test_items_arrive_as_they_are():
     """In lists, tuples and mappings, with and without workers; through shared memory if there are workers."""
-    item = lambda index: (index, UserDict(x=torch.full((3,), index)), Pair([torch.tensor(index)], None), "text")
+    item = lambda index: (
+        index,
+        UserDict(x=torch.full((3,), index)),
+        Pair([torch.tensor(index)], None),
+        "text",
+    )
     for workers in (0, 2):
         batches = list(run.patient(run.make_loader(Numbers(item), 3, workers)))
         assert [len(batch) for batch in batches] == [3, 3, 2]
         for index, (number, mapping, pair, text) in enumerate(sum(batches, [])):
-            assert (number, mapping["x"].tolist(), pair.a[0].item(), pair.b, text) == (index, [index] * 3, index, None, "text")
+            assert (number, mapping["x"].tolist(), pair.a[0].item(), pair.b, text) == (
+                index,
+                [index] * 3,
+                index,
+                None,
+                "text",
+            )
             assert mapping["x"].is_shared() == pair.a[0].is_shared() == (workers > 0)
 
 
@@ -325,7 +368,9 @@ def test_a_dead_worker_is_one_line(tmp_path):
     def die(index):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(run.RunError, match=r"^a decoding process ended: DataLoader worker .*\(pid.*--workers 0"):
+    with pytest.raises(
+        run.RunError, match=r"^a decoding process ended: DataLoader worker .*\(pid.*--workers 0"
+    ):
         list(run.patient(run.make_loader(Numbers(die), 2, 1)))
 
 
@@ -351,7 +396,9 @@ def no_open_files(batch):
     limit = len(os.listdir("/proc/self/fd")) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     try:
-        for items in run.patient(run.make_loader(Numbers(lambda index: torch.zeros(100), length=400), batch, 1)):
+        for items in run.patient(
+            run.make_loader(Numbers(lambda index: torch.zeros(100), length=400), batch, 1)
+        ):
             print(f"{len(items)} items")
     except run.RunError as error:
         print(error)
@@ -364,7 +411,9 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
     assert child.code(20) == 0
     if batch == 10:
         assert child.printed() == "10 items\n" * 40
-    elif batch == 20 and "ulimit" not in child.printed():  # at the limit itself: it hangs on how many batches wait to be read
+    elif (
+        batch == 20 and "ulimit" not in child.printed()
+    ):  # at the limit itself: it hangs on how many batches wait to be read
         assert child.printed() == "20 items\n" * 20
     else:
         assert "ulimit -n" in child.printed() and child.printed().count("\n") <= 2
@@ -377,11 +426,20 @@ def test_what_cannot_be_packed_is_an_error_and_not_a_wait():
 
 def in_small_shared_memory(size, program, *flags):
     """A python process whose /dev/shm holds `size`; skips the test where that is impossible."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs unshare -m")
     code = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} {program} {' '.join(map(str, flags))}"
-    return subprocess.Popen(["unshare", "-m", "bash", "-c", code], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        ["unshare", "-m", "bash", "-c", code],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 LOADING = f"""
@@ -411,7 +469,9 @@ run.launch(main)
 """
 
 
-@pytest.mark.parametrize("size, each", [("1m", 4_800_000), ("64k", 4_800_000), ("4k", 10), ("1m", 100_000)])
+@pytest.mark.parametrize(
+    "size, each", [("1m", 4_800_000), ("64k", 4_800_000), ("4k", 10), ("1m", 100_000)]
+)
 def test_full_shared_memory_is_one_line_within_seconds(tmp_path, size, each):
     """Clips of ViT-B, 16 x 224 x 224 x 3 x 2 bytes, that never fit; no room for even a lock; and a few clips that fit, but no
     batch of them."""
@@ -432,7 +492,7 @@ def test_a_stuck_loader_ends_by_grace_or_by_a_second_signal(tmp_path):
         run.GRACE = grace
         stop = run.StopSignal(then="ending after this batch")
         stuck = Numbers(lambda index: time.sleep(1000) if index >= 2 else index)
-        for batch in run.patient(run.make_loader(stuck, 2, 1)):
+        for _ in run.patient(run.make_loader(stuck, 2, 1)):
             print("a batch")
             if stop.name:
                 stop.end()
@@ -453,13 +513,23 @@ def test_a_stuck_loader_ends_by_grace_or_by_a_second_signal(tmp_path):
 
 def test_workers_that_are_left_are_killed_without_a_word(tmp_path):
     """By kill_workers at the end of a run whose loader still lives, held by an error's traceback."""
-    (tmp_path / "held.py").write_text(LOADING.replace("run.launch(main)", """
+    (tmp_path / "held.py").write_text(
+        LOADING.replace(
+            "run.launch(main)",
+            """
 held = iter(run.make_loader(Clips(), 8, 2))
 next(held)
 sys.exit("one line")
-"""))
-    done = subprocess.run([sys.executable, str(tmp_path / "held.py"), "stuck", "10", "300"], env=ENVIRONMENT, text=True,
-                          capture_output=True, timeout=60)
+""",
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "held.py"), "stuck", "10", "300"],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and done.stderr == "one line\n"
 
 
@@ -492,12 +562,17 @@ def test_a_stopped_run_saves_and_ends_by_the_signal(tmp_path, number):
     child.says("ready")
     child.kill(number)
     assert child.code() == -number
-    assert child.printed() == f"ready\n\n{name}: saving after this step; once more ends at once\nsaved\n"
+    assert (
+        child.printed()
+        == f"ready\n\n{name}: saving after this step; once more ends at once\nsaved\n"
+    )
     child = Child(tmp_path / "at once", work, True)
     child.says("ready")
     child.kill(number)
     assert child.code(2) == -number and child.printed() == f"ready\n\n{name}: ended\n"
-    child = Child(tmp_path / "before", lambda: (print("ready"), time.sleep(1000)))  # as while a model is loaded
+    child = Child(
+        tmp_path / "before", lambda: (print("ready"), time.sleep(1000))
+    )  # as while a model is loaded
     child.says("ready")
     child.kill(number)
     assert child.code(2) == -number and child.printed() == "ready\n"
@@ -548,12 +623,19 @@ def test_saving_has_grace_seconds_of_its_own(tmp_path):
         time.sleep(1000)
 
     child = Child(tmp_path / "out", saves_forever)
-    assert child.code(10) == -15 and "still saving" in child.printed() and "no progress" in child.printed()
+    assert (
+        child.code(10) == -15
+        and "still saving" in child.printed()
+        and "no progress" in child.printed()
+    )
 
 
 def test_stopped_inside_this_process():
     """What `launch` does not see: an in-process caller gets 143 or 130, and no alarm stays behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    }
     try:
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
             stop = run.StopSignal()
@@ -562,7 +644,11 @@ def test_stopped_inside_this_process():
             assert stop.agreed() and stop.name == signal.Signals(number).name
             with pytest.raises(run.Stopped) as end:
                 stop.end()
-            assert end.value.code == code and end.value.number == number and isinstance(end.value, SystemExit)
+            assert (
+                end.value.code == code
+                and end.value.number == number
+                and isinstance(end.value, SystemExit)
+            )
             assert signal.alarm(0) == 0
     finally:
         for number, handler in handlers.items():
@@ -588,10 +674,18 @@ launch(main)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_script_does_not_go_on_after_a_stopped_run(tmp_path, number):
     (tmp_path / "stage.py").write_text(PROGRAM)
-    process = subprocess.Popen(["bash", "-c", f"{sys.executable} stage.py && echo went on; echo code $?"], cwd=tmp_path, env=ENVIRONMENT,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        ["bash", "-c", f"{sys.executable} stage.py && echo went on; echo code $?"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
-    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    child = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(child[0]), number)
     out, _ = process.communicate(timeout=20)
     if number == signal.SIGTERM:
@@ -602,10 +696,23 @@ def test_a_script_does_not_go_on_after_a_stopped_run(tmp_path, number):
 
 def test_as_the_first_process_of_a_container_it_ends_with_the_code(tmp_path):
     """There the kernel lets no signal of its own end it."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-pf", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-pf", "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs unshare -p")
-    (tmp_path / "stage.py").write_text(PROGRAM.replace("while not", "import os, signal\n    os.kill(1, signal.SIGTERM)\n    while not"))
-    done = subprocess.run(["unshare", "-pf", sys.executable, "stage.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=60)
+    (tmp_path / "stage.py").write_text(
+        PROGRAM.replace(
+            "while not", "import os, signal\n    os.kill(1, signal.SIGTERM)\n    while not"
+        )
+    )
+    done = subprocess.run(
+        ["unshare", "-pf", sys.executable, "stage.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == 143, done
 
 
@@ -627,13 +734,26 @@ def raised(error):
 def test_reasons_to_give_up_are_one_line():
     assert raised(run.RunError("wrong\n  place")) == "wrong place"
     assert raised(ManifestError("a.csv:3: expected x")) == "a.csv:3: expected x"
-    assert raised(FileNotFoundError(2, "No such file or directory", "a.txt")) == "a.txt: No such file or directory"
-    assert raised(OSError(28, "No space left on device")) == "No space left on device (while a file was read or written)"
+    assert (
+        raised(FileNotFoundError(2, "No such file or directory", "a.txt"))
+        == "a.txt: No such file or directory"
+    )
+    assert (
+        raised(OSError(28, "No space left on device"))
+        == "No space left on device (while a file was read or written)"
+    )
     assert raised(OSError("Caught OSError\nTraceback\nOSError: bad\n")) == "OSError: bad"
     assert raised(OSError()) == "OSError"
-    assert raised(MemoryError()) == "not enough memory: MemoryError (lower --batch-size, --frames or --image-size)"
-    assert raised(MemoryError("Caught\nUnable to allocate 7 GiB")).startswith("not enough memory: Unable to allocate 7 GiB (")
-    assert raised(torch.OutOfMemoryError("CUDA out of memory. Tried\nto")).startswith("not enough memory: to (")
+    assert (
+        raised(MemoryError())
+        == "not enough memory: MemoryError (lower --batch-size, --frames or --image-size)"
+    )
+    assert raised(MemoryError("Caught\nUnable to allocate 7 GiB")).startswith(
+        "not enough memory: Unable to allocate 7 GiB ("
+    )
+    assert raised(torch.OutOfMemoryError("CUDA out of memory. Tried\nto")).startswith(
+        "not enough memory: to ("
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         run.one_line_errors(lambda argv: raise_(RuntimeError("a bug")))()
     with pytest.raises(ValueError):
@@ -646,22 +766,32 @@ def raise_(error):
 
 
 def test_errors_as_the_libraries_raise_them_are_one_line():
-    for need in (lambda: torch.empty(10**15), lambda: torch.empty(2**62, 4), lambda: raise_(MemoryError())):
+    for need in (
+        lambda: torch.empty(10**15),
+        lambda: torch.empty(2**62, 4),
+        lambda: raise_(MemoryError()),
+    ):
         with pytest.raises(SystemExit) as end:
             run.one_line_errors(lambda argv, need=need: need())()
         assert end.value.code.startswith("not enough memory: ") and "\n" not in end.value.code
 
     def no_memory(index):
         import numpy
+
         return numpy.empty(10**15)
 
     def read(index):
         with open("/nowhere/a.mp4") as file:
             return file.read()
 
-    for item, line in ((no_memory, "not enough memory: "), (read, "FileNotFoundError: [Errno 2] No such file")):
+    for item, line in (
+        (no_memory, "not enough memory: "),
+        (read, "FileNotFoundError: [Errno 2] No such file"),
+    ):
         with pytest.raises(SystemExit) as end:
-            run.one_line_errors(lambda argv, item=item: list(run.patient(run.make_loader(Numbers(item), 2, 1))))()
+            run.one_line_errors(
+                lambda argv, item=item: list(run.patient(run.make_loader(Numbers(item), 2, 1)))
+            )()
         assert end.value.code.startswith(line) and "\n" not in end.value.code
 
 
@@ -673,9 +803,14 @@ def test_folders_are_made_and_tried(tmp_path):
     run.make_folder(tmp_path / "a/b")
     assert list((tmp_path / "a/b").iterdir()) == []
     (tmp_path / "file").write_text("x")
-    with pytest.raises(run.RunError, match=f"^--out {tmp_path}/file: is a file, expected a folder$"):
+    with pytest.raises(
+        run.RunError, match=f"^--out {tmp_path}/file: is a file, expected a folder$"
+    ):
         run.make_folder(tmp_path / "file")
-    with pytest.raises(run.RunError, match=f"^--here {tmp_path}/file/c: nothing can be written there \\(Not a directory\\)$"):
+    with pytest.raises(
+        run.RunError,
+        match=f"^--here {tmp_path}/file/c: nothing can be written there \\(Not a directory\\)$",
+    ):
         run.make_folder(tmp_path / "file/c", "--here")
     with pytest.raises(run.RunError, match="^--out /proc: nothing can be written there"):
         run.make_folder("/proc")
@@ -690,7 +825,9 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(run.Path, "write_bytes", full)
-    with pytest.raises(run.RunError, match=r"nothing can be written there \(No space left on device\)$"):
+    with pytest.raises(
+        run.RunError, match=r"nothing can be written there \(No space left on device\)$"
+    ):
         run.make_folder(tmp_path / "a")
     assert list((tmp_path / "a").iterdir()) == []
 
@@ -704,7 +841,9 @@ def test_a_log_is_cut_back_and_broken_lines_go(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f"{path}: 1 broken line dropped\n"
     path.write_bytes("".join(whole).encode() + b"\n7\n{}\nnull\n\xff\xfe")
     run.keep_log(path, 9)
-    assert path.read_text() == "".join(whole) and "5 broken lines dropped" in capsys.readouterr().err
+    assert (
+        path.read_text() == "".join(whole) and "5 broken lines dropped" in capsys.readouterr().err
+    )
     run.keep_log(path, 9)
     assert path.read_text() == "".join(whole) and capsys.readouterr().err == ""
 
@@ -718,15 +857,22 @@ def test_a_log_is_cut_back_and_broken_lines_go(tmp_path, capsys, monkeypatch):
     run.keep_log(path, 0)
     assert path.read_text() == ""
     run.keep_log(tmp_path / "new.jsonl", 5)
-    assert (tmp_path / "new.jsonl").read_text() == "" and {file.name for file in tmp_path.iterdir()} == {"log.jsonl", "new.jsonl"}
+    assert (tmp_path / "new.jsonl").read_text() == "" and {
+        file.name for file in tmp_path.iterdir()
+    } == {"log.jsonl", "new.jsonl"}
 
 
 def test_other_flags_are_refused_by_name_old_and_new_value():
     saved = {"mask": "text", "crop_scale": [0.5, 1.0], "workers": 2, "seed": 0}
     now = {"mask": "text", "crop_scale": (0.5, 1.0), "workers": 8, "seed": 0, "new_flag": 1}
     run.refuse_changes("c.pt", saved, now, {"workers"})
-    with pytest.raises(run.RunError, match=r"^c.pt: another run: --mask was text, is tube; --crop-scale was \[0.5, 1.0\], is \(0.4, 1.0\)\. "):
-        run.refuse_changes("c.pt", saved, now | {"mask": "tube", "crop_scale": (0.4, 1.0)}, {"workers"})
+    with pytest.raises(
+        run.RunError,
+        match=r"^c.pt: another run: --mask was text, is tube; --crop-scale was \[0.5, 1.0\], is \(0.4, 1.0\)\. ",
+    ):
+        run.refuse_changes(
+            "c.pt", saved, now | {"mask": "tube", "crop_scale": (0.4, 1.0)}, {"workers"}
+        )
     with pytest.raises(run.RunError, match="--workers was 2, is 8"):
         run.refuse_changes("c.pt", saved, now, set())
     assert math.isfinite(run.GRACE)

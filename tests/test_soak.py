@@ -1,4 +1,5 @@
 """Long runs: many clips through the loader with four workers leave resident memory and open files where they were."""
+
 import ctypes
 import gc
 import itertools
@@ -26,11 +27,27 @@ def usage(pids):
 
 
 def soak(world, clips, samples):
-    args = pretrain.parse_args(["--data", str(world / "data/train.csv"), "--size", "tiny", "--mask", "text", "--stride", "2"])
+    args = pretrain.parse_args(
+        [
+            "--data",
+            str(world / "data/train.csv"),
+            "--size",
+            "tiny",
+            "--mask",
+            "text",
+            "--stride",
+            "2",
+        ]
+    )
     videos, rows, arrays = pretrain.open_data(args)
     args.frames, args.image_size, grid = 8, 32, (4, 4, 4)
     batches = EpochBatches(rows, 8, 4, 0, 0, 1)
-    loader = DataLoader(pretrain.Clips(videos, rows, args, grid, **arrays), batch_sampler=batches, num_workers=4, persistent_workers=True)
+    loader = DataLoader(
+        pretrain.Clips(videos, rows, args, grid, **arrays),
+        batch_sampler=batches,
+        num_workers=4,
+        persistent_workers=True,
+    )
     epochs, found, seen = clips // 32, [], 0
     for epoch in range(epochs):
         batches.epoch = epoch
@@ -42,7 +59,9 @@ def soak(world, clips, samples):
     return found
 
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc"
+)
 
 
 def test_reading_a_video_leaves_nothing_behind(world):
@@ -68,9 +87,14 @@ def test_no_picture_waits_for_the_cycle_collector(world):
     gc.disable()
     try:
         with VideoReader(world / "data/videos/train/00003.mp4", vectors=True) as reader:
-            assert len(reader.read(np.arange(8) / 8)) == 8 and len(reader.read_vectors(np.arange(8) / 8)) > 0
+            assert (
+                len(reader.read(np.arange(8) / 8)) == 8
+                and len(reader.read_vectors(np.arange(8) / 8)) > 0
+            )
             assert len(list(reader.frames())) > 8
-        assert [frame for frame in gc.get_objects() if type(frame) is av.VideoFrame and frame.width > 16] == []
+        assert [
+            frame for frame in gc.get_objects() if type(frame) is av.VideoFrame and frame.width > 16
+        ] == []
     finally:
         gc.enable()
 
@@ -79,6 +103,8 @@ def test_no_picture_waits_for_the_cycle_collector(world):
 def test_twenty_thousand_clips_through_four_workers(world):
     found = soak(world, 20_000, 10)
     memory, files = zip(*found[2:])  # after a fifth; before, workers fill their caches
-    print(f"20,000 clips, 4 workers: {memory[0] / 2**20:.1f} MiB after a fifth, {memory[-1] / 2**20:.1f} at the end; "
-          f"{files[0]} and {files[-1]} open files")
+    print(
+        f"20,000 clips, 4 workers: {memory[0] / 2**20:.1f} MiB after a fifth, {memory[-1] / 2**20:.1f} at the end; "
+        f"{files[0]} and {files[-1]} open files"
+    )
     assert max(memory) < 1.02 * memory[0] and max(files) <= files[0] + 2

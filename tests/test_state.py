@@ -1,4 +1,5 @@
 """State on disk: manifests that grow, files that another process writes, arrays and models that carry code."""
+
 import json
 import os
 import re
@@ -16,9 +17,23 @@ from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 from tgm import arrays as A
 from tgm import manifest as M
 
-STAGES = {"captions": ("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 1),
-          "saliency": ("saliency.py", "--clip", CLIP, "--moments", 2, "--workers", 0, "--batch-size", 1),
-          "motion": ("saliency.py", "--cue", "motion", "--moments", 2, "--grid", 4, "--workers", 0, "--batch-size", 1)}
+STAGES = {
+    "captions": ("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 1),
+    "saliency": ("saliency.py", "--clip", CLIP, "--moments", 2, "--workers", 0, "--batch-size", 1),
+    "motion": (
+        "saliency.py",
+        "--cue",
+        "motion",
+        "--moments",
+        2,
+        "--grid",
+        4,
+        "--workers",
+        0,
+        "--batch-size",
+        1,
+    ),
+}
 
 
 def make(name, cwd, *flags, **how):
@@ -27,7 +42,9 @@ def make(name, cwd, *flags, **how):
 
 def few(copy, rows):
     lines = (copy / "data/train.csv").read_text().splitlines()
-    (copy / "data/few.csv").write_text("\n".join([lines[0], *(lines[1 + row] for row in rows)]) + "\n")
+    (copy / "data/few.csv").write_text(
+        "\n".join([lines[0], *(lines[1 + row] for row in rows)]) + "\n"
+    )
 
 
 # ---- manifests that grow
@@ -39,12 +56,29 @@ def test_a_manifest_that_has_grown_is_told_with_the_command(copy):
         make(name, copy)
     few(copy, range(12))
     for name in ("captions", "motion"):
-        assert "has the first 5 of 12 rows of the manifest: --extend" in make(name, copy, fails=True)
-    assert "7 of 12 videos tried: run it again to go on" in make("captions", copy, "--extend", "--max-steps", 2)
+        assert "has the first 5 of 12 rows of the manifest: --extend" in make(
+            name, copy, fails=True
+        )
+    assert "7 of 12 videos tried: run it again to go on" in make(
+        "captions", copy, "--extend", "--max-steps", 2
+    )
     # the captions of an extension that has only begun are still the old ones
-    assert make("saliency", copy, fails=True).endswith("has the first 5 of 12 rows of the manifest; make it with: python caption.py data/few.csv --extend")
-    assert run("pretrain.py", "--data", "data/few.csv", "--size", "tiny", "--mask", "text", cwd=copy, fails=True).endswith(
-        "rows of the manifest; make it with: python caption.py data/few.csv --extend && python saliency.py data/few.csv --extend")
+    assert make("saliency", copy, fails=True).endswith(
+        "has the first 5 of 12 rows of the manifest; make it with: python caption.py data/few.csv --extend"
+    )
+    assert run(
+        "pretrain.py",
+        "--data",
+        "data/few.csv",
+        "--size",
+        "tiny",
+        "--mask",
+        "text",
+        cwd=copy,
+        fails=True,
+    ).endswith(
+        "rows of the manifest; make it with: python caption.py data/few.csv --extend && python saliency.py data/few.csv --extend"
+    )
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -71,7 +105,12 @@ def test_extended_it_is_what_it_is_made_at_once(copy, killed):
     for kind in kinds:
         assert np.array_equal(np.load(copy / f"data/few.{kind}.npy"), whole[kind])
         assert json.loads((copy / f"data/few.{kind}.json").read_text())["videos"] == 12
-    A.open_array(copy / "data/few.saliency.npy", M.read_manifest(copy / "data/few.csv"), "", captions=A.file_hash(copy / "data/few.captions.jsonl"))
+    A.open_array(
+        copy / "data/few.saliency.npy",
+        M.read_manifest(copy / "data/few.csv"),
+        "",
+        captions=A.file_hash(copy / "data/few.captions.jsonl"),
+    )
 
 
 def test_extend_refuses_what_did_not_only_grow(copy):
@@ -82,11 +121,15 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     assert "another manifest or model" in make("captions", copy, "--extend", fails=True)
     assert "made with another manifest" in make("motion", copy, "--extend", fails=True)
     few(copy, range(7))
-    assert "another manifest or model" in make("captions", copy, "--extend", "--prompt", "a", fails=True)
+    assert "another manifest or model" in make(
+        "captions", copy, "--extend", "--prompt", "a", fails=True
+    )
     assert "made with another grid" in make("motion", copy, "--extend", "--grid", 5, fails=True)
     make("captions", copy, "--extend")
     path = copy / "data/few.captions.jsonl"
-    path.write_text(path.read_text().replace('"captions": ["', '"captions": ["oh, ', 1))  # an old row's caption
+    path.write_text(
+        path.read_text().replace('"captions": ["', '"captions": ["oh, ', 1)
+    )  # an old row's caption
     assert "made with another captions" in make("saliency", copy, "--extend", fails=True)
     for name in STAGES:
         with pytest.raises(AssertionError, match="^2"):  # argparse's exit
@@ -103,7 +146,11 @@ def test_extend_leaves_failures_alone(copy):
         file.write(lines[4] + "\n")
     make("captions", copy, "--extend")
     again = (copy / "data/few.captions.jsonl").read_text()
-    assert again.startswith(first) and len(again.splitlines()) == 4 and "error" in json.loads(again.splitlines()[0])
+    assert (
+        again.startswith(first)
+        and len(again.splitlines()) == 4
+        and "error" in json.loads(again.splitlines()[0])
+    )
 
 
 # ---- two processes
@@ -112,9 +159,18 @@ def test_extend_leaves_failures_alone(copy):
 def test_a_file_is_one_process_to_write(tmp_path):
     path = tmp_path / "x.npy"
     code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
-    begin = lambda: subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begin = lambda: subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     first = begin()
-    assert first.stdout.readline() == "held\n" and A.is_held(path) and not A.is_held(tmp_path / "y.npy")
+    assert (
+        first.stdout.readline() == "held\n"
+        and A.is_held(path)
+        and not A.is_held(tmp_path / "y.npy")
+    )
     second = begin()
     assert second.wait(30) == 1 and "x.npy: another process is writing it" in second.stderr.read()
     with pytest.raises(M.ManifestError, match="another process is writing it"):
@@ -134,41 +190,96 @@ def test_a_file_is_one_process_to_write(tmp_path):
 
 
 def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
-    paths = ["data/train.captions.jsonl", "data/train.saliency.npy", "runs/text/checkpoint.pt", "runs/tuned/checkpoint.pt", "runs/probe/features"]
+    paths = [
+        "data/train.captions.jsonl",
+        "data/train.saliency.npy",
+        "runs/text/checkpoint.pt",
+        "runs/tuned/checkpoint.pt",
+        "runs/probe/features",
+    ]
     for folder in ("text", "tuned", "probe"):
         (copy / "runs" / folder).mkdir(parents=True)
     code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; [arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *paths], cwd=copy, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), *paths], cwd=copy, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         tiny = ("--size", "tiny", "--batch-size", 8, "--workers", 0)
-        tries = [("caption.py", "data/train.csv", "--model", BLIP), ("saliency.py", "data/train.csv", "--clip", CLIP, "--moments", 8),
-                 ("pretrain.py", "--mask", "text", *tiny),  # the saliency is being written
-                 ("pretrain.py", "--mask", "tube", "--out", "runs/text", *tiny), ("finetune.py", "--out", "runs/tuned", *tiny),
-                 ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "runs/probe")]
+        tries = [
+            ("caption.py", "data/train.csv", "--model", BLIP),
+            ("saliency.py", "data/train.csv", "--clip", CLIP, "--moments", 8),
+            ("pretrain.py", "--mask", "text", *tiny),  # the saliency is being written
+            ("pretrain.py", "--mask", "tube", "--out", "runs/text", *tiny),
+            ("finetune.py", "--out", "runs/tuned", *tiny),
+            ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "runs/probe"),
+        ]
         for args, path in zip(tries, [*paths[:2], paths[1], *paths[2:]]):
-            assert run(*args, cwd=copy, fails=True).startswith(f"{path}: another process is writing it: wait for its end")
-        run("saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, "--workers", 0, cwd=copy)  # another array of the same manifest
+            assert run(*args, cwd=copy, fails=True).startswith(
+                f"{path}: another process is writing it: wait for its end"
+            )
+        run(
+            "saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, "--workers", 0, cwd=copy
+        )  # another array of the same manifest
     finally:
         holder.kill()
         holder.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("args", [("caption.py", "data/train.csv", "--model", BLIP), ("saliency.py", "data/train.csv", "--cue", "motion", "--moments", 16, "--grid", 8),
-                                  ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "probe")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("caption.py", "data/train.csv", "--model", BLIP),
+        ("saliency.py", "data/train.csv", "--cue", "motion", "--moments", 16, "--grid", 8),
+        ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "probe"),
+    ],
+)
 def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
     """A slow decoder gives the time to be told in the midst."""
-    for name in ("train.captions.jsonl", "train.captions.json", "train.motion.npy", "train.motion.json"):
+    for name in (
+        "train.captions.jsonl",
+        "train.captions.json",
+        "train.motion.npy",
+        "train.motion.json",
+    ):
         (copy / "data" / name).unlink()
     (copy / "sitecustomize.py").write_text(
         "import sys, time\nsys.path.insert(0, sys.argv[0])\nimport importlib.abc\n"
         f"sys.path.insert(0, {str(ROOT)!r})\nfrom tgm import video\nvideo.VideoReader.span_ = video.VideoReader.span\n"
-        "def span(self, row):\n    time.sleep(0.3)\n    return self.span_(row)\nvideo.VideoReader.span = span\n")
-    process = subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:]), "--batch-size", "1", "--workers", "1"], cwd=copy, text=True,
-                               env=ENVIRONMENT | {"PYTHONPATH": str(copy)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    done = lambda: (any(line.strip() for path in (copy / "data").glob("*.part-0") for line in path.read_text().splitlines())
-                    or any(np.isfinite(np.load(path)).any() for path in [*copy.glob("data/train.motion.npy"), *copy.glob("probe/train.features.npy")]))
+        "def span(self, row):\n    time.sleep(0.3)\n    return self.span_(row)\nvideo.VideoReader.span = span\n"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / args[0]),
+            *map(str, args[1:]),
+            "--batch-size",
+            "1",
+            "--workers",
+            "1",
+        ],
+        cwd=copy,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(copy)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    done = lambda: (
+        any(
+            line.strip()
+            for path in (copy / "data").glob("*.part-0")
+            for line in path.read_text().splitlines()
+        )
+        or any(
+            np.isfinite(np.load(path)).any()
+            for path in [
+                *copy.glob("data/train.motion.npy"),
+                *copy.glob("probe/train.features.npy"),
+            ]
+        )
+    )
     until = time.time() + 60
     while not done():
         assert process.poll() is None and time.time() < until, process.communicate()
@@ -193,12 +304,49 @@ def test_an_array_of_objects_is_never_unpickled(copy, monkeypatch):
     about = json.loads((copy / "data/train.saliency.json").read_text())
     for kind in ("saliency", "motion"):
         shutil.copy("evil.npy", f"data/train.{kind}.npy")
-    assert "train.saliency.npy: cannot be read" in run("pretrain.py", "--mask", "text", "--size", "tiny", cwd=copy, fails=True)
-    assert "train.saliency.npy: cannot be read" in run("saliency.py", "--clip", CLIP, "--moments", about["moments"], "--workers", 0, cwd=copy, fails=True)
-    assert "train.motion.npy: cannot be read" in run("saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, cwd=copy, fails=True)
-    run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--seeds", 1, "--workers", 0, "--out", "probe", cwd=copy)
+    assert "train.saliency.npy: cannot be read" in run(
+        "pretrain.py", "--mask", "text", "--size", "tiny", cwd=copy, fails=True
+    )
+    assert "train.saliency.npy: cannot be read" in run(
+        "saliency.py",
+        "--clip",
+        CLIP,
+        "--moments",
+        about["moments"],
+        "--workers",
+        0,
+        cwd=copy,
+        fails=True,
+    )
+    assert "train.motion.npy: cannot be read" in run(
+        "saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, cwd=copy, fails=True
+    )
+    run(
+        "linprobe.py",
+        "--checkpoint",
+        "none",
+        "--size",
+        "tiny",
+        "--seeds",
+        1,
+        "--workers",
+        0,
+        "--out",
+        "probe",
+        cwd=copy,
+    )
     shutil.copy("evil.npy", "probe/train.features.npy")
-    assert "train.features.npy: cannot be read" in run("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "probe", cwd=copy, fails=True)
+    assert "train.features.npy: cannot be read" in run(
+        "linprobe.py",
+        "--checkpoint",
+        "none",
+        "--size",
+        "tiny",
+        "--out",
+        "probe",
+        cwd=copy,
+        fails=True,
+    )
     assert not os.path.exists("payload-ran")
     with open("evil.npy", "rb") as file:  # it would have run
         np.load(file, allow_pickle=True)
@@ -209,14 +357,42 @@ def test_weights_that_carry_code_are_refused_by_every_flag_that_takes_a_file(cop
     monkeypatch.chdir(copy)
     torch.save({"model": Payload()}, "evil.pt")
     tiny = ("--size", "tiny", "--workers", 0)
-    for args in (("pretrain.py", "--mask", "tube", "--init", "evil.pt", *tiny), ("finetune.py", "--checkpoint", "evil.pt", *tiny),
-                 ("finetune.py", "--checkpoint", "evil.pt", "--test-only", *tiny), ("linprobe.py", "--checkpoint", "evil.pt", *tiny)):
+    for args in (
+        ("pretrain.py", "--mask", "tube", "--init", "evil.pt", *tiny),
+        ("finetune.py", "--checkpoint", "evil.pt", *tiny),
+        ("finetune.py", "--checkpoint", "evil.pt", "--test-only", *tiny),
+        ("linprobe.py", "--checkpoint", "evil.pt", *tiny),
+    ):
         assert "evil.pt: no checkpoint that can be read safely" in run(*args, cwd=copy, fails=True)
     (copy / "runs/tube").mkdir(parents=True)
     shutil.copy("evil.pt", "runs/tube/checkpoint.pt")
-    assert "no checkpoint that can be read safely" in run("pretrain.py", "--mask", "tube", "--resume", "auto", *tiny, cwd=copy, fails=True)
-    assert "evil.pt" in run("saliency.py", "--cue", "motion", "--flow", "raft", "--flow-weights", "evil.pt", "--out", "raft", cwd=copy, fails=True)
-    assert "evil.pt" in run("saliency.py", "--clip", "ViT-S-32", "--pretrained", "evil.pt", "--out", "clip", cwd=copy, fails=True)
+    assert "no checkpoint that can be read safely" in run(
+        "pretrain.py", "--mask", "tube", "--resume", "auto", *tiny, cwd=copy, fails=True
+    )
+    assert "evil.pt" in run(
+        "saliency.py",
+        "--cue",
+        "motion",
+        "--flow",
+        "raft",
+        "--flow-weights",
+        "evil.pt",
+        "--out",
+        "raft",
+        cwd=copy,
+        fails=True,
+    )
+    assert "evil.pt" in run(
+        "saliency.py",
+        "--clip",
+        "ViT-S-32",
+        "--pretrained",
+        "evil.pt",
+        "--out",
+        "clip",
+        cwd=copy,
+        fails=True,
+    )
     assert not os.path.exists("payload-ran")
     torch.load("evil.pt", weights_only=False)
     assert os.path.exists("payload-ran")
@@ -225,39 +401,79 @@ def test_weights_that_carry_code_are_refused_by_every_flag_that_takes_a_file(cop
 def test_a_captioner_that_asks_for_its_own_code_is_refused(copy):
     shutil.copytree(BLIP, copy / "blip")
     config = json.loads((copy / "blip/config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoProcessor": "evil.P"}}
+    config |= {
+        "model_type": "evil",
+        "auto_map": {
+            "AutoConfig": "evil.Config",
+            "AutoModelForImageTextToText": "evil.Model",
+            "AutoProcessor": "evil.P",
+        },
+    }
     (copy / "blip/config.json").write_text(json.dumps(config))
-    (copy / "blip/evil.py").write_text(f"open({str(copy / 'payload-ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass P: pass\n")
+    (copy / "blip/evil.py").write_text(
+        f"open({str(copy / 'payload-ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass P: pass\n"
+    )
     (copy / "data/train.captions.jsonl").unlink()
     (copy / "data/train.captions.json").unlink()
     line = run("caption.py", "data/train.csv", "--model", copy / "blip", cwd=copy, fails=True)
-    assert line.startswith(f"--model {copy / 'blip'}: cannot load it") and not (copy / "payload-ran").exists()
+    assert (
+        line.startswith(f"--model {copy / 'blip'}: cannot load it")
+        and not (copy / "payload-ran").exists()
+    )
 
 
 def test_strict_root(copy, tmp_path):
-    (copy / "data/inside.mp4").symlink_to(copy / "data/videos/train/00000.mp4")  # and the folder videos is a link, too
+    (copy / "data/inside.mp4").symlink_to(
+        copy / "data/videos/train/00000.mp4"
+    )  # and the folder videos is a link, too
     (copy / "own").mkdir()
     shutil.copy((copy / "data/videos/train").resolve() / "00000.mp4", copy / "own/a.mp4")
     (copy / "own/b.mp4").symlink_to("a.mp4")
-    for name, good in (("a.mp4", True), ("b.mp4", True), ("./a.mp4", True), ("../own/a.mp4", True), ("../data/inside.mp4", False), (str(copy / "own/a.mp4"), True),
-                       ("/etc/passwd", False), ("x/../../data/train.csv", False)):
+    for name, good in (
+        ("a.mp4", True),
+        ("b.mp4", True),
+        ("./a.mp4", True),
+        ("../own/a.mp4", True),
+        ("../data/inside.mp4", False),
+        (str(copy / "own/a.mp4"), True),
+        ("/etc/passwd", False),
+        ("x/../../data/train.csv", False),
+    ):
         (copy / "own/few.csv").write_text(f"path,label\na.mp4,x\n{name},y\n")
         assert len(M.read_manifest(copy / "own/few.csv")) == 2
         if good:
             assert len(M.read_manifest(copy / "own/few.csv", strict_root=True)) == 2
         else:
-            with pytest.raises(M.ManifestError, match="few.csv:3: expected a path inside .*own .--strict-root., found"):
+            with pytest.raises(
+                M.ManifestError,
+                match="few.csv:3: expected a path inside .*own .--strict-root., found",
+            ):
                 M.read_manifest(copy / "own/few.csv", strict_root=True)
     (copy / "own/c.mp4").symlink_to(copy / "data/videos/train/00000.mp4")
     (copy / "own/few.csv").write_text("path,label\na.mp4,x\nc.mp4,y\n")
-    for args in (("caption.py", "own/few.csv", "--labels"), ("saliency.py", "own/few.csv", "--cue", "motion"), ("pretrain.py", "--data", "own/few.csv"),
-                 ("finetune.py", "--data", "own/few.csv"), ("linprobe.py", "--data", "own/few.csv", "--checkpoint", "none"), ("tgm.prepare", "own/few.csv")):
-        assert "own/few.csv:3: expected a path inside own (--strict-root), found 'c.mp4'" in run(*args, "--strict-root", cwd=copy, fails=True)
+    for args in (
+        ("caption.py", "own/few.csv", "--labels"),
+        ("saliency.py", "own/few.csv", "--cue", "motion"),
+        ("pretrain.py", "--data", "own/few.csv"),
+        ("finetune.py", "--data", "own/few.csv"),
+        ("linprobe.py", "--data", "own/few.csv", "--checkpoint", "none"),
+        ("tgm.prepare", "own/few.csv"),
+    ):
+        assert "own/few.csv:3: expected a path inside own (--strict-root), found 'c.mp4'" in run(
+            *args, "--strict-root", cwd=copy, fails=True
+        )
 
 
 def test_no_source_file_runs_strings():
     """No shell, no eval, no exec, no pickle in what users run."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "tgm").glob("*.py")]:
-        found = re.findall(r"(?<![\w.])(?:eval|exec)\(|os\.system|os\.popen|shell=True|import pickle|allow_pickle=True|weights_only=False|trust_remote_code=True",
-                           path.read_text())
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "data").glob("*.py"),
+        *(ROOT / "experiments").glob("*.py"),
+        *(ROOT / "tgm").glob("*.py"),
+    ]:
+        found = re.findall(
+            r"(?<![\w.])(?:eval|exec)\(|os\.system|os\.popen|shell=True|import pickle|allow_pickle=True|weights_only=False|trust_remote_code=True",
+            path.read_text(),
+        )
         assert not found, (path, found)

@@ -1,4 +1,5 @@
 """video.py against an independent plain decode: every file is made here with PyAV, or is one of the real clips."""
+
 import csv
 import itertools
 import os
@@ -21,15 +22,30 @@ REAL = Path(__file__).parents[2] / "shared" / "videos"
 
 # ---- making and plainly decoding videos ------------------------------------------------------------------------------
 
+
 def pictures(count, height=96, width=128):
     """A drifting random texture: every frame differs from every other."""
-    texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 60, 3), np.uint8)
+    texture = np.random.default_rng(0).integers(
+        0, 256, (height // 8 + 1, width // 8 + 60, 3), np.uint8
+    )
     texture = texture.repeat(8, 0).repeat(8, 1)[:height]
-    return [texture[:, 3 * i % 400:3 * i % 400 + width] for i in range(count)]
+    return [texture[:, 3 * i % 400 : 3 * i % 400 + width] for i in range(count)]
 
 
-def write(path, images, codec="libx264", fps=30, pix_fmt="yuv420p", options=None, b_frames=None, pts=None, tick=None,
-          rotation=None, tags=None, muxer=None):
+def write(
+    path,
+    images,
+    codec="libx264",
+    fps=30,
+    pix_fmt="yuv420p",
+    options=None,
+    b_frames=None,
+    pts=None,
+    tick=None,
+    rotation=None,
+    tags=None,
+    muxer=None,
+):
     with av.open(str(path), "w", options=muxer or {}) as out:
         stream = out.add_stream(codec, rate=fps, options={"threads": "1", **(options or {})})
         stream.height, stream.width = images[0].shape[:2]
@@ -47,7 +63,9 @@ def write(path, images, codec="libx264", fps=30, pix_fmt="yuv420p", options=None
         for index, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             if tags:
-                frame = frame.reformat(format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1])
+                frame = frame.reformat(
+                    format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1]
+                )
             if pts:
                 frame.pts, frame.time_base = pts[index], tick
             out.mux(stream.encode(frame))
@@ -62,7 +80,11 @@ def decode(path, counted=False):
         stream.codec_context.thread_count = 1
         times, images = [], []
         for index, frame in enumerate(container.decode(stream)):
-            times.append(index / float(stream.average_rate) if counted else float(frame.pts * stream.time_base))
+            times.append(
+                index / float(stream.average_rate)
+                if counted
+                else float(frame.pts * stream.time_base)
+            )
             images.append(frame.to_ndarray(format="rgb24"))
         return np.array(times) - times[0], images, min(0.499 * float(stream.time_base), 5e-4)
 
@@ -80,7 +102,10 @@ def assert_reads(path, wanted, counted=False):
 def random_times(duration, seed, draws=4):
     """Unordered, repeated, before the beginning and past the end; and a clip at stride 4."""
     rng = np.random.default_rng(seed)
-    yield from (np.r_[rng.uniform(-0.3, duration + 0.3, 7).repeat(2), rng.uniform(0, duration)] for _ in range(draws))
+    yield from (
+        np.r_[rng.uniform(-0.3, duration + 0.3, 7).repeat(2), rng.uniform(0, duration)]
+        for _ in range(draws)
+    )
     yield rng.uniform(0, duration / 2) + np.arange(16) * 4 / 30
     yield from rng.uniform(0, duration, (draws, 1))
 
@@ -91,8 +116,18 @@ FILES = {  # name: (what to write, container has no presentation times)
     "gop12.mp4": (dict(options={"g": "12", "bf": "3"}), False),
     "gop12.ts": (dict(options={"g": "12", "bf": "3"}), False),
     "gop12.mkv": (dict(options={"g": "12", "bf": "2"}), False),
-    "opengop.mp4": (dict(options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}), False),
-    "opengop.ts": (dict(options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}), False),
+    "opengop.mp4": (
+        dict(
+            options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}
+        ),
+        False,
+    ),
+    "opengop.ts": (
+        dict(
+            options={"g": "20", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}
+        ),
+        False,
+    ),
     "refresh.mp4": (dict(options={"x264-params": "intra-refresh=1:keyint=30"}), False),
     "hevc10.mp4": (dict(codec="libx265", pix_fmt="yuv420p10le", options=X265), False),
     "mpeg4.avi": (dict(codec="mpeg4", b_frames=2), True),
@@ -100,8 +135,14 @@ FILES = {  # name: (what to write, container has no presentation times)
     "vp9.webm": (dict(codec="libvpx-vp9", options={"cpu-used": "8", "lag-in-frames": "8"}), False),
     "fragments.mp4": (dict(muxer={"movflags": "frag_keyframe+empty_moov"}), False),
     "late.mp4": (dict(tick=Fraction(1, 600), pts=[3000 + 20 * i for i in range(120)]), False),
-    "variable.mp4": (dict(tick=Fraction(1, 600), b_frames=2, pts=np.random.default_rng(3).integers(
-        5, 60, 120).cumsum().tolist()), False),
+    "variable.mp4": (
+        dict(
+            tick=Fraction(1, 600),
+            b_frames=2,
+            pts=np.random.default_rng(3).integers(5, 60, 120).cumsum().tolist(),
+        ),
+        False,
+    ),
 }
 
 
@@ -117,6 +158,7 @@ def gop250(files):
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", FILES)
 def test_read_equals_plain_decoding(files, name):
@@ -143,7 +185,9 @@ def test_only_what_is_needed_is_decoded(files, monkeypatch):
         assert [len(run) for run in reader._runs([0.1, 0.2, 2.5, 2.6, 3.9])] == [2, 2, 1]
     with V.VideoReader(files["gop250.mp4"]) as reader:
         assert [len(run) for run in reader._runs([0.1, 0.2, 2.5, 2.6, 3.9])] == [5]
-    monkeypatch.setattr(V.VideoReader, "_decode_plainly", lambda self, times: plain.append(times) or iter(()))
+    monkeypatch.setattr(
+        V.VideoReader, "_decode_plainly", lambda self, times: plain.append(times) or iter(())
+    )
     for name in ("gop250.mp4", "gop12.mp4", "gop12.mkv", "gop12.ts", "hevc10.mp4"):
         images = decode(files[name])[1]
         with V.VideoReader(files[name]) as reader:  # MPEG-TS first lands a key frame too late
@@ -173,7 +217,9 @@ def test_size(tmp_path, gop250):
     stripes = np.zeros((96, 128, 3), np.uint8)
     stripes[:, ::2] = 255
     path = write(tmp_path / "stripes.mp4", [stripes], options={"qp": "4"})
-    small = V.read_frames(path, [0], size=(24, 32)).astype(int)  # aliasing would make it black or white
+    small = V.read_frames(path, [0], size=(24, 32)).astype(
+        int
+    )  # aliasing would make it black or white
     assert np.abs(small[:, :, 1:-1] - 128).max() < 16
 
 
@@ -187,17 +233,26 @@ def test_rotation(tmp_path, rotation, turns):
     assert V.read_frames(path, [0.1], size=(30, 20)).shape == (1, 30, 20, 3)
 
 
-@pytest.mark.parametrize("matrix, transform", [
-    ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # what a phone held upright writes: a quarter turn clockwise
-    ((-1, 0, 0, 1), lambda image: image[:, ::-1]),       # a front camera's mirror image
-    ((0, 1, 1, 0), lambda image: image.swapaxes(0, 1))])
+@pytest.mark.parametrize(
+    "matrix, transform",
+    [
+        (
+            (0, 1, -1, 0),
+            lambda image: np.rot90(image, -1),
+        ),  # what a phone held upright writes: a quarter turn clockwise
+        ((-1, 0, 0, 1), lambda image: image[:, ::-1]),  # a front camera's mirror image
+        ((0, 1, 1, 0), lambda image: image.swapaxes(0, 1)),
+    ],
+)
 def test_display_matrix_in_the_header(tmp_path, matrix, transform):
     path = write(tmp_path / "matrix.mp4", pictures(8))
     data = bytearray(Path(path).read_bytes())
-    at = data.index(b"tkhd") + 44  # version 0: the matrix a b u c d v x y w, 16.16 and 2.30 fixed point
-    assert data[at:at + 4] == struct.pack(">i", 1 << 16)
+    at = (
+        data.index(b"tkhd") + 44
+    )  # version 0: the matrix a b u c d v x y w, 16.16 and 2.30 fixed point
+    assert data[at : at + 4] == struct.pack(">i", 1 << 16)
     a, b, c, d = (value << 16 for value in matrix)
-    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     Path(path).write_bytes(data)
     assert np.array_equal(V.read_frames(path, [0.1])[0], transform(decode(path)[1][3]))
 
@@ -206,11 +261,16 @@ def test_display_matrix_in_the_header(tmp_path, matrix, transform):
 @pytest.mark.parametrize("full_range", [False, True])
 def test_colour(tmp_path, matrix, full_range):
     """Pure colours come back pure, whichever matrix and range the stream declares."""
-    from av.video.reformatter import Colorspace, ColorRange
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [90, 160, 40]], np.uint8)
+    from av.video.reformatter import ColorRange, Colorspace
+
+    colours = np.array(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [90, 160, 40]], np.uint8
+    )
     images = [np.broadcast_to(colour, (720, 1280, 3)) for colour in colours]
     tags = Colorspace[matrix], ColorRange.JPEG if full_range else ColorRange.MPEG
-    path = write(tmp_path / "colour.mp4", images, options={"qp": "4", "preset": "ultrafast"}, tags=tags)
+    path = write(
+        tmp_path / "colour.mp4", images, options={"qp": "4", "preset": "ultrafast"}, tags=tags
+    )
     for size in (None, 64):
         read = V.read_frames(path, np.arange(6) / 30, size)[:, 20:40, 20:40].astype(int)
         assert np.abs(read - colours[:, None, None]).max() <= 5
@@ -220,8 +280,10 @@ def test_edit_list(tmp_path):
     """Frames an mp4's edit list cuts off are not displayed, and time counts from the first that is."""
     path = write(tmp_path / "cut.mp4", pictures(60), options={"g": "250", "bf": "3"})
     data = bytearray(Path(path).read_bytes())
-    at = data.index(b"elst") + 12  # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
-    data[at:at + 8] = struct.pack(">ii", 1000, 20 * 512 + 1024)
+    at = (
+        data.index(b"elst") + 12
+    )  # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
+    data[at : at + 8] = struct.pack(">ii", 1000, 20 * 512 + 1024)
     Path(path).write_bytes(data)
     times, images, _ = decode(path)
     assert len(images) == 30
@@ -230,6 +292,7 @@ def test_edit_list(tmp_path):
 
 
 # ---- what cannot be read ---------------------------------------------------------------------------------------------
+
 
 def remux(path, new, **options):
     with av.open(str(path)) as source, av.open(str(new), "w", options=options) as out:
@@ -252,10 +315,15 @@ def refuse(path, reason, times=(0.5,)):
 def test_errors(tmp_path, gop250):
     refuse(str(tmp_path / "missing.mp4"), "No such file")
     refuse(str(tmp_path), "directory")
-    for name, content in {"empty.mp4": b"", "text.mp4": b"not a video\n" * 99,
-                          "headless.mp4": Path(gop250).read_bytes()[:20000]}.items():
+    for name, content in {
+        "empty.mp4": b"",
+        "text.mp4": b"not a video\n" * 99,
+        "headless.mp4": Path(gop250).read_bytes()[:20000],
+    }.items():
         (tmp_path / name).write_bytes(content)
-        refuse(str(tmp_path / name), "no video stream" if name == "headless.mp4" else "Invalid data")
+        refuse(
+            str(tmp_path / name), "no video stream" if name == "headless.mp4" else "Invalid data"
+        )
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
@@ -267,8 +335,14 @@ def test_errors(tmp_path, gop250):
 
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])
 def test_truncated(tmp_path, gop250, name):
-    whole = Path(remux(gop250, tmp_path / f"whole{name}", **({"movflags": "faststart"} if name.endswith("mp4") else {})))
-    (tmp_path / name).write_bytes(whole.read_bytes()[:whole.stat().st_size * 6 // 10])
+    whole = Path(
+        remux(
+            gop250,
+            tmp_path / f"whole{name}",
+            **({"movflags": "faststart"} if name.endswith("mp4") else {}),
+        )
+    )
+    (tmp_path / name).write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     assert np.array_equal(V.read_frames(tmp_path / name, [0.5]), V.read_frames(gop250, [0.5]))
     for times in ([0.5, 3.5], [3.9], [99]):
         refuse(str(tmp_path / name), "truncated", times)
@@ -278,7 +352,7 @@ def test_truncated(tmp_path, gop250, name):
 def test_corrupt(tmp_path, files, name, limit):
     data = bytearray(Path(files[name]).read_bytes())
     middle = len(data) // 2
-    data[middle:middle + 400] = np.random.default_rng(0).bytes(400)
+    data[middle : middle + 400] = np.random.default_rng(0).bytes(400)
     (tmp_path / name).write_bytes(data)
     assert np.array_equal(V.read_frames(tmp_path / name, [0.2]), V.read_frames(files[name], [0.2]))
     refuse(str(tmp_path / name), "", [0.2, limit])
@@ -286,8 +360,12 @@ def test_corrupt(tmp_path, files, name, limit):
 
 def test_nothing_stays_open(tmp_path, files):
     def handles():
-        return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-                      if os.path.exists(f"/proc/self/fd/{fd}"))
+        return sorted(
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}")
+        )
+
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("no /proc to count open files in")
     (tmp_path / "headless.mp4").write_bytes(Path(files["gop250.mp4"]).read_bytes()[:20000])
@@ -304,6 +382,7 @@ def test_nothing_stays_open(tmp_path, files):
 def test_span_and_midpoints(gop250):
     def row(start, end):
         return Video(gop250, None, start, end, 0, "x.mp4")
+
     with V.VideoReader(gop250) as reader:
         assert reader.span(row(None, None)) == (0, 4)
         assert reader.span(row(1, 2.5)) == (1, 2.5)
@@ -315,6 +394,7 @@ def test_span_and_midpoints(gop250):
 
 
 # ---- real clips ------------------------------------------------------------------------------------------------------
+
 
 def real_clips():
     if not (REAL / "clips.csv").is_file():
@@ -332,14 +412,26 @@ def test_real_clip(name):
             assert reader.duration == pytest.approx(310 / 30, abs=1e-3)
     times, counted = np.sort(times), name.endswith(".avi")
     read, expected = V.read_frames(path, times), []
-    with av.open(path) as container:  # a plain decode that keeps only the frame on screen at each time
+    with av.open(
+        path
+    ) as container:  # a plain decode that keeps only the frame on screen at each time
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        tolerance, first, latest, todo = min(0.499 * float(stream.time_base), 5e-4), None, None, list(times)
+        tolerance, first, latest, todo = (
+            min(0.499 * float(stream.time_base), 5e-4),
+            None,
+            None,
+            list(times),
+        )
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
             first = first if index else frame.pts
-            shown = np.inf if frame is None else index / float(stream.average_rate) if counted else float(
-                (frame.pts - first) * stream.time_base)
+            shown = (
+                np.inf
+                if frame is None
+                else index / float(stream.average_rate)
+                if counted
+                else float((frame.pts - first) * stream.time_base)
+            )
             while todo and todo[0] + tolerance < shown:
                 expected.append(latest.to_ndarray(format="rgb24"))
                 todo.pop(0)
@@ -351,6 +443,7 @@ def test_real_clip(name):
 
 # ---- long files ------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def two_hours(tmp_path_factory):
     """An H.264 file of two hours at 30 frames/s: 900 copies of one group of pictures of eight seconds."""
@@ -359,7 +452,11 @@ def two_hours(tmp_path_factory):
     with av.open(part) as source, av.open(str(folder / "long.mp4"), "w") as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
-        packets = [(bytes(packet), packet.pts, packet.dts, packet.is_keyframe) for packet in source.demux(stream) if packet.size]
+        packets = [
+            (bytes(packet), packet.pts, packet.dts, packet.is_keyframe)
+            for packet in source.demux(stream)
+            if packet.size
+        ]
         step = round(240 / 30 / stream.time_base)
         for index in range(900):
             for data, pts, dts, key in packets:
@@ -379,6 +476,7 @@ def test_a_segment_deep_in_a_long_file_is_read_like_one_at_its_start(two_hours, 
         for packet in packets:
             decoded.append(packet.pts)
             yield packet
+
     original = V.VideoReader._packets
     monkeypatch.setattr(V.VideoReader, "_packets", count)
     needed = []
@@ -389,5 +487,8 @@ def test_a_segment_deep_in_a_long_file_is_read_like_one_at_its_start(two_hours, 
             times = start + np.arange(8) / 10 + 0.01
             frames = reader.read(times)
             needed.append(len(decoded))
-        assert all(np.array_equal(frame, images[int(round(time * 30 - 0.3)) % 240]) for frame, time in zip(frames, times))
+        assert all(
+            np.array_equal(frame, images[int(round(time * 30 - 0.3)) % 240])
+            for frame, time in zip(frames, times)
+        )
     assert max(needed) < 300  # what lies before the segment's own key frame is not read

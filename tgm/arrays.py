@@ -6,6 +6,7 @@ Arrays are memory-mapped .npy files, pre-filled with NaN; a row that stays NaN i
 holds what made it and a hash of the manifest's rows, so that a stale file is refused. Whoever writes a file holds its lock
 (FILE.lock) meanwhile.
 """
+
 import atexit
 import contextlib
 import hashlib
@@ -20,7 +21,14 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 import numpy as np
 
-from tgm.manifest import ManifestError, changed_rows, describe_change, file_sizes, manifest_hash, renewed_sizes
+from tgm.manifest import (
+    ManifestError,
+    changed_rows,
+    describe_change,
+    file_sizes,
+    manifest_hash,
+    renewed_sizes,
+)
 
 HELD = []  # open lock files of this process
 
@@ -28,14 +36,22 @@ HELD = []  # open lock files of this process
 def grown_from(videos, about):
     """Of how many rows a file was made whose .json is `about`, if rows were added at the manifest's end since; else 0."""
     count = about.get("videos", 0) if isinstance(about, dict) else 0
-    return count if 0 < count < len(videos) and about.get("manifest") == manifest_hash(videos[:count]) else 0
+    return (
+        count
+        if 0 < count < len(videos) and about.get("manifest") == manifest_hash(videos[:count])
+        else 0
+    )
 
 
 def file_hash(path, lines=None):
     """16 hex digits that change with the file's contents, or with those of its first `lines` lines."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b"") if lines is None else itertools.islice(file, lines):
+        for block in (
+            iter(lambda: file.read(1 << 20), b"")
+            if lines is None
+            else itertools.islice(file, lines)
+        ):
             digest.update(block)
     return digest.hexdigest()[:16]
 
@@ -53,11 +69,15 @@ def hold(path):
         while fcntl:
             file = open(lock, "a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not one just removed
+            if os.path.exists(lock) and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(lock)
+            ):  # not one just removed
                 HELD.append(file)
                 return
     except BlockingIOError:
-        raise ManifestError(f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)") from None
+        raise ManifestError(
+            f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)"
+        ) from None
     except OSError:  # a file system without locks
         pass
 
@@ -96,7 +116,9 @@ def refuse_foreign(path, is_ours, remedy="--out writes elsewhere"):
     except (OSError, ValueError, EOFError, SyntaxError):
         ours = False
     if not ours:
-        raise ManifestError(f"{path}: is there, and is none of the files that this command writes: not overwritten ({remedy})")
+        raise ManifestError(
+            f"{path}: is there, and is none of the files that this command writes: not overwritten ({remedy})"
+        )
 
 
 def is_about(path):
@@ -150,7 +172,9 @@ def open_array(path, videos, remedy, **expect):
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except OSError as error:
-        fail(f"{os.path.basename(error.filename or path)} cannot be read ({error.strerror or error})")
+        fail(
+            f"{os.path.basename(error.filename or path)} cannot be read ({error.strerror or error})"
+        )
     except (ValueError, EOFError, SyntaxError) as error:
         fail(f"cannot be read ({error})")
     if not isinstance(meta, dict):
@@ -158,15 +182,24 @@ def open_array(path, videos, remedy, **expect):
     if is_held(path):
         raise ManifestError(f"{path}: another process is writing it: wait for its end")
     if count := grown_from(videos, meta):
-        fail(f"has the first {count} of {len(videos)} rows of the manifest", again(remedy, "--extend"))
+        fail(
+            f"has the first {count} of {len(videos)} rows of the manifest",
+            again(remedy, "--extend"),
+        )
     if meta.get("manifest") != manifest_hash(videos):
         fail("is of another manifest")
     if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
-        fail(f"expected {len(videos)} rows of floats, found {array.dtype} of shape {list(array.shape)}")
+        fail(
+            f"expected {len(videos)} rows of floats, found {array.dtype} of shape {list(array.shape)}"
+        )
     for key, value in {"shape": list(array.shape), **expect}.items():
         if meta.get(key) != json.loads(json.dumps(value)):
             fail(f"expected {key} {value!r}, its .json says {meta.get(key)!r}")
-    if changed := {row: sizes for row, sizes in changed_rows(videos, meta).items() if filled(array[row:row + 1])[0]}:
+    if changed := {
+        row: sizes
+        for row, sizes in changed_rows(videos, meta).items()
+        if filled(array[row : row + 1])[0]
+    }:
         fail(describe_change(videos, changed), again(remedy, "--resume none"))
     if "clip" in meta and "activation" not in meta:
         # Of a time when 19 of open_clip's weights, OpenAI's among them, ran with the wrong one.
@@ -207,15 +240,20 @@ def read_captions(path, videos, remedy):
     except (ValueError, KeyError, TypeError) as error:
         fail(f"is damaged ({error})")
     if names != [video.name for video in videos]:
-        if names == [video.name for video in videos[:len(entries)]]:
-            fail(f"has the first {len(entries)} of {len(videos)} rows of the manifest", again(remedy, "--extend"))
+        if names == [video.name for video in videos[: len(entries)]]:
+            fail(
+                f"has the first {len(entries)} of {len(videos)} rows of the manifest",
+                again(remedy, "--extend"),
+            )
         fail("is of another manifest", again(remedy, "--resume none"))
     about = read_about(path.with_suffix(".json"))
     if about is None:
         return captions
     if about.get("manifest") != manifest_hash(videos):
         fail("is of another manifest (other start or end)", again(remedy, "--resume none"))
-    if changed := {row: sizes for row, sizes in changed_rows(videos, about).items() if captions[row]}:
+    if changed := {
+        row: sizes for row, sizes in changed_rows(videos, about).items() if captions[row]
+    }:
         fail(describe_change(videos, changed), again(remedy, "--resume none"))
     return captions
 
@@ -238,14 +276,18 @@ def create_array(path, shape, dtype, about, head=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+            )
             for start in range(0, kept, 4096):
-                file.write(head[start:start + 4096].tobytes())
+                file.write(head[start : start + 4096].tobytes())
             empty = np.full(shape[1:], np.nan, dtype).tobytes()
             for start in range(kept, shape[0], 4096):
                 file.write(empty * min(4096, shape[0] - start))
         if head is None:
-            about_path.unlink(missing_ok=True)  # an array without its json is not an array: a kill here leaves nothing half-made
+            about_path.unlink(
+                missing_ok=True
+            )  # an array without its json is not an array: a kill here leaves nothing half-made
         aside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # on a read-only disk this fails as well
@@ -273,10 +315,20 @@ def create_or_check(path, videos, shape, about, resume):
 
     def about_first(count):
         values = {key: value(count) if callable(value) else value for key, value in about.items()}
-        return {"manifest": manifest_hash(videos[:count]), "videos": count} | values | {"shape": [count, *shape]}
+        return (
+            {"manifest": manifest_hash(videos[:count]), "videos": count}
+            | values
+            | {"shape": [count, *shape]}
+        )
 
     def write(head):
-        create_array(path, (len(videos), *shape), np.float16, about_first(len(videos)) | {"files": file_sizes(videos)}, head)
+        create_array(
+            path,
+            (len(videos), *shape),
+            np.float16,
+            about_first(len(videos)) | {"files": file_sizes(videos)},
+            head,
+        )
 
     refuse_foreign_array(path)
     hold(path)
@@ -285,18 +337,24 @@ def create_or_check(path, videos, shape, about, resume):
         return write(None)
     count = grown_from(videos, old)
     if count and resume != "extend":
-        raise ManifestError(f"{path}: has the first {count} of {len(videos)} rows of the manifest: --extend computes the rest")
+        raise ManifestError(
+            f"{path}: has the first {count} of {len(videos)} rows of the manifest: --extend computes the rest"
+        )
     expected = about_first(count or len(videos))
     if different := [key for key in expected if old.get(key) != expected[key]]:
-        raise ManifestError(f"{path}: made with another {', '.join(different)}; --resume none remakes it")
+        raise ManifestError(
+            f"{path}: made with another {', '.join(different)}; --resume none remakes it"
+        )
     array = open_rows(path)
     changed = changed_rows(videos, old)
-    if stale := {row: sizes for row, sizes in changed.items() if filled(array[row:row + 1])[0]}:
+    if stale := {row: sizes for row, sizes in changed.items() if filled(array[row : row + 1])[0]}:
         raise ManifestError(f"{path}: {describe_change(videos, stale)}; --resume none remakes it")
     if count:
         return write(array[:count])
     files = renewed_sizes(videos, old)
-    if old.get("files") != files:  # files that were missing or broken when they were tried have been put in
+    if (
+        old.get("files") != files
+    ):  # files that were missing or broken when they were tried have been put in
         write_about(path.with_suffix(".json"), old | {"files": files})
 
 

@@ -9,6 +9,7 @@ file would double what hashing a million rows costs on a local disk (4 seconds m
 round trip to the server for each file on a network disk. The time of last change is left out: copies to another machine change it.
 It does not matter where files lie (--root): the same files elsewhere are the same videos, and others of the same names are not.
 """
+
 import csv
 import hashlib
 import json
@@ -20,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 SAMPLE = 100  # files whose sizes tell whether the videos are still those an array was made of
 
 
@@ -29,12 +29,12 @@ class ManifestError(Exception):
 
 
 class Video(NamedTuple):
-    path: str            # file to open, absolute or relative to the working directory
-    label: str | None    # as written; None if there is no such column or it is empty
+    path: str  # file to open, absolute or relative to the working directory
+    label: str | None  # as written; None if there is no such column or it is empty
     start: float | None  # seconds from the first frame; None: the beginning
-    end: float | None    # None: the end
-    row: int             # 0-based line of the manifest (header not counted), and of every companion array
-    name: str            # the path as the manifest writes it
+    end: float | None  # None: the end
+    row: int  # 0-based line of the manifest (header not counted), and of every companion array
+    name: str  # the path as the manifest writes it
 
 
 class Videos(Sequence):
@@ -45,9 +45,12 @@ class Videos(Sequence):
         number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
         names = [name.encode() for name in names]
         self._folder, self._classes, self._text = folder, list(number), b"".join(names)
-        self._at = np.cumsum([0, *map(len, names)])                          # row i's name is text[at[i]:at[i + 1]]
+        self._at = np.cumsum([0, *map(len, names)])  # row i's name is text[at[i]:at[i + 1]]
         self._labels = np.array([number[label] for label in labels], np.int32)
-        self._starts, self._ends = np.array(starts, float), np.array(ends, float)  # None becomes NaN
+        self._starts, self._ends = (
+            np.array(starts, float),
+            np.array(ends, float),
+        )  # None becomes NaN
 
     @property
     def folder(self):
@@ -68,10 +71,24 @@ class Videos(Sequence):
 
     def _some(self, rows):
         known = lambda seconds: None if math.isnan(seconds) else seconds
-        columns = (self._at[rows], self._at[rows + 1], self._labels[rows], self._starts[rows], self._ends[rows], rows)
+        columns = (
+            self._at[rows],
+            self._at[rows + 1],
+            self._labels[rows],
+            self._starts[rows],
+            self._ends[rows],
+            rows,
+        )
         for a, b, label, start, end, row in zip(*(column.tolist() for column in columns)):
             name = self._text[a:b].decode()
-            yield Video(os.path.join(self._folder, name), self._classes[label], known(start), known(end), row, name)
+            yield Video(
+                os.path.join(self._folder, name),
+                self._classes[label],
+                known(start),
+                known(end),
+                row,
+                name,
+            )
 
 
 def read_manifest(path, root=None, label_column="label", strict_root=False):
@@ -105,12 +122,16 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
             header = [name.strip() for name in next(rows, [])]
             for name in {"path", label_column} - {"label"}:
                 if name not in header:
-                    fail(1, f"a column {name!r} in the header, found {','.join(header) or 'nothing'}")
+                    fail(
+                        1, f"a column {name!r} in the header, found {','.join(header) or 'nothing'}"
+                    )
             for name in ("path", "label", "start", "end", label_column):
                 if header.count(name) > 1:
                     fail(1, f"one column {name!r}, found {header.count(name)}")
-            at_path, at_label, at_start, at_end = (header.index(name) if name in header else None
-                                                   for name in ("path", label_column, "start", "end"))
+            at_path, at_label, at_start, at_end = (
+                header.index(name) if name in header else None
+                for name in ("path", label_column, "start", "end")
+            )
             for fields in rows:
                 if blank is not None or not fields:  # blank lines may only end the file
                     if fields:
@@ -123,7 +144,9 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
                 name = fields[at_path]
                 if not name.strip():
                     fail(line, "a path, found none")
-                if strict_root and not os.path.realpath(os.path.join(folder, name)).startswith(inside):
+                if strict_root and not os.path.realpath(os.path.join(folder, name)).startswith(
+                    inside
+                ):
                     fail(line, f"a path inside {folder} (--strict-root), found {name!r}")
                 start = seconds(line, "start", fields[at_start]) if at_start is not None else None
                 end = seconds(line, "end", fields[at_end]) if at_end is not None else None
@@ -205,7 +228,9 @@ def renewed_sizes(videos, about):
 def describe_change(videos, changed):
     """For messages: what `changed_rows` found."""
     row, (then, now) = next(iter(changed.items()))
-    return f"videos have changed since it was made: {videos[row].path} had {then} bytes, and has {now}"
+    return (
+        f"videos have changed since it was made: {videos[row].path} had {then} bytes, and has {now}"
+    )
 
 
 def require_files(videos, manifest):
@@ -220,7 +245,9 @@ def require_files(videos, manifest):
     if os.path.isabs(name):
         raise ManifestError(f"{tried}, the first being {name}: correct the paths in the manifest")
     folder = os.path.abspath(videos.folder)
-    raise ManifestError(f"{tried}: searched {folder} for {name} and so on; --root FOLDER sets where relative paths start")
+    raise ManifestError(
+        f"{tried}: searched {folder} for {name} and so on; --root FOLDER sets where relative paths start"
+    )
 
 
 def shared_rows(a, b):

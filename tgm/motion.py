@@ -39,6 +39,7 @@ Where a factor matters (`--mask flow` follows the field), re-encode such videos 
 
 Shapes: S moments, G grid, n vectors of a frame, P pairs of frames.
 """
+
 import math
 import sys
 
@@ -56,22 +57,25 @@ def coverage(low, high, grid):
 def paint(blocks, shift, seconds, grid):
     """Totals over one frame's vectors in each cell, by the area of the block inside it: displacement x, displacement y, time
     -> float32 [3, G, G]. blocks [n, 4] x0, y0, x1, y1 and shift [n, 2] as fractions of the frame; seconds [n]."""
-    across, down = coverage(blocks[:, 0], blocks[:, 2], grid), coverage(blocks[:, 1], blocks[:, 3], grid)      # [n, G]
-    values = np.stack([shift[:, 0], shift[:, 1], seconds])                                                    # [3, n]
+    across, down = (
+        coverage(blocks[:, 0], blocks[:, 2], grid),
+        coverage(blocks[:, 1], blocks[:, 3], grid),
+    )  # [n, G]
+    values = np.stack([shift[:, 0], shift[:, 1], seconds])  # [3, n]
     return (values[:, :, None] * down).swapaxes(1, 2) @ across
 
 
 def fill_in_time(field):
     """NaN cells of field [S, 2, G, G] take the value of the nearest moment that has one (the earlier of two); a cell without
     any takes its moment's median."""
-    known = ~np.isnan(field[:, :1])                                                                           # [S, 1, G, G]
+    known = ~np.isnan(field[:, :1])  # [S, 1, G, G]
     moment = np.arange(len(field)).reshape(-1, 1, 1, 1)
     far = 2 * len(field)
     before = np.maximum.accumulate(np.where(known, moment, -far))
     after = np.minimum.accumulate(np.where(known, moment, far)[::-1])[::-1]
     nearest = np.where(moment - before <= after - moment, before, after).clip(0, len(field) - 1)
     field = np.take_along_axis(field, np.broadcast_to(nearest, field.shape), 0)
-    ever = known.any((0, 1))                                                                                  # [G, G]
+    ever = known.any((0, 1))  # [G, G]
     field[:, :, ~ever] = np.median(field[:, :, ever], -1, keepdims=True) if ever.any() else 0
     return field
 
@@ -101,26 +105,32 @@ def codec_field(frames, moments, window, grid):
 
 # ---- RAFT ----------------------------------------------------------------------------------------------------------------
 
+
 def load_raft(weights, device):
     """torchvision's RAFT-small in evaluation mode: its own published weights (downloaded once), or a state dict from a file."""
     from torchvision.models.optical_flow import Raft_Small_Weights, raft_small
+
     try:
         model = raft_small(weights=None if weights else Raft_Small_Weights.DEFAULT)
         if weights:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # no network, no such file, a damaged one, another model: torch raises what it likes
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        sys.exit(f"--flow raft: cannot load {weights or 'the published weights'}: {reason[0]} (--flow-weights FILE: a state dict "
-                 "of torchvision's raft_small)")
+        sys.exit(
+            f"--flow raft: cannot load {weights or 'the published weights'}: {reason[0]} (--flow-weights FILE: a state dict "
+            "of torchvision's raft_small)"
+        )
     return model.eval().to(device)
 
 
 def pair_times(moments, start, end, fps, apart=0.1):
     """Pairs of frames around each moment, about `apart` seconds from one another and at least one frame
     -> (times float64 [S, 2], the seconds between two). Both lie inside [start, end], if that holds so many frames."""
-    step = max(1, round(apart * fps))                                                         # in frames, as all below
+    step = max(1, round(apart * fps))  # in frames, as all below
     earliest, last = math.ceil(start * fps - 1e-6), math.ceil(end * fps - 1e-6) - 1
-    first = np.clip(np.floor(np.asarray(moments) * fps - step / 2 + 0.5), earliest, max(earliest, last - step))
+    first = np.clip(
+        np.floor(np.asarray(moments) * fps - step / 2 + 0.5), earliest, max(earliest, last - step)
+    )
     return np.stack([first, first + step], 1) / fps, step / fps
 
 
@@ -128,6 +138,10 @@ def pair_times(moments, start, end, fps, apart=0.1):
 def raft_field(model, pairs, seconds, grid):
     """RAFT's flow of each pair, as a field: pairs uint8 [P, 2, 3, H, W], seconds [P] -> float32 [P, 2, G, G]."""
     first, second = (pairs / 127.5 - 1).unbind(1)
-    flow = model(first, second)[-1]                                                           # [P, 2, H, W] pixels
-    flow = flow / torch.tensor(flow.shape[:1:-1], device=flow.device)[:, None, None] / seconds[:, None, None, None]
+    flow = model(first, second)[-1]  # [P, 2, H, W] pixels
+    flow = (
+        flow
+        / torch.tensor(flow.shape[:1:-1], device=flow.device)[:, None, None]
+        / seconds[:, None, None, None]
+    )
     return F.adaptive_avg_pool2d(flow, grid)

@@ -12,6 +12,7 @@ Re-encoded videos show what the source shows at the same times, upright and with
 hold. A copy that is there stays, whatever it was made of: after replacing videos, re-encode into an empty folder. SIGTERM and Ctrl-C
 end a check or a re-encoding at once, by that signal, and leave no half-written copy.
 """
+
 import contextlib
 import csv
 import errno
@@ -47,13 +48,18 @@ from tgm.run import (
 )
 from tgm.video import VideoError, VideoReader
 
-
 REPORT = ["row", "path", "problem", "what"]  # columns
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk written to, not of the video read
+NO_ROOM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+)  # errors of the disk written to, not of the video read
 
 
 class Found(NamedTuple):
     """What `probe` found out about a file; error is None if it can be read."""
+
     error: str | None
     seconds: float = 0.0
     fps: float = 0.0
@@ -68,8 +74,17 @@ def probe(path):
         return Found("missing")
     try:
         with VideoReader(path) as reader:
-            _, height, width, _ = reader.read([0, reader.duration / 2, max(0, reader.duration - 0.5 / reader.fps)]).shape
-            return Found(None, reader.duration, reader.fps, f"{width}x{height}", reader._stream.codec_context.name, os.path.getsize(path))
+            _, height, width, _ = reader.read(
+                [0, reader.duration / 2, max(0, reader.duration - 0.5 / reader.fps)]
+            ).shape
+            return Found(
+                None,
+                reader.duration,
+                reader.fps,
+                f"{width}x{height}",
+                reader._stream.codec_context.name,
+                os.path.getsize(path),
+            )
     except VideoError as error:
         return Found(str(error).removeprefix(f"{path}: "))
 
@@ -88,7 +103,11 @@ def reencode(job):
     aside = aside_of(target)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with VideoReader(source, timeout=math.inf) as reader, av.open(aside, "w", options={"movflags": "+faststart"}) as container, reader._errors():
+        with (
+            VideoReader(source, timeout=math.inf) as reader,
+            av.open(aside, "w", options={"movflags": "+faststart"}) as container,
+            reader._errors(),
+        ):
             stream, size = None, None
             for seconds, frame in reader.frames():
                 if seconds < 0:  # before the first that is displayed
@@ -96,12 +115,25 @@ def reencode(job):
                 if size is None:  # even, as 4:2:0 wants it, and never larger
                     image = reader._convert([(0, frame, None)], None)[0]
                     shape = np.array(image.shape[:2])
-                    size = np.maximum(2, np.rint(shape * min(1, short / shape.min()) / 2) * 2).astype(int)
-                    stream = container.add_stream("libx264", rate=Fraction(reader.fps).limit_denominator(1001), options={
-                        "crf": "20", "preset": "fast", "tune": "fastdecode", "g": str(gop), "threads": "1"})
+                    size = np.maximum(
+                        2, np.rint(shape * min(1, short / shape.min()) / 2) * 2
+                    ).astype(int)
+                    stream = container.add_stream(
+                        "libx264",
+                        rate=Fraction(reader.fps).limit_denominator(1001),
+                        options={
+                            "crf": "20",
+                            "preset": "fast",
+                            "tune": "fastdecode",
+                            "g": str(gop),
+                            "threads": "1",
+                        },
+                    )
                     stream.height, stream.width, stream.pix_fmt = *map(int, size), "yuv420p"
                     stream.codec_context.time_base = Fraction(1, 90000)
-                picture = av.VideoFrame.from_ndarray(reader._convert([(0, frame, None)], size)[0], format="rgb24")
+                picture = av.VideoFrame.from_ndarray(
+                    reader._convert([(0, frame, None)], size)[0], format="rgb24"
+                )
                 picture.pts, picture.time_base = round(seconds * 90000), Fraction(1, 90000)
                 container.mux(stream.encode(picture))
             if stream is None:
@@ -110,7 +142,9 @@ def reencode(job):
         os.replace(aside, target)
     except VideoError as error:
         if getattr(error.__cause__, "errno", None) in NO_ROOM:
-            raise RunError(f"{target}: cannot be written ({os.strerror(error.__cause__.errno)})") from None
+            raise RunError(
+                f"{target}: cannot be written ({os.strerror(error.__cause__.errno)})"
+            ) from None
         return str(error)
     except OSError as error:
         raise RunError(f"{target}: cannot be written ({error.strerror})") from None
@@ -158,7 +192,9 @@ def check(args, videos, report):
         elif file.error is not None:
             problems.append((video, "broken", file.error))
         elif start >= file.seconds:
-            problems.append((video, "outside", f"starts at {start:g} s of a file that lasts {file.seconds:g} s"))
+            problems.append(
+                (video, "outside", f"starts at {start:g} s of a file that lasts {file.seconds:g} s")
+            )
         else:
             seconds.append(end - start)
             short += (end - start) * file.fps < clip - 0.5
@@ -170,10 +206,17 @@ codecs      {most_common(file.codec for file in good)}
 sizes       {most_common(file.size for file in good)}
 frames/s    {most_common(f"{file.fps:.4g}" for file in good)}""")
     if short:
-        print(f"clips       {short} of {len(videos)} rows are usable and have fewer than {clip} frames (--frames {args.frames} x --stride "
-              f"{args.stride}): their last frame is repeated")
-    print(f"problems    {most_common(kind for _, kind, _ in problems) or 'none'}: {report}", flush=True)
-    write_csv(report, [REPORT, *((video.row, video.name, kind, what) for video, kind, what in problems)])
+        print(
+            f"clips       {short} of {len(videos)} rows are usable and have fewer than {clip} frames (--frames {args.frames} x --stride "
+            f"{args.stride}): their last frame is repeated"
+        )
+    print(
+        f"problems    {most_common(kind for _, kind, _ in problems) or 'none'}: {report}",
+        flush=True,
+    )
+    write_csv(
+        report, [REPORT, *((video.row, video.name, kind, what) for video, kind, what in problems)]
+    )
     return {video.row for video, _, _ in problems}
 
 
@@ -209,7 +252,7 @@ def copied_rows(source, path_of):
     for index, row in enumerate(rows):
         path = path_of(index)
         if path is not None:
-            copied.append([*row[:column], path, *row[column + 1:]])
+            copied.append([*row[:column], path, *row[column + 1 :]])
     return copied
 
 
@@ -246,16 +289,25 @@ def reencode_all(args, videos):
     for video in videos:
         targets.setdefault(video.path, name_inside(video.name))
     if len(set(targets.values())) < len(targets):
-        raise RunError(f"{args.manifest}: two of its files would have the same name in {args.reencode}")
-    jobs = [(path, os.path.join(args.reencode, name), args.short_side, args.gop) for path, name in targets.items()]
+        raise RunError(
+            f"{args.manifest}: two of its files would have the same name in {args.reencode}"
+        )
+    jobs = [
+        (path, os.path.join(args.reencode, name), args.short_side, args.gop)
+        for path, name in targets.items()
+    ]
     sources = {os.path.realpath(path) for path in targets}
     for source, target, *_ in jobs:
         if os.path.realpath(target) in sources:
-            raise RunError(f"--reencode {args.reencode}: the copy of {source} would be the video {target} itself: name another folder")
+            raise RunError(
+                f"--reencode {args.reencode}: the copy of {source} would be the video {target} itself: name another folder"
+            )
     make_folder(args.reencode, "--reencode")
     copied = os.path.join(args.reencode, os.path.basename(args.manifest))
     rows = copied_rows(args.manifest, lambda row: targets[videos[row].path])
-    refuse_foreign(copied, lambda path: is_copy(path, args.manifest, rows), "--reencode names another folder")
+    refuse_foreign(
+        copied, lambda path: is_copy(path, args.manifest, rows), "--reencode names another folder"
+    )
     errors = []
     try:
         for error in in_processes(reencode, jobs, args.workers, "re-encoding"):
@@ -284,15 +336,39 @@ def is_copy(path, manifest, rows):
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("manifest", help="whose videos to check, or to re-encode")
-    parser.add_argument("--root", help="folder that relative paths start from (default: the manifest's)")
-    parser.add_argument("--strict-root", action="store_true", help="refuse a manifest whose paths lead out of that folder")
+    parser.add_argument(
+        "--root", help="folder that relative paths start from (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--strict-root",
+        action="store_true",
+        help="refuse a manifest whose paths lead out of that folder",
+    )
     parser.add_argument("--workers", type=whole(1, 1024), default=os.cpu_count(), help="processes")
-    parser.add_argument("--frames", type=frame_count, default=16, help="a video with fewer than frames x stride frames is called short")
+    parser.add_argument(
+        "--frames",
+        type=frame_count,
+        default=16,
+        help="a video with fewer than frames x stride frames is called short",
+    )
     parser.add_argument("--stride", type=positive_int, default=4)
-    parser.add_argument("--good", metavar="CSV", help="write a manifest without the rows that cannot be used")
-    parser.add_argument("--reencode", metavar="FOLDER", help="re-encode instead: FOLDER/NAME.mp4 and FOLDER/MANIFEST")
-    parser.add_argument("--short-side", type=pixel_count, default=256, help="pixels of re-encoded videos, at most")
-    parser.add_argument("--gop", type=positive_int, default=12, help="frames from key frame to key frame of re-encoded videos")
+    parser.add_argument(
+        "--good", metavar="CSV", help="write a manifest without the rows that cannot be used"
+    )
+    parser.add_argument(
+        "--reencode",
+        metavar="FOLDER",
+        help="re-encode instead: FOLDER/NAME.mp4 and FOLDER/MANIFEST",
+    )
+    parser.add_argument(
+        "--short-side", type=pixel_count, default=256, help="pixels of re-encoded videos, at most"
+    )
+    parser.add_argument(
+        "--gop",
+        type=positive_int,
+        default=12,
+        help="frames from key frame to key frame of re-encoded videos",
+    )
     return parser.parse_args(argv)
 
 
@@ -305,7 +381,9 @@ def main(argv=None):
     if args.reencode:
         failed = reencode_all(args, videos)
         if failed:
-            sys.exit(f"{failed} files could not be re-encoded: their rows are in the manifest, and will be left out later")
+            sys.exit(
+                f"{failed} files could not be re-encoded: their rows are in the manifest, and will be left out later"
+            )
         return
     report = companion(args.manifest, "check.csv")
     refuse_foreign(report, is_report, "move it away")

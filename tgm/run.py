@@ -176,7 +176,9 @@ def finish(work):
         work.wait()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise RunError(f"another rank ended, and this one with it; the other says why ({reason})") from None
+        raise RunError(
+            f"another rank ended, and this one with it; the other says why ({reason})"
+        ) from None
 
 
 def wait_for_ranks():
@@ -204,7 +206,9 @@ def choose_device(name, local_rank=0):
         raise RunError(f"--device {name}: no GPU that torch can use was found")
     number = int(name.removeprefix("cuda:")) if ":" in name else local_rank
     if number >= torch.cuda.device_count():
-        raise RunError(f"--device {name}: rank {local_rank} wants cuda:{number}, found {torch.cuda.device_count()} GPUs")
+        raise RunError(
+            f"--device {name}: rank {local_rank} wants cuda:{number}, found {torch.cuda.device_count()} GPUs"
+        )
     why = "there is a GPU" if name == "auto" else "as asked"
     return torch.device("cuda", number), why
 
@@ -257,7 +261,9 @@ class ListLoader(DataLoader):
         try:
             return ForkingPickler.loads(batch)
         except (OSError, EOFError) as error:
-            raise RuntimeError(f"DataLoader worker: a batch cannot be read any more ({error})") from None
+            raise RuntimeError(
+                f"DataLoader worker: a batch cannot be read any more ({error})"
+            ) from None
 
 
 def patient(loader):
@@ -279,7 +285,9 @@ def patient(loader):
             raise RunError(NO_OPEN_FILES) from None
         if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
             raise RunError(NO_SHARED_MEMORY) from None
-        if lines[0].startswith("DataLoader"):  # worker (pid ...) is killed by ..., exited unexpectedly, timed out
+        if lines[0].startswith(
+            "DataLoader"
+        ):  # worker (pid ...) is killed by ..., exited unexpectedly, timed out
             raise RunError(
                 f"a decoding process ended: {lines[0].strip()} (out of memory? lower --workers or --batch-size; --workers 0 "
                 "decodes in the run itself and shows where)"
@@ -296,7 +304,12 @@ def ignore_signals(_):
 def make_loader(dataset, batch_size, workers, **options):
     """A DataLoader of lists of items, for stages whose rows stand alone. See `share` and `patient`."""
     return ListLoader(
-        dataset, batch_size, num_workers=workers, collate_fn=share, worker_init_fn=ignore_signals, **options
+        dataset,
+        batch_size,
+        num_workers=workers,
+        collate_fn=share,
+        worker_init_fn=ignore_signals,
+        **options,
     )
 
 
@@ -305,7 +318,9 @@ def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
     workers = multiprocessing.active_children()
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler takes a killed worker for an error
     for worker in workers:
         worker.kill()
 
@@ -388,7 +403,9 @@ class StopSignal:
         self._loss = ""
         self._group = None
         if ranks > 1:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for the GPU
+            self._group = dist.new_group(
+                backend="gloo"
+            )  # on the CPU: asking does not wait for the GPU
         signal.alarm(0)
         signal.signal(signal.SIGALRM, self._give_up)
         signal.signal(signal.SIGTERM, self._hear)
@@ -417,7 +434,10 @@ class StopSignal:
     def _leave(self, number):
         signal.alarm(0)
         kill_workers()  # the loader would wait ten seconds for each that is stuck
-        for each in (signal.SIGTERM, signal.SIGINT):  # what is left to do is little: another signal need not wait for it
+        for each in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # what is left to do is little: another signal need not wait for it
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
@@ -521,7 +541,9 @@ def launch(main):
         sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # still here: the first process of a container does not die by a signal of its own
+    os._exit(
+        128 + number
+    )  # still here: the first process of a container does not die by a signal of its own
 
 
 # ---- folders, logs, resuming -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ number of workers nor that of ranks changes a batch, and a resumed run repeats a
 
 Shapes: V views per video, T frames, H W pixels.
 """
+
 import math
 import sys
 
@@ -29,7 +30,9 @@ def clip_times(start, end, fps, frames, stride, where):
 def uniform_times(start, end, fps, frames, where):
     """Uniform: one time in each of `frames` equal parts of [start, end], at `where` in [0, 1] of the part (a number, or one a
     part) -> float64 [frames], seconds."""
-    return np.minimum(start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps))
+    return np.minimum(
+        start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps)
+    )
 
 
 def view_times(start, end, fps, frames, stride, clips, sampling):
@@ -47,7 +50,9 @@ def view_times(start, end, fps, frames, stride, clips, sampling):
         return np.stack([uniform_times(start, end, fps, frames, place) for place in places])
     if clips == 1:
         return clip_times(start, end, fps, frames, stride, 0.5)[None]
-    kept = max(1, math.ceil((end - start) * fps / stride - 1e-3))  # less rounding: 30 frames at 30 a second are 1 s
+    kept = max(
+        1, math.ceil((end - start) * fps / stride - 1e-3)
+    )  # less rounding: 30 frames at 30 a second are 1 s
     room = max(0, kept - frames)
     firsts = np.arange(clips) * room // (clips - 1)
     numbers = np.minimum(firsts[:, None] + np.arange(frames), kept - 1)  # [clips, frames]
@@ -60,7 +65,7 @@ def center_crop(frames, size):
     height, width = frames.shape[1:3]
     top, left = (height - size) // 2, (width - size) // 2
     box = (left / width, top / height, (left + size) / width, (top + size) / height)
-    return frames[:, top:top + size, left:left + size], box
+    return frames[:, top : top + size, left : left + size], box
 
 
 def side_crops(frames, size, count):
@@ -70,7 +75,14 @@ def side_crops(frames, size, count):
         return center_crop(frames, size)[0][None]
     height, width = frames.shape[1:3]
     places = np.rint(np.linspace(0, max(height, width) - size, count)).astype(int)
-    return np.stack([frames[:, place:place + size] if height > width else frames[:, :, place:place + size] for place in places])
+    return np.stack(
+        [
+            frames[:, place : place + size]
+            if height > width
+            else frames[:, :, place : place + size]
+            for place in places
+        ]
+    )
 
 
 # Where a crop may lie, in quarters of the room beside it (down, right): corners, middle, middles of the sides, quarters.
@@ -107,7 +119,9 @@ class TrainingClips(Dataset):
     def __getitem__(self, key):
         epoch, row = key
         reason = None
-        for attempt in range(10):  # a broken video gives its place to another, the same one whenever this is asked
+        for attempt in range(
+            10
+        ):  # a broken video gives its place to another, the same one whenever this is asked
             rng = np.random.default_rng([self.seed, epoch, row, attempt])
             pick = row if attempt == 0 else int(rng.choice(self.rows))
             try:
@@ -118,18 +132,24 @@ class TrainingClips(Dataset):
             if reason:
                 self.say(reason)
             return sample | {"failed": row if reason else -1}
-        raise VideoError(f"{reason}; and nine videos drawn in its place cannot be read either: are the paths right (--root)?")
+        raise VideoError(
+            f"{reason}; and nine videos drawn in its place cannot be read either: are the paths right (--root)?"
+        )
 
     def say(self, reason):
         self.replaced += 1
         if self.replaced <= self.SAID:
             more = "; further ones are only counted" if self.replaced == self.SAID else ""
-            sys.stderr.write(f"skipped: {reason}{more}\n")  # at once: print's line and its end may come apart between processes
+            sys.stderr.write(
+                f"skipped: {reason}{more}\n"
+            )  # at once: print's line and its end may come apart between processes
 
 
 def repeat_seed(seed, epoch, row, repeat):
     """The seed for torch of one repeat of a sample: an int of 63 bits."""
-    return int(np.random.SeedSequence([seed, epoch, row, 10 + repeat]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([seed, epoch, row, 10 + repeat]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 class EpochBatches:
@@ -137,7 +157,14 @@ class EpochBatches:
     side by side are the global batch, whatever the number of ranks. `start` batches of the epoch are left out (resuming)."""
 
     def __init__(self, rows, batch, batches, seed, rank, ranks):
-        self.rows, self.batch, self.batches, self.seed, self.rank, self.ranks = rows, batch, batches, seed, rank, ranks
+        self.rows, self.batch, self.batches, self.seed, self.rank, self.ranks = (
+            rows,
+            batch,
+            batches,
+            seed,
+            rank,
+            ranks,
+        )
         self.epoch, self.start = 0, 0
 
     def __len__(self):
@@ -147,7 +174,7 @@ class EpochBatches:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
         for index in range(self.start, self.batches):
             first = (index * self.ranks + self.rank) * self.batch
-            yield [(self.epoch, int(row)) for row in order[first:first + self.batch]]
+            yield [(self.epoch, int(row)) for row in order[first : first + self.batch]]
 
 
 class Views(Dataset):
@@ -157,8 +184,24 @@ class Views(Dataset):
     merged by name. Loaders want a collate_fn that makes lists, such as tgm.run.share.
     """
 
-    def __init__(self, videos, frames, image_size, stride, clips=1, crops=1, sampling="dense", timeout=TIMEOUT):
-        self.videos, self.frames, self.image_size, self.stride, self.timeout = videos, frames, image_size, stride, timeout
+    def __init__(
+        self,
+        videos,
+        frames,
+        image_size,
+        stride,
+        clips=1,
+        crops=1,
+        sampling="dense",
+        timeout=TIMEOUT,
+    ):
+        self.videos, self.frames, self.image_size, self.stride, self.timeout = (
+            videos,
+            frames,
+            image_size,
+            stride,
+            timeout,
+        )
         self.clips, self.crops, self.sampling = clips, crops, sampling
 
     def __len__(self):
@@ -169,11 +212,13 @@ class Views(Dataset):
         try:
             with VideoReader(video.path, timeout=self.timeout) as reader:
                 start, end = reader.span(video)
-                times = view_times(start, end, reader.fps, self.frames, self.stride, self.clips, self.sampling)
-                frames = reader.read(times.ravel(), self.image_size)                         # [clips*T, H, W, 3]
+                times = view_times(
+                    start, end, reader.fps, self.frames, self.stride, self.clips, self.sampling
+                )
+                frames = reader.read(times.ravel(), self.image_size)  # [clips*T, H, W, 3]
         except VideoError as error:
             return video.row, None, str(error)
         views = torch.from_numpy(side_crops(frames, self.image_size, self.crops))
-        views = views.unflatten(1, (self.clips, self.frames))                                # [crops, clips, T, S, S, 3]
-        views = views.transpose(0, 1).flatten(0, 1).permute(0, 4, 1, 2, 3)                   # [V, 3, T, S, S]
+        views = views.unflatten(1, (self.clips, self.frames))  # [crops, clips, T, S, S, 3]
+        views = views.transpose(0, 1).flatten(0, 1).permute(0, 4, 1, 2, 3)  # [V, 3, T, S, S]
         return video.row, views.contiguous(), None

@@ -18,6 +18,7 @@ What comes out is what a player shows: turned and mirrored as the file says, edi
 matrix (BT.601, 709, 2020) and range the stream declares; where it declares none, BT.601 and limited range, as FFmpeg has
 it. Not done: pixels are taken as square, HDR is not tone-mapped.
 """
+
 import bisect
 import contextlib
 import math
@@ -44,16 +45,21 @@ class VideoError(Exception):
 
 class Vectors(NamedTuple):
     """The motion vectors of one frame: each says that what is in a block moves by `shift` within `seconds`."""
-    time: float          # seconds since the first displayed frame
-    blocks: np.ndarray   # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave gaps
-    shift: np.ndarray    # float32 [n, 2]: dx to the right, dy down, in frame widths and heights
+
+    time: float  # seconds since the first displayed frame
+    blocks: np.ndarray  # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave gaps
+    shift: np.ndarray  # float32 [n, 2]: dx to the right, dy down, in frame widths and heights
     seconds: np.ndarray  # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
 
 
 def side_data(frame):
     """A decoded frame's side data. In PyAV they and their frame hold each other until Python looks for cycles; a thumbnail has
     the same ones, and leaves the picture's memory free to go at once."""
-    return VideoReformatter().reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT).side_data
+    return (
+        VideoReformatter()
+        .reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT)
+        .side_data
+    )
 
 
 def orientation(data):
@@ -103,7 +109,9 @@ class VideoReader:
         """The (start, end) of a manifest row in this file, in seconds, 0 <= start < end <= duration."""
         start, end = video.start or 0.0, self.duration if video.end is None else video.end
         if start >= self.duration:
-            raise VideoError(f"{self.path}: starts at {start:g} s in the manifest, but lasts {self.duration:g} s")
+            raise VideoError(
+                f"{self.path}: starts at {start:g} s in the manifest, but lasts {self.duration:g} s"
+            )
         return start, min(end, self.duration)
 
     def read(self, times, size=None):
@@ -118,12 +126,17 @@ class VideoReader:
         times = np.asarray(times, np.float64)
         if times.ndim != 1 or not len(times) or np.isnan(times).any():
             raise ValueError(f"times: expected a list of one or more seconds, got {times}")
-        times = times.clip(0, self.duration + 1).tolist()  # headers may fall a few frames short of the last
+        times = times.clip(
+            0, self.duration + 1
+        ).tolist()  # headers may fall a few frames short of the last
         wanted = sorted(set(times))
         with self._errors():
             try:
                 images = self._convert(self._decode_quickly(wanted), size)
-            except (LookupError, av.FFmpegError):  # the quick way does not work for this file; the plain one may
+            except (
+                LookupError,
+                av.FFmpegError,
+            ):  # the quick way does not work for this file; the plain one may
                 images = self._convert(self._decode_plainly(wanted), size)
         return np.stack([images[time] for time in times])
 
@@ -141,7 +154,9 @@ class VideoReader:
                 frames = self._read_vectors(self._decode_plainly(wanted))
         if not frames:
             name = self._stream.codec_context.name
-            raise VideoError(f"{self.path}: no motion vectors in its {name} stream; --flow raft measures motion from the pictures")
+            raise VideoError(
+                f"{self.path}: no motion vectors in its {name} stream; --flow raft measures motion from the pictures"
+            )
         return frames
 
     def _read_vectors(self, frames):
@@ -155,7 +170,9 @@ class VideoReader:
                 continue
             latest, v = frame, vectors.to_ndarray()
             v = v[np.where(v["source"] < 0, past is not None, future is not None)]
-            forward = np.where(v["source"] < 0, -1.0, 1.0)  # a block came from where its vector points, or goes there
+            forward = np.where(
+                v["source"] < 0, -1.0, 1.0
+            )  # a block came from where its vector points, or goes there
             x, y = v["dst_x"] - v["w"] / 2, v["dst_y"] - v["h"] / 2
             dx, dy = (forward * v[axis] / v["motion_scale"] for axis in ("motion_x", "motion_y"))
             w, h, width, height = v["w"], v["h"], frame.width, frame.height
@@ -164,9 +181,18 @@ class VideoReader:
                 x, y, w, h, dx, dy, width, height = y, x, h, w, dy, dx, height, width
             x, dx = (width - x - w, -dx) if mirror_x else (x, dx)
             y, dy = (height - y - h, -dy) if mirror_y else (y, dy)
-            blocks = np.stack([x / width, y / height, (x + w) / width, (y + h) / height], 1, dtype=np.float32)
+            blocks = np.stack(
+                [x / width, y / height, (x + w) / width, (y + h) / height], 1, dtype=np.float32
+            )
             shift = np.stack([dx / width, dy / height], 1, dtype=np.float32)
-            found.append(Vectors(time, blocks, shift, np.where(v["source"] < 0, past or 0, future or 0).astype(np.float32)))
+            found.append(
+                Vectors(
+                    time,
+                    blocks,
+                    shift,
+                    np.where(v["source"] < 0, past or 0, future or 0).astype(np.float32),
+                )
+            )
         return [vectors for vectors in found if len(vectors.blocks)]
 
     def _open(self):
@@ -174,16 +200,24 @@ class VideoReader:
         if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would be waited for
             raise VideoError(f"{self.path}: a directory, a pipe or a device, not a file")
         # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video reaches no network.
-        self._container = av.open(f"file:{self.path}", options={"protocol_whitelist": "file"}, timeout=min(self._timeout, 1e9))
+        self._container = av.open(
+            f"file:{self.path}",
+            options={"protocol_whitelist": "file"},
+            timeout=min(self._timeout, 1e9),
+        )
         if not self._container.streams.video:
             raise VideoError(f"{self.path}: no video stream")
         self._stream = self._container.streams.video[0]
         if self._stream.codec_context is None:
             raise VideoError(f"{self.path}: of a codec that cannot be decoded here")
-        self._stream.codec_context.thread_count = 1  # so that skip_frame applies to the very packet being decoded
+        self._stream.codec_context.thread_count = (
+            1  # so that skip_frame applies to the very packet being decoded
+        )
         # Damage is an error, not a grey picture; a header that claims more than 16384 x 8192 pixels gets no memory for them.
-        options = {"err_detect": "explode", "max_pixels": str(2 ** 27)}
-        self._stream.codec_context.options = options | ({"flags2": "+export_mvs"} if self._vectors else {})
+        options = {"err_detect": "explode", "max_pixels": str(2**27)}
+        self._stream.codec_context.options = options | (
+            {"flags2": "+export_mvs"} if self._vectors else {}
+        )
 
     def _packets(self, drain=False):
         """The stream's packets from here on, at its end one that drains the decoder, if asked for. Ends those asked for before."""
@@ -205,7 +239,9 @@ class VideoReader:
         """
         key = first = None
         for packet in self._packets():
-            if packet.pts is None or self._container.format.name == "avi":  # for AVI, libav makes pts up, and badly
+            if (
+                packet.pts is None or self._container.format.name == "avi"
+            ):  # for AVI, libav makes pts up, and badly
                 return None
             if key is None and packet.is_keyframe:
                 key = packet.pts
@@ -219,8 +255,13 @@ class VideoReader:
         offset = (self._first or 0) * self._tick
         if self._stream.duration:
             return self._stream.duration * self._tick
-        if tag := self._stream.metadata.get("DURATION"):  # Matroska: "00:00:10.333000000", when the stream ends
-            return sum(float(part) * unit for part, unit in zip(tag.split(":"), (3600, 60, 1))) - offset
+        if tag := self._stream.metadata.get(
+            "DURATION"
+        ):  # Matroska: "00:00:10.333000000", when the stream ends
+            return (
+                sum(float(part) * unit for part, unit in zip(tag.split(":"), (3600, 60, 1)))
+                - offset
+            )
         if self._container.duration:
             return self._container.duration / av.time_base - offset
         self._open()
@@ -236,7 +277,10 @@ class VideoReader:
         while back <= 2 * max(time, 1):
             self._container.seek(math.floor(self._pts(time - back)), stream=self._stream)
             packets = self._packets()
-            key = next((packet for packet in packets if packet.is_keyframe and packet.pts is not None), None)
+            key = next(
+                (packet for packet in packets if packet.is_keyframe and packet.pts is not None),
+                None,
+            )
             if key is not None and key.pts <= self._pts(time):
                 return key, packets
             back = back * 2 or 1
@@ -262,14 +306,21 @@ class VideoReader:
             for packet in following:
                 if packet.pts is None:
                     raise LookupError("a packet without pts")
-                if packet.dts is not None and packet.dts > self._pts(run[-1]):  # so is every later pts
+                if packet.dts is not None and packet.dts > self._pts(
+                    run[-1]
+                ):  # so is every later pts
                     break
                 packets.append(packet)
             else:
-                self._check_end(run[-1], max(p.pts + (p.duration or 0) - self._first for p in packets) * self._tick)
+                self._check_end(
+                    run[-1],
+                    max(p.pts + (p.duration or 0) - self._first for p in packets) * self._tick,
+                )
 
             wanted = {}  # pts -> times
-            displayed = [packet.pts for packet in packets if packet.pts >= key.pts and not packet.is_discard]
+            displayed = [
+                packet.pts for packet in packets if packet.pts >= key.pts and not packet.is_discard
+            ]
             for time in run:
                 latest = max((pts for pts in displayed if pts <= self._pts(time)), default=None)
                 wanted.setdefault(latest, []).append(time)
@@ -289,7 +340,9 @@ class VideoReader:
     def frames(self):
         """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's start."""
         self._open()
-        for index, frame in enumerate(frame for packet in self._packets(drain=True) for frame in packet.decode()):
+        for index, frame in enumerate(
+            frame for packet in self._packets(drain=True) for frame in packet.decode()
+        ):
             counted = self._first is None or frame.pts is None
             yield index / self.fps if counted else (frame.pts - self._first) * self._tick, frame
 
@@ -301,7 +354,9 @@ class VideoReader:
             if not times:
                 return
             frame, distances = new, (None, None)
-            if frame.pict_type != PictureType.B:  # what B pictures refer to cannot be known without pts
+            if (
+                frame.pict_type != PictureType.B
+            ):  # what B pictures refer to cannot be known without pts
                 distances, anchor = (None if anchor is None else shown - anchor, None), shown
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
@@ -315,17 +370,25 @@ class VideoReader:
         decoded, found = [], {}  # pts of the references so far, sorted
         for packet in packets:
             place = bisect.bisect_left(decoded, packet.pts)
-            found[packet.pts] = ((packet.pts - decoded[place - 1]) * self._tick if place else None,
-                                 (decoded[place] - packet.pts) * self._tick if place < len(decoded) else None)
+            found[packet.pts] = (
+                (packet.pts - decoded[place - 1]) * self._tick if place else None,
+                (decoded[place] - packet.pts) * self._tick if place < len(decoded) else None,
+            )
             # Outside of H.264, B pictures, which are displayed before one decoded earlier, are never referred to.
-            if self._is_reference(packet) if self._stream.codec_context.name == "h264" else place == len(decoded):
+            if (
+                self._is_reference(packet)
+                if self._stream.codec_context.name == "h264"
+                else place == len(decoded)
+            ):
                 decoded.insert(place, packet.pts)
         return found
 
     def _is_reference(self, packet):
         """Whether other pictures of an H.264 stream may refer to this one: nal_ref_idc of its first slice (ITU-T H.264, 7.4.1)."""
         data, extra, place = bytes(packet), self._stream.codec_context.extradata or b"", 0
-        prefix = (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0  # bytes of a length; 0: start codes
+        prefix = (
+            (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0
+        )  # bytes of a length; 0: start codes
         while place + prefix < len(data):
             if prefix == 0:
                 place = data.find(b"\0\0\1", place) + 3
@@ -334,12 +397,14 @@ class VideoReader:
             header = data[place + prefix]
             if header & 31 in (1, 2, 5):  # a slice
                 return header & 96 > 0
-            place += prefix + int.from_bytes(data[place:place + prefix], "big")
+            place += prefix + int.from_bytes(data[place : place + prefix], "big")
         return True
 
     def _check_end(self, time, end):
         if min(time, self.duration) - end > min(1, self.duration / 10):
-            raise VideoError(f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header")
+            raise VideoError(
+                f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header"
+            )
 
     def _convert(self, frames, size):
         """(time, frame, _) -> {time: uint8 [H, W, 3]}, turned as a player would and resized."""
@@ -350,15 +415,28 @@ class VideoReader:
                     raise VideoError(f"{self.path}: damaged frame near {time:.2f} s")
                 if latest is None:  # the first frame decides, should a stream change its size
                     turned, mirror_x, mirror_y = orientation(side_data(frame))
-                    shape = np.array([frame.height, frame.width])[::-1 if turned else 1]
+                    shape = np.array([frame.height, frame.width])[:: -1 if turned else 1]
                     if size is not None:
-                        shape = np.rint(shape * size / shape.min()) if np.ndim(size) == 0 else np.array(size)
-                height, width = map(int, shape[::-1 if turned else 1])
-                same = (height, width) == (frame.height, frame.width)  # then only chroma is scaled, as players do
-                image = reformatter.reformat(frame, width, height, "rgb24", threads=1, interpolation=(
-                    Interpolation.BILINEAR if same else Interpolation.BICUBIC)).to_ndarray()
+                        shape = (
+                            np.rint(shape * size / shape.min())
+                            if np.ndim(size) == 0
+                            else np.array(size)
+                        )
+                height, width = map(int, shape[:: -1 if turned else 1])
+                same = (height, width) == (
+                    frame.height,
+                    frame.width,
+                )  # then only chroma is scaled, as players do
+                image = reformatter.reformat(
+                    frame,
+                    width,
+                    height,
+                    "rgb24",
+                    threads=1,
+                    interpolation=(Interpolation.BILINEAR if same else Interpolation.BICUBIC),
+                ).to_ndarray()
                 image = image.swapaxes(0, 1) if turned else image
-                image, latest = image[::-1 if mirror_y else 1, ::-1 if mirror_x else 1], frame
+                image, latest = image[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1], frame
             images[time] = image
         return images
 
@@ -368,10 +446,14 @@ class VideoReader:
         try:
             yield
         except av.error.ExitError as error:  # libav's own, when a call took too long
-            raise VideoError(f"{self.path}: reading it takes more than {self._timeout:g} s (--video-timeout)") from error
+            raise VideoError(
+                f"{self.path}: reading it takes more than {self._timeout:g} s (--video-timeout)"
+            ) from error
         except (av.FFmpegError, OSError, ValueError) as error:
             log = getattr(error, "log", None)
-            reason = f"{getattr(error, 'strerror', None) or error}" + (f" ({log[2].strip()})" if log else "")
+            reason = f"{getattr(error, 'strerror', None) or error}" + (
+                f" ({log[2].strip()})" if log else ""
+            )
             raise VideoError(" ".join(f"{self.path}: {reason}".split())) from error
 
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
+import toy_models
+import toy_report
+from clips import clip_times
 from conftest import BLIP, CLIP, ROOT, run
+from video import read_frames, segment_midpoints
 
 import caption
 import masking
 import model as models
 import saliency
-import toy
-import toy_models
-import toy_report
-from clips import clip_times
-from video import read_frames, segment_midpoints
 
 TINY = models.SIZES["tiny"]
 MANIFESTS = ("train", "val", "tune")

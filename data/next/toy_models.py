@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
 import toy
+from tqdm import tqdm
 
 FOLDER = Path(__file__).parent / "toy"
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-
 import toy
 
 TOLERANCE = 2  # pixels about a patch's centre that count as pointed at
