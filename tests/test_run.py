@@ -412,9 +412,9 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
     if batch == 10:
         assert child.printed() == "10 items\n" * 40
     elif (
-        batch == 20 and "ulimit" not in child.printed()
-    ):  # at the limit itself: it hangs on how many batches wait to be read
-        assert child.printed() == "20 items\n" * 20
+        batch == 20
+    ):  # at the limit itself: what is met, and by whom, hangs on how many batches wait
+        assert child.printed() == "20 items\n" * 20 or "ulimit -n" in child.printed()
     else:
         assert "ulimit -n" in child.printed() and child.printed().count("\n") <= 2
 

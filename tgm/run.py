@@ -289,7 +289,7 @@ def patient(loader):
             "DataLoader"
         ):  # worker (pid ...) is killed by ..., exited unexpectedly, timed out
             raise RunError(
-                f"a decoding process ended: {lines[0].strip()} (out of memory? lower --workers or --batch-size; --workers 0 "
+                f"a decoding process ended: {lines[0].strip()} (out of memory, or of open files: ulimit -n? lower --workers or --batch-size; --workers 0 "
                 "decodes in the run itself and shows where)"
             ) from None
         raise
