@@ -116,9 +116,8 @@ def model_inputs(processor, images, prompt):
     if isinstance(processor, GitProcessor):
         inputs.pop("token_type_ids", None)  # a tokenizer's habit: GIT has none
         for key in ("input_ids", "attention_mask"):
-            inputs[key] = inputs[key][
-                :, :-1
-            ]  # without the token that ends a text: the caption goes on from here
+            # without the token that ends a text: the caption goes on from here
+            inputs[key] = inputs[key][:, :-1]
     return inputs
 
 
@@ -130,9 +129,8 @@ def load_model(name, device, dtype):
     """
     import transformers
 
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # tokenizers would warn once in every decoding process
+    # tokenizers would warn once in every decoding process
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()
     try:
         with quiet_libraries():
@@ -216,9 +214,8 @@ def read_lines(out):
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            row = entry.pop(
-                "row", number
-            )  # only the parts say it: line i of the joined file is row i
+            # only the parts say it: line i of the joined file is row i
+            row = entry.pop("row", number)
             yield row, entry
 
 
@@ -376,9 +373,9 @@ def main(argv=None):
             + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)")
         )
     rank, ranks, local = torchrun_ranks()
-    if (
-        ranks > 1
-    ):  # ranks only wait for one another, at the start and at the end of work of very different length
+    if ranks > 1:
+        # ranks only wait for one another, at the start and at the end of work of very different
+        # length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
     device, _ = choose_device(args.device, local)
     dtype = (
@@ -420,7 +417,8 @@ def main(argv=None):
         try_model(
             args.model, model, processor, args.prompt, device, dtype, args.beams, args.max_tokens
         )
-    wait_for_ranks()  # all have read what there is: what one of them writes would change the others' parts
+    # all have read what there is: what one of them writes would change the others' parts
+    wait_for_ranks()
     if rank == 0:
         begin(out, about, args, videos, again)
     wait_for_ranks()

@@ -490,9 +490,8 @@ def open_data(args):
             raise ManifestError(
                 f"{path}: {unlabelled[0].name} has no label in the column {args.label_column!r}"
             )
-        if (
-            names is None and args.test_only
-        ):  # somebody else's checkpoint: labels are the numbers of its classes
+        if names is None and args.test_only:
+            # somebody else's checkpoint: labels are the numbers of its classes
             names = [str(number) for number in range(models.head_classes(args.checkpoint))]
         if names is None:
             names = sorted(
@@ -609,9 +608,8 @@ batch        {step_videos} videos = {args.batch_size} x {args.accum} accumulated
 lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(floor, args.lr):.3g}, decay {args.layer_decay} a layer:{too_long}
 {layer_table(optimizer, model.config["depth"])}""")
     if rank == 0:
-        if (
-            args.resume == "none"
-        ):  # at once: killed before its first save, this run must not be taken for that one
+        if args.resume == "none":
+            # at once: killed before its first save, this run must not be taken for that one
             for path in (checkpoint_path, best_path):
                 with writing(path), contextlib.suppress(FileNotFoundError):
                     path.replace(path.with_suffix(".old.pt"))
@@ -681,17 +679,13 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
             model, device_ids=[device.index] if device.type == "cuda" else None
         )
     model.train()
-    if validated != step and (
-        step % steps_per_epoch == 0 or step == last_step
-    ):  # stopped between saving and validating
+    if validated != step and (step % steps_per_epoch == 0 or step == last_step):
+        # stopped between saving and validating
         validate()
     stop.after_step()
 
-    window, used, failed = (
-        [],
-        [],
-        set(),
-    )  # since the last log line: losses on the device, rows; in the whole run: bad rows
+    # since the last log line: losses on the device, rows; in the whole run: bad rows
+    window, used, failed = ([], [], set())
     began, data_time = time.time(), 0.0
     while step < last_step:
         epoch = step // steps_per_epoch
@@ -714,9 +708,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
                     flatten_repeats(batch[key].to(device, non_blocking=True))
                     for key in ("clip", "label")
                 )
-                torch.manual_seed(
-                    repeat_seed(args.seed, step, rank, micro)
-                )  # mixup and drop path, resumed or not
+                # mixup and drop path, resumed or not
+                torch.manual_seed(repeat_seed(args.seed, step, rank, micro))
                 clips, target = mix(models.normalize(clips), target)  # [R*B, 3, T, H, W], [R*B, C]
                 with (
                     contextlib.nullcontext()
@@ -740,9 +733,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
             if not (saves or step % args.log_every == 0):
                 continue
             stats = torch.stack(window)  # [steps, 2]
-            broken = ~stats[:, : 1 if scaler.is_enabled() else 2].isfinite().all(
-                1
-            )  # fp16's scaler skips infinite gradients
+            # fp16's scaler skips infinite gradients
+            broken = ~stats[:, : 1 if scaler.is_enabled() else 2].isfinite().all(1)
             if broken.any():  # the one place where the CPU waits for the GPU
                 bad_step = step - len(window) + 1 + int(broken.int().argmax())
                 bad = [
@@ -759,9 +751,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
                 dist.all_reduce(stats)
                 of_ranks = [None] * ranks
                 dist.all_gather_object(of_ranks, failed)
-                failed = set().union(
-                    *of_ranks
-                )  # not their sum: over the epochs ranks come to meet the same videos
+                # not their sum: over the epochs ranks come to meet the same videos
+                failed = set().union(*of_ranks)
             stats = (stats / ranks).tolist()
             if len(failed) > args.max_bad * len(rows):
                 raise RunError(
@@ -874,9 +865,8 @@ weights      {loaded}""")
         tested = str(out / ("best.pt" if args.use == "best" else "checkpoint.pt"))
         again = "--resume auto tests again"
         if ranks > 1:
-            dist.barrier(
-                device_ids=[device.index] if use_cuda else None
-            )  # rank 0 has written best.pt
+            # rank 0 has written best.pt
+            dist.barrier(device_ids=[device.index] if use_cuda else None)
         if args.use == "best":
             try:
                 models.load_pretrained(model, tested)

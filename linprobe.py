@@ -389,9 +389,8 @@ def knn(train, labels, test, settings, seed, classes, temperature=0.07):
     largest = max(setting["k"] for setting in settings)
     voted = []
     for chunk in test.split(256):
-        similarity, index = (chunk @ train.T).topk(
-            min(largest, len(train)), dim=1
-        )  # the nearest first
+        # the nearest first
+        similarity, index = (chunk @ train.T).topk(min(largest, len(train)), dim=1)
         weight = ((similarity - 1) / temperature).exp()
         near = labels[index]
         of_chunk = []
@@ -554,10 +553,8 @@ def build_encoder(args):
     path = Path(args.checkpoint)
     untrained = args.checkpoint == "none"
     file = path
-    for candidate in (
-        path / "pytorch_model.bin",
-        path / "model.safetensors",
-    ):  # the latter if there are both
+    for candidate in (path / "pytorch_model.bin", path / "model.safetensors"):
+        # the latter if there are both
         if candidate.is_file():
             file = candidate
     if not untrained and not file.is_file():
@@ -769,9 +766,8 @@ def probe_all(videos, arrays, heads, args):
     labels = torch.tensor(labels, device=args.device)
     truth = torch.tensor(truth, device=args.device)
 
-    train = torch.from_numpy(arrays["train"]["features"]).to(args.device)[
-        rows
-    ]  # [N, D] or [N, A, D]
+    # [N, D] or [N, A, D]
+    train = torch.from_numpy(arrays["train"]["features"]).to(args.device)[rows]
     train = train.reshape(len(rows), -1, train.shape[-1])  # [N, 1 or A, D]
     test = torch.from_numpy(arrays["test"]["features"]).to(args.device).nan_to_num(0.0)
     test = test[:, None]  # [N', 1, D]

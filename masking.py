@@ -30,14 +30,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-RATIOS = {
-    "random": 0.9,
-    "tube": 0.9,
-    "text": 0.6,
-    "text-inverse": 0.6,
-    "motion": 0.75,
-    "flow": 0.9,
-}  # each one's own default
+# each one's own default
+RATIOS = {"random": 0.9, "tube": 0.9, "text": 0.6, "text-inverse": 0.6, "motion": 0.75, "flow": 0.9}
 
 
 def masked_count(ratio, grid):
@@ -56,9 +50,8 @@ def top_k_mask(score, count, noise):
     lowest of noise [..., M] come first."""
     shuffled = noise.argsort(dim=-1)
     ranks = score.gather(-1, shuffled).argsort(dim=-1, descending=True, stable=True)
-    chosen = shuffled.gather(
-        -1, ranks[..., :count]
-    )  # a stable sort keeps the shuffled order of equals
+    # a stable sort keeps the shuffled order of equals
+    chosen = shuffled.gather(-1, ranks[..., :count])
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
@@ -147,9 +140,8 @@ def trace_to_middle(motion):
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
     at = token_centres((t, h, w), motion.device).expand(batch, t, h * w, 2).unflatten(2, (h, w))
-    now = torch.arange(
-        t, device=motion.device, dtype=torch.float32
-    )  # the slice that each trace is in
+    # the slice that each trace is in
+    now = torch.arange(t, device=motion.device, dtype=torch.float32)
     for _ in range(middle):
         direction = (middle - now).sign()  # 1: forwards, -1: backwards, 0: it is there
         between = now + 0.5 * direction  # the motion from one slice to the next is that half way
@@ -185,9 +177,8 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     away = (
         torch.where(outside, still, traced)[:, :, :, None] - bumps[:, None, None]
     )  # [B, t, h*w, V, 2]
-    away = (
-        (away * torch.tensor([w, h], device=noise.device)).square().sum(-1).amin(-1)
-    )  # [B, t, h*w], in tokens squared
+    # [B, t, h*w], in tokens squared
+    away = (away * torch.tensor([w, h], device=noise.device)).square().sum(-1).amin(-1)
     return top_k_mask(away, count, noise.view(-1, t, h * w)).flatten(1)
 
 
@@ -290,9 +281,8 @@ def cut_motion(field, times, box, flip, grid, seconds):
     dx, dy = (cut_maps(field[:, :, axis], times, box, flip, grid) for axis in (0, 1))
     dx = torch.where(flip[:, None, None, None], -dx, dx)
     gaps = times.float().diff(dim=1)
-    gaps = (
-        torch.cat([gaps, gaps[:, -1:]], 1) if grid[0] > 1 else torch.zeros_like(times)
-    )  # a clip's end may stand still
+    # a clip's end may stand still
+    gaps = torch.cat([gaps, gaps[:, -1:]], 1) if grid[0] > 1 else torch.zeros_like(times)
     scale = (gaps * seconds[:, None])[:, :, None] / (box[:, 2:] - box[:, :2])[:, None]  # [B, t, 2]
     return torch.stack([dx, dy], 2) * scale[..., None, None]
 
@@ -364,9 +354,8 @@ def draw_strip(tiles, slices, title):
     frames, size = tiles["clip"].shape[:2]
     side = tile_side(size)
     step = side + 4
-    letters = min(
-        max(14, slices * step // 55), max(14, side // 4)
-    )  # read when shrunk to a page, too
+    # read when shrunk to a page, too
+    letters = min(max(14, slices * step // 55), max(14, side // 4))
     font = ImageFont.load_default(size=letters)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     names = {name: wrap(name, font, side, lines=3) for name in tiles}
@@ -673,9 +662,8 @@ def preview(argv=None):
 
 
 def main(argv=None):
-    from tgm.run import (
-        one_line_errors,
-    )  # only the preview needs more of ours: the masks stand alone
+    # only the preview needs more of ours: the masks stand alone
+    from tgm.run import one_line_errors
 
     one_line_errors(preview)(argv)
 

@@ -29,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as VideoMAE
 EPS = 1e-6  # every LayerNorm, and the target's deviation
-CUBES = dict(
-    frames=16, stride=4, image_size=224, tubelet=2, patch=16
-)  # stride: a habit of the data, not of the model
-SIZES = {  # decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
+# stride: a habit of the data, not of the model
+CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)
+# decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
+SIZES = {
     "tiny": dict(
         CUBES,
         frames=8,
@@ -64,9 +64,9 @@ SIZES = {  # decoders as in VideoMAE's pretraining scripts; tiny is the toy worl
 def normalize(video):
     """uint8 [B,3,T,H,W] -> float32 less ImageNet's mean over its deviation, on the video's own device."""
     out = torch.empty_like(video, dtype=torch.float32)
-    for c in range(
-        3
-    ):  # by Python scalars: a tensor of constants would be copied to the GPU, and waited for, each step
+    for c in range(3):
+        # by Python scalars: a tensor of constants would be copied to the GPU, and waited for, each
+        # step
         out[:, c] = (video[:, c] / 255 - MEAN[c]) / STD[c]
     return out
 
@@ -92,9 +92,8 @@ def split_mask(mask, visible=None):
     kept = mask.shape[1] - mask.sum(dim=1)
     visible = int(kept[0]) if visible is None else visible
     torch._assert_async((kept == visible).all(), f"mask: not every row keeps {visible} tokens")
-    order = (
-        mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
-    )  # False sorts before True
+    # False sorts before True
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
     return order[:, :visible], order[:, visible:]
 
 
@@ -111,9 +110,8 @@ def sincos_table(n, width):
 
 
 class Linear(nn.Linear):
-    def reset_parameters(
-        self,
-    ):  # VideoMAE's initialisation; its Conv3d and LayerNorm keep PyTorch's defaults
+    def reset_parameters(self):
+        # VideoMAE's initialisation; its Conv3d and LayerNorm keep PyTorch's defaults
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -299,9 +297,8 @@ class VideoMAE(nn.Module):
             self.encoder.num_tokens,
         )
         self.config = c
-        self.encoder_to_decoder = nn.Linear(
-            c["width"], c["decoder_width"], bias=False
-        )  # PyTorch's init, as VideoMAE
+        # PyTorch's init, as VideoMAE
+        self.encoder_to_decoder = nn.Linear(c["width"], c["decoder_width"], bias=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, c["decoder_width"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder = Transformer(c["decoder_width"], c["decoder_depth"], c["decoder_heads"])
@@ -384,9 +381,8 @@ class VideoViT(Encoder):
         super().__init__(size, frames, image_size, drop_path)
         self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.config["width"], eps=EPS)
         self.dropout, self.head = nn.Dropout(head_dropout), Linear(self.config["width"], classes)
-        nn.init.trunc_normal_(
-            self.head.weight, std=2e-5
-        )  # VideoMAE's 0.02 * 0.001: starts from uniform predictions
+        # VideoMAE's 0.02 * 0.001: starts from uniform predictions
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, video):
         """video [B,3,T,H,W] normalised -> logits [B,classes]."""

@@ -128,9 +128,8 @@ class Clips(TrainingClips):
         """One crop, flip, caption and mask noise of a decoded clip; all randomness from `seed`."""
         args, (height, width) = self.args, frames.shape[-2:]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed also asks for accelerators: 0.5 ms where there are none
+            # torch.manual_seed also asks for accelerators: 0.5 ms where there are none
+            torch.default_generator.manual_seed(seed)
             if args.crop == "resized":
                 top, left, h, w = v2.RandomResizedCrop.get_params(
                     frames, scale=tuple(args.crop_scale), ratio=(3 / 4, 4 / 3)
@@ -162,9 +161,8 @@ class Clips(TrainingClips):
         if self.text is not None:
             view["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))
         if self.saliency is not None:
-            view["saliency"] = torch.from_numpy(
-                self.saliency[row, caption].copy()
-            )  # float16 [S, G, G]
+            # float16 [S, G, G]
+            view["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())
         if self.motion is not None:
             view["motion"] = torch.from_numpy(self.motion[row].copy())  # float16 [S, 2, G, G]
         for kind in ("saliency", "motion"):
@@ -440,9 +438,8 @@ def refuse_gigabytes(args, ranks_here):
     memory = machine_memory()
     batch = batch_bytes(args.batch_size, args.repeat, frames, pixels) * ranks_here
     tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
-    table = (
-        3 * 8 * tokens * config["width"]
-    )  # sines and cosines in float64, and what they are chosen into
+    # sines and cosines in float64, and what they are chosen into
+    table = 3 * 8 * tokens * config["width"]
     if batch > memory:
         raise RunError(
             f"one batch is {batch / 1e9:.0f} GB of pixels ({ranks_here} ranks x {args.batch_size} videos x {args.repeat} "
@@ -795,9 +792,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     if rank == 0:
         make_folder(log_path.parent)
         hold(checkpoint_path)
-        if (
-            args.resume == "none" and checkpoint_path.exists()
-        ):  # at once: a kill must not leave it for --resume auto
+        if args.resume == "none" and checkpoint_path.exists():
+            # at once: a kill must not leave it for --resume auto
             checkpoint_path.replace(checkpoint_path.with_suffix(".old.pt"))
             say(f"note         the old checkpoint is now {checkpoint_path.with_suffix('.old.pt')}")
         args_path = log_path.with_name("args.json")
@@ -837,7 +833,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
     failed = set()  # rows that could not be read, of all ranks
     newly_failed = set()  # since the last log line: of this rank
-    window = []  # since the last log line: the losses and the gradient's norm of each step, on the device
+    # since the last log line: the losses and the gradient's norm of each step, on the device
+    window = []
     used = []  # since the last log line: the rows of each step
     began = time.time()
     data_time = 0.0
@@ -888,9 +885,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         if not saves and step % args.log_every != 0:
             continue
         stats = torch.stack(window)  # [steps, 3]
-        judged = (
-            stats[:, :2] if scaler.is_enabled() else stats
-        )  # fp16's scaler skips infinite gradients
+        # fp16's scaler skips infinite gradients
+        judged = stats[:, :2] if scaler.is_enabled() else stats
         finite = judged.isfinite().all(1)
         counts = torch.tensor([len(newly_failed - failed), 0.0], device=device)
         counts[1] = (~finite).any()
@@ -954,7 +950,8 @@ lr           {args.lr:.3g} = {args.blr:g} x {videos_per_step} videos / 256, down
         window, used, newly_failed = [], [], set()
         began, data_time = time.time(), 0.0
     if ranks > 1:
-        wait_for_ranks()  # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
+        # torchrun ends the others as soon as one has ended by a signal: only when rank 0 has saved
+        wait_for_ranks()
         dist.destroy_process_group()
     if stopped:
         stop.end()

@@ -501,9 +501,9 @@ def main(argv=None):
             "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         )
     )
-    if (
-        ranks > 1
-    ):  # ranks only wait for one another, at the start and at the end of work of very different length
+    if ranks > 1:
+        # ranks only wait for one another, at the start and at the end of work of very different
+        # length
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
 
     prefix, written = args.out or Path(args.data).with_suffix(""), {}
@@ -527,7 +527,8 @@ def main(argv=None):
         )
 
     there = filled(array)
-    wait_for_ranks()  # until all have read: the rows that one of them fills would change the others' parts
+    # until all have read: the rows that one of them fills would change the others' parts
+    wait_for_ranks()
     todo = part_of_rank([video for video in able if not there[video.row]], rank, ranks)
     if rank == 0:
         print(f"{says}, on {device}: {len(videos)} videos, {len(todo)} to do on rank 0 of {ranks}")
@@ -551,9 +552,8 @@ def main(argv=None):
     wait_for_ranks()
     if rank == 0:
         path = next(path for path, memory in written.items() if memory is array)
-        done = int(
-            filled(open_rows(path)).sum()
-        )  # opened again: on a network disk it may not show yet what other nodes wrote
+        # opened again: on a network disk it may not show yet what other nodes wrote
+        done = int(filled(open_rows(path)).sum())
         print(
             *(f"{path} {list(memory.shape)}" for path, memory in written.items()),
             sep=", ",

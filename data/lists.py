@@ -16,13 +16,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-EXTENSIONS = (
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-)  # of a video that is there twice, the first of these is taken
+# of a video that is there twice, the first of these is taken
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
 class Row(NamedTuple):
@@ -162,10 +157,8 @@ class Videos:
         if not os.path.isdir(folder):
             sys.exit(f"{folder}: no such folder (--videos sets the folder of the videos)")
         self.folder, self.classes = folder, {self._plain(name) for name in classes}
-        real, base = (
-            os.path.realpath(folder),
-            os.path.realpath(out),
-        )  # ".." after a symbolic link is its target's parent
+        # ".." after a symbolic link is its target's parent
+        real, base = (os.path.realpath(folder), os.path.realpath(out))
         try:
             self._prefix = os.path.relpath(real, base)
         except ValueError:  # another drive

@@ -43,16 +43,8 @@ from tgm.run import (
 SIZE, FRAMES, FPS = 64, 20, 10
 ACTIONS = ("move left", "move right", "move up", "move down", "grow", "shrink", "spin", "shake")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "moon", "bar")
-SCENES = (
-    "stripes",
-    "checks",
-    "dots",
-    "waves",
-    "bricks",
-    "hills",
-    "mesh",
-    "sky",
-)  # SCENES[i] is the home of SHAPES[i]
+# SCENES[i] is the home of SHAPES[i]
+SCENES = ("stripes", "checks", "dots", "waves", "bricks", "hills", "mesh", "sky")
 COLOURS = {
     "red": (215, 45, 45),
     "green": (40, 165, 60),

@@ -119,9 +119,8 @@ def train_clip(folder, seed, steps, batch=128, lr=7e-4):
 
     train(model, loss_fn, seed, steps, batch, lr, "clip")
     state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
-    state["visual.positional_embedding"] = (
-        model.visual.positional_embedding.data
-    )  # float32: --image-size interpolates it
+    # float32: --image-size interpolates it
+    state["visual.positional_embedding"] = model.visual.positional_embedding.data
     save_file(state, folder / "open_clip_model.safetensors")
 
 
@@ -159,9 +158,8 @@ def train_blip(folder, seed, steps, batch=128, lr=7e-4):
             image_text_hidden_size=128,
         )
     )
-    torch.nn.init.normal_(
-        model.vision_model.embeddings.position_embedding, std=0.3
-    )  # shapes need places; its own is 1e-10
+    # shapes need places; its own is 1e-10
+    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding, std=0.3)
     model.scaffold = torch.nn.Linear(128, len(toy.COLOURS) * len(toy.SHAPES))
     classes = {
         f"a {colour} {shape}": index

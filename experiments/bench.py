@@ -52,10 +52,7 @@ import masking
 import model as models
 import pretrain
 import saliency
-from tgm import (
-    manifest,
-    prepare,
-)
+from tgm import manifest, prepare
 from tgm.sampling import EpochBatches
 from tgm.video import VideoReader
 
@@ -226,12 +223,13 @@ def sample(args, temporary):
     paths, rows = list(files), []
     one, four = (clip_dataset(paths, temporary, "--repeat", repeat) for repeat in "14")
     key = lambda i: (i // len(paths), i % len(paths))  # (epoch, row)
+    # our place
     its = lambda i: peers.videomae_sample(
         paths[i % len(paths)],
         peers.clip_frames(
             files[paths[i % len(paths)]], np.random.default_rng([0, *key(i), 0]).random()
         ),
-    )  # our place
+    )
     if row := missing("a training sample", peer, lambda: its(0)):
         return [row]
     count = max(args.repeats, len(paths))
@@ -327,9 +325,8 @@ def base_step(keep, ratio, dtype, folder, batch):
 def step_memory(*args):
     """MB that a model and its first step take at their peak, in a process of its own."""
     _ = importlib.import_module("transformers").VideoMAEForPreTraining  # imported lazily, by name
-    peak = lambda: (
-        int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
-    )  # ru_maxrss begins at the parent's
+    # ru_maxrss begins at the parent's
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
     before = peak()
     base_step(*args)()
     return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else peak() - before
@@ -720,12 +717,10 @@ def paper(args, temporary):
     """Disk and FLOPs are exact. Hours assume GPUs of 312 TFLOP/s (A100, bf16), of which training and CLIP get 40 % and BLIP 20 %:
     assumed, not measured. Cores come from the sections sample and reencode of bench.json."""
     rows, seen = [], json.loads(args.out.read_text()) if args.out.exists() else {}
-    vit = lambda n, depth=12, width=768: (
-        depth * (12 * n * width**2 + 2 * n**2 * width)
-    )  # multiply-adds of n tokens
-    blip = 3 * (
-        vit(577) + 577 * 768**2 + 24 * 577 * 768**2 + 20 * (12 * 14 * 768**2 + 768 * 30524)
-    )  # 3 frames, 20 tokens each
+    # multiply-adds of n tokens
+    vit = lambda n, depth=12, width=768: depth * (12 * n * width**2 + 2 * n**2 * width)
+    # 3 frames, 20 tokens each
+    blip = 3 * (vit(577) + 577 * 768**2 + 24 * 577 * 768**2 + 20 * (12 * 14 * 768**2 + 768 * 30524))
     clip = 16 * (vit(197) + 196 * 768**2)  # 16 moments
     hours = lambda clips, macs, part, gpus: clips * 2 * macs / (gpus * 312e12 * part) / 3600
     with torch.device("meta"):

@@ -36,7 +36,8 @@ CONTROLS = ("shuffled", "no-text", "truth")
 
 
 class Cell(NamedTuple):
-    mask: str  # a mask of masking.py; "untrained": no pretraining; "supervised": labels alone, for longer
+    # a mask of masking.py; "untrained": no pretraining; "supervised": labels alone, for longer
+    mask: str
     ratio: float = 0.0
     saliency: str = "own"  # or one of CONTROLS
     nce: float = 0.0
@@ -259,9 +260,8 @@ def side_by_side(tasks, args, what, until=math.inf):
         contextlib.ExitStack() as stack,
     ):
         submit = None
-        if (
-            args.jobs > 1 and tasks
-        ):  # processes that end with the last task, and with them their locks on what they wrote
+        if args.jobs > 1 and tasks:
+            # processes that end with the last task, and with them their locks on what they wrote
             submit = stack.enter_context(
                 ProcessPoolExecutor(
                     args.jobs,

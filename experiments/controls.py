@@ -95,9 +95,8 @@ def no_text(args, videos, moments):
 
 def truth(args, videos, moments, grid):
     """-> (maps [N, S, G, G], what made them)."""
-    masks = np.load(
-        companion(args.data, "masks.npy"), mmap_mode="r"
-    )  # [N, 20, 64, 8] of packed bits
+    # [N, 20, 64, 8] of packed bits
+    masks = np.load(companion(args.data, "masks.npy"), mmap_mode="r")
     frames = ((np.arange(moments) + 0.5) * toy.FRAMES / moments).astype(int)
     bits = np.unpackbits(masks[:, frames], axis=-1).reshape(
         len(videos), moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid

@@ -30,9 +30,8 @@ def make_videos(folder, count=10, size=(256, 340), frames=300, gops=(250, 70)):
     """H.264 files of toy scenes, in FFmpeg's defaults but for the key frames."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(count):
-        images = toy.render(toy.scene(0, "val", row), 1 - abs(np.arange(frames) / 60 % 2 - 1))[
-            0
-        ]  # to and fro
+        # to and fro
+        images = toy.render(toy.scene(0, "val", row), 1 - abs(np.arange(frames) / 60 % 2 - 1))[0]
         with av.open(str(folder / f"{row:02}.mp4"), "w") as container:
             stream = container.add_stream(
                 "libx264", rate=30, options={"g": str(gops[row % len(gops)]), "threads": "1"}
@@ -62,9 +61,8 @@ def find_videos(source, temporary):
     for path in paths:
         with av.open(path) as container:
             stream = container.streams.video[0]
-            if (
-                stream.codec_context.name != "h264" or len(container.streams.video) > 1
-            ):  # of several, peers take different ones
+            if stream.codec_context.name != "h264" or len(container.streams.video) > 1:
+                # of several, peers take different ones
                 continue
             packets = [
                 (packet.pts, packet.is_keyframe)

@@ -56,10 +56,11 @@ import masking
 from tgm.arrays import companion
 from tgm.manifest import ManifestError
 
+# experiments/evaluation.py's
 LIGHT = (
     "--size tiny --batch-size 32 --repeat 2 --blr 8e-3 --warmup-epochs 1 --layer-decay 0.9 --no-flip --crop-scale 0.5 1 --mixup 0 "
     "--cutmix 0 --erase 0 --rand-augment 0 0 --views 2 1"
-)  # experiments/evaluation.py's
+)
 TIERS = {
     "laptop": dict(  # 24,000 clips a cell: 80 to 100 s on one core; probes 13 s
         seeds=4,

@@ -39,10 +39,8 @@ def thin(monkeypatch):
 
 
 def test_pairs_alternate_and_the_warm_up_is_not_counted(monkeypatch):
-    calls, clock = (
-        [],
-        iter(np.cumsum([0] + [1, 100] * 100)),
-    )  # a second for a call, a hundred between two
+    # a second for a call, a hundred between two
+    calls, clock = ([], iter(np.cumsum([0] + [1, 100] * 100)))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     seconds = bench.pairs(
         lambda i: calls.append(("ours", i)), lambda i: calls.append(("peer", i)), 3
@@ -159,11 +157,12 @@ def test_steps_equal_transformers(thin, tmp_path):
     assert first[1] == pytest.approx(first[0], rel=1e-5) and first[2] != pytest.approx(
         first[0], rel=1e-5
     )
+    # so did the optimiser
     assert (
         ours().item()
         == pytest.approx(theirs().item(), rel=1e-4)
         != pytest.approx(first[0], rel=1e-4)
-    )  # so did the optimiser
+    )
 
 
 def test_sections_of_steps(thin, monkeypatch, tmp_path):
@@ -196,9 +195,10 @@ def test_sections_of_steps(thin, monkeypatch, tmp_path):
 def test_the_loaders_clips_are_counted_and_manifests_weighed(videos, tmp_path):
     dataset = bench.clip_dataset(sorted(map(str, videos.iterdir())) * 2, tmp_path)
     marks = list(bench.load_clips(dataset, 1, 2, 6))
+    # whole epochs of 4
     assert [clips for clips, _ in marks] == [2, 4, 6, 8] and all(
         len(pids) == 1 for _, pids in marks
-    )  # whole epochs of 4
+    )
     (tmp_path / "rows.csv").write_text("path\n" + "a.mp4\n" * 7)
     assert bench.manifest_cost(tmp_path / "rows.csv")[0] == 7 and bench.resident() > 50
 

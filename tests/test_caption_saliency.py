@@ -43,9 +43,8 @@ def test_captions_go_on_after_a_kill_and_share_work_over_ranks(world, copy):
     out = run("caption.py", "--model", BLIP, "--workers", 0, "--batch-size", 4, cwd=copy, ranks=2)
     assert "32 videos, 10 done before, 2 ranks" in out
     assert (copy / "data/train.captions.jsonl").read_text() == expected
-    assert "32 videos captioned, 0 failed" in run(
-        "caption.py", "--model", BLIP, cwd=copy
-    )  # again: nothing to do
+    # again: nothing to do
+    assert "32 videos captioned, 0 failed" in run("caption.py", "--model", BLIP, cwd=copy)
 
 
 def test_a_bad_video_is_recorded_and_tried_again(copy):
@@ -270,9 +269,8 @@ def test_saliency_goes_on_and_ranks_fill_their_own_rows(world, copy):
     array[5:20] = np.nan
     array.flush()
     out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, cwd=copy, ranks=2)
-    assert (
-        "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
-    )  # of rows 5 to 19, the even ones
+    # of rows 5 to 19, the even ones
+    assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
     assert (
         np.array_equal(np.load(path)[:5], expected[:5])
         and np.abs(np.load(path) - expected).max() < 2e-3
@@ -300,9 +298,8 @@ def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
     )
     maps = np.load(tmp_path / "x.saliency.npy")
     assert maps.shape == (24, 3, 1, 12, 12)
-    assert (
-        np.isfinite(maps).reshape(24, -1).all(1).tolist() == [True] * 4 + [False] * 20
-    )  # --max-steps 1
+    # --max-steps 1
+    assert np.isfinite(maps).reshape(24, -1).all(1).tolist() == [True] * 4 + [False] * 20
 
 
 def test_saliency_refuses(copy):

@@ -13,9 +13,8 @@ from tgm.video import VideoError, read_frames
 
 def test_clip_times_lie_in_the_span_and_the_last_moment_repeats():
     assert sampling.clip_times(2, 12, 10, 4, 5, 0.0).tolist() == pytest.approx([2, 2.5, 3, 3.5])
-    assert sampling.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx(
-        [10, 10.5, 11, 11.5]
-    )  # the window is 2 s wide
+    # the window is 2 s wide
+    assert sampling.clip_times(2, 12, 10, 4, 5, 1.0).tolist() == pytest.approx([10, 10.5, 11, 11.5])
     assert sampling.clip_times(2, 12, 10, 4, 5, 0.5)[0] == pytest.approx(6)
     short = sampling.clip_times(1, 1.4, 10, 4, 2, 0.7)
     assert short.tolist() == pytest.approx([1, 1.2, 1.35, 1.35])  # 0.35: inside the last frame

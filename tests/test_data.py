@@ -328,9 +328,8 @@ def test_kinetics_what_is_not_there(script, tmp_path):
         "videos/abseiling/x_000000_000010.mp4 (--videos sets the folder)"
     )
     touch(tmp_path / "videos", "x.mp4")
-    line = script(
-        "kinetics", "--out", "lists", fails=True
-    )  # the official train.csv is not to be lost
+    # the official train.csv is not to be lost
+    line = script("kinetics", "--out", "lists", fails=True)
     assert (
         line
         == "lists/train.csv: is there and is no manifest: not overwritten (--out sets another folder)"
@@ -878,11 +877,8 @@ def test_folder(script, tmp_path):
         "train": "2",
         "walk": "3",
     }
-    assert {label for _, label, *_ in val} == {
-        "1",
-        "2",
-        "3",
-    }  # every class with two files has both sides
+    # every class with two files has both sides
+    assert {label for _, label, *_ in val} == {"1", "2", "3"}
     assert (tmp_path / "out/classes.txt").read_text() == "one\nrun, fast\ntrain\nwalk\n"
     assert "1 videos are in no class folder: left out" in printed
     assert "1 classes are not in both train and val: one\n" in printed
@@ -916,10 +912,8 @@ def test_folder_groups(script, tmp_path):
             "g04",
             "g07",
         }
-        assert {row[1] for row in rows(tmp_path / "out/val.csv")} == {
-            "0",
-            "1",
-        }  # one group of each class
+        # one group of each class
+        assert {row[1] for row in rows(tmp_path / "out/val.csv")} == {"0", "1"}
 
 
 def test_folder_given_split(script, tmp_path):
@@ -943,9 +937,8 @@ def test_folder_given_split(script, tmp_path):
     )
     script("folder", annotations=False)
     (tmp_path / "videos/validation").rename(tmp_path / "other")
-    script(
-        "folder", annotations=False
-    )  # the only other folder is the test set, which serves as val
+    # the only other folder is the test set, which serves as val
+    script("folder", annotations=False)
     assert rows(tmp_path / "out/val.csv") == [("test/b/4_c1.mp4", "1", None, None)]
 
 

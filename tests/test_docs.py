@@ -65,9 +65,8 @@ def test_files_can_be_copied_out(row, tmp_path):
         "tqdm",
         "transformers",
     }
-    blocked = (
-        installed - needs - ({"numpy", "PIL"} if "torch" in needs else set())
-    )  # torch and torchvision bring these along
+    # torch and torchvision bring these along
+    blocked = installed - needs - ({"numpy", "PIL"} if "torch" in needs else set())
     code = f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\nimport {ours[0].removesuffix('.py').replace('/', '.')} as copied\nprint(copied.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -128,6 +127,5 @@ def test_the_studys_figures_are_those_of_its_runs():
         )
     figures = re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", README)
     assert not [figure for figure in figures if figure not in page]
-    assert (
-        len(figures) > 10 or "answers are withdrawn" in README
-    )  # no figures only while the study's answers do not stand
+    # no figures only while the study's answers do not stand
+    assert len(figures) > 10 or "answers are withdrawn" in README

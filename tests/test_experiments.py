@@ -53,7 +53,9 @@ def test_share_and_constancy_of_known_masks(scenes):
     ).all()
     alternate = nothing.view(40, 8, 64).clone()
     alternate[:, ::2] = (
-        True  # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see nothing
+        # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see
+        # nothing
+        True
     )
     assert np.allclose(masks.constancy(alternate.flatten(1), scenes), 6 / 22)
 
@@ -64,9 +66,8 @@ def test_points_stay_on_the_object(scenes):
         at = masks.object_points(sc)
         assert at.shape[0] == 8 and at.shape[1] > 100
         x, y = at.astype(int).transpose(2, 0, 1)
-        assert (
-            drawn[np.arange(8)[:, None], y, x].mean() > 0.93
-        )  # but for those in pixels that the edge cuts
+        # but for those in pixels that the edge cuts
+        assert drawn[np.arange(8)[:, None], y, x].mean() > 0.93
 
 
 def test_the_true_field_explains_the_pictures(tmp_path):

@@ -249,9 +249,8 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         options={"g": "1000", "sc_threshold": "0"},
     )
     now = [0.0]
-    monkeypatch.setattr(
-        video, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0]
-    )  # each look at the clock is a second
+    # each look at the clock is a second
+    monkeypatch.setattr(video, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
     with VideoReader(path, timeout=900) as reader:
         assert reader.read([29.0]).shape == (1, 64, 64, 3)
         with pytest.raises(VideoError, match=f"^{path}: reading it takes more than 900 s"):

@@ -167,9 +167,8 @@ def test_a_video_that_failed_may_be_put_right(copy):
     ]
     shutil.copy(copy / "data" / names[1], copy / "data/bad.mp4")
     for stage in stages:
-        run(
-            *stage, *(("--resume", "none") if "--clip" in stage else ()), cwd=copy
-        )  # since the captions are others
+        # since the captions are others
+        run(*stage, *(("--resume", "none") if "--clip" in stage else ()), cwd=copy)
     size = os.stat(copy / "data/bad.mp4").st_size
     for kind in ("captions", "motion", "saliency"):
         assert json.loads((copy / f"data/few.{kind}.json").read_text())["files"][1] == size
@@ -420,9 +419,8 @@ def test_captions_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
             "disk/x.jsonl: cannot be written (No space left on device): what it would hold is in x.jsonl.part-*",
         ),
     ):
-        done, _ = mounted(
-            disks, {"disk": f"size={size}"}, command
-        )  # the .json, and with 8k all captions in a part
+        # the .json, and with 8k all captions in a part
+        done, _ = mounted(disks, {"disk": f"size={size}"}, command)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1] == expected
     done, _ = mounted(disks, {"disk": READ_ONLY}, command)
@@ -656,9 +654,8 @@ def test_ranks_take_contiguous_rows_when_a_run_with_gaps_is_gone_on_with(copy):
     expected = path.read_text()
     lines = expected.splitlines()
     path.unlink()
-    for rank, rows in enumerate(
-        ((0, 1, 2, 3), (16, 17, 18, 19), (9, 30))
-    ):  # as three ranks left it
+    for rank, rows in enumerate(((0, 1, 2, 3), (16, 17, 18, 19), (9, 30))):
+        # as three ranks left it
         text = "".join(json.dumps({"row": row} | json.loads(lines[row])) + "\n" for row in rows)
         path.with_name(f"{path.name}.part-{rank}").write_text(text)
     command = (*STAGES["captions"], "--batch-size", 4)

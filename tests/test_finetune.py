@@ -202,10 +202,11 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
 
 def test_scores_against_loops():
     generator = torch.Generator().manual_seed(0)
+    # class 6 is absent
     probabilities, labels = (
         torch.rand(200, 7, generator=generator),
         torch.randint(-1, 6, (200,), generator=generator),
-    )  # class 6 is absent
+    )
     probabilities[5] = probabilities[11] = math.nan
     result = evaluation.score(probabilities, labels, 7)
     top1 = top5 = 0
@@ -299,9 +300,8 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
     lines = log(tmp_path / "ft")
     assert [line["step"] for line in lines if "val_top1" in line] == [4, 8, 12]
     best = torch.load(tmp_path / "ft/best.pt", weights_only=True)
-    first = max(
-        (line for line in lines if "val_top1" in line), key=lambda line: line["val_top1"]
-    )  # of equals, the first
+    # of equals, the first
+    first = max((line for line in lines if "val_top1" in line), key=lambda line: line["val_top1"])
     assert best["best"] == first["val_top1"] and best["step"] == first["step"]
     groups = torch.load(tmp_path / "ft/checkpoint.pt", weights_only=True)["optimizer"][
         "param_groups"
@@ -384,6 +384,7 @@ def test_two_ranks_test_as_one_does(copy):
 
 
 def test_two_ranks_train_as_one_does(copy):
+    # which know one rank's batch
     flags = [
         *TINY,
         "--max-steps",
@@ -397,7 +398,7 @@ def test_two_ranks_train_as_one_does(copy):
         "--views",
         1,
         1,
-    ]  # which know one rank's batch
+    ]
     flags[flags.index("--batch-size") + 1] = 16
     run("finetune.py", *flags, "--out", "one", cwd=copy)
     flags[flags.index("--batch-size") + 1] = 8
@@ -467,9 +468,8 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
     )
     steps = [line["step"] for line in log(tmp_path / "parts") if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 12
-    run(
-        "finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto"
-    )  # nothing left: it only tests
+    # nothing left: it only tests
+    run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
 
 
 def start(*args, cwd):
@@ -566,9 +566,8 @@ def test_label_smoothing_reaches_the_loss(world, tmp_path):
     )
     for name, smoothing in (("hard", 0), ("soft", 0.5)):
         run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
-    hard, soft = (
-        log(tmp_path / name)[1]["loss"] for name in ("hard", "soft")
-    )  # the mean of steps 3 and 4
+    # the mean of steps 3 and 4
+    hard, soft = (log(tmp_path / name)[1]["loss"] for name in ("hard", "soft"))
     assert hard != soft and soft < 3
 
 
@@ -800,9 +799,8 @@ def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
         share = targets[0, own[0]].item()
         if 0.001 < share < 0.999:
             assert ((targets > 0).sum(1) == 2).all()
-        seen = torch.stack(
-            [mixed.mean((1, 2, 3, 4)), targets @ torch.arange(8.0)]
-        )  # what is in the clip, and what the target says
+        # what is in the clip, and what the target says
+        seen = torch.stack([mixed.mean((1, 2, 3, 4)), targets @ torch.arange(8.0)])
         assert torch.allclose(*seen, atol=1e-4)
 
 
@@ -939,9 +937,8 @@ def test_resumed_with_other_flags_it_is_refused(copy):
     assert "--flip was False, is True" in refused("--flip")
     assert "was 8 videos a step, is 4" in refused("--batch-size", 4)
     assert "was 8 videos a step, is 16" in refused("--accum", 2)
-    assert "another run: --blr" in run(
-        "finetune.py", *base, "--blr", 1, cwd=copy, fails=True
-    )  # nor is resuming suggested
+    # nor is resuming suggested
+    assert "another run: --blr" in run("finetune.py", *base, "--blr", 1, cwd=copy, fails=True)
     assert "--resume auto goes on" in run("finetune.py", *base, cwd=copy, fails=True)
 
     csv_path = copy / "data/train.csv"
@@ -1242,9 +1239,8 @@ def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     lines = done.stderr.strip().splitlines()
     said = [line for line in lines if line.startswith("skipped: ")]
-    (last,) = [
-        line for line in lines if not line.startswith("skipped: ")
-    ]  # a worker may write after it
+    # a worker may write after it
+    (last,) = [line for line in lines if not line.startswith("skipped: ")]
     if kept == 0:  # said before any work
         assert (
             said == []
@@ -1289,9 +1285,8 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
 def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
     (copy / "run").mkdir()
     if name == "log.jsonl":
-        monkeypatch.setattr(
-            finetune, "keep_log", lambda path, step: None
-        )  # it puts a new file in the link's place
+        # it puts a new file in the link's place
+        monkeypatch.setattr(finetune, "keep_log", lambda path, step: None)
     (copy / "run" / name).symlink_to("/dev/full")
     if name == "test.json":  # of a run: it is taken away when training begins
         run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)

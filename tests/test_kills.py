@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 
-STAGES = {  # the command, and the outputs to compare; batches of one, since a batch's size can change the last bit of a sum
+# the command, and the outputs to compare; batches of one, since a batch's size can change the last
+# bit of a sum
+STAGES = {
     "caption": (
         ("caption.py", "--model", BLIP, "--batch-size", 1, "--workers", 0),
         "data/train.captions.jsonl",
@@ -194,9 +196,8 @@ def kill_and_go_on(name, copy, tmp_path, kills, ranks=1):
         except subprocess.TimeoutExpired:
             if ranks > 1 and (of_ranks := children(process)):
                 os.kill(int(rng.choice(of_ranks)), signal.SIGKILL)
-                _, errors = process.communicate(
-                    timeout=60
-                )  # the other rank does not outlive it by more than torchrun's 30 s
+                # the other rank does not outlive it by more than torchrun's 30 s
+                _, errors = process.communicate(timeout=60)
                 assert (
                     process.returncode == 1 and "exitcode: -9" in errors or process.returncode == 0
                 ), errors
@@ -283,9 +284,8 @@ def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
     os.kill(int(children[-1]), number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and ": saved run/checkpoint.pt at step" in out, errors
-    assert errors.count(f"exitcode  : -{number.value}") == 2, (
-        errors
-    )  # both ranks end by the signal; to torchrun that is a failure
+    # both ranks end by the signal; to torchrun that is a failure
+    assert errors.count(f"exitcode  : -{number.value}") == 2, errors
     assert (
         torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"]
         == log(copy)[-1]["step"]

@@ -44,9 +44,8 @@ def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
     assert result["linear"] > 0.97 and result["linear_chosen"][0] in RATES
     settings = [{"rate": 0.0, "decay": 0.0}, {"rate": 1.0, "decay": 0.0}]
     result = linprobe.repeat("linear", probe, train, labels, test, truth, settings, [0])
-    assert (
-        result["linear_chosen"] == settings[1:] and result["linear"] > 0.97
-    )  # the chosen setting is the one that is used
+    # the chosen setting is the one that is used
+    assert result["linear_chosen"] == settings[1:] and result["linear"] > 0.97
     noise = torch.randn(1500, 1, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
     result = linprobe.repeat(
@@ -79,9 +78,8 @@ def test_linear_is_torchs_batch_norm_and_sgd():
         torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0),
         torch.nn.Linear(16, 3),
     )
-    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[
-        0
-    ]  # no epochs: the initial weights
+    # no epochs: the initial weights
+    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[0]
     assert first[:16].std() == pytest.approx(0.01, rel=0.3) and (first[16] == 0).all()
     layer.weight.data, layer.bias.data = first[:16].T.clone(), first[16].clone()
     optimizer = torch.optim.SGD(
@@ -146,9 +144,8 @@ def test_an_epoch_draws_one_view_of_each_video():
     predicted = linprobe.linear(
         clean, labels, torch.cat([clean, -clean], 1), setting, 0, classes=3, epochs=1
     )
-    assert (
-        len(predicted[0].unique()) == 1
-    )  # a test video is the mean of its views: here always the same
+    # a test video is the mean of its views: here always the same
+    assert len(predicted[0].unique()) == 1
 
 
 # ---- nearest neighbours --------------------------------------------------------------------------------------------------
@@ -169,10 +166,8 @@ def test_knn_votes_by_similarity():
 
 
 def test_knn_is_a_written_out_loop():
-    (train, labels), (test, _) = (
-        blobs(300, spread=4.0),
-        blobs(280, seed=1, spread=4.0),
-    )  # more test videos than a chunk
+    # more test videos than a chunk
+    (train, labels), (test, _) = (blobs(300, spread=4.0), blobs(280, seed=1, spread=4.0))
     train, test = torch.cat([train, train + 1], 1), test / 3
     ks = (1, 5, 20, 1000)
     predicted = linprobe.knn(train, labels, test, [{"k": k} for k in ks], 0, 3)
@@ -208,12 +203,10 @@ def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_tes
     assert (
         result["x"] == 0 and result["x_chosen"] == settings[1:] * 2 and result["x_seeds"] == [0, 0]
     )
-    assert (
-        seen == [(180, 20, set()), (200, 50, set())] * 2
-    )  # chosen on a tenth, then trained anew on the whole
-    assert (
-        linprobe.choose(None, train, None, settings[:1], 0) == settings[0]
-    )  # nothing to choose, nothing trained
+    # chosen on a tenth, then trained anew on the whole
+    assert seen == [(180, 20, set()), (200, 50, set())] * 2
+    # nothing to choose, nothing trained
+    assert linprobe.choose(None, train, None, settings[:1], 0) == settings[0]
 
 
 def test_k_and_rate_are_chosen_with_the_held_out_part():
@@ -352,9 +345,8 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
                     normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None])
                 )[0]
             means.append(tokens.mean(0))
-            pooled.append(
-                tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96)
-            )  # (t h w) 4 4 4 -> 2 2 1
+            # (t h w) 4 4 4 -> 2 2 1
+            pooled.append(tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96))
     features, stored = of(tmp_path, "test.features"), of(tmp_path, "test.tokens")
     assert (features.shape, features.dtype, stored.shape, stored.dtype) == (
         (4, 96),
@@ -377,9 +369,8 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
         2,
         2,
     )
-    assert (
-        max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75
-    )  # the broken one is wrong
+    # the broken one is wrong
+    assert max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75
 
 
 def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
@@ -428,9 +419,8 @@ def test_a_half_made_extraction_goes_on(world, tmp_path):
     assert out == f"16 of 32 videos of {world}/data/train.csv are done; run it again to go on\n"
     array = np.load(half / "train.features.npy", mmap_mode="r+")
     assert np.isfinite(array[:16]).all() and np.isnan(array[16:]).all()
-    assert (
-        not list(half.glob("label.json*")) and not (half / "test.features.npy").exists()
-    )  # no result of a part
+    # no result of a part
+    assert not list(half.glob("label.json*")) and not (half / "test.features.npy").exists()
     array[3] = 7
     del array
     run("linprobe.py", *flags, "--out", half)
@@ -504,9 +494,8 @@ def test_end_to_end(world, tmp_path):
         )
     assert f"{result['majority']:.3f}" in lines["majority"]
     run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path / "again")
-    assert (
-        json.loads((tmp_path / "again/label.json").read_text()) == result
-    )  # a pure function of the seed
+    # a pure function of the seed
+    assert json.loads((tmp_path / "again/label.json").read_text()) == result
 
 
 def test_two_ranks_are_one(world, tmp_path):
@@ -537,10 +526,8 @@ def test_max_steps_ends_with_the_number_of_videos_tried(copy, tmp_path):
         f"{count} of {of} videos of data/{name}.csv are done; run it again to go on"
     )
     assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("train", 8, 32)
-    for batch, last in (
-        (8, tried("train", 23, 32)),
-        (5, tried("val", 10, 24)),
-    ):  # 7 + 16 of 25, then 10 of the last 10
+    for batch, last in ((8, tried("train", 23, 32)), (5, tried("val", 10, 24))):
+        # 7 + 16 of 25, then 10 of the last 10
         children = two_ranks(tmp_path, probing, copy, "--batch-size", batch, "--max-steps", 1)
         assert [child.code(60) for child in children] == [0, 0]
         assert (

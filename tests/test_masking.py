@@ -56,9 +56,8 @@ def test_every_row_masks_the_same_count(name, grid):
 
 def test_counts_of_the_published_ratios():
     assert masking.masked_count(0.9, (8, 14, 14)) == 8 * 176  # VideoMAE's 160 visible tokens
-    assert (
-        masking.masked_count(0.29, (1, 10, 10)) == 29
-    )  # 0.29 * 100 is 28.999999999999996 in floating point
+    # 0.29 * 100 is 28.999999999999996 in floating point
+    assert masking.masked_count(0.29, (1, 10, 10)) == 29
 
 
 def test_random_and_tube():
@@ -67,10 +66,8 @@ def test_random_and_tube():
     assert (tube == tube[:, :1]).all()
     random = make_mask("random", 0.5, 64, (4, 6, 6), generator=generator).view(64, 4, 36)
     assert not (random == random[:, :1]).all() and not (random.sum(2) == 18).all()
-    for mask in (
-        tube,
-        random,
-    ):  # each place is masked about half of the time, and no two samples are alike
+    for mask in (tube, random):
+        # each place is masked about half of the time, and no two samples are alike
         assert (mask.float().mean(0) - 0.5).abs().max() < 0.25
         assert len(mask.flatten(1).unique(dim=0)) == 64
 
@@ -129,9 +126,8 @@ def test_ties_are_broken_by_noise_and_only_ties():
     ).view(200, 4, 4)
     assert mask[:, 0].all()
     assert (mask[:, 1:].float().mean(0) - 5 / 12).abs().max() < 0.15
-    noise = torch.rand(
-        1, 2 * 400, generator=torch.Generator().manual_seed(1)
-    )  # all tied: those of the lowest noise, exactly
+    # all tied: those of the lowest noise, exactly
+    noise = torch.rand(1, 2 * 400, generator=torch.Generator().manual_seed(1))
     mask = make_mask(
         "text", 0.3, 1, (2, 20, 20), saliency=torch.zeros(1, 2, 20, 20), noise=noise
     ).view(2, 400)
@@ -154,28 +150,26 @@ def test_motion_masks_a_window_about_what_moves():
     mask = make_mask("motion", 36 / 196, 1, grid, motion=field, noise=noise).view(8, 14, 14)
     moving = field[0, :, 0] > 0
     assert mask[moving].all() and (mask.sum((1, 2)) == 36).all()
-    for t in range(
-        8
-    ):  # a square of 6 x 6, but for corners that the smoothed centre's fraction decides
+    for t in range(8):
+        # a square of 6 x 6, but for corners that the smoothed centre's fraction decides
         y, x = (mask[t].nonzero()[:, axis] for axis in (0, 1))
         assert max(y.max() - y.min(), x.max() - x.min()) <= 6
     columns = torch.stack([slice_.nonzero()[:, 1].float().mean() for slice_ in mask])
+    # continuous
     assert (
         columns[0] < 5
         and columns[-1] > 7
         and (columns.diff() >= 0).all()
         and columns.diff().max() < 2
-    )  # continuous
+    )
 
 
 def test_camera_motion_does_not_count():
     field = moving_block((4, 8, 8), (0.25, -0.125), lambda t: (2, 2 + t))
     noise = torch.rand(1, 256, generator=torch.Generator().manual_seed(0))
     mask = lambda motion: make_mask("motion", 0.4, 1, (4, 8, 8), motion=motion, noise=noise)
-    for camera in (
-        (0.5, 1.0),
-        (-0.25, 0.125),
-    ):  # with the second the object stands still and all else moves
+    for camera in ((0.5, 1.0), (-0.25, 0.125)):
+        # with the second the object stands still and all else moves
         assert torch.equal(mask(field), mask(field + torch.tensor(camera)[:, None, None]))
 
 
@@ -219,23 +213,20 @@ def test_flow_carries_the_visible_tokens_along():
     grid, noise = (6, 8, 8), torch.rand(20, 6 * 64, generator=torch.Generator().manual_seed(0))
     field = torch.zeros(20, 6, 2, 8, 8)
     still = make_mask("flow", 0.8, 20, grid, motion=field, noise=noise).view(20, 6, 8, 8)
-    bumps = (
-        noise[:, :64].argsort(1).argsort(1).view(20, 8, 8) >= 51
-    )  # the 13 tokens of the highest noise
+    # the 13 tokens of the highest noise
+    bumps = noise[:, :64].argsort(1).argsort(1).view(20, 8, 8) >= 51
     assert torch.equal(~still, bumps[:, None].expand(-1, 6, -1, -1))
     field[:, :, 0] = 1 / 8
     moved = make_mask("flow", 0.8, 20, grid, motion=field, noise=noise).view(20, 6, 8, 8)
     assert torch.equal(~moved[:, 3], bumps)  # the middle slice
     for t in range(6):
         came_from = torch.arange(8) - (t - 3)
-        came_from = torch.where(
-            (came_from >= 0) & (came_from < 8), came_from, torch.arange(8)
-        )  # what came in has the base map
+        # what came in has the base map
+        came_from = torch.where((came_from >= 0) & (came_from < 8), came_from, torch.arange(8))
         carried, visible = bumps[:, :, came_from], ~moved[:, t]
         kept = (visible & carried).sum((1, 2))
-        assert torch.equal(kept, torch.minimum(carried.sum((1, 2)), visible.sum((1, 2)))), (
-            t
-        )  # the count may need more, or fewer
+        # the count may need more, or fewer
+        assert torch.equal(kept, torch.minimum(carried.sum((1, 2)), visible.sum((1, 2)))), t
     tube = make_mask("tube", 0.8, 20, grid, noise=noise).view(20, 6, 8, 8)
     constant = lambda mask: (
         (~mask[:, 2, :, 1:] & ~mask[:, 1, :, :-1]).sum() / (~mask[:, 2, :, 1:]).sum()
@@ -257,11 +248,8 @@ def test_cut_motion_known_answers():
     field = torch.zeros(1, 2, 2, 4, 4)
     field[:, :, 0], field[:, :, 1] = 0.5, -0.25  # frame sizes per second
     field[:, 1] *= 2
-    times, seconds, grid = (
-        torch.tensor([[0.25, 0.5, 0.75]]),
-        torch.tensor([4.0]),
-        (3, 2, 2),
-    )  # one second from slice to slice
+    # one second from slice to slice
+    times, seconds, grid = (torch.tensor([[0.25, 0.5, 0.75]]), torch.tensor([4.0]), (3, 2, 2))
     whole, part = torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.25, 0.5, 0.75, 1.0]])
     cut = masking.cut_motion(field, times, whole, torch.tensor([False]), grid, seconds)
     assert cut.shape == (1, 3, 2, 2, 2)
@@ -275,9 +263,8 @@ def test_cut_motion_known_answers():
     held = masking.cut_motion(
         field, torch.tensor([[0.5, 0.75, 0.75]]), whole, torch.tensor([False]), grid, seconds
     )
-    assert held[0, :, 0, 0, 0].tolist() == pytest.approx(
-        [0.75, 0, 0]
-    )  # a clip past its end stands still
+    # a clip past its end stands still
+    assert held[0, :, 0, 0, 0].tolist() == pytest.approx([0.75, 0, 0])
     assert (
         masking.cut_motion(
             field, torch.tensor([[0.5]]), whole, torch.tensor([False]), (1, 2, 2), seconds
@@ -330,10 +317,8 @@ def test_refusals():
 
 def test_cut_maps_known_answers():
     ramp = (torch.arange(8) + 0.5) / 8
-    across, down = (
-        ramp.expand(2, 8, 8)[None],
-        ramp[:, None].expand(2, 8, 8)[None],
-    )  # value = x, value = y, at two moments
+    # value = x, value = y, at two moments
+    across, down = (ramp.expand(2, 8, 8)[None], ramp[:, None].expand(2, 8, 8)[None])
     whole, still, grid = torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.5]]), (1, 4, 4)
     no, yes = torch.tensor([False]), torch.tensor([True])
     centres = (torch.arange(4) + 0.5) / 4
@@ -344,9 +329,8 @@ def test_cut_maps_known_answers():
     assert torch.allclose(cut_maps(across, still, box, no, grid)[0, 0, 0], 0.25 + centres / 2)
     assert torch.allclose(cut_maps(across, still, box, yes, grid)[0, 0, 0], 0.75 - centres / 2)
     assert torch.allclose(cut_maps(down, still, box, no, grid)[0, 0, :3, 0], 0.5 + centres[:3] / 2)
-    moments = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])[
-        None
-    ]  # measured at a quarter and at three quarters
+    # measured at a quarter and at three quarters
+    moments = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])[None]
     times = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0]])
     assert cut_maps(moments, times, whole, no, (5, 2, 2))[0, :, 0, 0].tolist() == pytest.approx(
         [0, 0, 0.5, 1, 1]
@@ -466,15 +450,15 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
             sample["seconds"],
         )[0]
         clip, (x0, y0, x1, y1) = sample["clip"][0].float(), sample["box"][0].tolist()
-        on = (
-            clip.mean(0).view(4, 2, 6, 16, 6, 16).amin((1, 3, 5)) > 55
-        )  # [t, h, w]: square all over
+        # [t, h, w]: square all over
+        on = clip.mean(0).view(4, 2, 6, 16, 6, 16).amin((1, 3, 5)) > 55
         if not on.any():
             continue
         flips += int(sample["flip"])
+        # 4 frames a slice
         expected = torch.tensor(
             [8 * (-1) ** int(sample["flip"]) / (96 * (x1 - x0)), 4 / (96 * (y1 - y0))]
-        )  # 4 frames a slice
+        )
         errors.append(
             (
                 (cut.transpose(0, 1)[:, on] - expected[:, None]).norm(dim=0) / expected.norm()
@@ -532,13 +516,11 @@ def test_the_preview_draws_every_mask(world, tmp_path):
         )
         with av.open(str(tmp_path / name)) as container:
             moving = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            assert float(container.streams.video[0].average_rate) == pytest.approx(
-                5, rel=0.01
-            )  # 10 a second, every other
+            # 10 a second, every other
+            assert float(container.streams.video[0].average_rate) == pytest.approx(5, rel=0.01)
         assert len(moving) == 8 and moving[0].shape == (3 * (128 + 4 + 20), 3 * (128 + 4), 3)
-        assert (
-            np.abs(moving[0][20:148, :128].astype(float) - moving[7][20:148, :128]).mean() > 1
-        )  # the clip's tile moves
+        # the clip's tile moves
+        assert np.abs(moving[0][20:148, :128].astype(float) - moving[7][20:148, :128]).mean() > 1
     line = run("masking.py", *flags, "--out", tmp_path / "c.png", "--video", "x.what", fails=True)
     assert line == "--video x.what: expected a name that ends in .mp4, .gif, .mov, .mkv"
 
@@ -859,9 +841,8 @@ def test_letters_grow_with_the_picture():
         margin, top = picture.width - slices * step, picture.height - 2 * step
         _, first, right, last = ink(picture, (0, top, margin, top + step))  # "clip"
         heights[size, slices] = (last - first, picture.width)
-        assert (
-            ink(picture, (0, top + step, margin, top + 2 * step))[2] <= margin - 4
-        )  # the longest name is whole
+        # the longest name is whole
+        assert ink(picture, (0, top + step, margin, top + 2 * step))[2] <= margin - 4
         assert margin < step + 20
     assert heights[32, 2][0] >= 10
     for height, width in heights.values():

@@ -396,9 +396,8 @@ def official_state(seed=0):
 @pytest.mark.parametrize("wrap", ["model", "module"])
 def test_official_pretraining_file(tmp_path, wrap):
     state, file = official_state(), tmp_path / "official.pth"
-    torch.save(
-        {wrap: state, "epoch": 1600, "args": argparse.Namespace(lr=1.5e-4)}, file
-    )  # as VideoMAE saves it
+    # as VideoMAE saves it
+    torch.save({wrap: state, "epoch": 1600, "args": argparse.Namespace(lr=1.5e-4)}, file)
     mae, vit = VideoMAE("nano"), VideoViT("nano", classes=3)
     assert set(load_pretrained(mae, file)) == {
         "missing contrastive.proj.weight",
@@ -526,11 +525,8 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     message = refused("does not fit VideoMAE")
     assert "mask_token: file [1, 1, 13], model [1, 1, 12]" in message
     assert "encoder.norm.bias: file [9], model [24]" in message
-    for gone in (
-        "encoder.blocks.1.attn.q_bias",
-        "decoder.norm.bias",
-        "mask_token",
-    ):  # not even part of the decoder
+    for gone in ("encoder.blocks.1.attn.q_bias", "decoder.norm.bias", "mask_token"):
+        # not even part of the decoder
         torch.save({k: v for k, v in state.items() if k != gone}, file)
         refused(f"missing {gone}")
     torch.save(state | {"encoder.blocks.2.attn.q_bias": torch.ones(24)}, file)
@@ -772,10 +768,8 @@ def rank_main(rank, folder):
     torch.save(
         (losses / 2, {k: p.grad for k, p in mae.named_parameters()}), folder / f"rank{rank}.pt"
     )
-    del (
-        out,
-        ddp,
-    )  # no thread of theirs is to want the interpreter while it shuts down: that ends in SIGABRT
+    # no thread of theirs is to want the interpreter while it shuts down: that ends in SIGABRT
+    del (out, ddp)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -849,9 +843,8 @@ def test_checkpointing_changes_no_gradient():
 def test_compiles_to_one_graph_when_told_the_count():
     mae = randomize(VideoMAE("nano", text_dim=5))
     video, mask, text = random_video(mae), random_mask(mae, visible=3), torch.randn(2, 5)
-    compiled = torch.compile(
-        mae, fullgraph=True, backend="aot_eager"
-    )  # a read of the device would break the graph
+    # a read of the device would break the graph
+    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")
     for decoded in (None, mask.nonzero()[:, 1].view(2, -1)[:, 1:4]):
         for a, b in zip(
             compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)
@@ -889,10 +882,8 @@ def test_cost_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     mae = VideoMAE("tiny")
-    from torch.nn.attention import (
-        SDPBackend,
-        sdpa_kernel,
-    )  # torch 2.8 does not count the CPU's fused attention
+    # torch 2.8 does not count the CPU's fused attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     video, mask = random_video(mae, 1), random_mask(mae, 1, visible=28)
     for decoded, count in ((None, None), (mask.nonzero()[None, :18, 1], 18)):
@@ -1062,9 +1053,8 @@ def test_huggingfaces_pipeline_classifies_a_clip_by_name(tmp_path):
     classify = transformers.pipeline("video-classification", model=str(tmp_path))
     assert classify.model.config.label2id == {name: i for i, name in enumerate(names)}
     official_eps(classify.model)
-    frames = frames_of(
-        vit.config
-    )  # as numbers: this transformers decodes files by torchcodec alone
+    # as numbers: this transformers decodes files by torchcodec alone
+    frames = frames_of(vit.config)
     found = classify(frames)
     with torch.no_grad():
         expected = vit(M.normalize(in_our_layout(frames))).softmax(-1)[0]
@@ -1211,12 +1201,10 @@ def test_info_nce_takes_samples_of_one_video_for_positives():
     expected = nce_by_pairs(video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j])
     loss = info_nce(video, text, 10.0, torch.tensor(rows))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert info_nce(video, text, 10.0).item() != pytest.approx(
-        expected, rel=1e-2
-    )  # each sample for itself
-    text[3] = text[
-        4
-    ]  # the same caption as well: 3 with 4, 4 with 3 and with the other of its video
+    # each sample for itself
+    assert info_nce(video, text, 10.0).item() != pytest.approx(expected, rel=1e-2)
+    # the same caption as well: 3 with 4, 4 with 3 and with the other of its video
+    text[3] = text[4]
     pairs = {(3, 4), (4, 3)}
     expected = nce_by_pairs(
         video.double(), text.double(), 10.0, lambda i, j: rows[i] == rows[j] or (i, j) in pairs
@@ -1224,12 +1212,10 @@ def test_info_nce_takes_samples_of_one_video_for_positives():
     assert info_nce(video, text, 10.0, torch.tensor(rows)).item() == pytest.approx(
         expected, rel=1e-5
     )
-    assert (
-        info_nce(video[:1], text[:1], 10.0, torch.tensor([3])).item() == 0
-    )  # alone: nothing to tell apart
-    same = info_nce(
-        video[:1].expand(4, 5), text[:4], 10.0, torch.full((4,), 3)
-    )  # one video alone, four times
+    # alone: nothing to tell apart
+    assert info_nce(video[:1], text[:1], 10.0, torch.tensor([3])).item() == 0
+    # one video alone, four times
+    same = info_nce(video[:1].expand(4, 5), text[:4], 10.0, torch.full((4,), 3))
     own = (10 * F.normalize(text[:4], dim=-1) @ F.normalize(video[0], dim=0)).double()
     assert same.item() == pytest.approx(
         ((own.logsumexp(0) - own.mean()) + math.log(4)).item() / 2, rel=1e-5

@@ -69,9 +69,8 @@ ENCODED = {
 def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
     """Every frame's median vector, whatever it refers to, and the field away from the border, where new texture comes in."""
     frames = read(pan(tmp_path / name, **ENCODED[name]))
-    assert len(frames) >= (
-        6 if name in ("b.avi", "mpeg4b.mp4") else 20
-    )  # libav keeps no vectors of MPEG-4's B pictures
+    # libav keeps no vectors of MPEG-4's B pictures
+    assert len(frames) >= (6 if name in ("b.avi", "mpeg4b.mp4") else 20)
     for frame in frames:
         assert np.abs(np.median(pixels(frame), 0) - (3, -2)).max() < 0.3, frame.time
         assert (frame.blocks[:, :2] < frame.blocks[:, 2:]).all() and frame.blocks.min() >= 0
@@ -100,11 +99,8 @@ def test_b_pictures_look_both_ways(tmp_path):
 
 
 def test_the_field_is_of_the_frame_as_displayed(tmp_path):
-    for rotation, expected in (
-        (90, (-2, -3)),
-        (180, (-3, 2)),
-        (-90, (2, 3)),
-    ):  # anticlockwise: right becomes up, up becomes left
+    for rotation, expected in ((90, (-2, -3)), (180, (-3, 2)), (-90, (2, 3))):
+        # anticlockwise: right becomes up, up becomes left
         frames = read(pan(tmp_path / "turned.mp4", options=ONE_REFERENCE, rotation=rotation))
         wide, high = (HEIGHT, WIDTH) if rotation != 180 else (WIDTH, HEIGHT)
         for frame in frames:
@@ -174,9 +170,8 @@ def vectors(time, *rows, seconds=0.1):
 
 
 def test_paint_shares_blocks_out_by_area():
-    block = np.array(
-        [[0.25, 0, 0.75, 0.25]], np.float32
-    )  # half over the first of 2 x 2 cells, half over the second
+    # half over the first of 2 x 2 cells, half over the second
+    block = np.array([[0.25, 0, 0.75, 0.25]], np.float32)
     total = motion.paint(block, np.array([[0.2, -0.4]], np.float32), np.array([0.5], np.float32), 2)
     area = 0.25 * 0.25
     assert (
@@ -214,9 +209,8 @@ def test_gaps_are_filled_from_the_nearest_moment():
     field[2, :, 0, 1] = 7
     filled = motion.fill_in_time(field)
     assert filled[:, 0, 0, 0].tolist() == [1, 1, 1, 4, 4] and filled[:, 1, 0, 1].tolist() == [7] * 5
-    assert filled[:, 0, 1, 1].tolist() == [
-        np.median([a, 7]) for a in (1, 1, 1, 4, 4)
-    ]  # never known: the moment's median
+    # never known: the moment's median
+    assert filled[:, 0, 1, 1].tolist() == [np.median([a, 7]) for a in (1, 1, 1, 4, 4)]
     tie = np.full((3, 2, 1, 1), np.nan, np.float32)
     tie[0], tie[2] = 1, 3
     assert motion.fill_in_time(tie)[1, 0, 0, 0] == 1  # the earlier

@@ -170,9 +170,8 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
     tokenizer = open_clip.get_tokenizer(CLIP)
     model, _ = saliency.load_clip(CLIP, None, None, "cpu")
     tokens = tokenizer([words, " ".join(words.split()[:400])])
-    assert tokens.shape == (2, model.context_length) and torch.equal(
-        *tokens
-    )  # only its beginning counts
+    # only its beginning counts
+    assert tokens.shape == (2, model.context_length) and torch.equal(*tokens)
     with torch.inference_mode():
         assert np.allclose(
             model.encode_text(tokens, normalize=True)[0].numpy(), text[1, 0], atol=1e-3

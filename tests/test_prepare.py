@@ -109,9 +109,8 @@ def test_the_summary(tmp_path):
     ):
         assert part in out, part
     assert "repeated" not in out and problems(tmp_path / "two.check.csv") == {}
-    out = run(
-        "tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path
-    )  # again, over the report of before
+    # again, over the report of before
+    out = run("tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)
     assert (
         "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x --stride 5): their last frame is repeated\n"
         in out
@@ -153,10 +152,11 @@ def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
         differences = np.abs(source.read(times, got.shape[1:3]).astype(int) - got).mean((1, 2, 3))
         keys = [packet.pts for packet in copy._packets() if packet.is_keyframe]
     other = np.abs(np.roll(got, 1, 0).astype(int) - got).mean((1, 2, 3))
+    # the right frame each time
     assert differences.max() < 14 and other.min() > 2 * differences.max(), (
         differences.max(),
         other.min(),
-    )  # the right frame each time
+    )
     assert len(keys) <= 5
 
 

@@ -104,9 +104,8 @@ def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
     assert not torch.equal(first["noise"][0], first["noise"][1])
     for other in (data[1, 7], clips(world, repeat=3, flip=True, seed=1)[2, 7]):
         assert not torch.equal(other["noise"], first["noise"])
-    assert torch.equal(
-        clips(world, repeat=1, flip=True)[2, 7]["clip"][0], first["clip"][0]
-    )  # repeats only add
+    # repeats only add
+    assert torch.equal(clips(world, repeat=1, flip=True)[2, 7]["clip"][0], first["clip"][0])
 
 
 def test_a_sample_brings_the_caption_it_was_given(world):
@@ -166,9 +165,8 @@ def test_the_mission_command_with_two_ranks(copy):
         "skipped",
     }
     assert lines[-1]["loss_mae"] < lines[0]["loss_mae"] - 0.02
-    assert (
-        0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4
-    )  # trivial: about 1; chance: ln 16
+    # trivial: about 1; chance: ln 16
+    assert 0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4
     assert (copy / "runs/text/reconstruction_000004.png").stat().st_size > 1000
     args = json.loads((copy / "runs/text/args.json").read_text())
     assert (args["mask"], args["frames"], args["stride"], args["image_size"]) == ("text", 8, 2, 32)
@@ -190,13 +188,8 @@ def test_two_ranks_equal_one_with_the_same_global_batch(copy):
 
 
 def test_accumulation_equals_one_large_batch(copy):
-    flags = [
-        *TINY,
-        "--max-steps",
-        2,
-        "--nce-weight",
-        0,
-    ]  # the contrastive loss knows only the batch it sees
+    # the contrastive loss knows only the batch it sees
+    flags = [*TINY, "--max-steps", 2, "--nce-weight", 0]
     run("pretrain.py", *flags, "--accum", 2, "--out", "two", cwd=copy)
     flags[flags.index("--batch-size") + 1] = 16
     run("pretrain.py", *flags, "--out", "one", cwd=copy)
@@ -212,9 +205,8 @@ def test_resuming_and_workers_change_nothing(copy):
     repeated = (*TINY, "--repeat", 2, "--blr", 4e-3, "--flip")
     run("pretrain.py", *repeated, "--out", "whole", cwd=copy)
     run("pretrain.py", *repeated, "--out", "parts", "--max-steps", 6, "--resume", "auto", cwd=copy)
-    (copy / "parts/log.jsonl").open("a").write(
-        '{"step": 7}\n'
-    )  # logged after the last checkpoint, lost in a kill
+    # logged after the last checkpoint, lost in a kill
+    (copy / "parts/log.jsonl").open("a").write('{"step": 7}\n')
     flags = [*repeated, "--out", "parts", "--resume", "auto"]
     flags[flags.index("--workers") + 1] = 4
     assert "from step 6" in run("pretrain.py", *flags, cwd=copy)
@@ -233,9 +225,8 @@ def test_resuming_and_workers_change_nothing(copy):
     assert line.startswith(
         "whole/checkpoint.pt is there already, a run of data/train.csv with mask text at 0.6: --resume auto goes on"
     )
-    line = run(
-        "pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True
-    )  # not an offer to go on
+    # not an offer to go on
+    line = run("pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True)
     assert line.startswith(
         "whole/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "
     )

@@ -140,9 +140,8 @@ def test_random_weights_of_clip_are_refused(copy, bare, monkeypatch):
         "neither a file nor one of open_clip's tags for this model: openai, laion400m_e31" in line
     )
 
-    def fetch(
-        name, filename=None, **_
-    ):  # the configuration was downloaded once, the weights were not
+    def fetch(name, filename=None, **_):
+        # the configuration was downloaded once, the weights were not
         if filename != "open_clip_config.json":
             raise FileNotFoundError("no network")
         return bare / filename
@@ -254,12 +253,13 @@ T5 = {
     "vocab_size": 30,
     "bos_token_id": 1,
 }
+# as flan-t5
 T5 |= {
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
     "eos_token_id": 20,
     "tie_word_embeddings": False,
-}  # as flan-t5
+}
 SQUARE = {"height": 32, "width": 32}
 
 

@@ -262,9 +262,8 @@ def test_a_signal_while_the_ranks_answer_counts_the_next_time(tmp_path):
     children[0].says("asking")
     time.sleep(0.3)
     children[0].kill(signal.SIGTERM)
-    children[0].says(
-        "SIGTERM: saving after this step", seconds=1
-    )  # heard while it waits, not when the other has come
+    # heard while it waits, not when the other has come
+    children[0].says("SIGTERM: saving after this step", seconds=1)
     assert [child.code() for child in children] == [-15, -15]
     for child in children:
         assert [line for line in child.printed().splitlines() if line in ("True", "False")] == [
@@ -411,9 +410,8 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
     assert child.code(20) == 0
     if batch == 10:
         assert child.printed() == "10 items\n" * 40
-    elif (
-        batch == 20
-    ):  # at the limit itself: what is met, and by whom, hangs on how many batches wait
+    elif batch == 20:
+        # at the limit itself: what is met, and by whom, hangs on how many batches wait
         assert child.printed() == "20 items\n" * 20 or "ulimit -n" in child.printed()
     else:
         assert "ulimit -n" in child.printed() and child.printed().count("\n") <= 2
@@ -570,9 +568,8 @@ def test_a_stopped_run_saves_and_ends_by_the_signal(tmp_path, number):
     child.says("ready")
     child.kill(number)
     assert child.code(2) == -number and child.printed() == f"ready\n\n{name}: ended\n"
-    child = Child(
-        tmp_path / "before", lambda: (print("ready"), time.sleep(1000))
-    )  # as while a model is loaded
+    # as while a model is loaded
+    child = Child(tmp_path / "before", lambda: (print("ready"), time.sleep(1000)))
     child.says("ready")
     child.kill(number)
     assert child.code(2) == -number and child.printed() == "ready\n"

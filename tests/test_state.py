@@ -127,9 +127,8 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     assert "made with another grid" in make("motion", copy, "--extend", "--grid", 5, fails=True)
     make("captions", copy, "--extend")
     path = copy / "data/few.captions.jsonl"
-    path.write_text(
-        path.read_text().replace('"captions": ["', '"captions": ["oh, ', 1)
-    )  # an old row's caption
+    # an old row's caption
+    path.write_text(path.read_text().replace('"captions": ["', '"captions": ["oh, ', 1))
     assert "made with another captions" in make("saliency", copy, "--extend", fails=True)
     for name in STAGES:
         with pytest.raises(AssertionError, match="^2"):  # argparse's exit
@@ -218,9 +217,10 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
             assert run(*args, cwd=copy, fails=True).startswith(
                 f"{path}: another process is writing it: wait for its end"
             )
+        # another array of the same manifest
         run(
             "saliency.py", "--cue", "motion", "--moments", 16, "--grid", 8, "--workers", 0, cwd=copy
-        )  # another array of the same manifest
+        )
     finally:
         holder.kill()
         holder.wait()
@@ -423,9 +423,8 @@ def test_a_captioner_that_asks_for_its_own_code_is_refused(copy):
 
 
 def test_strict_root(copy, tmp_path):
-    (copy / "data/inside.mp4").symlink_to(
-        copy / "data/videos/train/00000.mp4"
-    )  # and the folder videos is a link, too
+    # and the folder videos is a link, too
+    (copy / "data/inside.mp4").symlink_to(copy / "data/videos/train/00000.mp4")
     (copy / "own").mkdir()
     shutil.copy((copy / "data/videos/train").resolve() / "00000.mp4", copy / "own/a.mp4")
     (copy / "own/b.mp4").symlink_to("a.mp4")

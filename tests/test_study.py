@@ -40,9 +40,8 @@ def test_the_plan():
     for of_tier, seeds in ((laptop, 4), (gpu, 5)):
         assert len({cell.name for cell in of_tier}) == len(of_tier)
         assert {cell.seed for cell in of_tier} == set(range(seeds))
-        assert [cell.seed for cell in of_tier] == sorted(
-            cell.seed for cell in of_tier
-        )  # whole comparisons first
+        # whole comparisons first
+        assert [cell.seed for cell in of_tier] == sorted(cell.seed for cell in of_tier)
         trained = [cell for cell in of_tier if cell.ratio]
         for cell in trained:  # whatever is compared with tube masks has its pair
             assert study.Cell("tube", 0.9, nce=cell.nce, seed=cell.seed) in of_tier
@@ -66,10 +65,8 @@ def test_intervals_and_pairs():
         {0: {"a": 1.0}, 1: {"a": 3.0}, 2: {"a": None}},
         {1: {"a": 1.0}, 2: {"a": 1.0}, 0: {"a": 0.5}, 3: {"a": 9.0}},
     )
-    assert tables.paired(one, other, "a") == [
-        0.5,
-        2.0,
-    ]  # of the same seed, where both were measured
+    # of the same seed, where both were measured
+    assert tables.paired(one, other, "a") == [0.5, 2.0]
     assert tables.said([0.1, 0.1001, 0.0999], "+").startswith("**+0.100")
     assert "*" not in tables.said([0.1, -0.1, 0.05], "+") and tables.said([]) == ""
 
@@ -96,9 +93,8 @@ def test_controls_saliency(copy):
     true = open_("t", "saliency")
     assert 0 == true.min() < true.max() == 1 and (true[:, 0] == true[:, 2]).all()
     masks = np.unpackbits(np.load(copy / "data/train.masks.npy")[5], axis=-1)
-    assert true[5, 1, 0, 3, 4] == pytest.approx(
-        masks[1, 24:32, 32:40].mean(), abs=1e-3
-    )  # moment 0 of 8 is at frame 1.25 of 20
+    # moment 0 of 8 is at frame 1.25 of 20
+    assert true[5, 1, 0, 3, 4] == pytest.approx(masks[1, 24:32, 32:40].mean(), abs=1e-3)
     own = open_("data/train", "saliency")
     assert (
         open_("a", "saliency").shape == own.shape

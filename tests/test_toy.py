@@ -91,11 +91,8 @@ def test_scores_of_known_maps():
     masks[:, :, 19:20, 32:40] = 1  # and a line through the middle of another
     packed, truth = np.packbits(masks, axis=-1), np.zeros((1, 2, 4, 8, 8))
     truth[..., 2:6, 2:4] = 1
-    assert toy_report.score_saliency(truth, packed) == (
-        1.0,
-        1.0,
-        9 / 64,
-    )  # the line is pointed at, but not half of its patch
+    # the line is pointed at, but not half of its patch
+    assert toy_report.score_saliency(truth, packed) == (1.0, 1.0, 9 / 64)
     assert toy_report.score_saliency(-truth, packed)[:2] == (0.0, 0.0)
     line = truth.copy()
     line[..., 2, 4] = 2

@@ -217,9 +217,8 @@ def test_size(tmp_path, gop250):
     stripes = np.zeros((96, 128, 3), np.uint8)
     stripes[:, ::2] = 255
     path = write(tmp_path / "stripes.mp4", [stripes], options={"qp": "4"})
-    small = V.read_frames(path, [0], size=(24, 32)).astype(
-        int
-    )  # aliasing would make it black or white
+    # aliasing would make it black or white
+    small = V.read_frames(path, [0], size=(24, 32)).astype(int)
     assert np.abs(small[:, :, 1:-1] - 128).max() < 16
 
 
@@ -247,9 +246,8 @@ def test_rotation(tmp_path, rotation, turns):
 def test_display_matrix_in_the_header(tmp_path, matrix, transform):
     path = write(tmp_path / "matrix.mp4", pictures(8))
     data = bytearray(Path(path).read_bytes())
-    at = (
-        data.index(b"tkhd") + 44
-    )  # version 0: the matrix a b u c d v x y w, 16.16 and 2.30 fixed point
+    # version 0: the matrix a b u c d v x y w, 16.16 and 2.30 fixed point
+    at = data.index(b"tkhd") + 44
     assert data[at : at + 4] == struct.pack(">i", 1 << 16)
     a, b, c, d = (value << 16 for value in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -280,9 +278,8 @@ def test_edit_list(tmp_path):
     """Frames an mp4's edit list cuts off are not displayed, and time counts from the first that is."""
     path = write(tmp_path / "cut.mp4", pictures(60), options={"g": "250", "bf": "3"})
     data = bytearray(Path(path).read_bytes())
-    at = (
-        data.index(b"elst") + 12
-    )  # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
+    # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
+    at = data.index(b"elst") + 12
     data[at : at + 8] = struct.pack(">ii", 1000, 20 * 512 + 1024)
     Path(path).write_bytes(data)
     times, images, _ = decode(path)

@@ -69,9 +69,8 @@ def hold(path):
         while fcntl:
             file = open(lock, "a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(lock) and os.path.samestat(
-                os.fstat(file.fileno()), os.stat(lock)
-            ):  # not one just removed
+            if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                # not one just removed
                 HELD.append(file)
                 return
     except BlockingIOError:
@@ -285,9 +284,8 @@ def create_array(path, shape, dtype, about, head=None):
             for start in range(kept, shape[0], 4096):
                 file.write(empty * min(4096, shape[0] - start))
         if head is None:
-            about_path.unlink(
-                missing_ok=True
-            )  # an array without its json is not an array: a kill here leaves nothing half-made
+            # an array without its json is not an array: a kill here leaves nothing half-made
+            about_path.unlink(missing_ok=True)
         aside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # on a read-only disk this fails as well
@@ -352,9 +350,8 @@ def create_or_check(path, videos, shape, about, resume):
     if count:
         return write(array[:count])
     files = renewed_sizes(videos, old)
-    if (
-        old.get("files") != files
-    ):  # files that were missing or broken when they were tried have been put in
+    if old.get("files") != files:
+        # files that were missing or broken when they were tried have been put in
         write_about(path.with_suffix(".json"), old | {"files": files})
 
 

@@ -47,10 +47,8 @@ class Videos(Sequence):
         self._folder, self._classes, self._text = folder, list(number), b"".join(names)
         self._at = np.cumsum([0, *map(len, names)])  # row i's name is text[at[i]:at[i + 1]]
         self._labels = np.array([number[label] for label in labels], np.int32)
-        self._starts, self._ends = (
-            np.array(starts, float),
-            np.array(ends, float),
-        )  # None becomes NaN
+        # None becomes NaN
+        self._starts, self._ends = (np.array(starts, float), np.array(ends, float))
 
     @property
     def folder(self):

@@ -114,7 +114,8 @@ def load_raft(weights, device):
         model = raft_small(weights=None if weights else Raft_Small_Weights.DEFAULT)
         if weights:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # no network, no such file, a damaged one, another model: torch raises what it likes
+    except Exception as error:
+        # no network, no such file, a damaged one, another model: torch raises what it likes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         sys.exit(
             f"--flow raft: cannot load {weights or 'the published weights'}: {reason[0]} (--flow-weights FILE: a state dict "

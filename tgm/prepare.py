@@ -49,12 +49,8 @@ from tgm.run import (
 from tgm.video import VideoError, VideoReader
 
 REPORT = ["row", "path", "problem", "what"]  # columns
-NO_ROOM = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-)  # errors of the disk written to, not of the video read
+# errors of the disk written to, not of the video read
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Found(NamedTuple):

@@ -45,7 +45,8 @@ from tgm.arrays import release
 from tgm.manifest import ManifestError
 
 GRACE = 300  # seconds that a stopped run has to reach the end of its step, and again to save
-SAME_SIGNAL = 1.0  # seconds in which a signal may come twice and still be one: from a scheduler and through torchrun
+# seconds in which a signal may come twice and still be one: from a scheduler and through torchrun
+SAME_SIGNAL = 1.0
 
 
 class RunError(Exception):
@@ -285,9 +286,8 @@ def patient(loader):
             raise RunError(NO_OPEN_FILES) from None
         if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
             raise RunError(NO_SHARED_MEMORY) from None
-        if lines[0].startswith(
-            "DataLoader"
-        ):  # worker (pid ...) is killed by ..., exited unexpectedly, timed out
+        if lines[0].startswith("DataLoader"):
+            # worker (pid ...) is killed by ..., exited unexpectedly, timed out
             raise RunError(
                 f"a decoding process ended: {lines[0].strip()} (out of memory, or of open files: ulimit -n? lower --workers or --batch-size; --workers 0 "
                 "decodes in the run itself and shows where)"
@@ -318,9 +318,8 @@ def kill_workers():
     """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
     workers = multiprocessing.active_children()
     if workers:
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # torch's handler takes a killed worker for an error
+        # torch's handler takes a killed worker for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
 
@@ -403,9 +402,8 @@ class StopSignal:
         self._loss = ""
         self._group = None
         if ranks > 1:
-            self._group = dist.new_group(
-                backend="gloo"
-            )  # on the CPU: asking does not wait for the GPU
+            # on the CPU: asking does not wait for the GPU
+            self._group = dist.new_group(backend="gloo")
         signal.alarm(0)
         signal.signal(signal.SIGALRM, self._give_up)
         signal.signal(signal.SIGTERM, self._hear)
@@ -434,10 +432,8 @@ class StopSignal:
     def _leave(self, number):
         signal.alarm(0)
         kill_workers()  # the loader would wait ten seconds for each that is stuck
-        for each in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # what is left to do is little: another signal need not wait for it
+        for each in (signal.SIGTERM, signal.SIGINT):
+            # what is left to do is little: another signal need not wait for it
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
@@ -474,7 +470,9 @@ class StopSignal:
         self._leave(self._number)
 
 
-NO_MEMORY = (  # in the last line of torch's RuntimeErrors, on the CPU; numpy's, as a worker of a loader hands it on
+# in the last line of torch's RuntimeErrors, on the CPU; numpy's, as a worker of a loader hands it
+# on
+NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "Storage size calculation overflowed",
@@ -541,9 +539,8 @@ def launch(main):
         sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(
-        128 + number
-    )  # still here: the first process of a container does not die by a signal of its own
+    # still here: the first process of a container does not die by a signal of its own
+    os._exit(128 + number)
 
 
 # ---- folders, logs, resuming -------------------------------------------------------------------------------------------

@@ -50,9 +50,8 @@ def view_times(start, end, fps, frames, stride, clips, sampling):
         return np.stack([uniform_times(start, end, fps, frames, place) for place in places])
     if clips == 1:
         return clip_times(start, end, fps, frames, stride, 0.5)[None]
-    kept = max(
-        1, math.ceil((end - start) * fps / stride - 1e-3)
-    )  # less rounding: 30 frames at 30 a second are 1 s
+    # less rounding: 30 frames at 30 a second are 1 s
+    kept = max(1, math.ceil((end - start) * fps / stride - 1e-3))
     room = max(0, kept - frames)
     firsts = np.arange(clips) * room // (clips - 1)
     numbers = np.minimum(firsts[:, None] + np.arange(frames), kept - 1)  # [clips, frames]
@@ -119,9 +118,8 @@ class TrainingClips(Dataset):
     def __getitem__(self, key):
         epoch, row = key
         reason = None
-        for attempt in range(
-            10
-        ):  # a broken video gives its place to another, the same one whenever this is asked
+        for attempt in range(10):
+            # a broken video gives its place to another, the same one whenever this is asked
             rng = np.random.default_rng([self.seed, epoch, row, attempt])
             pick = row if attempt == 0 else int(rng.choice(self.rows))
             try:
@@ -140,9 +138,8 @@ class TrainingClips(Dataset):
         self.replaced += 1
         if self.replaced <= self.SAID:
             more = "; further ones are only counted" if self.replaced == self.SAID else ""
-            sys.stderr.write(
-                f"skipped: {reason}{more}\n"
-            )  # at once: print's line and its end may come apart between processes
+            # at once: print's line and its end may come apart between processes
+            sys.stderr.write(f"skipped: {reason}{more}\n")
 
 
 def repeat_seed(seed, epoch, row, repeat):

@@ -36,7 +36,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
 
 TIMEOUT = 60.0  # seconds that reading one video may take, unless told otherwise
-SEEK_GAP = 1.0  # seconds between wanted frames from which looking for a key frame in between costs less than it saves
+# seconds between wanted frames from which looking for a key frame in between costs less than it
+# saves
+SEEK_GAP = 1.0
 
 
 class VideoError(Exception):
@@ -47,9 +49,12 @@ class Vectors(NamedTuple):
     """The motion vectors of one frame: each says that what is in a block moves by `shift` within `seconds`."""
 
     time: float  # seconds since the first displayed frame
-    blocks: np.ndarray  # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave gaps
+    # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave
+    # gaps
+    blocks: np.ndarray
     shift: np.ndarray  # float32 [n, 2]: dx to the right, dy down, in frame widths and heights
-    seconds: np.ndarray  # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
+    # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
+    seconds: np.ndarray
 
 
 def side_data(frame):
@@ -96,7 +101,8 @@ class VideoReader:
 
     def close(self, *_):
         if self._demuxer is not None:
-            self._demuxer.close()  # left to itself, PyAV's generator leaks a quarter of a kilobyte each time
+            # left to itself, PyAV's generator leaks a quarter of a kilobyte each time
+            self._demuxer.close()
         if self._container is not None:
             self._container.close()
 
@@ -133,10 +139,8 @@ class VideoReader:
         with self._errors():
             try:
                 images = self._convert(self._decode_quickly(wanted), size)
-            except (
-                LookupError,
-                av.FFmpegError,
-            ):  # the quick way does not work for this file; the plain one may
+            except (LookupError, av.FFmpegError):
+                # the quick way does not work for this file; the plain one may
                 images = self._convert(self._decode_plainly(wanted), size)
         return np.stack([images[time] for time in times])
 
@@ -170,9 +174,8 @@ class VideoReader:
                 continue
             latest, v = frame, vectors.to_ndarray()
             v = v[np.where(v["source"] < 0, past is not None, future is not None)]
-            forward = np.where(
-                v["source"] < 0, -1.0, 1.0
-            )  # a block came from where its vector points, or goes there
+            # a block came from where its vector points, or goes there
+            forward = np.where(v["source"] < 0, -1.0, 1.0)
             x, y = v["dst_x"] - v["w"] / 2, v["dst_y"] - v["h"] / 2
             dx, dy = (forward * v[axis] / v["motion_scale"] for axis in ("motion_x", "motion_y"))
             w, h, width, height = v["w"], v["h"], frame.width, frame.height
@@ -239,9 +242,8 @@ class VideoReader:
         """
         key = first = None
         for packet in self._packets():
-            if (
-                packet.pts is None or self._container.format.name == "avi"
-            ):  # for AVI, libav makes pts up, and badly
+            if packet.pts is None or self._container.format.name == "avi":
+                # for AVI, libav makes pts up, and badly
                 return None
             if key is None and packet.is_keyframe:
                 key = packet.pts
@@ -255,9 +257,8 @@ class VideoReader:
         offset = (self._first or 0) * self._tick
         if self._stream.duration:
             return self._stream.duration * self._tick
-        if tag := self._stream.metadata.get(
-            "DURATION"
-        ):  # Matroska: "00:00:10.333000000", when the stream ends
+        if tag := self._stream.metadata.get("DURATION"):
+            # Matroska: "00:00:10.333000000", when the stream ends
             return (
                 sum(float(part) * unit for part, unit in zip(tag.split(":"), (3600, 60, 1)))
                 - offset
@@ -273,7 +274,9 @@ class VideoReader:
 
     def _seek(self, time):
         """-> (a key frame's packet, displayed at or before `time`; the packets that follow it)."""
-        back = 0  # MPEG-TS and FLV seek by decoding time, so may land after `time`; other indices may be wrong
+        # MPEG-TS and FLV seek by decoding time, so may land after `time`; other indices may be
+        # wrong
+        back = 0
         while back <= 2 * max(time, 1):
             self._container.seek(math.floor(self._pts(time - back)), stream=self._stream)
             packets = self._packets()
@@ -306,9 +309,8 @@ class VideoReader:
             for packet in following:
                 if packet.pts is None:
                     raise LookupError("a packet without pts")
-                if packet.dts is not None and packet.dts > self._pts(
-                    run[-1]
-                ):  # so is every later pts
+                if packet.dts is not None and packet.dts > self._pts(run[-1]):
+                    # so is every later pts
                     break
                 packets.append(packet)
             else:
@@ -354,9 +356,8 @@ class VideoReader:
             if not times:
                 return
             frame, distances = new, (None, None)
-            if (
-                frame.pict_type != PictureType.B
-            ):  # what B pictures refer to cannot be known without pts
+            if frame.pict_type != PictureType.B:
+                # what B pictures refer to cannot be known without pts
                 distances, anchor = (None if anchor is None else shown - anchor, None), shown
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
@@ -386,9 +387,8 @@ class VideoReader:
     def _is_reference(self, packet):
         """Whether other pictures of an H.264 stream may refer to this one: nal_ref_idc of its first slice (ITU-T H.264, 7.4.1)."""
         data, extra, place = bytes(packet), self._stream.codec_context.extradata or b"", 0
-        prefix = (
-            (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0
-        )  # bytes of a length; 0: start codes
+        # bytes of a length; 0: start codes
+        prefix = (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0
         while place + prefix < len(data):
             if prefix == 0:
                 place = data.find(b"\0\0\1", place) + 3
@@ -423,10 +423,8 @@ class VideoReader:
                             else np.array(size)
                         )
                 height, width = map(int, shape[:: -1 if turned else 1])
-                same = (height, width) == (
-                    frame.height,
-                    frame.width,
-                )  # then only chroma is scaled, as players do
+                # then only chroma is scaled, as players do
+                same = (height, width) == (frame.height, frame.width)
                 image = reformatter.reformat(
                     frame,
                     width,
