@@ -83,13 +83,11 @@ class KeyFrames(Dataset):
     """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it failed)."""
 
     def __init__(self, videos, frames, processor, prompt, timeout):
-        self.videos, self.frames, self.processor, self.prompt, self.timeout = (
-            videos,
-            frames,
-            processor,
-            prompt,
-            timeout,
-        )
+        self.videos = videos
+        self.frames = frames
+        self.processor = processor
+        self.prompt = prompt
+        self.timeout = timeout
 
     def __len__(self):
         return len(self.videos)

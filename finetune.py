@@ -684,8 +684,9 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
         validate()
     stop.after_step()
 
-    # since the last log line: losses on the device, rows; in the whole run: bad rows
-    window, used, failed = ([], [], set())
+    window = []  # since the last log line: the loss of each step, on the device
+    used = []  # since the last log line: the rows of each step
+    failed = set()  # in the whole run: rows that could not be read
     began, data_time = time.time(), 0.0
     while step < last_step:
         epoch = step // steps_per_epoch

@@ -124,10 +124,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = Linear(width, 3 * width, bias=False), Linear(width, width)
-        self.q_bias, self.v_bias = (
-            nn.Parameter(torch.zeros(width)),
-            nn.Parameter(torch.zeros(width)),
-        )
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
         B, N, D = x.shape
@@ -190,10 +188,8 @@ class Encoder(Transformer):
                 f"{c['frames']} x {c['image_size']}: not multiples of {c['tubelet']} x {c['patch']}"
             )
         super().__init__(c["width"], c["depth"], c["heads"], drop_path)
-        self.config, self.grid = (
-            c,
-            (c["frames"] // c["tubelet"], *[c["image_size"] // c["patch"]] * 2),
-        )
+        self.config = c
+        self.grid = (c["frames"] // c["tubelet"], *[c["image_size"] // c["patch"]] * 2)
         self.num_tokens, cube = math.prod(self.grid), (c["tubelet"], c["patch"], c["patch"])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], cube, stride=cube)})
         self.register_buffer(
@@ -291,11 +287,9 @@ class VideoMAE(nn.Module):
     def __init__(self, size="base", frames=None, image_size=None, text_dim=512, nce_detach=False):
         super().__init__()
         self.encoder, self.nce_detach = Encoder(size, frames, image_size), nce_detach
-        c, self.grid, self.num_tokens = (
-            self.encoder.config,
-            self.encoder.grid,
-            self.encoder.num_tokens,
-        )
+        c = self.encoder.config
+        self.grid = self.encoder.grid
+        self.num_tokens = self.encoder.num_tokens
         self.config = c
         # PyTorch's init, as VideoMAE
         self.encoder_to_decoder = nn.Linear(c["width"], c["decoder_width"], bias=False)

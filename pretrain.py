@@ -97,13 +97,11 @@ class Clips(TrainingClips):
 
     def __init__(self, videos, rows, args, grid, text=None, saliency=None, motion=None):
         super().__init__(videos, rows, args.seed)
-        self.args, self.grid, self.text, self.saliency, self.motion = (
-            args,
-            grid,
-            text,
-            saliency,
-            motion,
-        )
+        self.args = args
+        self.grid = grid
+        self.text = text
+        self.saliency = saliency
+        self.motion = motion
 
     def sample(self, epoch, row, rng):
         args, video = self.args, self.videos[row]
@@ -669,11 +667,9 @@ def main(argv=None):
             str(error)
             + ("" if Path(args.data).exists() else " (the toy world: python data/toy.py)")
         )
-    args.frames, args.image_size, grid = (
-        model.config["frames"],
-        model.config["image_size"],
-        model.grid,
-    )
+    args.frames = model.config["frames"]
+    args.image_size = model.config["image_size"]
+    grid = model.grid
     args.stride = args.stride or model.config["stride"]
     refuse_small(args, len(rows), videos, device, ranks)
     refuse_missing(args, videos, rows)

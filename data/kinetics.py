@@ -60,11 +60,9 @@ def read_official(paths, names, args):
             lists.expect(end > start, where, "time_end after time_start", f"{start} to {end}")
             lines.append((where, SPLITS[split], fields["label"], fields["youtube_id"], start, end))
     names = names or sorted({label for _, _, label, *_ in lines})
-    numbers, videos, splits = (
-        {name: i for i, name in enumerate(names)},
-        lists.Videos(args.videos, args.out, names),
-        {},
-    )
+    numbers = {name: i for i, name in enumerate(names)}
+    videos = lists.Videos(args.videos, args.out, names)
+    splits = {}
     for where, split, label, key, start, end in lines:
         lists.expect(label in numbers, where, "a label that --classes names", repr(label))
         clip = f"{key}_{start:06d}_{end:06d}"

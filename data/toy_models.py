@@ -76,10 +76,8 @@ def train(model, loss_fn, seed, steps, batch, lr, name):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     progress = tqdm(batches(seed, batch, steps), name, steps, mininterval=5)
     for step, (images, captions) in enumerate(progress):
-        rise, turn = (
-            min(1.0, (step + 1) / (0.05 * steps)),
-            0.5 + 0.5 * math.cos(math.pi * step / steps),
-        )
+        rise = min(1.0, (step + 1) / (0.05 * steps))
+        turn = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * rise * turn
         with torch.autocast("cpu", torch.bfloat16):
             loss, accuracy = loss_fn(images, captions)

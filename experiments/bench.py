@@ -171,12 +171,10 @@ def read_ours(path, times):
 
 
 def decode(args, temporary):
-    files, rows, pixels, rng = (
-        peers.find_videos(args.videos, temporary),
-        [],
-        [],
-        np.random.default_rng(0),
-    )
+    files = peers.find_videos(args.videos, temporary)
+    rows = []
+    pixels = []
+    rng = np.random.default_rng(0)
     for name, gops in (("250", range(150, 9999)), ("70", range(40, 150))):
         paths = [path for path, file in files.items() if file.gop in gops]
         picks = [
@@ -216,10 +214,8 @@ def decode(args, temporary):
 
 
 def sample(args, temporary):
-    files, peer = (
-        peers.find_videos(args.videos, temporary),
-        "VideoMAE's: decord, PIL, float, normalised",
-    )
+    files = peers.find_videos(args.videos, temporary)
+    peer = "VideoMAE's: decord, PIL, float, normalised"
     paths, rows = list(files), []
     one, four = (clip_dataset(paths, temporary, "--repeat", repeat) for repeat in "14")
     key = lambda i: (i // len(paths), i % len(paths))  # (epoch, row)
@@ -303,15 +299,11 @@ def train_step(model, loss, dtype):
 def base_step(keep, ratio, dtype, folder, batch):
     """A step of ViT-B from the weights in `folder`, of ours with --decoder-keep, or with keep None of transformers' model."""
     data, grid = random_batch(batch), (8, 14, 14)
-    mask, video = (
-        masking.make_mask("tube", ratio, batch, grid, noise=data["noise"]),
-        models.normalize(data["clip"]),
-    )
+    mask = masking.make_mask("tube", ratio, batch, grid, noise=data["noise"])
+    video = models.normalize(data["clip"])
     if keep is None:
-        hf, video = (
-            peers.transformers_mae(folder).to(DEVICE).train(),
-            video.transpose(1, 2).contiguous(),
-        )
+        hf = peers.transformers_mae(folder).to(DEVICE).train()
+        video = video.transpose(1, 2).contiguous()
         return train_step(hf, lambda: hf(video, bool_masked_pos=mask).loss, dtype)
     model, masked = models.VideoMAE("base").to(DEVICE), masking.masked_count(ratio, grid)
     models.load_pretrained(model, folder)
@@ -342,10 +334,8 @@ def step(args, temporary):
         (0.6, "bf16", ("at least 1.0", "")),
     ):
         settings = (ratio, dtype, folder, args.batch)
-        theirs, losses = (
-            base_step(None, *settings),
-            [base_step(keep, *settings)().item() for keep in (None, 1.0)],
-        )
+        theirs = base_step(None, *settings)
+        losses = [base_step(keep, *settings)().item() for keep in (None, 1.0)]
         assert abs(losses[0] / losses[1] - 1) < (1e-4 if dtype == "float32" else 1e-2), losses
         for keep, aim in zip((1.0, 0.5), aims):
             work = f"a step of ViT-B, mask {ratio}, {dtype}" + ", --decoder-keep 0.5" * (keep < 1)
@@ -363,11 +353,9 @@ def step(args, temporary):
 def method_step(mask, ratio, batch):
     """A whole step of pretrain.py on a batch that is there: its masks, normalising, forward, backward, AdamW; for the text mask
     with the contrastive loss."""
-    args, data, model = (
-        pretrain.parse_args(["--mask", mask, "--mask-ratio", str(ratio)]),
-        random_batch(batch),
-        models.VideoMAE("base").to(DEVICE),
-    )
+    args = pretrain.parse_args(["--mask", mask, "--mask-ratio", str(ratio)])
+    data = random_batch(batch)
+    model = models.VideoMAE("base").to(DEVICE)
     model.contrastive.requires_grad_(mask == "text")
     data = {
         key: value
@@ -480,22 +468,16 @@ def clip_maps(args, temporary):
 
 def captions(args, temporary):
     """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 8 on a CPU, 32 on a GPU."""
-    vocabulary, dtype, videos = (
-        peers.SHARED / "vocab/bert-base-uncased.txt",
-        torch.bfloat16 if ON_GPU else torch.float32,
-        32 if ON_GPU else 8,
-    )
-    work, peer = (
-        f"captions of a video, BLIP-base, greedy, {videos} videos a batch",
-        "transformers' generate, an image at a time",
-    )
+    vocabulary = peers.SHARED / "vocab/bert-base-uncased.txt"
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    videos = 32 if ON_GPU else 8
+    work = f"captions of a video, BLIP-base, greedy, {videos} videos a batch"
+    peer = "transformers' generate, an image at a time"
     if not vocabulary.exists():
         return [{"work": work, "peer": peer, "ratio": f"not measured: no {vocabulary}"}]
     model, processor = peers.random_blip(vocabulary)
-    model, images = (
-        model.to(DEVICE, dtype),
-        np.random.default_rng(0).integers(0, 256, (videos, 3, 256, 340, 3), dtype=np.uint8),
-    )
+    model = model.to(DEVICE, dtype)
+    images = np.random.default_rng(0).integers(0, 256, (videos, 3, 256, 340, 3), dtype=np.uint8)
 
     def ours(_=0):
         items = [
@@ -675,10 +657,10 @@ def gpu(args, temporary):
     """Compiled training steps in bf16, tube masks: the fastest batch and the largest, by doubling."""
     if not ON_GPU:
         return [{"ViT": "not measured: no GPU"}]
-    peak, rows = (
-        next((value for name, value in PEAK.items() if name in torch.cuda.get_device_name()), None),
-        [],
+    peak = next(
+        (value for name, value in PEAK.items() if name in torch.cuda.get_device_name()), None
     )
+    rows = []
     for size, ratio in (("base", 0.9), ("base", 0.6), ("large", 0.9), ("large", 0.6)):
         row = {"ViT": size, "mask": ratio, "clips/s": 0.0}
         for batch in (2**power for power in range(4, 13)):
@@ -919,10 +901,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    results, threads = (
-        json.loads(args.out.read_text()) if args.out.exists() else {},
-        torch.get_num_threads(),
-    )
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    threads = torch.get_num_threads()
     for name in args.sections:
         function, wanted = SECTIONS[name]
         torch.set_num_threads(wanted or threads)

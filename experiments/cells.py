@@ -96,12 +96,10 @@ def last_line(path):
 
 def logged(path):
     """Of a pretraining log.jsonl: mean losses over the last tenth of the steps, and the seconds of all steps."""
-    lines, before, tail, seconds = (
-        [json.loads(line) for line in path.read_text().splitlines()],
-        0,
-        [],
-        0.0,
-    )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    before = 0
+    tail = []
+    seconds = 0.0
     for line in lines:
         steps, before = line["step"] - before, line["step"]
         seconds += steps * line["step_ms"] / 1000

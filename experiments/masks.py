@@ -274,11 +274,9 @@ def cost(batch=32, micro=4, repeats=11):
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     grid, generator = (8, 14, 14), torch.Generator().manual_seed(0)
     uniform = lambda *shape: torch.rand(*shape, generator=generator).to(device)
-    stored, field, noise = (
-        uniform(batch, 16, 14, 14).half(),
-        uniform(batch, 32, 2, 14, 14).half() - 0.5,
-        uniform(batch, 1568),
-    )
+    stored = uniform(batch, 16, 14, 14).half()
+    field = uniform(batch, 32, 2, 14, 14).half() - 0.5
+    noise = uniform(batch, 1568)
     place = (
         torch.linspace(0.3, 0.5, 8, device=device).expand(batch, -1),
         torch.tensor([[0.1, 0.1, 0.8, 0.9]], device=device).expand(batch, -1),

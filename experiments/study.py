@@ -126,12 +126,10 @@ def prepare(args, cells):
     """Makes what the cells need and the disk lacks, up to args.jobs stages at a time; ends the study if one fails."""
     run = ("--device", args.device, "--workers", args.workers)
     clip = ("--clip", args.clip, "--pretrained", args.pretrained)
-    need, data, logs, rounds = (
-        {cell.saliency for cell in cells},
-        args.data,
-        args.out / "prepare",
-        [{}, {}, {}],
-    )
+    need = {cell.saliency for cell in cells}
+    data = args.data
+    logs = args.out / "prepare"
+    rounds = [{}, {}, {}]
     missing = lambda name, *kinds: (
         not complete(data.with_suffix("") if name == "own" else control_prefix(name, args), *kinds)
     )
@@ -325,17 +323,17 @@ def draw(rows, args):
         }
         for (what, nce), of_seed in groups(rows).items()
     }
-    drawn, logs, done = (
+    drawn = (
         {
             "accuracies": pictures.accuracies(
                 summary, [tables.title(measure) for measure in measures]
             )
         }
         if measures
-        else {},
-        {},
-        {},
+        else {}
     )
+    logs = {}
+    done = {}
     for cell in plan(args.tier, args.seeds):
         folder = args.out / args.tier / cell.name
         if (

@@ -122,10 +122,8 @@ def report(found, measures, tube, questions):
         ((question, *(f"{what}, weight {nce:g}" for what, nce in (one, other))), one, other)
         for question, one, other in questions
     ]
-    (less_tube, compared), (answers, more) = (
-        against(found, measures, tubes),
-        against(found, measures, asked),
-    )
+    less_tube, compared = against(found, measures, tubes)
+    answers, more = against(found, measures, asked)
     return f"""### Mean over seeds, ± half of the 95 % interval (Student's t)
 
 {results(found, measures)}

@@ -198,11 +198,9 @@ def reference(visual, images, dense):
         qkv, out = y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias, torch.zeros_like(x)
         for head in range(heads):
             part = slice(head * width // heads, (head + 1) * width // heads)
-            q, k, v = (
-                qkv[..., :width][..., part],
-                qkv[..., width : 2 * width][..., part],
-                qkv[..., 2 * width :][..., part],
-            )
+            q = qkv[..., :width][..., part]
+            k = qkv[..., width : 2 * width][..., part]
+            v = qkv[..., 2 * width :][..., part]
             if dense == "value":
                 out[..., part] = v
             if dense == "self":
@@ -236,10 +234,8 @@ def test_saliency_is_the_cosine_of_patch_and_text(world, tmp_path, dense):
         "--out",
         tmp_path / "x",
     )
-    maps, text = (
-        np.load(tmp_path / "x.saliency.npy"),
-        np.load(tmp_path / "x.text.npy").astype(np.float32),
-    )
+    maps = np.load(tmp_path / "x.saliency.npy")
+    text = np.load(tmp_path / "x.text.npy").astype(np.float32)
     assert maps.shape == (24, 3, 4, 8, 8) and maps.dtype == np.float16
     model = open_clip.create_model(CLIP).eval()
     frames = read_frames(world / "data/videos/val/00007.mp4", segment_midpoints(0, 2.0, 4))

@@ -34,10 +34,8 @@ def test_the_true_field_has_no_error(scenes):
 
 
 def test_share_and_constancy_of_known_masks(scenes):
-    everything, nothing = (
-        torch.ones(40, 512, dtype=torch.bool),
-        torch.zeros(40, 512, dtype=torch.bool),
-    )
+    everything = torch.ones(40, 512, dtype=torch.bool)
+    nothing = torch.zeros(40, 512, dtype=torch.bool)
     assert (masks.object_share(everything, scenes) == 1).all() and (
         masks.object_share(nothing, scenes) == 0
     ).all()

@@ -203,10 +203,8 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
 def test_scores_against_loops():
     generator = torch.Generator().manual_seed(0)
     # class 6 is absent
-    probabilities, labels = (
-        torch.rand(200, 7, generator=generator),
-        torch.randint(-1, 6, (200,), generator=generator),
-    )
+    probabilities = torch.rand(200, 7, generator=generator)
+    labels = torch.randint(-1, 6, (200,), generator=generator)
     probabilities[5] = probabilities[11] = math.nan
     result = evaluation.score(probabilities, labels, 7)
     top1 = top5 = 0
@@ -429,10 +427,8 @@ def test_accumulation_is_a_larger_batch(world, tmp_path):
     run("finetune.py", *flags, "--accum", 2, "--out", tmp_path / "accum")
     flags[flags.index("--batch-size") + 1] = 16
     run("finetune.py", *flags, "--out", tmp_path / "large")
-    accum, large = (
-        weights(tmp_path / "accum/checkpoint.pt"),
-        weights(tmp_path / "large/checkpoint.pt"),
-    )
+    accum = weights(tmp_path / "accum/checkpoint.pt")
+    large = weights(tmp_path / "large/checkpoint.pt")
     assert all(torch.allclose(accum[key], large[key], atol=2e-5) for key in accum)
 
 
@@ -457,10 +453,8 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
         4,
     )
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
-    whole, parts = (
-        weights(tmp_path / "whole/checkpoint.pt"),
-        weights(tmp_path / "parts/checkpoint.pt"),
-    )
+    whole = weights(tmp_path / "whole/checkpoint.pt")
+    parts = weights(tmp_path / "parts/checkpoint.pt")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert (
         json.loads((tmp_path / "whole/test.json").read_text())["top1"]

@@ -74,10 +74,8 @@ def test_linear_is_torchs_batch_norm_and_sgd():
     """One batch an epoch, where the batch's statistics are the training set's; weight decay on weights and bias, warm-up."""
     (train, labels), (test, _) = blobs(64), blobs(40, seed=1)
     setting, epochs, warmup = {"rate": 0.5, "decay": 0.02}, 6, 2
-    norm, layer = (
-        torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0),
-        torch.nn.Linear(16, 3),
-    )
+    norm = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0)
+    layer = torch.nn.Linear(16, 3)
     # no epochs: the initial weights
     first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[0]
     assert first[:16].std() == pytest.approx(0.01, rel=0.3) and (first[16] == 0).all()
@@ -213,10 +211,8 @@ def test_k_and_rate_are_chosen_with_the_held_out_part():
     """Labels that only the nearest neighbour knows (every video has a twin), and test videos that k = 200 would get right."""
     rng = torch.Generator().manual_seed(0)
     twins = torch.nn.functional.normalize(torch.randn(200, 1, 3, generator=rng), dim=-1)
-    train, labels = (
-        torch.cat([twins, twins + 1e-4]),
-        torch.randint(2, (200,), generator=rng).repeat(2),
-    )
+    train = torch.cat([twins, twins + 1e-4])
+    labels = torch.randint(2, (200,), generator=rng).repeat(2)
     truth = linprobe.knn(train, labels, twins, [{"k": 200}], 0, 2)[0]  # what k = 200 says
     probe, ks = partial(linprobe.knn, classes=2), [{"k": 200}, {"k": 1}]
     result = linprobe.repeat("knn", probe, train, labels, twins, truth, ks, [0, 1, 2])
@@ -263,10 +259,8 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     one_hot = np.eye(16, dtype=np.float16)
     tokens[np.arange(500), rng.integers(12, size=500)] = 3 * one_hot[labels] + 6 * one_hot[9]
     tokens[499] = np.nan  # a failed test video: any prediction will do
-    train, test = (
-        linprobe.Tokens(tokens, torch.arange(300)),
-        linprobe.Tokens(tokens, torch.arange(300, 500)),
-    )
+    train = linprobe.Tokens(tokens, torch.arange(300))
+    test = linprobe.Tokens(tokens, torch.arange(300, 500))
     probe = partial(linprobe.attentive, heads=2, classes=3)
     settings = [{"rate": 1e-5}, {"rate": 1e-2}]
     predicted = probe(train, labels[:300], test, settings, 0)

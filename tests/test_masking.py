@@ -277,10 +277,8 @@ def test_cut_motion_known_answers():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_a_function_of_its_sample_alone(name):
-    noise, maps = (
-        torch.rand(5, 4 * 16, generator=torch.Generator().manual_seed(3)),
-        maps_for(name, 5, (4, 4, 4)),
-    )
+    noise = torch.rand(5, 4 * 16, generator=torch.Generator().manual_seed(3))
+    maps = maps_for(name, 5, (4, 4, 4))
     together = make_mask(name, 0.6, 5, (4, 4, 4), noise=noise, **maps)
     for i in range(5):
         alone = make_mask(
@@ -434,11 +432,9 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
         video_timeout=60,
     )
     field, grid = np.load(tmp_path / "one.motion.npy"), (4, 6, 6)
-    data, errors, flips = (
-        Clips(read_manifest(tmp_path / "one.csv"), [0], args, grid, motion=field),
-        [],
-        0,
-    )
+    data = Clips(read_manifest(tmp_path / "one.csv"), [0], args, grid, motion=field)
+    errors = []
+    flips = 0
     for epoch in range(16):
         sample = data[epoch, 0]
         cut = masking.cut_motion(

@@ -222,10 +222,8 @@ def test_published_sizes_classify_as_transformers_does_both_ways(tmp_path, size)
 
 def test_huggingface_folder_there_and_back(tmp_path):
     transformers = pytest.importorskip("transformers")
-    mae, vit = (
-        randomize(VideoMAE("nano", text_dim=7)),
-        randomize(VideoViT("nano", classes=5)).eval(),
-    )
+    mae = randomize(VideoMAE("nano", text_dim=7))
+    vit = randomize(VideoViT("nano", classes=5)).eval()
     video, mask = random_video(mae), random_mask(mae)
     for model, cls, folder in (
         (mae, "VideoMAEForPreTraining", tmp_path / "mae"),

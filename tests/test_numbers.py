@@ -156,11 +156,9 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
     path = copy / "data/train.captions.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     words = " ".join(f"red circle {number}" for number in range(334))
-    entries[0]["captions"], entries[1]["captions"], entries[2]["captions"] = (
-        [""] * 3,
-        [words] * 3,
-        [],
-    )
+    entries[0]["captions"] = [""] * 3
+    entries[1]["captions"] = [words] * 3
+    entries[2]["captions"] = []
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     out = run("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0, "--out", "x", cwd=copy)
     assert "1 videos without captions" in out and "31 of 32 videos" in out

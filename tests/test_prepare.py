@@ -21,10 +21,8 @@ def problems(path):
 
 
 def test_every_planted_fault_among_200_files_is_found(tmp_path):
-    good, long = (
-        write(tmp_path / "good.mp4", pictures(20), fps=10),
-        write(tmp_path / "long.mp4", pictures(70), fps=10),
-    )
+    good = write(tmp_path / "good.mp4", pictures(20), fps=10)
+    long = write(tmp_path / "long.mp4", pictures(70), fps=10)
     data, planted, lines = open(good, "rb").read(), {}, ["path,label,start,end"]
     (tmp_path / "v").mkdir()
     for row in range(200):

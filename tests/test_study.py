@@ -61,10 +61,8 @@ def test_intervals_and_pairs():
     assert mean == 3 and half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-3)
     mean, half = tables.spread([1.0, 2.0, 3.0, 4.0, 5.0])  # t(0.975, 4) = 2.776445
     assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-3)
-    one, other = (
-        {0: {"a": 1.0}, 1: {"a": 3.0}, 2: {"a": None}},
-        {1: {"a": 1.0}, 2: {"a": 1.0}, 0: {"a": 0.5}, 3: {"a": 9.0}},
-    )
+    one = {0: {"a": 1.0}, 1: {"a": 3.0}, 2: {"a": None}}
+    other = {1: {"a": 1.0}, 2: {"a": 1.0}, 0: {"a": 0.5}, 3: {"a": 9.0}}
     # of the same seed, where both were measured
     assert tables.paired(one, other, "a") == [0.5, 2.0]
     assert tables.said([0.1, 0.1001, 0.0999], "+").startswith("**+0.100")

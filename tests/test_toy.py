@@ -15,10 +15,8 @@ from tgm.video import read_frames, segment_midpoints
 
 
 def test_a_scene_is_a_function_of_its_arguments():
-    a, b = (
-        toy.render(toy.scene(0, "train", 3), [0.3, 1.2]),
-        toy.render(toy.scene(0, "train", 3), [0.3, 1.2]),
-    )
+    a = toy.render(toy.scene(0, "train", 3), [0.3, 1.2])
+    b = toy.render(toy.scene(0, "train", 3), [0.3, 1.2])
     assert all(np.array_equal(x, y) for x, y in zip(a, b))
     assert not np.array_equal(a[0], toy.render(toy.scene(0, "val", 3), [0.3, 1.2])[0])
     assert not np.array_equal(a[0], toy.render(toy.scene(1, "train", 3), [0.3, 1.2])[0])

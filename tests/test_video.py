@@ -414,12 +414,10 @@ def test_real_clip(name):
     ) as container:  # a plain decode that keeps only the frame on screen at each time
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        tolerance, first, latest, todo = (
-            min(0.499 * float(stream.time_base), 5e-4),
-            None,
-            None,
-            list(times),
-        )
+        tolerance = min(0.499 * float(stream.time_base), 5e-4)
+        first = None
+        latest = None
+        todo = list(times)
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
             first = first if index else frame.pts
             shown = (

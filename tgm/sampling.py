@@ -154,14 +154,12 @@ class EpochBatches:
     side by side are the global batch, whatever the number of ranks. `start` batches of the epoch are left out (resuming)."""
 
     def __init__(self, rows, batch, batches, seed, rank, ranks):
-        self.rows, self.batch, self.batches, self.seed, self.rank, self.ranks = (
-            rows,
-            batch,
-            batches,
-            seed,
-            rank,
-            ranks,
-        )
+        self.rows = rows
+        self.batch = batch
+        self.batches = batches
+        self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
         self.epoch, self.start = 0, 0
 
     def __len__(self):
@@ -192,13 +190,11 @@ class Views(Dataset):
         sampling="dense",
         timeout=TIMEOUT,
     ):
-        self.videos, self.frames, self.image_size, self.stride, self.timeout = (
-            videos,
-            frames,
-            image_size,
-            stride,
-            timeout,
-        )
+        self.videos = videos
+        self.frames = frames
+        self.image_size = image_size
+        self.stride = stride
+        self.timeout = timeout
         self.clips, self.crops, self.sampling = clips, crops, sampling
 
     def __len__(self):
