@@ -1,27 +1,33 @@
-"""Stage 1: captions. An off-the-shelf image captioner describes three key frames of every video, once.
+"""Stage 1: captions. An off-the-shelf image captioner describes three key frames of every video,
+once.
 
 Reads   a manifest (train.csv), its videos
 Writes  train.captions.jsonl, one object a video, in the manifest's order:
-            {"path": ..., "captions": ["a dog runs", ...]}   or   {"path": ..., "captions": [], "error": why there are none}
-        train.captions.json, what made them: model, prompt, beams, frames, and a hash of the manifest's rows
+            {"path": ..., "captions": ["a dog runs", ...]}, or
+            {"path": ..., "captions": [], "error": why there are none}
+        train.captions.json, what made them: model, prompt, beams, frames, and a hash of the
+        manifest's rows
 
-    python caption.py data/train.csv --model data/toy/blip                          CPU, the toy world: about 160 videos/s
-    python caption.py data/train.csv                                                one GPU, BLIP
+    # CPU, the toy world: about 160 videos/s
+    python caption.py data/train.csv --model data/toy/blip
+    # one GPU, BLIP
+    python caption.py data/train.csv
     torchrun --nproc_per_node=8 caption.py data/train.csv --model Salesforce/blip2-opt-2.7b --batch-size 8
-    python caption.py data/train.csv --labels --label-column template               no model: the data set's own text
+    # no model: the data set's own text
+    python caption.py data/train.csv --labels --label-column template
 
-The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has three captions; pretraining
-draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT were tried to work, with and
-without `--prompt`; the name is one on the Hugging Face hub, or a folder. Other image-to-text models
-of `transformers` may work: every model has to caption a blank image before any video is opened. No
-remote code is run. With `--labels` the caption is the label itself, once (a class number becomes
-text through `--classes`).
+The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has
+three captions; pretraining draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT
+were tried, at small sizes with random weights, with and without `--prompt`; the name is one on the
+Hugging Face hub, or a folder. Other image-to-text models of `transformers` may work: every model
+has to caption a blank image before any video is opened. No remote code is run. With `--labels` the
+caption is the label itself, once (a class number becomes text through `--classes`).
 
-Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank appends to a part file of
-its own; when all are done rank 0 joins them. Where rows were added at the manifest's end, `--extend` describes those alone.
-SIGTERM and Ctrl-C end it by that signal after the batch in hand. Captions of other rows, times, models or videos (manifest.py
-says how replaced videos are noticed) are refused, with the command that remakes them.
-"""
+Run it again after a kill: it goes on where it stopped, and tries failed videos anew. Each rank
+appends to a part file of its own; when all are done rank 0 joins them. Where rows were added at the
+manifest's end, `--extend` describes those alone. SIGTERM and Ctrl-C end it by that signal after the
+batch in hand. Captions of other rows, times, models or videos (tgm/manifest.py says how replaced
+videos are noticed) are refused, with the command that remakes them."""
 
 import contextlib
 import datetime
@@ -80,7 +86,9 @@ from tgm.video import TIMEOUT, VideoError, VideoReader, segment_midpoints
 
 
 class KeyFrames(Dataset):
-    """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it failed)."""
+    """Item i is (video, inputs of the model for its K frames, None) or (video, None, why it
+    failed).
+    """
 
     def __init__(self, videos, frames, processor, prompt, timeout):
         self.videos = videos
@@ -201,7 +209,9 @@ def part_files(out):
 
 
 def read_lines(out):
-    """What the joined file and the parts beside it hold: (row, object) of every line, but not of one that a kill cut off."""
+    """What the joined file and the parts beside it hold: (row, object) of every line, but not of
+    one that a kill cut off.
+    """
     for path in (out, *part_files(out)):
         if not path.exists():
             continue
@@ -218,7 +228,9 @@ def read_lines(out):
 
 
 def read_entries(out, videos):
-    """The objects of `read_lines` that are of this manifest, {row: object}; a caption of any attempt wins over a failure."""
+    """The objects of `read_lines` that are of this manifest, {row: object}; a caption of any
+    attempt wins over a failure.
+    """
     entries = {}
     for row, entry in read_lines(out):
         if row >= len(videos) or entry["path"] != videos[row].name:
@@ -470,8 +482,8 @@ def is_captions(path):
 
 
 def prepare(out, about, args, videos):
-    """Before any work: refuses to overwrite what is not ours, and to go on with captions of another manifest or model, or of
-    videos that were replaced since."""
+    """Before any work: refuses to overwrite what is not ours, and to go on with captions of another
+    manifest or model, or of videos that were replaced since."""
     path = out.with_suffix(".json")
     if path == out:
         raise RunError(
@@ -509,7 +521,9 @@ def begin(out, about, args, videos, again):
 
 
 def refuse_other_captions(out, old, about, args, videos):
-    """RunError unless captions that were begun under `old`, the .json beside them, may be gone on with under `about`."""
+    """RunError unless captions that were begun under `old`, the .json beside them, may be gone
+    on with under `about`.
+    """
     if not old:
         return
     remedy = f"python caption.py {args.data} --resume none (and the flags you want)"

@@ -1,51 +1,66 @@
-"""Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over several views of each.
+"""Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over
+several views of each.
 
-Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint: ours, VideoMAE's .pth, a
-        Hugging Face VideoMAE folder, or none (from scratch)
-Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json, log.jsonl; after testing
-        per_class.csv, confusion.png and, last, test.json
+Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint:
+        ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
+Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json,
+        log.jsonl; after testing per_class.csv, confusion.png and, last, test.json
 
-    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 4e-3    CPU, the toy world
-    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3                        eight GPUs
+    # CPU, the toy world
+    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 4e-3
+    # eight GPUs
+    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
 
-Recipes for ViT-B on eight GPUs. Learning rates are scaled as VideoMAE's (run_class_finetuning.py): lr = blr x videos / 256, with
-videos = batch size x accum x ranks of a step, whatever --repeat; so is the floor at which it ends, min-blr. With fewer GPUs raise
---accum by as much. VideoMAE's scripts (scripts/DATA/.../finetune.sh) say "videos x samples of each":
+Recipes for ViT-B on eight GPUs. Learning rates are scaled as VideoMAE's (run_class_finetuning.py):
+lr = blr x videos / 256, with videos = batch size x accum x ranks of a step, whatever --repeat; so
+is the floor at which it ends, min-blr. With fewer GPUs raise --accum by as much. VideoMAE's scripts
+(scripts/DATA/.../finetune.sh) say "videos x samples of each":
 
     Kinetics-400            --accum 3 --epochs 75 --blr 5e-4 --views 5 3
-        epoch_1600: 384 x 2 (64 GPUs of 6), lr 5e-4, 75 epochs: lr 7.5e-4, floor 1.5e-6. ViT-S: the same, 150 epochs;
+        epoch_1600: 384 x 2 (64 GPUs of 6), lr 5e-4, 75 epochs: lr 7.5e-4, floor 1.5e-6. ViT-S: the
+            same, 150 epochs;
         ViT-L: 128 x 2, lr 2e-3, 35 epochs (--accum 1: lr 1e-3)
-        FINETUNE.md: 512 x 1, lr 1e-3, 100 epochs: --accum 4 --repeat 1 --epochs 100 --blr 1e-3, lr 2e-3, floor 2e-6
-    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+        FINETUNE.md: 512 x 1, lr 1e-3, 100 epochs: --accum 4 --repeat 1 --epochs 100 --blr 1e-3, lr
+            2e-3, floor 2e-6
+    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2
+                            3
         epoch_2400: 384 x 2, lr 5e-4, 30 epochs: lr 7.5e-4, floor 1.5e-6
-        epoch_800: 512 x 1, lr 5e-4, 50 epochs: --accum 4 --repeat 1 --epochs 50, lr 1e-3, floor 2e-6
-    UCF101                  --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3
+        epoch_800: 512 x 1, lr 5e-4, 50 epochs: --accum 4 --repeat 1 --epochs 50, lr 1e-3, floor
+            2e-6
+    UCF101                  --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2
+                            --head-dropout 0.5 --views 5 3
         epoch_3200: 128 x 2 (8 GPUs of 16): lr 2.5e-4, floor 5e-6
     HMDB51                  as UCF101 (ours: there is no script)
-    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3      (ours: it tells left from right)
+    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+                            (ours: it tells left from right)
 
-Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and changed by RandAugment and random
-erasing, alike in every frame; batches are mixed by mixup or cutmix, each clip with one of another video. The learning rate falls by
---layer-decay from layer to layer towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded
-clip. --val is looked at after every epoch with one view; the result is --test's (without it --val's), with clips x crops views whose
-softmax is averaged. Where --test is --val, best.pt was chosen on what it is tested on, and last is the honest figure: it is the
-default. Every test video is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
+Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and
+changed by RandAugment and random erasing, alike in every frame; batches are mixed by mixup or
+cutmix, each clip with one of another video. The learning rate falls by --layer-decay from layer to
+layer towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each
+decoded clip. --val is looked at after every epoch with one view; the result is --test's (without it
+--val's), with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was
+chosen on what it is tested on, and last is the honest figure: it is the default. Every test video
+is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
 
 What differs from VideoMAE's fine-tuning:
-    RandAugment    torchvision's operations: Identity is one of them, Invert and SolarizeAdd are not; one magnitude, theirs varies (a
-                   deviation of 0.5 of 10); bilinear, theirs bicubic; after the crop, theirs before it
+    RandAugment    torchvision's operations: Identity is one of them, Invert and SolarizeAdd are
+                   not; one magnitude, theirs varies (a deviation of 0.5 of 10); bilinear, theirs
+                   bicubic; after the crop, theirs before it
     erasing        the noise in a box is the same in every frame, theirs is drawn for each
     crops          are scaled down with antialiasing
-    mixing         a clip with the one before it in the batch, theirs with the one as far from the batch's other end
+    mixing         a clip with the one before it in the batch, theirs with the one as far from the
+                   batch's other end
     dense clips    in training --stride frames apart, theirs stride x T / (T - 1)
     warm-up        from lr / steps, theirs from 0
     validation     the middle clip, theirs a random one
     precision      bf16 where there is bf16, theirs fp16
 
-SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests, it ends at once. Both end by the
-signal (exit code 143 or 130), and --resume auto goes on, with the flags that the run was begun with. What may change is listed at
-MAY_CHANGE; --epochs may grow; --batch-size, --accum and the number of ranks may change if their product does not.
+SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
+it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, with the
+flags that the run was begun with. What may change is listed at MAY_CHANGE; --epochs may grow;
+--batch-size, --accum and the number of ranks may change if their product does not.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -112,11 +127,13 @@ MAY_CHANGE = (  # when a run goes on: what it learns stays the same, but for rou
 ).split()
 
 
-# ---- training samples ----------------------------------------------------------------------------------------------------
+# ---- training samples ----------------------------------------------------------------------------
 
 
 class EraseWithNoise(v2.RandomErasing):
-    """Torchvision's with value="random", which is normal noise for normalised pixels; here for those of uint8."""
+    """Torchvision's with value="random", which is normal noise for normalised pixels; here for
+    those of uint8.
+    """
 
     def __init__(self, probability):
         super().__init__(probability, value="random")
@@ -133,7 +150,9 @@ class EraseWithNoise(v2.RandomErasing):
 
 
 class Clips(TrainingClips):
-    """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], ...}. labels: the class of every row."""
+    """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], ...}.
+    labels: the class of every row.
+    """
 
     def __init__(self, videos, rows, labels, args):
         super().__init__(videos, rows, args.seed)
@@ -165,7 +184,9 @@ class Clips(TrainingClips):
         }
 
     def augment(self, frames, seed):
-        """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H, W] -> [3, T, size, size]."""
+        """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H,
+        W] -> [3, T, size, size].
+        """
         args = self.args
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -180,7 +201,9 @@ class Clips(TrainingClips):
 
 
 def flatten_repeats(x):
-    """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that neighbours are of different videos."""
+    """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that
+    neighbours are of different videos.
+    """
     return x.transpose(0, 1).flatten(0, 1)
 
 
@@ -197,8 +220,9 @@ def next_batch(iterator):
 
 
 def make_mix(mixup, cutmix, classes):
-    """Mixup or cutmix of a batch, half and half if both have an alpha above 0 (torchvision's): clips [B, 3, T, H, W] float, labels
-    [B] -> clips, targets [B, C]. Each sample is mixed with its neighbour in the batch."""
+    """Mixup or cutmix of a batch, half and half if both have an alpha above 0 (torchvision's):
+    clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed with its
+    neighbour in the batch."""
     kinds = [
         kind(alpha=alpha, num_classes=classes)
         for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
@@ -215,7 +239,7 @@ def make_mix(mixup, cutmix, classes):
     return mix
 
 
-# ---- optimisation --------------------------------------------------------------------------------------------------------
+# ---- optimisation --------------------------------------------------------------------------------
 
 
 def layer_of(name, depth):
@@ -230,8 +254,8 @@ def layer_of(name, depth):
 
 
 def make_optimizer(model, lr, layer_decay, weight_decay):
-    """AdamW with one learning rate a layer: lr x layer_decay^(layers to the head) (ELECTRA; BEiT, arXiv 2106.08254). Groups hold
-    "layer" and "scale"; biases and norms do not decay."""
+    """AdamW with one learning rate a layer: lr x layer_decay^(layers to the head) (ELECTRA; BEiT,
+    arXiv 2106.08254). Groups hold "layer" and "scale"; biases and norms do not decay."""
     depth, groups = model.config["depth"], {}
     for name, parameter in model.named_parameters():
         layer, decays = layer_of(name, depth), parameter.ndim > 1
@@ -271,7 +295,9 @@ def layer_table(optimizer, depth):
 
 
 def learning_rate(step, lr, warmup, total, floor):
-    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the step."""
+    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of
+    the step.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     floor = min(floor, lr)
@@ -280,7 +306,7 @@ def learning_rate(step, lr, warmup, total, floor):
     )
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -478,7 +504,9 @@ def parse_args(argv=None):
 
 
 def open_data(args):
-    """{"train", "val", "test": (videos, labels as a LongTensor, -1 for a class that is not trained)}, and the classes' names."""
+    """{"train", "val", "test": (videos, labels as a LongTensor, -1 for a class that is not
+    trained)}, and the classes' names.
+    """
     saved = models.saved_args(args.checkpoint)
     names, splits = saved.get("classes") if args.test_only else None, {}
     for split, path in (("train", args.data), ("val", args.val), ("test", args.test or args.val)):
@@ -553,7 +581,9 @@ def refuse_another_run(path, args):
 
 
 def train(args, model, splits, out, say, device, autocast, amp, rank, stop):
-    """Trains and validates to the last step; a signal that stops it ends the process. The model then holds the last weights."""
+    """Trains and validates to the last step; a signal that stops it ends the process. The model
+    then holds the last weights.
+    """
     videos, labels = splits["train"]
     ranks = args.ranks
     checkpoint_path = out / "checkpoint.pt"

@@ -1,38 +1,53 @@
-"""Stage 4: linear, nearest-neighbour and attentive probes on the frozen features of a pretrained encoder, or an untrained one.
+"""Stage 4: linear, nearest-neighbour and attentive probes on the frozen features of a pretrained
+encoder, or an untrained one.
 
-Reads   a training and a test manifest with labels, their videos, a checkpoint (ours, VideoMAE's .pth, a Hugging Face folder)
-Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
-        with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; beside each a .json: if that changes, it is remade
+Reads   a training and a test manifest with labels, their videos, a checkpoint (ours, VideoMAE's
+        .pth, a Hugging Face folder)
+Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of
+        augmented training videos; with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16;
+        beside each a .json: if that changes, it is remade
 
-    python linprobe.py --checkpoint runs/text/checkpoint.pt                          CPU, the toy world: 20 seconds
-    python linprobe.py --checkpoint none --size tiny                                 its floor: the same encoder, untrained
+    # CPU, the toy world: 20 seconds
+    python linprobe.py --checkpoint runs/text/checkpoint.pt
+    # its floor: the same encoder, untrained
+    python linprobe.py --checkpoint none --size tiny
     torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
-    python linprobe.py --checkpoint checkpoint.pth --protocol videomae --augment 8   VideoMAE's setting, on augmented clips
+    # VideoMAE's setting, on augmented clips
+    python linprobe.py --checkpoint checkpoint.pth --protocol videomae --augment 8
 
-Features. A video's feature is the mean of the encoder's tokens after its final norm, averaged over V unmasked views: --clips
-clips spread evenly over the video times --crops squares along the frame's long side. With --augment A a training video has A
-random views instead (clip, multi-scale crop, mirrored half of the time), of which each epoch of the linear probe draws one.
-Features are extracted once: run again, for another --label-column or after a kill, it reads only the videos that are missing.
+Features. A video's feature is the mean of the encoder's tokens after its final norm, averaged over
+V unmasked views: --clips clips spread evenly over the video times --crops squares along the frame's
+long side. With --augment A a training video has A random views instead (clip, multi-scale crop,
+mirrored half of the time), of which each epoch of the linear probe draws one. Features are
+extracted once: run again, for another --label-column or after a kill, it reads only the videos that
+    are missing.
 
-Probes. Settings are chosen on a tenth of the *training* set held out for it, the first of equals; the test set is used once.
-  linear     features standardised by the training set's mean and deviation, which is where batch norm without affine arrives;
-             then one linear layer; SGD, momentum 0.9, cosine. --protocol sweep: all learning rates x weight decays in one
-             batched product, then the best again on the whole training set. --protocol videomae: VideoMAE's one published
-             setting, batch 1024, learning rate 0.1 x batch / 256, no weight decay, 100 epochs of which 10 warm up. A training
-             set smaller than that is a single, smaller batch.
-  knn        cosine, the k nearest vote by exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978); a mean of augmented views
-  attentive  one learned query cross-attends, with the encoder's number of heads, over the layer-normed tokens, then one linear
-             layer: V-JEPA's probe (arXiv 2404.08471) without its MLP block; AdamW, cosine, 20 epochs, the rate chosen with the
-             first seed; on clean views, whatever --augment says. The tokens of a view are average-pooled to --token-grid, M
-             of them: 2 V M D bytes per video on disk, by default 0.4 MB for a base model, so Kinetics-400 95 GB.
+Probes. Settings are chosen on a tenth of the *training* set held out for it, the first of equals;
+the test set is used once.
+  linear     features standardised by the training set's mean and deviation, which is where batch
+             norm without affine arrives; then one linear layer; SGD, momentum 0.9, cosine.
+             --protocol sweep: all learning rates x weight decays in one batched product, then the
+             best again on the whole training set. --protocol videomae: VideoMAE's one published
+             setting, batch 1024, learning rate 0.1 x batch / 256, no weight decay, 100 epochs of
+             which 10 warm up. A training set smaller than that is a single, smaller batch.
+  knn        cosine, the k nearest vote by exp(similarity / 0.07) (Wu et al. 2018, arXiv
+             1805.01978); a mean of augmented views
+  attentive  one learned query cross-attends, with the encoder's number of heads, over the
+             layer-normed tokens, then one linear layer: V-JEPA's probe (arXiv 2404.08471) without
+             its MLP block; AdamW, cosine, 20 epochs, the rate chosen with the first seed; on clean
+             views, whatever --augment says. The tokens of a view are average-pooled to
+             --token-grid, M of them: 2 V M D bytes per video on disk, by default 0.4 MB for a base
+             model, so Kinetics-400 95 GB.
 
-Uncertainty. --seeds repetitions differ in split, order and initial weights. Given are their mean accuracy and 95 % intervals of
-it, over seeds (Student's t) and over test videos (bootstrap); neither knows of another pretraining run. A video that fails is
-left out of training and counts as wrong in the test set, as does a class without a training video.
+Uncertainty. --seeds repetitions differ in split, order and initial weights. Given are their mean
+accuracy and 95 % intervals of it, over seeds (Student's t) and over test videos (bootstrap);
+neither knows of another pretraining run. A video that fails is left out of training and counts as
+wrong in the test set, as does a class without a training video.
 
-SIGTERM and Ctrl-C end an extraction after its batch, and the probes at once; the next run goes on from the features it finds.
-Shapes: N videos, V views, A random views, T frames, M tokens kept, D width, C classes, L settings, S seeds, B batch.
-"""
+SIGTERM and Ctrl-C end an extraction after its batch, and the probes at once; the next run goes on
+from the features it finds.
+Shapes: N videos, V views, A random views, T frames, M tokens kept, D width, C classes, L settings,
+S seeds, B batch."""
 
 import argparse
 import datetime
@@ -112,12 +127,12 @@ T975 = (  # Student's t at 0.975, for 1 to 30 degrees of freedom
 )  # fmt: skip
 
 
-# ---- features ----------------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 class RandomViews(Views):
-    """Items as of clips.Views, (row, uint8 [A, 3, T, H, W], None) or (row, None, why it failed), but of A random views, each a
-    pure function of (seed, row, view)."""
+    """Items as of clips.Views, (row, uint8 [A, 3, T, H, W], None) or (row, None, why it failed),
+    but of A random views, each a pure function of (seed, row, view)."""
 
     def __init__(self, videos, args):
         self.videos = videos
@@ -153,7 +168,9 @@ class RandomViews(Views):
         return torch.from_numpy(frames).permute(0, 3, 1, 2).split(args.frames)
 
     def crop(self, clip, seed):
-        """A random crop of a clip [T, 3, H, W], mirrored half of the time with --flip -> [3, T, size, size]."""
+        """A random crop of a clip [T, 3, H, W], mirrored half of the time with --flip -> [3, T,
+        size, size].
+        """
         args = self.args
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -166,7 +183,8 @@ class RandomViews(Views):
 
 
 def make_unless_there(path, shape, dtype, about, again):
-    """Makes an array of NaN and, beside it, a .json of `about`, unless both are there already, with rows filled or not.
+    """Makes an array of NaN and, beside it, a .json of `about`, unless both are there already, with
+    rows filled or not.
     again: makes it in any case."""
     expected = about | {"shape": list(shape)}
     there = path.exists() and read_json(path.with_suffix(".json")) == expected
@@ -183,7 +201,9 @@ def read_json(path):
 
 
 def rows_there(arrays):
-    """The rows that all arrays [N, ...] of a dict have, bool [N]. A row is written from its first number to its last."""
+    """The rows that all arrays [N, ...] of a dict have, bool [N]. A row is written from its
+    first number to its last.
+    """
     there = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]
@@ -192,8 +212,8 @@ def rows_there(arrays):
 
 
 def jobs_of(args):
-    """What is extracted, in order: (split, kinds of arrays, whether of random views). Random views are for the features of the
-    training set; the tokens are always of clean ones."""
+    """What is extracted, in order: (split, kinds of arrays, whether of random views). Random views
+    are for the features of the training set; the tokens are always of clean ones."""
     kinds = ["features"]
     if args.attentive:
         kinds.append("tokens")
@@ -206,11 +226,12 @@ def jobs_of(args):
 
 
 def extract_all(model, identity, videos, args, rank, ranks):
-    """The features, and with --attentive the tokens, of all videos; those that are there already are not made again.
+    """The features, and with --attentive the tokens, of all videos; those that are there already
+    are not made again.
 
     identity: a name that changes with the encoder's weights. videos: {split: list}.
-    Returns {split: {kind: array, mapped}}, or None where --max-steps ended it before. A signal ends the run after a batch.
-    """
+    Returns {split: {kind: array, mapped}}, or None where --max-steps ended it before. A signal ends
+    the run after a batch."""
     stop = StopSignal(ranks, then="ending after this batch")
     found = {"train": {}, "test": {}}
     for split, kinds, random_views in jobs_of(args):
@@ -283,8 +304,8 @@ def settings_of(args, random_views):
 
 @torch.inference_mode()
 def extract(model, data, arrays, views, title, args, stop, rank):
-    """Encodes the videos of a data set and fills their rows of the arrays, {kind: array}; a video that fails stays NaN.
-    Returns how many videos are left over, by --max-steps or a signal."""
+    """Encodes the videos of a data set and fills their rows of the arrays, {kind: array}; a video
+    that fails stays NaN. Returns how many videos are left over, by --max-steps or a signal."""
     on_gpu = args.device.type == "cuda"
     dtype = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported() else torch.bfloat16
     autocast = torch.autocast(args.device.type, dtype, enabled=on_gpu)
@@ -323,22 +344,25 @@ def extract(model, data, arrays, views, title, args, stop, rank):
     return left
 
 
-# ---- probes ------------------------------------------------------------------------------------------------------------
+# ---- probes --------------------------------------------------------------------------------------
 
 
 def schedule(epoch, epochs, warmup=0):
-    """The factor on the learning rate at a (fractional) epoch: linear warm-up, then half a cosine."""
+    """The factor on the learning rate at a (fractional) epoch: linear warm-up, then half a
+    cosine.
+    """
     if epoch < warmup:
         return epoch / warmup
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def fit_linear(features, labels, classes, settings, epochs, seed, batch=256, warmup=0):
-    """One linear layer for each of the settings, {"rate": for batches of 256, "decay": of weights}, as torch.optim.SGD would
-    train it: features [N, A, D], of which every epoch draws one of A -> weight [L, D+1, C], its last row the bias.
+    """One linear layer for each of the settings, {"rate": for batches of 256, "decay": of weights},
+    as torch.optim.SGD would train it: features [N, A, D], of which every epoch draws one of A ->
+    weight [L, D+1, C], its last row the bias.
 
-    The settings stand side by side as columns, so that a step is two matrix products for all of them.
-    """
+    The settings stand side by side as columns, so that a step is two matrix products for all of
+    them."""
     device = features.device
     count, views, width = features.shape
     generator = torch.Generator().manual_seed(seed)
@@ -371,8 +395,9 @@ def fit_linear(features, labels, classes, settings, epochs, seed, batch=256, war
 
 
 def linear(train, labels, test, settings, seed, classes, epochs, batch=256, warmup=0):
-    """train [N, A, D], labels [N], test [N', A', D], whose views are averaged -> for each of the L settings the predicted
-    classes of the test set, [L, N']. The other two probes are called likewise."""
+    """train [N, A, D], labels [N], test [N', A', D], whose views are averaged -> for each of the L
+    settings the predicted classes of the test set, [L, N']. The other two probes are called
+    likewise."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
     weight = fit_linear(
@@ -422,8 +447,9 @@ class Tokens:
 
 
 class AttentiveProbe(torch.nn.Module):
-    """tokens [B, M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then a linear layer. What
-    another linear map absorbs is left out: the norm's scale and shift, biases of keys and values, an output projection."""
+    """tokens [B, M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then a
+    linear layer. What another linear map absorbs is left out: the norm's scale and shift, biases of
+    keys and values, an output projection."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
@@ -437,14 +463,17 @@ class AttentiveProbe(torch.nn.Module):
         heads = len(self.query)
         key = self.key.weight.unflatten(0, (heads, -1))  # [heads, D / heads, D]
         value = self.value.weight.unflatten(0, (heads, -1))
-        # one query, so no token needs a key or a value of its own: q . Kx = K'q . x, and the mean of Vx is V of the mean
+        # one query, so no token needs a key or a value of its own: q . Kx = K'q . x, and the mean
+        # of Vx is V of the mean
         query = (self.query @ key).squeeze(1) / key.shape[1] ** 0.5  # [heads, D]
         pooled = (tokens @ query.T).softmax(1).mT @ tokens  # [B, heads, D]
         return self.head((value @ pooled.unsqueeze(-1)).flatten(1))
 
 
 def attentive(train, labels, test, settings, seed, classes, heads, epochs=20, batch=64):
-    """train, test: Tokens; settings: {"rate": learning rate}, trained side by side, so that a batch is read once for all."""
+    """train, test: Tokens; settings: {"rate": learning rate}, trained side by side, so that a
+    batch is read once for all.
+    """
     device = labels.device
     probes = []
     for _ in settings:
@@ -471,7 +500,9 @@ def attentive(train, labels, test, settings, seed, classes, heads, epochs=20, ba
 
 
 def choose(probe, train, labels, settings, seed):
-    """The setting that is most accurate on a random tenth (at least one) of the training set, trained on the rest."""
+    """The setting that is most accurate on a random tenth (at least one) of the training set,
+    trained on the rest.
+    """
     if len(settings) == 1:
         return settings[0]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -484,7 +515,9 @@ def choose(probe, train, labels, settings, seed):
 
 
 def t_interval(values):
-    """The 95 % interval of the mean of a few values by Student's t, [low, high]; None for a single one."""
+    """The 95 % interval of the mean of a few values by Student's t, [low, high]; None for a
+    single one.
+    """
     if len(values) < 2:
         return None
     mean = float(np.mean(values))
@@ -494,7 +527,9 @@ def t_interval(values):
 
 
 def repeat(name, probe, train, labels, test, truth, settings, seeds):
-    """The keys of a probe in the result; truth [N']: the test set's classes, -1 for what must count as wrong."""
+    """The keys of a probe in the result; truth [N']: the test set's classes, -1 for what must
+    count as wrong.
+    """
     correct = []
     chosen = []
     for seed in seeds:
@@ -544,12 +579,12 @@ def interval_text(bounds):
     return f"{low:.3f} to {high:.3f}"
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def build_encoder(args):
-    """-> (the encoder, a name that changes with its weights). Sizes come from our own checkpoints, else from the flags; args
-    gets those that were left open."""
+    """-> (the encoder, a name that changes with its weights). Sizes come from our own checkpoints,
+    else from the flags; args gets those that were left open."""
     path = Path(args.checkpoint)
     untrained = args.checkpoint == "none"
     file = path

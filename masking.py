@@ -1,26 +1,32 @@
-"""Which tokens a video masked autoencoder hides: random, tube, text- and motion-guided masks, at one interface and one cost.
+"""Which tokens a video masked autoencoder hides: random, tube, text- and motion-guided masks, at
+one interface and one cost.
 
-    make_mask("text", 0.6, batch=32, grid=(8, 14, 14), saliency=maps)     -> bool [32, 1568], True = masked
+    make_mask("text", 0.6, batch=32, grid=(8, 14, 14), saliency=maps)
 
-The rule that makes algorithms comparable: in a grid of t x h x w tokens every row masks exactly t * floor(ratio * h * w)
-tokens, whatever the algorithm, so all see, and pay for, the same number of visible tokens.
+returns bool [32, 1568], True where a token is masked.
 
-    random         anywhere in space-time                                         MAE-ST, arXiv 2205.09113
-    tube           one random spatial mask for all slices                         VideoMAE, arXiv 2203.12602
-    text           in each slice, the tokens whose patches best match the caption TGM, the method of this repository
+The rule that makes algorithms comparable: in a grid of t x h x w tokens every row masks exactly t *
+floor(ratio * h * w) tokens, whatever the algorithm, so all see, and pay for, the same number of
+visible tokens.
+
+    random         anywhere in space-time (MAE-ST, arXiv 2205.09113)
+    tube           one random spatial mask for all slices (VideoMAE, arXiv 2203.12602)
+    text           in each slice, the tokens whose patches best match the caption (TGM, the method
+                   of this repository)
     text-inverse   in each slice, those that match it least: the control
-    motion         in each slice, a window about what moves                       MGM, arXiv 2308.12962
-    flow           all but random spots that travel with what they lie on         MGMAE, arXiv 2308.10794
+    motion         in each slice, a window about what moves (MGM, arXiv 2308.12962)
+    flow           all but random spots that travel with what they lie on (MGMAE, arXiv 2308.10794)
 
-Everything random comes from one array of uniform noise [B, N], so a mask is a pure function of (noise, maps): draw the noise
-per sample and the masks do not depend on batch, worker or rank. All functions run on the device their tensors are on, for a
-whole batch, without reading it. `cut_maps` and `cut_motion` bring the maps that saliency.py stores, of the whole video and
-the whole frame, to the times, crop and flip of a training sample.
+Everything random comes from one array of uniform noise [B, N], so a mask is a pure function of
+(noise, maps): draw the noise per sample and the masks do not depend on batch, worker or rank. All
+functions run on the device their tensors are on, for a whole batch, without reading it. `cut_maps`
+and `cut_motion` bring the maps that saliency.py stores, of the whole video and the whole frame, to
+the times, crop and flip of a training sample.
 
     python masking.py --data data/train.csv --row 3 --out mask.png
 
-draws the clip, its saliency and every mask in one strip (the paper's figure 1). Shapes: B batch, N = t*h*w tokens in
-(t, h, w) order, S moments of the stored maps, G x G their grid.
+draws the clip, its saliency and every mask in one strip (the paper's figure 1). Shapes: B batch, N
+= t*h*w tokens in (t, h, w) order, S moments of the stored maps, G x G their grid.
 """
 
 import math
@@ -35,7 +41,9 @@ RATIOS = {"random": 0.9, "tube": 0.9, "text": 0.6, "text-inverse": 0.6, "motion"
 
 
 def masked_count(ratio, grid):
-    """Tokens masked of a grid (t, h, w): t * floor(ratio * h * w). ValueError unless some stay visible and some do not."""
+    """Tokens masked of a grid (t, h, w): t * floor(ratio * h * w). ValueError unless some stay
+    visible and some do not.
+    """
     t, h, w = grid
     count = math.floor(ratio * h * w + 1e-6)  # 0.29 * 100 is 28.999999999999996
     if not 0 < count < h * w:
@@ -46,8 +54,8 @@ def masked_count(ratio, grid):
 
 
 def top_k_mask(score, count, noise):
-    """Bool like score [..., M]: True at the `count` highest of the last axis; among equal scores the
-    lowest of noise [..., M] come first."""
+    """Bool like score [..., M]: True at the `count` highest of the last axis; among equal scores
+    the lowest of noise [..., M] come first."""
     shuffled = noise.argsort(dim=-1)
     ranks = score.gather(-1, shuffled).argsort(dim=-1, descending=True, stable=True)
     # a stable sort keeps the shuffled order of equals
@@ -81,7 +89,9 @@ def text_inverse_mask(*args):
 
 
 def token_centres(grid, device):
-    """The middle of each token of a slice as fractions of the picture: float32 [h*w, 2], x and y."""
+    """The middle of each token of a slice as fractions of the picture: float32 [h*w, 2], x and
+    y.
+    """
     _, h, w = grid
     y, x = torch.meshgrid(
         (torch.arange(h, device=device) + 0.5) / h,
@@ -100,12 +110,13 @@ def check_motion(name, motion, batch, grid):
 
 
 def motion_mask(ratio, grid, noise, saliency, motion):
-    """In each slice: take out the camera's motion (the median), find the window of about the ratio's area that holds most of
-    the energy that is left, smooth its centre along time, and mask the tokens nearest to that centre, in the window's shape.
+    """In each slice: take out the camera's motion (the median), find the window of about the
+    ratio's area that holds most of the energy that is left, smooth its centre along time, and mask
+    the tokens nearest to that centre, in the window's shape.
 
-    That motion vectors place one continuous, moving, rectangular mask is MGM's; its exact rule is not public. Ours are: the
-    median, the window in the frame's own aspect, the smoothing by a binomial of five slices, and the count made up with the
-    tokens next to the window."""
+    That motion vectors place one continuous, moving, rectangular mask is MGM's; its exact rule is
+    not public. Ours are: the median, the window in the frame's own aspect, the smoothing by a
+    binomial of five slices, and the count made up with the tokens next to the window."""
     (t, h, w), batch = grid, len(noise)
     check_motion("motion", motion, batch, grid)
     moved = motion.float().flatten(3)  # [B, t, 2, h*w]
@@ -113,7 +124,8 @@ def motion_mask(ratio, grid, noise, saliency, motion):
     high, wide = (max(1, math.floor(math.sqrt(ratio) * side)) for side in (h, w))
     held = F.avg_pool2d(energy, (high, wide), stride=1).flatten(2)  # [B, t, places of the window]
     held = held / held.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    # Where a slice does not say (a still moment), the others do; where none does, one random place for all.
+    # Where a slice does not say (a still moment), the others do; where none does, one random place
+    # for all.
     held = held + 0.01 * held.mean(1, keepdim=True) + 1e-5 * noise[:, None, : held.shape[-1]]
     place, places = held.argmax(-1), w - wide + 1
     centre = torch.stack(
@@ -130,12 +142,12 @@ def motion_mask(ratio, grid, noise, saliency, motion):
 
 
 def trace_to_middle(motion):
-    """Where each token's centre was, or will be, in the middle slice: motion [B, t, 2, h, w] -> float32
-    [B, t, h, w, 2], x and y as fractions of the picture.
+    """Where each token's centre was, or will be, in the middle slice: motion [B, t, 2, h, w] ->
+    float32 [B, t, h, w, 2], x and y as fractions of the picture.
 
-    Each trace goes from slice to slice until it is there: before the middle forwards in time, along the
-    motion; behind it backwards, against the motion. A trace that leaves the picture goes on with the
-    border's motion."""
+    Each trace goes from slice to slice until it is there: before the middle forwards in time, along
+    the motion; behind it backwards, against the motion. A trace that leaves the picture goes on
+    with the border's motion."""
     batch, t, _, h, w = motion.shape
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
@@ -155,18 +167,22 @@ def trace_to_middle(motion):
 
 
 def flow_mask(ratio, grid, noise, saliency, motion):
-    """MGMAE's: Gaussian bumps at as many random tokens of the middle slice as stay visible, carried to the other slices along the
-    motion; in each slice the tokens where the map is highest are visible. A token whose trace leaves the picture has the unmoved
-    map's value. Where bumps overlap the highest counts, as in the authors' code: their sum would favour the picture's middle. The
+    """MGMAE's: Gaussian bumps at as many random tokens of the middle slice as stay visible, carried
+    to the other slices along the motion; in each slice the tokens where the map is highest are
+    visible. A token whose trace leaves the picture has the unmoved map's value. Where bumps overlap
+    the highest counts, as in the authors' code: their sum would favour the picture's middle. The
     highest bump is the nearest, whatever the bumps' width.
 
-    Ours are: the motion field is stored (theirs is RAFT's, between all frames, on line), and each token is traced to the middle
-    slice, where the map is read, instead of warping the map from frame to frame, which blurs it.
+    Ours are: the motion field is stored (theirs is RAFT's, between all frames, on line), and each
+    token is traced to the middle slice, where the map is read, instead of warping the map from
+    frame to frame, which blurs it.
 
-    It differs from MGMAE's released code on purpose. That code warps the slices before the middle the wrong way, since it
-    compares its option with a value that the option cannot have; and it keeps 19 tokens of a slice visible where a ratio of 0.9
-    of 196 leaves 20. Visible tokens, ours against the release, as measured beside it earlier (not by anything in this
-    repository): Jaccard 0.69 to 0.87 from the middle on, 0.05 to 0.69 before it, and there 0.56 to 0.82 with its option mended."""
+    It differs from MGMAE's released code on purpose. That code warps the slices before the middle
+    the wrong way, since it compares its option with a value that the option cannot have; and it
+    keeps 19 tokens of a slice visible where a ratio of 0.9 of 196 leaves 20. Visible tokens, ours
+    against the release, as measured beside it earlier (not by anything in this repository): Jaccard
+    0.69 to 0.87 from the middle on, 0.05 to 0.69 before it, and there 0.56 to 0.82 with its option
+    mended."""
     t, h, w = grid
     check_motion("flow", motion, len(noise), grid)
     count = masked_count(ratio, grid) // t
@@ -190,6 +206,7 @@ MASKS = {
     "motion": motion_mask,
     "flow": flow_mask,
 }
+# the stored maps that each one reads
 NEEDS = {
     "random": None,
     "tube": None,
@@ -205,13 +222,15 @@ def make_mask(name, ratio, batch, grid, saliency=None, motion=None, generator=No
 
     name: a key of MASKS; ratio: share masked in each slice, in (0, 1); grid: (t, h, w) tokens
     saliency [B, t, h, w]: any real scores, for the text masks
-    motion [B, t, 2, h, w]: how far each token moves to the next slice, dx and dy as fractions of the crop's width and height,
+    motion [B, t, 2, h, w]: how far each token moves to the next slice, dx and dy as fractions of
+    the crop's width and height,
         for the masks motion and flow
-    noise [B, N]: uniform in [0, 1); drawn from `generator` where it is not given, on the device of the maps
+    noise [B, N]: uniform in [0, 1); drawn from `generator` where it is not given, on the device of
+    the maps
 
-    Returns bool [B, N] on that device, True = masked, exactly masked_count(ratio, grid) in every row.
-    Raises ValueError for an unknown name, a ratio that masks nothing or everything, or maps missing or of another shape.
-    """
+    Returns bool [B, N] on that device, True = masked, exactly masked_count(ratio, grid) in every
+    row. Raises ValueError for an unknown name, a ratio that masks nothing or everything, or maps
+    missing or of another shape."""
     if name not in MASKS:
         raise ValueError(f"unknown mask {name!r}: one of {', '.join(MASKS)}")
     if noise is None:
@@ -232,20 +251,24 @@ def make_mask(name, ratio, batch, grid, saliency=None, motion=None, generator=No
 
 
 def some_masked(mask, noise, count):
-    """`count` of each row's masked tokens, for a decoder that reconstructs only these (VideoMAE V2's dual masking, arXiv 2303.16727,
-    which takes a fixed pattern of cells): int64 [B, count]. mask bool [B, N]; noise [B, N], which made it."""
-    # The noise of slice 0 alone makes a tube, so by its own order that slice would come last; the fraction of 997 times it is
-    # uniform whatever the mask.
+    """`count` of each row's masked tokens, for a decoder that reconstructs only these (VideoMAE
+    V2's dual masking, arXiv 2303.16727, which takes a fixed pattern of cells): int64 [B, count].
+    mask bool [B, N]; noise [B, N], which made it."""
+    # The noise of slice 0 alone makes a tube, so by its own order that slice would come last; the
+    # fraction of 997 times it is uniform whatever the mask.
     return (noise * 997 % 1).masked_fill(~mask, 2).argsort(dim=1, stable=True)[:, :count]
 
 
 def cut_maps(maps, times, box, flip, grid, oversample=2):
-    """Brings stored maps to the tokens of a sample: the maps' value where each token lies, by trilinear interpolation.
+    """Brings stored maps to the tokens of a sample: the maps' value where each token lies, by
+    trilinear interpolation.
 
     maps [B, S, G, G]: of the whole frame, at the mid-points of S equal parts of the video
     times [B, t]: the middle of each token slice, as a fraction of the video's length
-    box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip; flip bool [B]: mirrored left to right
-    oversample: each token averages this many points squared, so that a map finer than the tokens is not skipped over
+    box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip; flip bool [B]:
+    mirrored left to right
+    oversample: each token averages this many points squared, so that a map finer than the tokens is
+        not skipped over
 
     Returns float32 [B, t, h, w].
     """
@@ -264,7 +287,8 @@ def cut_maps(maps, times, box, flip, grid, oversample=2):
         ],
         dim=-1,
     )  # [B, t, h', w', (x, y, time)]
-    # align_corners=False puts the S values at the mid-points of S equal parts: just where they were measured.
+    # align_corners=False puts the S values at the mid-points of S equal parts: just where they were
+    # measured.
     values = F.grid_sample(
         maps.float()[:, None], points * 2 - 1, padding_mode="border", align_corners=False
     )
@@ -274,10 +298,11 @@ def cut_maps(maps, times, box, flip, grid, oversample=2):
 def cut_motion(field, times, box, flip, grid, seconds):
     """Brings a stored motion field to the tokens of a sample, as `cut_maps` does, and to its units.
 
-    field [B, S, 2, G, G]: dx, dy in frame widths and heights per second; seconds [B]: the length of the video
+    field [B, S, 2, G, G]: dx, dy in frame widths and heights per second; seconds [B]: the length of
+    the video
 
-    Returns float32 [B, t, 2, h, w]: dx, dy to the next slice, as fractions of the crop's width and height, after the flip.
-    """
+    Returns float32 [B, t, 2, h, w]: dx, dy to the next slice, as fractions of the crop's width and
+    height, after the flip."""
     dx, dy = (cut_maps(field[:, :, axis], times, box, flip, grid) for axis in (0, 1))
     dx = torch.where(flip[:, None, None, None], -dx, dx)
     gaps = times.float().diff(dim=1)
@@ -287,11 +312,13 @@ def cut_motion(field, times, box, flip, grid, seconds):
     return torch.stack([dx, dy], 2) * scale[..., None, None]
 
 
-# ---- the preview ---------------------------------------------------------------------------------------------------------
+# ---- the preview ---------------------------------------------------------------------------------
 
 
 def heat(values):
-    """Colours float [..., H, W], scaled to [0, 1] within the picture, from blue over white to red: float [..., H, W, 3]."""
+    """Colours float [..., H, W], scaled to [0, 1] within the picture, from blue over white to
+    red: float [..., H, W, 3].
+    """
     low, high = values.min(), values.max()
     v = ((values - low) / (high - low).clamp(min=1e-6))[..., None]
     return torch.cat([(2 * v).clamp(max=1), 1 - (2 * v - 1).abs(), (2 - 2 * v).clamp(max=1)], -1)
@@ -300,8 +327,8 @@ def heat(values):
 def draw_tiles(clip, masks, grid, saliency=None, motion=None):
     """What a clip, its maps and its masks look like: {name: float [T, H, W, 3] in [0, 1]}.
 
-    clip float [3, T, H, W] in [0, 1]; masks {name: bool [N]}; saliency [t, h, w]; motion [t, 2, h, w],
-    drawn in the colours of Baker et al. (the hue is the direction)."""
+    clip float [3, T, H, W] in [0, 1]; masks {name: bool [N]}; saliency [t, h, w]; motion [t, 2, h,
+    w], drawn in the colours of Baker et al. (the hue is the direction)."""
     from torchvision.utils import flow_to_image
 
     frames = clip.permute(1, 2, 3, 0)  # [T, H, W, 3]
@@ -332,12 +359,16 @@ def to_picture(tile, side):
 
 
 def tile_side(size):
-    """The side of the drawn tiles of a clip of `size` pixels: a whole multiple, at least about 128."""
+    """The side of the drawn tiles of a clip of `size` pixels: a whole multiple, at least about
+    128.
+    """
     return size * max(1, 128 // size)
 
 
 def wrap(text, font, width, lines):
-    """`text` in at most `lines` lines of at most `width` pixels, joined; what is too long ends in dots."""
+    """`text` in at most `lines` lines of at most `width` pixels, joined; what is too long ends
+    in dots.
+    """
     text = " ".join(text.split())[:1000]
     for columns in range(min(len(text), width), 0, -1):
         wrapped = textwrap.wrap(text, columns, max_lines=lines, placeholder="…")
@@ -347,8 +378,8 @@ def wrap(text, font, width, lines):
 
 
 def draw_strip(tiles, slices, title):
-    """A PIL picture of what `draw_tiles` gives: the title, then one row per tile, its name before it,
-    and one column per token slice (its first frame). The letters grow with the picture."""
+    """A PIL picture of what `draw_tiles` gives: the title, then one row per tile, its name before
+    it, and one column per token slice (its first frame). The letters grow with the picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     frames, size = tiles["clip"].shape[:2]
@@ -377,7 +408,9 @@ def draw_strip(tiles, slices, title):
 
 
 def draw_frames(tiles):
-    """The same as moving pictures: a list of T PIL pictures, the tiles three a line, each under its name."""
+    """The same as moving pictures: a list of T PIL pictures, the tiles three a line, each under
+    its name.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     frames, size = tiles["clip"].shape[:2]
@@ -469,8 +502,8 @@ def preview_ratios(mask_ratio):
 
 
 def preview_grid(frames, image_size, patch_size, mask_ratio):
-    """The tokens (t, h, w) of a preview. ValueError, naming the flags, if they do not fit together or
-    ask for gigabytes."""
+    """The tokens (t, h, w) of a preview. ValueError, naming the flags, if they do not fit together
+    or ask for gigabytes."""
     flags = f"--frames {frames} --image-size {image_size} --patch-size {patch_size}"
     if frames % TUBELET:
         raise ValueError(

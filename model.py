@@ -1,16 +1,22 @@
-"""The model: VideoMAE's vision transformer, the masked autoencoder around it, and TGM's contrastive head.
+"""The model: VideoMAE's vision transformer, the masked autoencoder around it, and TGM's contrastive
+head.
 
-    video [B,3,T,H,W] -patchify-> cubes -drop the masked-> encoder -> visible tokens -+-> mean -> InfoNCE <- text [B,D]
+    video [B,3,T,H,W] -patchify-> cubes -drop the masked-> encoder -> visible tokens -+-> mean ->
+    InfoNCE <- text [B,D]
               normalised pixels of the masked cubes <-MSE- decoder <- [visible | mask tokens]
 
-A library that imports nothing of ours.  Architecture, initialisation and state-dict keys are VideoMAE's
-(arXiv:2203.12602), so published checkpoints load with no renaming; Hugging Face's layout is one key map away.
+A library that imports nothing of ours.  Architecture, initialisation and state-dict keys are
+                                         VideoMAE's
+(arXiv:2203.12602), so published checkpoints load with no renaming; Hugging Face's layout is one key
+map away.
 
     python model.py                                         # parameters of each size, and each mask's tokens and GFLOPs
     python model.py --export runs/finetune/best.pt --out hf # a checkpoint as a folder for Hugging Face's transformers
 
-Letters: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M decoded ones,
-D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], True = masked.
+Letters: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M
+    decoded ones,
+D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], True =
+                                                         masked.
 """
 
 import argparse
@@ -62,7 +68,9 @@ SIZES = {
 
 
 def normalize(video):
-    """uint8 [B,3,T,H,W] -> float32 less ImageNet's mean over its deviation, on the video's own device."""
+    """uint8 [B,3,T,H,W] -> float32 less ImageNet's mean over its deviation, on the video's own
+    device.
+    """
     out = torch.empty_like(video, dtype=torch.float32)
     for c in range(3):
         # by Python scalars: a tensor of constants would be copied to the GPU, and waited for, each
@@ -72,7 +80,9 @@ def normalize(video):
 
 
 def patchify(video, tubelet=2, patch=16):
-    """[B,3,T,H,W] -> cubes [B,N,P]: tokens in (t, h, w) order, a cube's numbers in (frame, row, column, colour)."""
+    """[B,3,T,H,W] -> cubes [B,N,P]: tokens in (t, h, w) order, a cube's numbers in (frame, row,
+    column, colour).
+    """
     B, C, T, H, W = video.shape
     x = video.reshape(B, C, T // tubelet, tubelet, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, -1, tubelet * patch * patch * C)
@@ -86,8 +96,10 @@ def unpatchify(cubes, grid, tubelet=2, patch=16):
 
 
 def split_mask(mask, visible=None):
-    """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked ones [B,N-V,1], in token order.
-    All rows must keep equally many.  Giving that number as `visible` spares reading it from the device, which stalls
+    """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked ones [B,N-V,1], in
+    token order.
+    All rows must keep equally many.  Giving that number as `visible` spares reading it from the
+                                      device, which stalls
     a GPU and breaks torch.compile's graph; the device itself then asserts it (RuntimeError)."""
     kept = mask.shape[1] - mask.sum(dim=1)
     visible = int(kept[0]) if visible is None else visible
@@ -98,12 +110,16 @@ def split_mask(mask, visible=None):
 
 
 def take(x, index):
-    """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D].  (take_along_dim makes an index of every number, 15 times slower.)"""
+    """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D].  (take_along_dim makes an index of
+    every number, 15 times slower.)
+    """
     return x[torch.arange(len(x), device=x.device)[:, None], index.squeeze(-1)]
 
 
 def sincos_table(n, width):
-    """[1,n,width] float32: "Attention is all you need" §3.5 over the index of a token in the flattened grid."""
+    """[1,n,width] float32: "Attention is all you need" §3.5 over the index of a token in the
+    flattened grid.
+    """
     j = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(n, dtype=torch.float64)[None, :, None] / 10000 ** (j // 2 * 2 / width)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
@@ -118,7 +134,9 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Joint space-time attention.  Keys need no bias: it would shift all scores of a query alike."""
+    """Joint space-time attention.  Keys need no bias: it would shift all scores of a query
+    alike.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -136,7 +154,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; in training each residual branch of a sample is dropped at the rate drop_path."""
+    """Pre-norm attention and MLP; in training each residual branch of a sample is dropped at the
+    rate drop_path.
+    """
 
     def __init__(self, width, heads, drop_path):
         super().__init__()
@@ -157,7 +177,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; drop path grows linearly from 0 to its full rate at the last block."""
+    """Blocks and a final norm; drop path grows linearly from 0 to its full rate at the last
+    block.
+    """
 
     def __init__(self, width, depth, heads, drop_path=0.0):
         super().__init__()
@@ -178,7 +200,9 @@ class Transformer(nn.Module):
 
 
 class Encoder(Transformer):
-    """Cubes in, tokens out.  frames and image_size default to the size's own; positions are computed for any."""
+    """Cubes in, tokens out.  frames and image_size default to the size's own; positions are
+    computed for any.
+    """
 
     def __init__(self, size, frames=None, image_size=None, drop_path=0.0):
         c = dict(SIZES[size])
@@ -203,11 +227,14 @@ class Encoder(Transformer):
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
     def encode(self, cubes, index=None):
-        """cubes [B,N,P], index [B,V,1] of the visible ones (None: all) -> [B,V,D]; the others are never read."""
+        """cubes [B,N,P], index [B,V,1] of the visible ones (None: all) -> [B,V,D]; the others
+        are never read.
+        """
         position = self.pos_embed
         if index is not None:
             cubes, position = take(cubes, index), take(position, index)
-        # a convolution whose stride is its kernel is one matrix product per cube: [D,3,2,16,16] -> [D,P]
+        # a convolution whose stride is its kernel is one matrix product per cube: [D,3,2,16,16] ->
+        # [D,P]
         weight = self.patch_embed["proj"].weight.permute(0, 2, 3, 4, 1).flatten(1)
         return self.norm(
             self.run_blocks(F.linear(cubes, weight, self.patch_embed["proj"].bias) + position)
@@ -237,11 +264,12 @@ def gather_rows(own):
 
 
 def info_nce(video_emb, text_emb, scale, group=None):
-    """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], any length; scale is 1 / temperature.
-    Positives of each other, the target uniform over them, are samples of one video, that is of one number in group
-    ([B] integers; None: all differ), and samples of one caption, that is texts of cosine above 0.999.
-    Under torch.distributed a collective, with equal B: a rank's loss is the mean over its own rows against everyone's
-    columns; gathering passes gradients back, so DistributedDataParallel averages to the whole batch's gradient."""
+    """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], any length; scale is 1
+    / temperature. Positives of each other, the target uniform over them, are samples of one video,
+    that is of one number in group ([B] integers; None: all differ), and samples of one caption,
+    that is texts of cosine above 0.999. Under torch.distributed a collective, with equal B: a
+    rank's loss is the mean over its own rows against everyone's columns; gathering passes gradients
+    back, so DistributedDataParallel averages to the whole batch's gradient."""
     own = torch.stack(
         [F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)]
     )  # [2,B,D]
@@ -251,7 +279,8 @@ def info_nce(video_emb, text_emb, scale, group=None):
         first = dist.get_rank() * len(own[0]) if together else 0
         group = first + torch.arange(len(own[0]), device=own.device)
     every_group = gather_rows(group) if together else group  # [ranks*B]
-    # A sample is its own positive by its group: the product alone may be below 0.999 with itself (TF32), and 0 / 0 follow.
+    # A sample is its own positive by its group: the product alone may be below 0.999 with itself
+    # (TF32), and 0 / 0 follow.
     same = (group[:, None] == every_group) | (own[1] @ every[1].T > 0.999)
     target = same / same.sum(dim=1, keepdim=True)
     to_text, to_video = scale * own[0] @ every[1].T, scale * own[1] @ every[0].T
@@ -259,7 +288,9 @@ def info_nce(video_emb, text_emb, scale, group=None):
 
 
 class ContrastiveHead(nn.Module):
-    """tokens [B,V,D], text [B,text_dim], group [B] -> InfoNCE of the tokens' projected mean and the text, in float32."""
+    """tokens [B,V,D], text [B,text_dim], group [B] -> InfoNCE of the tokens' projected mean and
+    the text, in float32.
+    """
 
     def __init__(self, width, text_dim):
         super().__init__()
@@ -272,8 +303,9 @@ class ContrastiveHead(nn.Module):
 
     @torch.no_grad()
     def limit_temperature(self):
-        """After each step of the optimiser, as open_clip: 1 / temperature stays between 1 and 100. In the forward pass
-        the limit would have no gradient, and the temperature could never come back."""
+        """After each step of the optimiser, as open_clip: 1 / temperature stays between 1 and 100.
+        In the forward pass the limit would have no gradient, and the temperature could never come
+        back."""
         self.logit_scale.clamp_(0, math.log(100))
 
 
@@ -281,7 +313,8 @@ MAEOutput = namedtuple("MAEOutput", "loss_mae loss_nce")
 
 
 class VideoMAE(nn.Module):
-    """The masked autoencoder.  nce_detach stops the contrastive gradient at the encoder's output: the head trains, the
+    """The masked autoencoder.  nce_detach stops the contrastive gradient at the encoder's output:
+                                the head trains, the
     encoder is untouched (the paper's monitored contrastive loss)."""
 
     def __init__(self, size="base", frames=None, image_size=None, text_dim=512, nce_detach=False):
@@ -307,10 +340,13 @@ class VideoMAE(nn.Module):
         self.encoder.checkpointing = self.decoder.checkpointing = on
 
     def forward(self, video, mask, text=None, visible=None, decoded=None, group=None):
-        """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> MAEOutput of float32 scalars.
-        group: [B] integers, equal for samples of one video, which the contrastive loss takes for one (None: all differ).
-        visible: how many tokens a row of the mask keeps, if the caller knows (see `split_mask`).  decoded: indices
-        [B,M] of the masked tokens that the decoder sees and the loss is over (VideoMAE V2, arXiv:2303.16727; None: all)."""
+        """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> MAEOutput of
+        float32 scalars.
+        group: [B] integers, equal for samples of one video, which the contrastive loss takes for
+            one (None: all differ).
+        visible: how many tokens a row of the mask keeps, if the caller knows (see `split_mask`).
+        decoded: indices [B,M] of the masked tokens that the decoder sees and the loss is over
+            (VideoMAE V2, arXiv:2303.16727; None: all)."""
         cubes, (seen, hidden) = self.encoder.cubes(video), split_mask(mask, visible)
         if decoded is not None:
             torch._assert_async(mask.gather(1, decoded).all(), "decoded: not every token is masked")
@@ -323,13 +359,17 @@ class VideoMAE(nn.Module):
         return MAEOutput(loss_mae, None if text is None else self.contrastive(tokens, text, group))
 
     def encode(self, video, mask=None, visible=None):
-        """-> the visible tokens (without a mask, all) after the final norm, [B,V,D], in (t, h, w) order."""
+        """-> the visible tokens (without a mask, all) after the final norm, [B,V,D], in (t, h,
+        w) order.
+        """
         return self.encoder.encode(
             self.encoder.cubes(video), None if mask is None else split_mask(mask, visible)[0]
         )
 
     def decode(self, tokens, seen, hidden):
-        """tokens [B,V,D] -> [B,M,P], M hidden ones; mask tokens go last and positions follow: nothing is reordered."""
+        """tokens [B,V,D] -> [B,M,P], M hidden ones; mask tokens go last and positions follow:
+        nothing is reordered.
+        """
         x = torch.cat(
             [
                 self.encoder_to_decoder(tokens) + take(self.pos_embed, seen),
@@ -340,16 +380,20 @@ class VideoMAE(nn.Module):
         return self.decoder.head(self.decoder.norm(self.decoder.run_blocks(x)[:, seen.shape[1] :]))
 
     def target(self, cubes):
-        """cubes [B,M,P] -> (target [B,M,P], mean, deviation [B,M,1,3]), float32: pixels in [0,1] again, then each
-        colour of each cube brought to mean 0 and deviation 1.  Predicting 0 therefore costs about 1."""
+        """cubes [B,M,P] -> (target [B,M,P], mean, deviation [B,M,1,3]), float32: pixels in [0,1]
+        again, then each
+        colour of each cube brought to mean 0 and deviation 1.  Predicting 0 therefore costs about
+                                                                1."""
         x = cubes.float().unflatten(-1, (-1, 3)) * self.rgb[1] + self.rgb[0]  # [B,M,P/3,3]
         mean, deviation = x.mean(dim=-2, keepdim=True), x.var(dim=-2, keepdim=True).sqrt() + EPS
         return ((x - mean) / deviation).flatten(-2), mean, deviation
 
     @torch.no_grad()
     def reconstruct(self, video, mask, visible=None):
-        """-> [B,3,T,H,W] float32 in [0,1]: the video, its masked cubes replaced by predictions.  Their mean and
-        deviation are borrowed from the truth, which flatters the picture: say so in its caption."""
+        """-> [B,3,T,H,W] float32 in [0,1]: the video, its masked cubes replaced by predictions.
+
+        Their mean and deviation are borrowed from the truth, which flatters the picture: say so in
+        its caption."""
         cubes, (seen, hidden) = self.encoder.cubes(video), split_mask(mask, visible)
         target, mean, deviation = self.target(cubes)
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, hidden).float()
@@ -361,7 +405,9 @@ class VideoMAE(nn.Module):
 
 
 class VideoViT(Encoder):
-    """The classifier in VideoMAE's fine-tuning layout: mean over tokens, fc_norm in place of norm, dropout, head."""
+    """The classifier in VideoMAE's fine-tuning layout: mean over tokens, fc_norm in place of
+    norm, dropout, head.
+    """
 
     def __init__(
         self,
@@ -472,7 +518,9 @@ def official_names(state):
 
 
 def join_qkv(state, file):
-    """Joins Hugging Face's query, key and value weights; ValueError where one of them is missing."""
+    """Joins Hugging Face's query, key and value weights; ValueError where one of them is
+    missing.
+    """
     for query in [key for key in state if key.endswith(".query.weight")]:
         parts = []
         for part in SPLIT:
@@ -485,7 +533,9 @@ def join_qkv(state, file):
 
 
 def head_classes(path):
-    """How many classes the classifier in `path` has; ValueError if there is none, or no checkpoint."""
+    """How many classes the classifier in `path` has; ValueError if there is none, or no
+    checkpoint.
+    """
     head = read_checkpoint(path).get("encoder.head.weight")
     if head is None:
         raise ValueError(f"{path}: holds no classifier")
@@ -709,8 +759,9 @@ def export(path, folder):
 
 
 def count_flops(model, visible, decoded=None):
-    """Multiply-adds (the literature's FLOPs) of one clip's forward pass with `visible` tokens encoded and `decoded` (all)
-    others decoded, (encoder, decoder), in matrix products: ViT-B's encoder on all 1568 tokens, 180 G."""
+    """Multiply-adds (the literature's FLOPs) of one clip's forward pass with `visible` tokens
+    encoded and `decoded` (all) others decoded, (encoder, decoder), in matrix products: ViT-B's
+    encoder on all 1568 tokens, 180 G."""
     c, M = model.config, model.num_tokens - visible if decoded is None else decoded
     P, D, E = 3 * c["tubelet"] * c["patch"] ** 2, c["width"], c["decoder_width"]
     encoder, decoder = (

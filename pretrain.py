@@ -1,38 +1,47 @@
 """Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance.
 
-Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the masks motion and
-        flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
-Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step), reconstruction_*.png
+Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
+        masks motion and flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
+Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step),
+        reconstruction_*.png
 
-    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 8e-3     CPU, toy world: 5 minutes
-    python pretrain.py --mask text                                                        one GPU, ViT-B
-    torchrun --nproc_per_node=8 pretrain.py --mask text                                   eight GPUs
+    # CPU, toy world: 5 minutes
+    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 8e-3
+    # one GPU, ViT-B
+    python pretrain.py --mask text
+    # eight GPUs
+    torchrun --nproc_per_node=8 pretrain.py --mask text
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --mask text
 
-The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight
-times a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the other videos of the
-batch, over all ranks; with --accum they are those of one of the accumulated batches, so for this loss, unlike the
-other, accumulating is not the same as a larger batch. With weight 0 the contrastive loss is only monitored: its head
-trains on detached features and the encoder is untouched (the paper's figure 4).
+The loss is VideoMAE's mean squared error on masked cubes (about 1.0 for the trivial prediction)
+plus --nce-weight times a symmetric InfoNCE between the mean visible token and the caption. Its
+negatives are the other videos of the batch, over all ranks; with --accum they are those of one of
+the accumulated batches, so for this loss, unlike the other, accumulating is not the same as a
+larger batch. With weight 0 the contrastive loss is only monitored: its head trains on detached
+features and the encoder is untouched (the paper's figure 4).
 
-One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with its own crop, flip,
-caption and mask), so the effective epochs are epochs x R. The learning rate follows the videos per step, not their
-samples, as in VideoMAE and mae_st: lr = blr x (batch-size x accum x ranks) / 256. It rises over --warmup-epochs, then
-falls along a cosine to 1e-5 x (batch-size x accum x ranks) / 256.
+One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
+its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
+follows the videos per step, not their samples, as in VideoMAE and mae_st: lr = blr x (batch-size x
+accum x ranks) / 256. It rises over --warmup-epochs, then falls along a cosine to 1e-5 x (batch-size
+x accum x ranks) / 256.
 
-Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes nothing, and a resumed run
-repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on from the checkpoint in --out, if there is one,
-and refuses flags and data other than those that it was begun with. Free to change are the flags of MAY_CHANGE; the
-number of ranks and --batch-size, if their product stays; and --epochs, upwards: the rest of the run follows the longer
-cosine, so the rate jumps up to where that one is. --resume none renames an old checkpoint to checkpoint.old.pt, at once.
+Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
+nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
+from the checkpoint in --out, if there is one, and refuses flags and data other than those that it
+was begun with. Free to change are the flags of MAY_CHANGE; the number of ranks and --batch-size, if
+their product stays; and --epochs, upwards: the rest of the run follows the longer cosine, so the
+rate jumps up to where that one is. --resume none renames an old checkpoint to checkpoint.old.pt, at
+once.
 
-SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143 and 130). torchrun
-passes a signal on to its ranks, does not restart them then, and exits with 1. If a rank alone gets the signal, all save
-and end as well, but to torchrun that is a failure, as is kill -9: with --max-restarts it starts all ranks again, on all
-nodes, and --resume auto goes on. Several nodes must share the folder --out.
+SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143
+and 130). torchrun passes a signal on to its ranks, does not restart them then, and exits with 1. If
+a rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is
+kill -9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
+    Several nodes must share the folder --out.
 
-Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S moments, D text embedding.
-"""
+Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
+moments, D text embedding."""
 
 import argparse
 import contextlib
@@ -88,12 +97,12 @@ from tgm.run import (
 from tgm.sampling import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
-# ---- samples -------------------------------------------------------------------------------------------------------------
+# ---- samples -------------------------------------------------------------------------------------
 
 
 class Clips(TrainingClips):
-    """Training samples by (epoch, row). `text` [N, K, D], `saliency` [N, K, S, G, G] and `motion` [N, S, 2, G, G] are mapped
-    arrays or None."""
+    """Training samples by (epoch, row). `text` [N, K, D], `saliency` [N, K, S, G, G] and `motion`
+    [N, S, 2, G, G] are mapped arrays or None."""
 
     def __init__(self, videos, rows, args, grid, text=None, saliency=None, motion=None):
         super().__init__(videos, rows, args.seed)
@@ -171,14 +180,16 @@ class Clips(TrainingClips):
         return view
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 FLOOR = 1e-5  # where the learning rate ends, for 256 videos per step; VideoMAE's min_lr
 
 
 def learning_rate(step, lr, warmup, total, floor=FLOOR):
-    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the step."""
+    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of
+    the step.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     floor = min(floor, lr)
@@ -203,7 +214,9 @@ def make_optimizer(model, args):
 
 @torch.no_grad()
 def draw_reconstruction(path, model, dataset, args, device, autocast):
-    """Three rows for one clip: as it is, masked, reconstructed (masked cubes keep their true mean and deviation)."""
+    """Three rows for one clip: as it is, masked, reconstructed (masked cubes keep their true
+    mean and deviation).
+    """
     batch = torch.utils.data.default_collate([dataset[0, int(dataset.rows[0])]])
     batch = {key: value.flatten(0, 1).to(device) for key, value in batch.items() if value.ndim > 1}
     clip, mask = models.normalize(batch["clip"]), mask_batch(batch, model, args)
@@ -393,16 +406,19 @@ def parse_args(argv=None):
 
 
 def open_data(args):
-    """The manifest and what the method needs beside it: videos, rows to train on, {"text", "saliency", "motion": array or None}."""
+    """The manifest and what the method needs beside it: videos, rows to train on, {"text",
+    "saliency", "motion": array or None}.
+    """
     videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
     remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
     prefix = companion_prefix(args)
     captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
     expect = {"captions": file_hash(captions)} if captions.exists() and not args.companions else {}
     arrays = {"text": None, "saliency": None, "motion": None}
-    if args.mask.startswith("text"):
+    need = masking.NEEDS[args.mask]
+    if need == "saliency":
         arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
-    if args.mask in ("motion", "flow"):
+    if need == "motion":
         arrays["motion"], _ = open_array(
             f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion"
         )
@@ -410,7 +426,7 @@ def open_data(args):
         try:
             arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, remedy, **expect)
         except ManifestError as error:
-            if args.mask.startswith("text") or args.nce_weight == 0:
+            if need == "saliency" or args.nce_weight == 0:
                 raise
             raise ManifestError(f"{error}; or train without captions: --nce-weight 0") from None
     usable = np.ones(len(videos), bool)
@@ -425,11 +441,13 @@ def companion_prefix(args):
     return args.companions or Path(args.data).with_suffix("")
 
 
-# ---- before it begins ----------------------------------------------------------------------------------------------------
+# ---- before it begins ----------------------------------------------------------------------------
 
 
 def refuse_gigabytes(args, ranks_here):
-    """RunError if one batch's clips, or the table of positions, would not fit into the memory of this machine."""
+    """RunError if one batch's clips, or the table of positions, would not fit into the memory of
+    this machine.
+    """
     config = models.SIZES[args.size]
     frames = args.frames or config["frames"]
     pixels = args.image_size or config["image_size"]
@@ -462,7 +480,9 @@ def batch_bytes(videos, repeat, frames, pixels):
 
 
 def refuse_missing(args, videos, rows):
-    """RunError if too many of some 256 videos, evenly from all, are not there: it is said before workers stumble on each."""
+    """RunError if too many of some 256 videos, evenly from all, are not there: it is said before
+    workers stumble on each.
+    """
     looked_for = rows[:: max(1, len(rows) // 256)]
     missing = [int(row) for row in looked_for if not os.path.exists(videos[int(row)].path)]
     if missing and len(missing) > args.max_bad * len(looked_for):
@@ -498,7 +518,9 @@ def refuse_small(args, usable, videos, device, ranks):
 
 
 def seconds_per_step(model, samples, visible, decoded):
-    """A guess for a CPU, from the time of one matrix product: forward and backward are three times the forward pass."""
+    """A guess for a CPU, from the time of one matrix product: forward and backward are three
+    times the forward pass.
+    """
     x = torch.ones(1024, 1024)
     x @ x
     began = time.time()
@@ -524,7 +546,9 @@ MAY_CHANGE = {  # flags that do not change what is learnt
 
 
 def refuse_other_run(path, saved, args):
-    """RunError if the checkpoint at `path`, begun with the flags `saved`, is of another run than `args`."""
+    """RunError if the checkpoint at `path`, begun with the flags `saved`, is of another run than
+    `args`.
+    """
     if "mask" not in saved or "identity" not in saved:
         models.read_checkpoint(path)  # a damaged file is a ValueError with its reason
         raise RunError(
@@ -571,8 +595,8 @@ OF_A_NODE = {
 
 
 def refuse_unequal_ranks(rank, ranks, step, args):
-    """Ends the run on every rank if they were started with other flags or data, or found other checkpoints, as nodes do that
-    do not share a folder."""
+    """Ends the run on every rank if they were started with other flags or data, or found other
+    checkpoints, as nodes do that do not share a folder."""
     own = {name: value for name, value in vars(args).items() if name not in OF_A_NODE}
     own["what it reads"] = list(args.identity.values())
     found = [None] * ranks
@@ -601,7 +625,7 @@ def give_up(message, rank):
     sys.exit(1)
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def choose_precision(asked, device):
@@ -628,7 +652,9 @@ def batches_from(step, loader, steps_per_epoch, accum):
 
 
 def first_bad_step(finite, step):
-    """The number of the first step that is not finite, of steps that end with `step`: finite is bool [steps]."""
+    """The number of the first step that is not finite, of steps that end with `step`: finite is
+    bool [steps].
+    """
     return step - len(finite) + 1 + int((~finite).int().argmax())
 
 
@@ -964,9 +990,11 @@ def of_all_ranks(rows, ranks):
 
 
 def give_up_on_values(finite, step, used, videos, rank, ranks):
-    """Ends the run on every rank, naming the first step whose loss or gradient is not finite, and its videos.
+    """Ends the run on every rank, naming the first step whose loss or gradient is not finite, and
+    its videos.
 
-    finite: bool [steps], of this rank; used: the rows of each of these steps, which end with `step`."""
+    finite: bool [steps], of this rank; used: the rows of each of these steps, which end with
+        `step`."""
     bad = [] if finite.all() else [first_bad_step(finite, step)]
     first = min(of_all_ranks(bad, ranks))
     rows = used[first - step - 1] if first in bad else []

@@ -1,41 +1,54 @@
-"""Stage 2: saliency. CLIP scores every patch of every video against each of its captions, once; or: how does every patch move?
+"""Stage 2: saliency. CLIP scores every patch of every video against each of its captions, once; or:
+how does every patch move?
 
-Reads   a manifest, its videos, and for text the captions that caption.py wrote (train.captions.jsonl)
-Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text embeddings, the contrastive loss's targets
-        train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the mid-points of S equal parts
-                              of the video, G x G over the whole frame, squashed to a square
-        train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and heights per second
+Reads   a manifest, its videos, and for text the captions that caption.py wrote
+        (train.captions.jsonl)
+Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text embeddings, the
+                              contrastive loss's targets
+        train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the
+                              mid-points of S equal parts of the video, G x G over the whole frame,
+                              squashed to a square
+        train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and
+                              heights per second
         a .json beside each array: model, its activation, flags, and hashes of the manifest's rows
                               and of the captions
 
-    python saliency.py data/train.csv --clip local-dir:data/toy/clip              CPU, the toy world: about 60 videos/s
-    python saliency.py data/train.csv                                             one GPU, CLIP ViT-B-16 of OpenAI
+    # CPU, the toy world: about 60 videos/s
+    python saliency.py data/train.csv --clip local-dir:data/toy/clip
+    # one GPU, CLIP ViT-B-16 of OpenAI
+    python saliency.py data/train.csv
     torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
-    python saliency.py data/train.csv --cue motion                                no model: about as fast as decoding
+    # no model: about as fast as decoding
+    python saliency.py data/train.csv --cue motion
     torchrun --nproc_per_node=8 saliency.py data/train.csv --cue motion --flow raft
 
-Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained for is its class token;
-what its patch tokens say is a by-product, and how they are read matters (`--dense`):
+Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained
+for is its class token; what its patch tokens say is a by-product, and how they are read matters
+(`--dense`):
 
-    last    the patch tokens as they leave the last block. They were trained for nothing, and match the *background* better
-            than the object: the class token gathers what it needs, and patches keep what it does not.
-    value   in the last block each patch sees only itself: its value vector, through the output projection, without residual
-            and MLP (MaskCLIP, arXiv 2112.01071)
-    self    each patch gathers the values of patches that look like it: query-query plus key-key attention in the place of
-            query-key (SCLIP, arXiv 2312.01597), without residual and MLP, summed over the second half of the blocks, whose
-            own input stays the ordinary one (CLIP Surgery, arXiv 2304.05653)
+    last    the patch tokens as they leave the last block. They were trained for nothing, and match
+            the *background* better than the object: the class token gathers what it needs, and
+            patches keep what it does not.
+    value   in the last block each patch sees only itself: its value vector, through the output
+            projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
+    self    each patch gathers the values of patches that look like it: query-query plus key-key
+            attention in the place of query-key (SCLIP, arXiv 2312.01597), without residual and MLP,
+            summed over the second half of the blocks, whose own input stays the ordinary one (CLIP
+            Surgery, arXiv 2304.05653)
 
-The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600 held-out videos `./demo.sh`
-gave pointing accuracy and AUC of 0.26, 0.27 for `last`, 0.59, 0.62 for `value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
+The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600
+held-out videos `./demo.sh` gave pointing accuracy and AUC of 0.26, 0.27 for `last`, 0.59, 0.62 for
+`value` and 0.94, 0.89 for `self` (chance: 0.22, 0.50).
 
-Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow raft` computes optical flow, for
-HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as a reference: motion.py says how. experiments/MASKS.md has
-the codec's error on the toy world.
+Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow
+raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
+a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
-Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a kill and it computes the
-rows that are NaN. A row that stays NaN is a video that failed or has no caption; training leaves it out. Where rows were added at
-the manifest's end, `--extend` keeps those that there are (after caption.py --extend). SIGTERM and Ctrl-C end it by that signal
-after the batch in hand.
+Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
+kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
+caption; training leaves it out. Where rows were added at the manifest's end, `--extend` keeps those
+that there are (after caption.py --extend). SIGTERM and Ctrl-C end it by that signal after the batch
+in hand.
 Letters: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
 """
 
@@ -126,7 +139,9 @@ def read_moments(video, moments, size, timeout):
 
 
 def read_codec_field(video, moments, window, grid, timeout):
-    """float32 [S, 2, G, G]: the motion field from the codec's vectors in a window of frames around each moment."""
+    """float32 [S, 2, G, G]: the motion field from the codec's vectors in a window of frames
+    around each moment.
+    """
     with VideoReader(video.path, vectors=True, timeout=timeout) as reader:
         start, end = reader.span(video)
         middles, window = segment_midpoints(start, end, moments), window / reader.fps
@@ -137,7 +152,9 @@ def read_codec_field(video, moments, window, grid, timeout):
 
 
 def read_pairs(video, moments, size, timeout):
-    """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds between them, float32 [S]."""
+    """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds
+    between them, float32 [S].
+    """
     with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
         times, apart = motion.pair_times(
@@ -255,7 +272,9 @@ def activation_of(model):
 
 
 def project(block, x):
-    """Queries, keys and values of a residual block's attention: x [B, L, W] -> three of [B, heads, L, W / heads]."""
+    """Queries, keys and values of a residual block's attention: x [B, L, W] -> three of [B,
+    heads, L, W / heads].
+    """
     qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
@@ -266,7 +285,9 @@ def join_heads(block, heads):
 
 
 def patch_features(visual, images, dense):
-    """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised -> [B, G*G, D] float32."""
+    """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised ->
+    [B, G*G, D] float32.
+    """
     x, path = visual._embeds(images), 0.0  # [B, L, W], class token first
     blocks, attend = visual.transformer.resblocks, F.scaled_dot_product_attention
     for index, block in enumerate(blocks):
@@ -286,7 +307,9 @@ def patch_features(visual, images, dense):
 
 
 def embed_texts(model, tokenizer, texts, device, batch=256):
-    """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by the tokenizer."""
+    """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by
+    the tokenizer.
+    """
     texts = sorted(set(texts))
     embedded = {}
     quiet = torchrun_ranks()[0] > 0
@@ -300,9 +323,10 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
     return embedded
 
 
-# ---- the two cues --------------------------------------------------------------------------------------------------------
-# Each opens its arrays with create(kind, shape, about) and returns: the array whose rows are NaN until done, the videos that have
-# a row to fill, read(video) for the loader's workers, write(good) for a batch [(row, what was read), ...], a line that describes it.
+# ---- the two cues --------------------------------------------------------------------------------
+# Each opens its arrays with create(kind, shape, about) and returns: the array whose rows are NaN
+# until done, the videos that have a row to fill, read(video) for the loader's workers, write(good)
+# for a batch [(row, what was read), ...], a line that describes it.
 
 
 def text_cue(args, videos, device, autocast, create):
@@ -566,8 +590,8 @@ def main(argv=None):
 
 
 def check_places(args, videos, prefix):
-    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be written, or files to write are
-    there that are not ours."""
+    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be
+    written, or files to write are there that are not ours."""
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(args.out, Path(args.data).stem)
         raise RunError(

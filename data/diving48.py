@@ -1,16 +1,19 @@
-"""Diving48: 17,000 clips of competitive dives in 48 classes, which differ in take-off, turns, twists and position alone.
+"""Diving48: 17,000 clips of competitive dives in 48 classes, which differ in take-off, turns,
+twists and position alone.
 
-Videos       Diving48_rgb.tar.gz, from the Statistical Visual Computing Laboratory, UC San Diego (project RESOUND), unpacked:
-             rgb/NAME.mp4. Terms: as on that page; the paper (RESOUND, ECCV 2018) is to be cited.
+Videos       Diving48_rgb.tar.gz, from the Statistical Visual Computing Laboratory, UC San Diego
+             (project RESOUND), unpacked: rgb/NAME.mp4. Terms: as on that page; the paper (RESOUND,
+             ECCV 2018) is to be cited.
 Annotations  Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json, the same page.
 
     python data/diving48.py --videos /disk/diving48/rgb --annotations /disk/diving48
 
-writes data/diving48/train.csv, val.csv (the official test list: there is no validation list) and classes.txt, where a class is
-its four attributes, such as "Back 15som 05Twis FREE". Each file is one dive, so its frame numbers are not needed.
+writes data/diving48/train.csv, val.csv (the official test list: there is no validation list) and
+classes.txt, where a class is its four attributes, such as "Back 15som 05Twis FREE". Each file is
+one dive, so its frame numbers are not needed.
 
-Confusing: version 1 (Diving48_train.json, Diving48_test.json) names the same videos with labels that are known to be noisy, and
-results on the two cannot be compared. It is read with --v1 alone.
+Confusing: version 1 (Diving48_train.json, Diving48_test.json) names the same videos with labels
+that are known to be noisy, and results on the two cannot be compared. It is read with --v1 alone.
 """
 
 import os

@@ -1,26 +1,33 @@
-"""EPIC-Kitchens-100 and -55: long egocentric videos of kitchens, cut into narrated actions, each a verb and a noun.
+"""EPIC-Kitchens-100 and -55: long egocentric videos of kitchens, cut into narrated actions, each a
+verb and a noun.
 
-Videos       P01_01.MP4, ...: "EPIC-KITCHENS-55" and "EPIC-KITCHENS-100 extension" at data.bris.ac.uk (University of Bristol),
-             fetched by the download script at epic-kitchens.github.io. Licence: CC BY-NC 4.0, non-commercial.
-Annotations  the GitHub repositories epic-kitchens/epic-kitchens-100-annotations (EPIC_100_train.csv, EPIC_100_validation.csv,
-             EPIC_100_verb_classes.csv, EPIC_100_noun_classes.csv, EPIC_100_unseen_participant_ids_validation.csv) and
-             epic-kitchens/epic-kitchens-55-annotations (EPIC_train_action_labels.csv, EPIC_verb_classes.csv,
-             EPIC_noun_classes.csv). Which of the two is read depends on what the folder holds.
+Videos       P01_01.MP4, ...: "EPIC-KITCHENS-55" and "EPIC-KITCHENS-100 extension" at
+             data.bris.ac.uk (University of Bristol), fetched by the download script at
+             epic-kitchens.github.io. Licence: CC BY-NC 4.0, non-commercial.
+Annotations  the GitHub repositories epic-kitchens/epic-kitchens-100-annotations
+             (EPIC_100_train.csv, EPIC_100_validation.csv, EPIC_100_verb_classes.csv,
+             EPIC_100_noun_classes.csv, EPIC_100_unseen_participant_ids_validation.csv) and
+             epic-kitchens/epic-kitchens-55-annotations (EPIC_train_action_labels.csv,
+             EPIC_verb_classes.csv, EPIC_noun_classes.csv). Which of the two is read depends on what
+             the folder holds.
 
     python data/epic.py --videos /disk/EPIC-KITCHENS --annotations /disk/epic-kitchens-100-annotations --task verb
 
-writes train.csv, val.csv with start and end in seconds, the label (97 verbs or 300 nouns in EPIC-100; --task action: pairs),
-the columns participant and narration, and classes.txt; with --unseen also val_unseen.csv, the part of val.csv from kitchens
-without training videos. The narration can serve as caption (caption.py --labels --label-column narration).
+writes train.csv, val.csv with start and end in seconds, the label (97 verbs or 300 nouns in
+EPIC-100; --task action: pairs), the columns participant and narration, and classes.txt; with
+--unseen also val_unseen.csv, the part of val.csv from kitchens without training videos. The
+narration can serve as caption (caption.py --labels --label-column narration).
 
---task action numbers the pairs (verb, noun) of the training annotations in order; pairs that occur in validation alone follow
-after them: no classifier knows these, so they count as wrong, and the script says how many there are.
+--task action numbers the pairs (verb, noun) of the training annotations in order; pairs that occur
+in validation alone follow
+after them: no classifier knows these, so they count as wrong, and the script says how many there
+    are.
 
-Confusing: the labels of the test sets are secret. EPIC-55 has no validation list: its usual hold-out is the kitchens P26 and
-up (--val-from). Verbs and nouns are numbered differently in the two. Frame numbers are those of the extracted frames, 60 a
-second in EPIC-55 whatever the video's rate, so the time stamps are read instead. Segments overlap, and one stretch of video
-may be narrated more than once: rows are duplicates only if their narration_id (uid) is the same.
-"""
+Confusing: the labels of the test sets are secret. EPIC-55 has no validation list: its usual
+hold-out is the kitchens P26 and up (--val-from). Verbs and nouns are numbered differently in the
+two. Frame numbers are those of the extracted frames, 60 a second in EPIC-55 whatever the video's
+rate, so the time stamps are read instead. Segments overlap, and one stretch of video may be
+narrated more than once: rows are duplicates only if their narration_id (uid) is the same."""
 
 import os
 import re

@@ -25,7 +25,9 @@ SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 
 def draw(groups, share, seed):
-    """The groups that go to validation. groups: {class: {group}}, a group may be in several classes. share: of each class."""
+    """The groups that go to validation. groups: {class: {group}}, a group may be in several
+    classes. share: of each class.
+    """
     held, kept = set(), set()
     for name in sorted(groups):
         free = sorted(groups[name] - held - kept)

@@ -1,17 +1,20 @@
-"""HMDB51: 6,766 clips of 51 actions, from films and the web. Writes the manifests of one of its three splits.
+"""HMDB51: 6,766 clips of 51 actions, from films and the web. Writes the manifests of one of its
+three splits.
 
-Videos       hmdb51_org.rar, from the Serre Lab, Brown University ("HMDB: a large human motion database"): one rar a class.
-Annotations  test_train_splits.rar, the same page: testTrainMulti_7030_splits/CLASS_test_splitN.txt, a file a class and split.
-             Licence: Creative Commons Attribution 4.0.
+Videos       hmdb51_org.rar, from the Serre Lab, Brown University ("HMDB: a large human motion
+             database"): one rar a class.
+Annotations  test_train_splits.rar, the same page: testTrainMulti_7030_splits/CLASS_test_splitN.txt,
+             a file a class and split. Licence: Creative Commons Attribution 4.0.
 
     python data/hmdb51.py --videos /disk/hmdb51 --annotations /disk/testTrainMulti_7030_splits --split 1
 
-writes data/hmdb51/train.csv (3,570 rows), val.csv (the official test clips, 1,530 rows: there are no validation clips) and
-classes.txt, in alphabetical order. Videos lie in class folders or side by side; files re-encoded under the same names serve.
+writes data/hmdb51/train.csv (3,570 rows), val.csv (the official test clips, 1,530 rows: there are
+no validation clips) and classes.txt, in alphabetical order. Videos lie in class folders or side by
+side; files re-encoded under the same names serve.
 
-Confusing: a line is "FILE.avi 1 " with a space at its end; 1 is training, 2 test, 0 neither (each split uses 5,100 of the
-6,766 clips). File names hold #, &, ;, brackets, commas, two dots in a row; shells and space-separated lists trip over them.
-"""
+Confusing: a line is "FILE.avi 1 " with a space at its end; 1 is training, 2 test, 0 neither (each
+split uses 5,100 of the 6,766 clips). File names hold #, &, ;, brackets, commas, two dots in a row;
+shells and space-separated lists trip over them."""
 
 import os
 import sys

@@ -1,23 +1,29 @@
-"""Kinetics-400, -600, -700: ten-second clips of YouTube videos, one human action each; about 240,000 training clips in K400.
+"""Kinetics-400, -600, -700: ten-second clips of YouTube videos, one human action each; about
+240,000 training clips in K400.
 
-Annotations  kinetics400.tar.gz (600, 700 likewise), from DeepMind ("The Kinetics Human Action Video Dataset"): csv files with
-             the columns label,youtube_id,time_start,time_end,split[,is_cc]. Licence: Creative Commons Attribution 4.0.
-Videos       not distributed by DeepMind: the CVD Foundation ("cvdfoundation/kinetics-dataset" on GitHub) has copies of the
-             clips, and there are crawlers. What left YouTube is gone; nobody's copy is complete.
+Annotations  kinetics400.tar.gz (600, 700 likewise), from DeepMind ("The Kinetics Human Action Video
+             Dataset"): csv files with the columns
+             label,youtube_id,time_start,time_end,split[,is_cc]. Licence: Creative Commons
+             Attribution 4.0.
+Videos       not distributed by DeepMind: the CVD Foundation ("cvdfoundation/kinetics-dataset" on
+             GitHub) has copies of the clips, and there are crawlers. What left YouTube is gone;
+             nobody's copy is complete.
 
     python data/kinetics.py --videos /disk/k400 --annotations /disk/kinetics400
     python data/kinetics.py --videos /disk/k400 --annotations /disk/train.csv /disk/val.csv --out data/k400
     python data/kinetics.py --videos /disk/k400 --list /disk/train.csv /disk/val.csv --classes /disk/label_map_k400.txt
 
-writes train.csv, val.csv, test.csv (those there are annotations for), classes.txt, and missing-train.txt, ... with the videos
-that are not on disk. Classes are numbered alphabetically, as everybody does. Clips may be called ID_000010_000020.mp4 (the
-seconds) or ID.mp4, in folders named by label (with spaces or underscores), by split, or all in one; mkv and webm serve too.
+writes train.csv, val.csv, test.csv (those there are annotations for), classes.txt, and
+missing-train.txt, ... with the videos that are not on disk. Classes are numbered alphabetically, as
+everybody does. Clips may be called ID_000010_000020.mp4 (the seconds) or ID.mp4, in folders named
+by label (with spaces or underscores), by split, or all in one; mkv and webm serve too.
 
-With --untrimmed, ID.mp4 is the whole YouTube video, and the clip's start and end go to the manifest.
-With --list, the lists of VideoMAE, SlowFast and mmaction2 are read: a line is "path label", whatever the extension of the list.
+With --untrimmed, ID.mp4 is the whole YouTube video, and the clip's start and end go to the
+manifest. With --list, the lists of VideoMAE, SlowFast and mmaction2 are read: a line is "path
+label", whatever the extension of the list.
 
-Confusing: the validation split is "val" or "validate"; some copies of the test csv have no labels and cannot be used; lists of
-VideoMAE end in .csv but are separated by spaces.
+Confusing: the validation split is "val" or "validate"; some copies of the test csv have no labels
+and cannot be used; lists of VideoMAE end in .csv but are separated by spaces.
 """
 
 import os

@@ -1,11 +1,14 @@
-"""What the scripts of this folder share: they read official lists, look the videos up on disk, and write manifests.
+"""What the scripts of this folder share: they read official lists, look the videos up on disk, and
+write manifests.
 
-    videos = Videos("/disk/ssv2", out="data/ssv2")       one walk through the folder; no video is opened
+    videos = Videos("/disk/ssv2", out="data/ssv2")       one walk through the folder; no video is
+                                                         opened
     row = Row(videos.find("78687"), label=41, where="train.json: entry 1", wanted="78687.webm")
-    write("data/ssv2", {"train": [row]}, classes)        train.csv, missing-train.txt if videos are missing, classes.txt
+    write("data/ssv2", {"train": [row]}, classes)        train.csv, missing-train.txt if videos are
+                                                         missing, classes.txt
 
-train.csv has the header path,label,class[,start,end][,further columns]. Every error is one line, with the file and the line.
-"""
+train.csv has the header path,label,class[,start,end][,further columns]. Every error is one line,
+with the file and the line."""
 
 import argparse
 import csv
@@ -47,7 +50,7 @@ def parser(doc, name):
     return flags
 
 
-# ---- annotations -----------------------------------------------------------------------------------------------------
+# ---- annotations ---------------------------------------------------------------------------------
 
 
 def expect(condition, where, expected, found):
@@ -143,14 +146,14 @@ def read_entries(path, *keys):
     return entries
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------
+# ---- videos --------------------------------------------------------------------------------------
 
 
 class Videos:
     """The videos below a folder, listed in one walk, so that a row costs no access to the disk.
 
-    names: their paths relative to the folder, sorted. classes: names of folders that hold one class each; case does not
-    count, and "_" is " ".
+    names: their paths relative to the folder, sorted. classes: names of folders that hold one class
+    each; case does not count, and "_" is " ".
     """
 
     def __init__(self, folder, out, classes=()):
@@ -191,8 +194,8 @@ class Videos:
         return os.path.normpath(os.path.join(self._prefix, name))
 
     def find(self, stem, folder=None):
-        """The csv's path of the video with this name, extension not counted, or None. With `folder`, it lies in a folder of
-        that name, or else in none that is another class's."""
+        """The csv's path of the video with this name, extension not counted, or None. With
+        `folder`, it lies in a folder of that name, or else in none that is another class's."""
         names = self._by_stem.get(stem, ())
         if folder is not None and names:
             parents = [self._plain(os.path.basename(os.path.dirname(name))) for name in names]
@@ -202,14 +205,16 @@ class Videos:
         return self.path(names[0]) if names else None
 
 
-# ---- manifests -------------------------------------------------------------------------------------------------------
+# ---- manifests -----------------------------------------------------------------------------------
 
 
 def write(out, splits, classes, columns=(), folder="", within=()):
-    """Writes {split: [Row]} as {split}.csv, missing-{split}.txt and classes.txt (line i: class i) into the folder `out`.
+    """Writes {split: [Row]} as {split}.csv, missing-{split}.txt and classes.txt (line i: class i)
+    into the folder `out`.
 
-    Videos that are not on disk and duplicates are left out and counted; a video with two labels or in two splits ends the
-    script before anything is written (splits named in `within` are a part of another), and so does a split without videos.
+    Videos that are not on disk and duplicates are left out and counted; a video with two labels or
+    in two splits ends the script before anything is written (splits named in `within` are a part of
+    another), and so does a split without videos.
     folder: that of the videos, for this last message.
     """
     out, kept, missing, duplicates, split_of = Path(out), {}, {}, {}, {}

@@ -1,22 +1,26 @@
-"""Something-Something v2: 220,847 clips of people doing basic things with objects, in 174 classes such as "Pushing something
-from left to right". Objects vary freely within a class, so motion decides.
+"""Something-Something v2: 220,847 clips of people doing basic things with objects, in 174 classes
+such as "Pushing something from left to right". Objects vary freely within a class, so motion
+decides.
 
-Videos       20bn-something-something-v2-00, -01, ..., from Qualcomm ("Something-Something v2 Dataset", registration), joined
-             and unpacked: ID.webm. Licence: that of the download form, for research.
-Annotations  the label archive, the same page: labels.json, train.json, validation.json, test.json, test-answers.csv; older
-             copies call them something-something-v2-labels.json, -train.json, -validation.json, -test.json.
+Videos       20bn-something-something-v2-00, -01, ..., from Qualcomm ("Something-Something v2
+             Dataset", registration), joined and unpacked: ID.webm. Licence: that of the download
+             form, for research.
+Annotations  the label archive, the same page: labels.json, train.json, validation.json, test.json,
+             test-answers.csv; older copies call them something-something-v2-labels.json,
+             -train.json, -validation.json, -test.json.
 
     python data/ssv2.py --videos /disk/20bn-something-something-v2 --annotations /disk/labels
 
-writes data/ssv2/train.csv (168,913 rows), val.csv (24,777), test.csv (27,157, where test.json and its answers are there), and
-classes.txt. What the person wrote goes to the column caption, which stage 1 can use instead of BLIP's:
+writes data/ssv2/train.csv (168,913 rows), val.csv (24,777), test.csv (27,157, where test.json and
+its answers are there), and classes.txt. What the person wrote goes to the column caption, which
+stage 1 can use instead of BLIP's:
 
     python caption.py data/ssv2/train.csv --labels --label-column caption
 
-Confusing: "label" in train.json is that text ("holding potato next to vicks vaporub bottle"); the class is "template" without
-its brackets ("Holding something next to something"), which labels.json numbers, as strings. test.json has ids alone; its
-answers, "ID;TEMPLATE" without a header, hold no text, so there the caption is the class.
-"""
+Confusing: "label" in train.json is that text ("holding potato next to vicks vaporub bottle"); the
+class is "template" without its brackets ("Holding something next to something"), which labels.json
+numbers, as strings. test.json has ids alone; its answers, "ID;TEMPLATE" without a header, hold no
+text, so there the caption is the class."""
 
 import os
 

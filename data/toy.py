@@ -1,21 +1,25 @@
-"""The toy world: small H.264 videos of shapes that act, with everything about them known. Nothing is downloaded.
+"""The toy world: small H.264 videos of shapes that act, with everything about them known. Nothing
+is downloaded.
 
-A large two-tone shape (the object) acts in front of a textured scene; in half of the videos the scene drifts as if the
-camera moved, and up to two small grey distractors wander about. The caption of a video names the object's colour and shape, and
-nothing that needs two frames to see. Three of four objects stand in their shape's home scene, as boats stand on water, so
-that what is left of a video when its object is masked still says something about the object. (The split "images", on which
+A large two-tone shape (the object) acts in front of a textured scene; in half of the videos the
+scene drifts as if the camera moved, and up to two small grey distractors wander about. The caption
+of a video names the object's colour and shape, and nothing that needs two frames to see. Three of
+four objects stand in their shape's home scene, as boats stand on water, so that what is left of a
+video when its object is masked still says something about the object. (The split "images", on which
 the tiny models are trained, has no such habit: the models must look at the object.)
 
     python data/toy.py                    writes, in about a minute on two cores, into data/:
-        train.csv, val.csv                path, label (the action), object (the shape), caption (the truth: for scoring only)
+        train.csv, val.csv                path, label (the action), object (the shape), caption (the
+                                          truth: for scoring only)
         videos/{train,val}/00000.mp4 ...  64 x 64 pixels, 20 frames, 10 frames a second
-        train.masks.npy, val.masks.npy    the object's true mask, packed bits: np.unpackbits(masks[row], axis=-1) is [20, 64, 64]
+        train.masks.npy, val.masks.npy    the object's true mask, packed bits:
+                                          np.unpackbits(masks[row], axis=-1) is [20, 64, 64]
 
     python data/toy.py --train-models     remakes data/toy/{blip,clip}, the tiny captioner and the tiny CLIP (data/toy_models.py)
     python data/toy.py --report RUN ...   the demo's last table (data/toy_report.py)
 
-A scene is a pure function of (seed, split, row): `scene(...)` returns it, and `render(...)` draws any moment of it.
-"""
+A scene is a pure function of (seed, split, row): `scene(...)` returns it, and `render(...)` draws
+any moment of it."""
 
 import csv
 import multiprocessing
@@ -58,7 +62,9 @@ AT_HOME = 0.75
 
 @dataclass
 class Scene:
-    """Lengths are in pixels, velocities in pixels per second, angles in radians, `seconds` run from 0 to FRAMES / FPS."""
+    """Lengths are in pixels, velocities in pixels per second, angles in radians, `seconds` run
+    from 0 to FRAMES / FPS.
+    """
 
     action: str
     shape: str
@@ -133,7 +139,9 @@ def scene(seed, split="train", row=0):
 
 
 def inside(shape, x, y):
-    """Signed distance, roughly, to a shape of radius 1 at the origin: negative inside. x, y: arrays of one shape."""
+    """Signed distance, roughly, to a shape of radius 1 at the origin: negative inside. x, y:
+    arrays of one shape.
+    """
     r = np.hypot(x, y)
     if shape == "circle":
         return r - 0.9
@@ -155,7 +163,9 @@ def inside(shape, x, y):
 
 
 def texture(kind, x, y):
-    """The scene's pattern in [0, 1] at pixel positions x, y: smooth edges, no noise, a period of 12 to 16 pixels."""
+    """The scene's pattern in [0, 1] at pixel positions x, y: smooth edges, no noise, a period of
+    12 to 16 pixels.
+    """
     wave = lambda phase: np.clip(0.5 + 1.5 * np.sin(phase), 0, 1)
     u, v = x * (2 * np.pi / 12), y * (2 * np.pi / 12)
     if kind == "stripes":
@@ -177,8 +187,8 @@ def texture(kind, x, y):
 
 
 def render(sc, seconds):
-    """Draws a Scene at the times given (float [T], seconds). Returns frames uint8 [T, 64, 64, 3] and the object's visible
-    mask bool [T, 64, 64]."""
+    """Draws a Scene at the times given (float [T], seconds). Returns frames uint8 [T, 64, 64, 3]
+    and the object's visible mask bool [T, 64, 64]."""
     t = np.asarray(seconds, float)[:, None, None]  # [T, 1, 1]
     y, x = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
     pattern = texture(
@@ -202,7 +212,9 @@ def render(sc, seconds):
 
 
 def write_video(path, frames):
-    """Writes frames uint8 [T, H, W, 3] as H.264 with B-frames and one key frame, FPS frames a second."""
+    """Writes frames uint8 [T, H, W, 3] as H.264 with B-frames and one key frame, FPS frames a
+    second.
+    """
     with av.open(str(path), "w") as container:
         # without macroblock trees: at this size they make two encodings of the same frames differ
         options = {"preset": "fast", "crf": "16", "threads": "1", "x264-params": "mbtree=0"}

@@ -1,15 +1,17 @@
-"""Trains the tiny BLIP and the tiny CLIP of the toy world, and writes them as the real ones are distributed.
+"""Trains the tiny BLIP and the tiny CLIP of the toy world, and writes them as the real ones are
+distributed.
 
     data/toy/blip    a transformers folder: AutoModelForImageTextToText and AutoProcessor open it
-    data/toy/clip    an open_clip folder: open_clip.create_model_from_pretrained("local-dir:data/toy/clip") opens it
+    data/toy/clip    an open_clip folder:
+                     open_clip.create_model_from_pretrained("local-dir:data/toy/clip") opens it
 
     python data/toy.py --train-models          both, in about an hour on two cores
     python data/toy_models.py --only clip      one of them
 
-Both see single frames of the split "images" of the toy world, drawn as they are needed, never a frame of train or val. One
-word-level vocabulary serves both. In CLIP's loss, images whose captions coincide share their positives: with 48 captions
-and batches of 128 most batches hold several of each, and treating those as negatives teaches the model to tell twins apart.
-"""
+Both see single frames of the split "images" of the toy world, drawn as they are needed, never a
+frame of train or val. One word-level vocabulary serves both. In CLIP's loss, images whose captions
+coincide share their positives: with 48 captions and batches of 128 most batches hold several of
+each, and treating those as negatives teaches the model to tell twins apart."""
 
 import argparse
 import itertools
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent / "toy"
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-# [SEP] is last: open_clip reads the text's feature at the token of highest index, which must be the end of the text.
+# [SEP] is last: open_clip reads the text's feature at the token of highest index, which must be the
+# end of the text.
 VOCABULARY = ["[PAD]", "a", *toy.COLOURS, *toy.SHAPES, "[UNK]", "[MASK]", "[DEC]", "[CLS]", "[SEP]"]
 CLIP_CONFIG = {
     "model_cfg": {
@@ -57,7 +60,9 @@ CLIP_CONFIG = {
 
 
 def batches(seed, size, steps):
-    """Yields `steps` batches of (images float [B, 3, 64, 64] normalised, captions) from the split "images"."""
+    """Yields `steps` batches of (images float [B, 3, 64, 64] normalised, captions) from the
+    split "images".
+    """
     rng = np.random.default_rng(seed)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for step in range(steps):
@@ -72,7 +77,9 @@ def batches(seed, size, steps):
 
 
 def train(model, loss_fn, seed, steps, batch, lr, name):
-    """AdamW, 5 % warm-up, cosine to zero; loss_fn(images, captions) -> (loss, accuracy in [0, 1])."""
+    """AdamW, 5 % warm-up, cosine to zero; loss_fn(images, captions) -> (loss, accuracy in [0,
+    1]).
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     progress = tqdm(batches(seed, batch, steps), name, steps, mininterval=5)
     for step, (images, captions) in enumerate(progress):
@@ -181,8 +188,9 @@ def train_blip(folder, seed, steps, batch=128, lr=7e-4):
             .mean()
             .item()
         )
-        # The captioning loss alone learns colours at once and shapes hardly at all; BLIP's own training has a contrastive
-        # loss on the image features beside it. Here a classifier of the mean patch does that work, and is thrown away.
+        # The captioning loss alone learns colours at once and shapes hardly at all; BLIP's own
+        # training has a contrastive loss on the image features beside it. Here a classifier of the
+        # mean patch does that work, and is thrown away.
         logits = model.scaffold(out.image_embeds[:, 1:].mean(1))
         return out.loss + F.cross_entropy(
             logits, torch.tensor([classes[caption] for caption in captions])

@@ -2,10 +2,11 @@
 
     python data/toy.py --report runs/demo
 
-Pointing accuracy: how often the patch of highest saliency points at the object: the object is within 2 pixels of the patch's
-centre along both axes (the pointing game allows 15 pixels in photographs, Zhang et al. 2016, arXiv 1608.00507).
-AUC: how likely a patch on the object (at least half of its pixels are) scores higher than one that is not, mean over frames.
-"""
+Pointing accuracy: how often the patch of highest saliency points at the object: the object is
+within 2 pixels of the patch's centre along both axes (the pointing game allows 15 pixels in
+photographs, Zhang et al. 2016, arXiv 1608.00507).
+AUC: how likely a patch on the object (at least half of its pixels are) scores higher than one that
+is not, mean over frames."""
 
 import csv
 import json
@@ -31,8 +32,9 @@ def caption_match(folder, split="val"):
 
 
 def score_saliency(saliency, masks):
-    """Saliency [N, K, S, G, G] against the true packed masks [N, 20, 64, 8]: pointing accuracy and AUC over all videos,
-    captions and moments, and what chance gives for pointing (the share of patches that point at the object)."""
+    """Saliency [N, K, S, G, G] against the true packed masks [N, 20, 64, 8]: pointing accuracy and
+    AUC over all videos, captions and moments, and what chance gives for pointing (the share of
+    patches that point at the object)."""
     count, texts, moments, grid, _ = saliency.shape
     seconds = (np.arange(moments) + 0.5) * (toy.FRAMES / toy.FPS) / moments
     pixels = np.unpackbits(masks[:, np.floor(seconds * toy.FPS + 1e-6).astype(int)], axis=-1)

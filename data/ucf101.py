@@ -1,18 +1,22 @@
-"""UCF101: 13,320 short clips of 101 actions, cut from 2,500 YouTube videos. Writes the manifests of one of its three splits.
+"""UCF101: 13,320 short clips of 101 actions, cut from 2,500 YouTube videos. Writes the manifests of
+one of its three splits.
 
-Videos       UCF101.rar, from the Center for Research in Computer Vision, University of Central Florida ("UCF101").
-Annotations  "The Train/Test Splits for Action Recognition on UCF101", the same page: classInd.txt, trainlist01.txt to 03,
-             testlist01.txt to 03. Terms: as on that page; the paper (CRCV-TR-12-01) is to be cited.
+Videos       UCF101.rar, from the Center for Research in Computer Vision, University of Central
+             Florida ("UCF101").
+Annotations  "The Train/Test Splits for Action Recognition on UCF101", the same page: classInd.txt,
+             trainlist01.txt to 03, testlist01.txt to 03. Terms: as on that page; the paper
+             (CRCV-TR-12-01) is to be cited.
 
     python data/ucf101.py --videos /disk/UCF-101 --annotations /disk/ucfTrainTestlist --split 1
 
-writes data/ucf101/train.csv (9,537 rows for split 1), val.csv (the official test list, 3,783 rows: there is no validation list)
-and classes.txt. Videos lie in class folders or side by side; files re-encoded under the same names (.mp4, ...) serve too.
+writes data/ucf101/train.csv (9,537 rows for split 1), val.csv (the official test list, 3,783 rows:
+there is no validation list) and classes.txt. Videos lie in class folders or side by side; files
+re-encoded under the same names (.mp4, ...) serve too.
 
-Confusing: class HandstandPushups holds files named v_HandStandPushups_*, so the class is taken from the list's folder, never
-from the file's name. Numbers start at 1 in classInd.txt, at 0 here. The test lists carry no number. Clips of one source video
-share a group (g08); the official splits keep groups apart, a random split would not.
-"""
+Confusing: class HandstandPushups holds files named v_HandStandPushups_*, so the class is taken from
+the list's folder, never from the file's name. Numbers start at 1 in classInd.txt, at 0 here. The
+test lists carry no number. Clips of one source video share a group (g08); the official splits keep
+groups apart, a random split would not."""
 
 import os
 
@@ -45,7 +49,9 @@ def read_list(path, classes, videos):
 
 
 def read_classes(path):
-    """The names in classInd.txt ("1 ApplyEyeMakeup"), in the order of their numbers, which count from 1."""
+    """The names in classInd.txt ("1 ApplyEyeMakeup"), in the order of their numbers, which count
+    from 1.
+    """
     names = []
     for where, line in lists.read_lines(path):
         number, _, name = line.partition(" ")

@@ -1,18 +1,22 @@
-"""How fast: against peers in the same run, pair by pair (ours peer, peer ours, ...); how cost grows; and what that means on paper.
+"""How fast: against peers in the same run, pair by pair (ours peer, peer ours, ...); how cost
+grows; and what that means on paper.
 
     python experiments/bench.py                          every section but soak and gpu: about 25 minutes on two CPU cores
     python experiments/bench.py decode sample --repeats 80 --videos my.csv
     python experiments/bench.py soak                     20,000 clips through the loader: half an hour
     python experiments/bench.py step overhead saliency captions gpu paper        on a GPU
 
-Reads   H.264 videos of 64 frames or more: a manifest or a folder, by default ../shared/videos/clips.csv; where there is none, ten made
-        on the spot from the toy world. Models are full-size with random weights, which are as slow as trained ones.
-Writes  experiments/bench.json, where a section replaces its last run, and the tables between the marks of BENCHMARKS.md beside it
+Reads   H.264 videos of 64 frames or more: a manifest or a folder, by default
+        ../shared/videos/clips.csv; where there is none, ten made on the spot from the toy world. Models are full-size with random weights, which are as slow as trained ones.
+Writes  experiments/bench.json, where a section replaces its last run, and the tables between the
+        marks of BENCHMARKS.md beside it
 
-A ratio is the median over pairs, with the quartiles: how many times faster than the peer, but where the aim is "at most" how many
-times slower. No speed is asserted; what is asserted is that both sides compute the same.
+A ratio is the median over pairs, with the quartiles: how many times faster than the peer, but where
+the aim is "at most" how many times slower. No speed is asserted; what is asserted is that both
+sides compute the same.
 
-A peer that is not installed is left out by name. torchcodec needs FFmpeg's shared libraries; those inside PyAV serve:
+A peer that is not installed is left out by name. torchcodec needs FFmpeg's shared libraries; those
+inside PyAV serve:
     libs=$(python -c "import av; print(av.__path__[0] + '.libs')"); mkdir -p /tmp/ffmpeg
     for f in $libs/lib{av,sw}*; do ln -sf $f /tmp/ffmpeg/$(basename $f | sed -E 's/-[0-9a-f]+(\\.so\\.[0-9]+).*/\\1/'); done
     LD_LIBRARY_PATH=/tmp/ffmpeg:$libs python experiments/bench.py
@@ -66,11 +70,13 @@ SIZES = {
     "any": range(9999),
 }
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def pairs(ours, peer, repeats, warmup=1):
-    """Seconds of ours(i) and of peer(i), one after the other, the order alternating: float [2, repeats]."""
+    """Seconds of ours(i) and of peer(i), one after the other, the order alternating: float [2,
+    repeats].
+    """
     took = np.zeros((2, repeats))
     for i in range(-warmup, repeats):
         for side in ((0, 1), (1, 0))[i % 2]:
@@ -84,8 +90,8 @@ def pairs(ours, peer, repeats, warmup=1):
 
 
 def compare(work, peer, seconds, per=1, aim=""):
-    """A row from what `pairs` gave. per: items of a call; aim: "at least 1.25" (peer's seconds over ours), "at most 1.05" (ours over
-    the peer's), "at most" or "" (the same, without an aim)."""
+    """A row from what `pairs` gave. per: items of a call; aim: "at least 1.25" (peer's seconds over
+    ours), "at most 1.05" (ours over the peer's), "at most" or "" (the same, without an aim)."""
     ratios = seconds[0] / seconds[1] if aim.startswith("at most") else seconds[1] / seconds[0]
     low, ratio, high = map(float, np.percentile(ratios, (25, 50, 75)))
     *words, number = aim.split() or [""]
@@ -124,7 +130,9 @@ def in_a_process(function, *args):
 
 
 def resident(pid="self"):
-    """MB of memory of a process, what it shares divided by those who share it (PSS); mapped files and batches under way left out."""
+    """MB of memory of a process, what it shares divided by those who share it (PSS); mapped
+    files and batches under way left out.
+    """
     return (
         sum(
             int(line.split()[1])
@@ -148,7 +156,9 @@ def clip_dataset(paths, folder, *flags):
 
 
 def by_size(work, peer, paths, files, seconds, aim):
-    """A row for each size of the sources, of pairs whose i-th is of the file i % len(paths); the aim is for all together."""
+    """A row for each size of the sources, of pairs whose i-th is of the file i % len(paths); the
+    aim is for all together.
+    """
     for name, pixels in SIZES.items():
         chosen = [
             i for i in range(seconds.shape[1]) if files[paths[i % len(paths)]].short in pixels
@@ -162,7 +172,7 @@ def by_size(work, peer, paths, files, seconds, aim):
             )
 
 
-# ---- the sections: each returns rows of tables ---------------------------------------------------------------------------
+# ---- the sections: each returns rows of tables ---------------------------------------------------
 
 
 def read_ours(path, times):
@@ -297,7 +307,9 @@ def train_step(model, loss, dtype):
 
 
 def base_step(keep, ratio, dtype, folder, batch):
-    """A step of ViT-B from the weights in `folder`, of ours with --decoder-keep, or with keep None of transformers' model."""
+    """A step of ViT-B from the weights in `folder`, of ours with --decoder-keep, or with keep
+    None of transformers' model.
+    """
     data, grid = random_batch(batch), (8, 14, 14)
     mask = masking.make_mask("tube", ratio, batch, grid, noise=data["noise"])
     video = models.normalize(data["clip"])
@@ -351,8 +363,8 @@ def step(args, temporary):
 
 
 def method_step(mask, ratio, batch):
-    """A whole step of pretrain.py on a batch that is there: its masks, normalising, forward, backward, AdamW; for the text mask
-    with the contrastive loss."""
+    """A whole step of pretrain.py on a batch that is there: its masks, normalising, forward,
+    backward, AdamW; for the text mask with the contrastive loss."""
     args = pretrain.parse_args(["--mask", mask, "--mask-ratio", str(ratio)])
     data = random_batch(batch)
     model = models.VideoMAE("base").to(DEVICE)
@@ -439,7 +451,9 @@ def overhead(args, temporary):
 
 @torch.inference_mode()
 def clip_maps(args, temporary):
-    """saliency.py's work on frames that are there: maps of 3 captions a video. Videos a batch: 2 on a CPU, 16 on a GPU."""
+    """saliency.py's work on frames that are there: maps of 3 captions a video. Videos a batch: 2
+    on a CPU, 16 on a GPU.
+    """
     videos, moments, rows = (16, 16, []) if ON_GPU else (2, 8, [])
     clip, frames = random_clip(), torch.randn(videos * moments, 3, 224, 224, device=DEVICE)
     text = F.normalize(torch.randn(videos, 3, clip.visual.output_dim, device=DEVICE), dim=-1)
@@ -467,7 +481,9 @@ def clip_maps(args, temporary):
 
 
 def captions(args, temporary):
-    """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 8 on a CPU, 32 on a GPU."""
+    """3 captions a video of 20 tokens: random weights do not know when to end. Videos a batch: 8
+    on a CPU, 32 on a GPU.
+    """
     vocabulary = peers.SHARED / "vocab/bert-base-uncased.txt"
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     videos = 32 if ON_GPU else 8
@@ -513,7 +529,9 @@ def captions(args, temporary):
 
 
 def load_clips(dataset, workers, batch, count):
-    """Loads `count` clips or more, epoch after epoch; yields how many so far, and the pids of the workers."""
+    """Loads `count` clips or more, epoch after epoch; yields how many so far, and the pids of
+    the workers.
+    """
     batches, clips = EpochBatches(dataset.rows, batch, len(dataset.rows) // batch, 0, 0, 1), 0
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0
@@ -624,7 +642,9 @@ def growth(args, temporary):
 
 
 def soak(args, temporary):
-    """Clips through four workers: memory and open files of all five processes, medians over each tenth of the run."""
+    """Clips through four workers: memory and open files of all five processes, medians over each
+    tenth of the run.
+    """
     rows, seen = [], []
     for clips, workers in load_clips(
         clip_dataset(list(peers.find_videos(args.videos, temporary)) * 8, temporary),
@@ -654,7 +674,9 @@ def soak(args, temporary):
 
 
 def gpu(args, temporary):
-    """Compiled training steps in bf16, tube masks: the fastest batch and the largest, by doubling."""
+    """Compiled training steps in bf16, tube masks: the fastest batch and the largest, by
+    doubling.
+    """
     if not ON_GPU:
         return [{"ViT": "not measured: no GPU"}]
     peak = next(
@@ -696,8 +718,9 @@ def gpu(args, temporary):
 
 
 def paper(args, temporary):
-    """Disk and FLOPs are exact. Hours assume GPUs of 312 TFLOP/s (A100, bf16), of which training and CLIP get 40 % and BLIP 20 %:
-    assumed, not measured. Cores come from the sections sample and reencode of bench.json."""
+    """Disk and FLOPs are exact. Hours assume GPUs of 312 TFLOP/s (A100, bf16), of which training
+    and CLIP get 40 % and BLIP 20 %: assumed, not measured. Cores come from the sections sample and
+    reencode of bench.json."""
     rows, seen = [], json.loads(args.out.read_text()) if args.out.exists() else {}
     # multiply-adds of n tokens
     vit = lambda n, depth=12, width=768: depth * (12 * n * width**2 + 2 * n**2 * width)
@@ -760,7 +783,7 @@ def paper(args, temporary):
     )
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 # name: (function, torch's threads; 0: as many as there are cores)
 SECTIONS = {
@@ -835,7 +858,9 @@ def tables(rows):
 
 
 def write(results, out):
-    """bench.json, and the tables in BENCHMARKS.md beside it, between the marks of their sections."""
+    """bench.json, and the tables in BENCHMARKS.md beside it, between the marks of their
+    sections.
+    """
     aside, page = out.with_name(out.name + ".new"), out.with_name("BENCHMARKS.md")
     aside.write_text(json.dumps(results, indent=1) + "\n")
     aside.replace(out)

@@ -1,4 +1,5 @@
-"""One cell of experiments/study.py: what it is, and the stages that pretrain and measure it; and tasks side by side.
+"""One cell of experiments/study.py: what it is, and the stages that pretrain and measure it; and
+tasks side by side.
 
 Letters: as in study.py.
 """
@@ -62,7 +63,9 @@ def control_prefix(control, args):
 
 
 def stage(name, *argv, log):
-    """A stage's main() in this process, its output added to the file `log`. RuntimeError if it fails, KeyboardInterrupt if stopped."""
+    """A stage's main() in this process, its output added to the file `log`. RuntimeError if it
+    fails, KeyboardInterrupt if stopped.
+    """
     argv = [str(arg) for arg in argv]
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -95,7 +98,9 @@ def last_line(path):
 
 
 def logged(path):
-    """Of a pretraining log.jsonl: mean losses over the last tenth of the steps, and the seconds of all steps."""
+    """Of a pretraining log.jsonl: mean losses over the last tenth of the steps, and the seconds
+    of all steps.
+    """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     before = 0
     tail = []
@@ -250,8 +255,8 @@ def write(path, text):
 
 
 def side_by_side(tasks, args, what, until=math.inf):
-    """Runs tasks {name: (function, its arguments)} in args.jobs processes, or here; none starts after the time `until`.
-    Returns [(name, error), ...] of those that failed."""
+    """Runs tasks {name: (function, its arguments)} in args.jobs processes, or here; none starts
+    after the time `until`. Returns [(name, error), ...] of those that failed."""
     failed, waiting = [], list(tasks.items())
     with (
         tqdm(total=len(tasks), desc=what, unit="task", disable=not tasks) as bar,

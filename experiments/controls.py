@@ -1,4 +1,5 @@
-"""Saliency that is not the own caption's, in the format of saliency.py's: the controls of experiments/study.py.
+"""Saliency that is not the own caption's, in the format of saliency.py's: the controls of
+experiments/study.py.
 
     python experiments/controls.py shuffled --out runs/study/saliency/shuffled     PREFIX.captions.jsonl: other videos' captions; then
     python saliency.py data/train.csv --captions runs/study/saliency/shuffled.captions.jsonl --out runs/study/saliency/shuffled ...
@@ -6,12 +7,15 @@
     python experiments/controls.py truth --out runs/study/saliency/truth           seconds; the toy world alone
     python pretrain.py --mask text --companions runs/study/saliency/no-text
 
-    shuffled   line i has the path of video i and the captions of another: a permutation of the videos, drawn at random, in which
-               videos change places until none has a text that it had (where that is possible). How often each text occurs is kept
-    no-text    the cosine of each patch's feature to the class token's of its own image, both by CLIP; the same for every caption
+    shuffled   line i has the path of video i and the captions of another: a permutation of the
+               videos, drawn at random, in which videos change places until none has a text that it
+               had (where that is possible). How often each text occurs is kept
+    no-text    the cosine of each patch's feature to the class token's of its own image, both by
+               CLIP; the same for every caption
     truth      the share of each patch that the true object covers (data/toy.py's train.masks.npy)
 
-no-text and truth take the videos' own text embeddings along, for the contrastive loss (PREFIX.text.npy).
+no-text and truth take the videos' own text embeddings along, for the contrastive loss
+(PREFIX.text.npy).
 Letters: N videos, K captions, S moments, G grid, D embedding.
 """
 
@@ -38,7 +42,9 @@ from tgm.video import VideoError, VideoReader, segment_midpoints
 
 
 def shuffle(captions, seed=0):
-    """captions: of each video, a list of texts -> a permutation of the videos after which none has a text that it had: int [N]."""
+    """captions: of each video, a list of texts -> a permutation of the videos after which none
+    has a text that it had: int [N].
+    """
     rng, texts = np.random.default_rng(seed), [frozenset(of_video) for of_video in captions]
     order = rng.permutation(len(texts))
     for _ in range(100):
@@ -52,7 +58,9 @@ def shuffle(captions, seed=0):
 
 
 def no_text_maps(visual, images):
-    """images [S, 3, H, W] normalised -> float32 [S, G, G]: cosine of each patch to the class token of its image."""
+    """images [S, 3, H, W] normalised -> float32 [S, G, G]: cosine of each patch to the class
+    token of its image.
+    """
     image = F.normalize(visual(images).float(), dim=-1)  # [S, D]
     return torch.einsum(
         "spd,sd->sp", saliency.patch_features(visual, images, "self"), image

@@ -1,12 +1,13 @@
-"""Fine-tuning and probes of several encoders on the toy world, at one budget: the tables of experiments/EVALUATION.md.
+"""Fine-tuning and probes of several encoders on the toy world, at one budget: the tables of
+experiments/EVALUATION.md.
 
     ./demo.sh                                                               the toy world and runs/demo/text
     python pretrain.py --mask tube --nce-weight 0 --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 8e-3 --out runs/demo/tube
     python experiments/evaluation.py "text + contrastive=runs/demo/text/checkpoint.pt" tube=runs/demo/tube/checkpoint.pt
 
-runs finetune.py and linprobe.py for every encoder, an untrained one included, and both labels (the action and the object), and prints
-two tables of their results. Run again, it does only what is missing. About 40 minutes on one CPU core.
-"""
+runs finetune.py and linprobe.py for every encoder, an untrained one included, and both labels (the
+action and the object), and prints two tables of their results. Run again, it does only what is
+missing. About 40 minutes on one CPU core."""
 
 import argparse
 import json
@@ -15,7 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Light augmentation: in so few epochs the full recipe's mixing and erasing would be all there is to learn.
+# Light augmentation: in so few epochs the full recipe's mixing and erasing would be all there is to
+#     learn.
 FINETUNE = (
     "--size tiny --no-flip --epochs 10 --warmup-epochs 1 --blr 8e-3 --layer-decay 0.9 --batch-size 32 --repeat 2 --crop-scale 0.5 1 "
     "--mixup 0 --cutmix 0 --erase 0 --rand-augment 0 0 --views 2 1 --log-every 93 --resume auto"

@@ -1,4 +1,5 @@
-"""What the masks do, on the toy world, whose objects and motions are known: the tables of experiments/MASKS.md.
+"""What the masks do, on the toy world, whose objects and motions are known: the tables of
+experiments/MASKS.md.
 
     python data/toy.py
     python caption.py data/val.csv --model data/toy/blip && python saliency.py data/val.csv --clip local-dir:data/toy/clip --moments 8
@@ -8,7 +9,8 @@
     python experiments/masks.py --warp --data my.csv            how well fields explain any videos: frames moved along them, against not
     python experiments/masks.py --cost                          what making a mask costs beside a training step of ViT-B: 5 minutes
 
-Clips are the first 16 of a video's 20 frames, 64 x 64 pixels; tokens are 2 frames of 8 x 8 pixels: a grid of 8 x 8 x 8.
+Clips are the first 16 of a video's 20 frames, 64 x 64 pixels; tokens are 2 frames of 8 x 8 pixels:
+a grid of 8 x 8 x 8.
 Letters: N videos, S moments, G grid, t h w tokens, P points of an object.
 """
 
@@ -43,12 +45,13 @@ def moves(sc):
 
 
 def field_error(field, scenes):
-    """How far a motion field is from the truth on the object, camera motion taken out of both (the field's median; the true one).
+    """How far a motion field is from the truth on the object, camera motion taken out of both (the
+    field's median; the true one).
 
-    field [N, S, 2, G, G]; scenes: those of its rows. Cells count whose pixels are half the object's or more, in videos that move.
-    Returns {"static" or "drifting": (share of cells whose direction is within 45 degrees, mean of the end-point error relative to
-    the true displacement, number of videos)}, means over videos.
-    """
+    field [N, S, 2, G, G]; scenes: those of its rows. Cells count whose pixels are half the object's
+    or more, in videos that move. Returns {"static" or "drifting": (share of cells whose direction
+    is within 45 degrees, mean of the end-point error relative to the true displacement, number of
+    videos)}, means over videos."""
     moments, grid = field.shape[1], field.shape[-1]
     rows = {"static": [], "drifting": []}
     for row, sc in enumerate(scenes):
@@ -76,7 +79,9 @@ def field_error(field, scenes):
 
 
 def object_share(mask, scenes):
-    """The share of the object's pixels that a mask hides, over the clip: mask bool [N, t*h*w] -> float [N]."""
+    """The share of the object's pixels that a mask hides, over the clip: mask bool [N, t*h*w] ->
+    float [N].
+    """
     hidden = (
         mask.view(-1, *GRID)
         .repeat_interleave(2, 1)
@@ -90,7 +95,9 @@ def object_share(mask, scenes):
 
 
 def object_points(sc, count=1500):
-    """Where points that are fixed on the object stand in the middle of each slice: pixels [t, P, 2]; those that stay in the picture."""
+    """Where points that are fixed on the object stand in the middle of each slice: pixels [t, P,
+    2]; those that stay in the picture.
+    """
     u = np.random.default_rng(0).uniform(-1.2, 1.2, (count, 2))
     u = u[toy.inside(sc.shape, u[:, 0], u[:, 1]) < 0]  # [P, 2] in units of the radius
     past = SLICES - SECONDS / 2
@@ -104,8 +111,9 @@ def object_points(sc, count=1500):
 
 
 def constancy(mask, scenes):
-    """How constant the set of visible object points is: the Jaccard index of the sets of two slices (points visible in both, of
-    those visible in either), mean over pairs of slices. mask bool [N, t*h*w] -> float [N], NaN where no point is ever visible."""
+    """How constant the set of visible object points is: the Jaccard index of the sets of two slices
+    (points visible in both, of those visible in either), mean over pairs of slices. mask bool [N,
+    t*h*w] -> float [N], NaN where no point is ever visible."""
     result = []
     for visible, sc in zip((~mask).view(-1, *GRID).numpy(), scenes):
         at = (object_points(sc) // PATCH).astype(int)
@@ -213,9 +221,10 @@ def measure(args):
 
 
 def warp_error(field, videos, apart, size=112):
-    """How well a field [N, S, 2, G, G] explains the pictures: of two frames `apart` seconds from one another around each moment,
-    the first is moved along the field; its mean absolute difference from the second, divided by the difference unmoved.
-    Returns one number a video whose row is not NaN; 1 is as good as no field."""
+    """How well a field [N, S, 2, G, G] explains the pictures: of two frames `apart` seconds from
+    one another around each moment, the first is moved along the field; its mean absolute difference
+    from the second, divided by the difference unmoved. Returns one number a video whose row is not
+    NaN; 1 is as good as no field."""
     ratios = []
     y, x = torch.meshgrid(
         (torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij"
@@ -267,7 +276,9 @@ def warp(args):
 
 
 def cost(batch=32, micro=4, repeats=11):
-    """Milliseconds of each mask for a batch, from stored maps to tokens, and of ViT-B's forward and backward step on it."""
+    """Milliseconds of each mask for a batch, from stored maps to tokens, and of ViT-B's forward
+    and backward step on it.
+    """
     from model import VideoMAE
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

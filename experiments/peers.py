@@ -1,4 +1,5 @@
-"""What experiments/bench.py compares with: the videos that both sides read, other decoders, VideoMAE's sample, transformers' models.
+"""What experiments/bench.py compares with: the videos that both sides read, other decoders,
+VideoMAE's sample, transformers' models.
 
 A peer is imported where it is used, so that one that is not installed is only left out.
 """
@@ -49,7 +50,9 @@ def make_videos(folder, count=10, size=(256, 340), frames=300, gops=(250, 70)):
 
 
 def find_videos(source, temporary):
-    """{path: File} of the H.264 files that hold a clip of 16 frames at stride 4. source: a folder, a manifest, or None."""
+    """{path: File} of the H.264 files that hold a clip of 16 frames at stride 4. source: a
+    folder, a manifest, or None.
+    """
     found, source = {}, source or (SHARED / "videos/clips.csv")
     if source == SHARED / "videos/clips.csv" and not source.exists():
         make_videos(source := temporary / "videos")
@@ -113,8 +116,8 @@ def read_torchcodec(path, frames):
 
 
 def videomae_sample(path, frames, size=224):
-    """VideoMAE's pretraining sample, written from its description: decord, one multi-scale crop of all frames by PIL, resized,
-    stacked, to float, normalised -> float32 [3, T, H, W]."""
+    """VideoMAE's pretraining sample, written from its description: decord, one multi-scale crop of
+    all frames by PIL, resized, stacked, to float, normalised -> float32 [3, T, H, W]."""
     images = [Image.fromarray(image) for image in read_decord(path, frames)]
     top, left, h, w = multi_scale_crop(images[0].height, images[0].width)
     images = [
@@ -141,7 +144,9 @@ def transformers_mae(folder):
 
 
 def random_blip(vocabulary):
-    """BLIP-base for captions from its configuration, weights random, with its processor and BERT's vocabulary."""
+    """BLIP-base for captions from its configuration, weights random, with its processor and
+    BERT's vocabulary.
+    """
     transformers = importlib.import_module("transformers")
     config = transformers.BlipConfig(
         text_config={"num_attention_heads": 12}, vision_config={"image_size": 384}

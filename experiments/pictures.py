@@ -1,4 +1,5 @@
-"""The pictures of experiments/study.py; each function returns a matplotlib figure. `python experiments/study.py --gather` draws them.
+"""The pictures of experiments/study.py; each function returns a matplotlib figure. `python
+experiments/study.py --gather` draws them.
 
 Letters: N tokens, T frames, H W pixels, (t, h, w) token grid, S moments, G grid, K captions.
 """
@@ -26,7 +27,9 @@ from tgm.video import VideoReader
 
 
 def accuracies(found, measures):
-    """found: {(what, contrastive weight or None): {measure: (mean, half of the interval or None)}}; a line each `what`."""
+    """found: {(what, contrastive weight or None): {measure: (mean, half of the interval or
+    None)}}; a line each `what`.
+    """
     names = list(dict.fromkeys(what for what, _ in found))
     figure, axes = plt.subplots(
         1,
@@ -79,7 +82,9 @@ def accuracies(found, measures):
 
 
 def contrastive(logs):
-    """The paper's figure 4. logs: {(what, contrastive weight): [[line of log.jsonl, ...] of each seed, ...]}; smoothed over a 20th."""
+    """The paper's figure 4. logs: {(what, contrastive weight): [[line of log.jsonl, ...] of each
+    seed, ...]}; smoothed over a 20th.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     names = list(dict.fromkeys(what for what, _ in logs))
     for (what, nce), of_seeds in logs.items():
@@ -104,7 +109,9 @@ def contrastive(logs):
 
 
 def attention(model, video):
-    """How much each token of a whole clip is attended to in the encoder's last block: float [N], the mean over heads and queries."""
+    """How much each token of a whole clip is attended to in the encoder's last block: float [N],
+    the mean over heads and queries.
+    """
     kept, attn = [], model.encoder.blocks[-1].attn
     hook = attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     with torch.no_grad():
@@ -122,7 +129,9 @@ def attention(model, video):
 
 
 def reconstructions(folders, row):
-    """The paper's figures 3 and 5, of one video's middle square: {name: folder of a pretraining run}, a line each."""
+    """The paper's figures 3 and 5, of one video's middle square: {name: folder of a pretraining
+    run}, a line each.
+    """
     titles = ("clip", "what the encoder sees", "reconstruction*", "attention, all tokens seen")
     lines = {}
     for name, folder in folders.items():
@@ -177,8 +186,8 @@ def reconstructions(folders, row):
 
 
 def saliency(data, prefixes, row, count=4):
-    """Saliency of a few videos from `row` on, at their middle: {title: PREFIX}, a column each; where a PREFIX.captions.jsonl is, the
-    caption that made the map stands over it."""
+    """Saliency of a few videos from `row` on, at their middle: {title: PREFIX}, a column each;
+    where a PREFIX.captions.jsonl is, the caption that made the map stands over it."""
     videos = read_manifest(data)
     remedy = "python experiments/study.py"
     maps = {

@@ -1,4 +1,5 @@
-"""The study: does text-guided masking help, does the contrastive loss, and does the text matter or would any saliency do?
+"""The study: does text-guided masking help, does the contrastive loss, and does the text matter or
+would any saliency do?
 
     python experiments/study.py                                  the laptop tier, on the toy world: 40 minutes on two CPU cores
     python experiments/study.py --tier gpu --device cuda --workers 14          everything; in hours, on one GPU (never run so far)
@@ -6,22 +7,28 @@
     python experiments/study.py --list                           the plan: cells, nothing run
     python experiments/study.py --gather                         tables and pictures anew from what there is, nothing trained
 
-The first study was run on a world that could not answer (experiments/RESULTS.md says why); its answers are withdrawn.
+The first study was run on a world that could not answer (experiments/RESULTS.md says why); its
+answers are withdrawn.
 
-A cell is one pretraining run (mask x ratio x where the saliency comes from x contrastive weight x seed) and what is measured of it,
-by the stages as they are: reconstruction and contrastive loss, linear probe, kNN and, where planned, fine-tuning of each label.
-Beside them stand an untrained encoder and one trained with labels alone. Controls take the place of the text's saliency:
+A cell is one pretraining run (mask x ratio x where the saliency comes from x contrastive weight x
+seed) and what is measured of it, by the stages as they are: reconstruction and contrastive loss,
+linear probe, kNN and, where planned, fine-tuning of each label. Beside them stand an untrained
+encoder and one trained with labels alone. Controls take the place of the text's saliency:
 
-    shuffled   every video has another video's captions, always another text: saliency.py and the contrastive loss read those
-    no-text    the cosine of each patch to its own image's class token, by the same CLIP; the contrastive loss keeps the own text
-    truth      the share of each patch that the true object covers (toy world alone): the upper bound; own text, too
+    shuffled   every video has another video's captions, always another text: saliency.py and the
+               contrastive loss read those
+    no-text    the cosine of each patch to its own image's class token, by the same CLIP; the
+               contrastive loss keeps the own text
+    truth      the share of each patch that the true object covers (toy world alone): the upper
+               bound; own text, too
 
 Writes  runs/study/TIER/CELL/: the stages' files, log.txt, result.json     runs/study/saliency/: the controls' arrays
-        experiments/results/runs.csv, a line a finished cell; *.png; tables between the markers of experiments/RESULTS.md
+        experiments/results/runs.csv, a line a finished cell; *.png; tables between the markers of
+        experiments/RESULTS.md
 
-What is missing of the data is made first. Killed, it goes on where it stopped. A line of runs.csv stays until its cell is run anew,
-so pieces from several machines add up (--skip leaves out cells that have a line). Letters: N videos, S moments, G grid, K captions.
-"""
+What is missing of the data is made first. Killed, it goes on where it stopped. A line of runs.csv
+stays until its cell is run anew, so pieces from several machines add up (--skip leaves out cells
+that have a line). Letters: N videos, S moments, G grid, K captions."""
 
 import argparse
 import csv
@@ -84,11 +91,13 @@ TIERS = {
 EQUAL = (0.6, 0.75)  # ratios at which all masks have equally many tokens
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def plan(tier, seeds):
-    """The cells of a tier, seed after seed, so that a study that is stopped has whole comparisons."""
+    """The cells of a tier, seed after seed, so that a study that is stopped has whole
+    comparisons.
+    """
     own, text = masking.RATIOS, masking.RATIOS["text"]
     if tier == "laptop":  # what the three questions need, and no more
         cells = [Cell(mask, own[mask], nce=nce) for mask in ("tube", "text") for nce in (0.0, 1.0)]
@@ -108,7 +117,7 @@ def plan(tier, seeds):
     ]
 
 
-# ---- the data ------------------------------------------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 
 
 def complete(prefix, *kinds):
@@ -123,7 +132,9 @@ def complete(prefix, *kinds):
 
 
 def prepare(args, cells):
-    """Makes what the cells need and the disk lacks, up to args.jobs stages at a time; ends the study if one fails."""
+    """Makes what the cells need and the disk lacks, up to args.jobs stages at a time; ends the
+    study if one fails.
+    """
     run = ("--device", args.device, "--workers", args.workers)
     clip = ("--clip", args.clip, "--pretrained", args.pretrained)
     need = {cell.saliency for cell in cells}
@@ -197,11 +208,13 @@ def report(failed):
         sys.exit("\n".join(f"{name}: {error}" for name, error in failed))
 
 
-# ---- results -------------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def gather(args):
-    """Brings the results of this folder into runs.csv, whose other lines stay; returns all lines of the tier, as dicts."""
+    """Brings the results of this folder into runs.csv, whose other lines stay; returns all lines
+    of the tier, as dicts.
+    """
     path, rows = args.results / "runs.csv", {}
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
@@ -234,7 +247,9 @@ def number(text):
 
 
 def groups(rows):
-    """Results by what was run: {(what, contrastive weight): {seed: row}}, in the order of the plan."""
+    """Results by what was run: {(what, contrastive weight): {seed: row}}, in the order of the
+    plan.
+    """
     found = {}
     for row in rows:
         cell = Cell(row["mask"], row["ratio"], row["saliency"], row["nce"], int(row["seed"]))
@@ -244,7 +259,9 @@ def groups(rows):
 
 
 def questions(found):
-    """The comparisons decided on beforehand: [(question, text of the pair, one, other), ...]; one and other are keys of groups()."""
+    """The comparisons decided on beforehand: [(question, text of the pair, one, other), ...];
+    one and other are keys of groups().
+    """
     own = {mask: f"{mask} {ratio:g}" for mask, ratio in masking.RATIOS.items()}
     text, tube, pairs = own["text"], own["tube"], []
     for nce in (0.0, 1.0):
@@ -277,7 +294,9 @@ def text_between(rows, args):
 
 
 def where_it_points(args):
-    """A table of the saliencies that there are, of the first caption, against the toy world's true masks; "" without them."""
+    """A table of the saliencies that there are, of the first caption, against the toy world's
+    true masks; "" without them.
+    """
     truth, lines = companion(args.data, "masks.npy"), []
     prefixes = {"text": args.data.with_suffix("")} | {
         control: control_prefix(control, args) for control in CONTROLS
@@ -307,7 +326,9 @@ def write_tables(rows, args):
 
 
 def draw(rows, args):
-    """The pictures, of what there is: the accuracies from runs.csv, the others from the folders of finished cells."""
+    """The pictures, of what there is: the accuracies from runs.csv, the others from the folders
+    of finished cells.
+    """
     import pictures
 
     measures = [
@@ -362,7 +383,7 @@ def draw(rows, args):
         print(path)
 
 
-# ---- the study -----------------------------------------------------------------------------------------------------------
+# ---- the study -----------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

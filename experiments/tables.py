@@ -1,7 +1,8 @@
-"""The tables of experiments/study.py: means with intervals, and differences of runs of the same seed. Standard library and Student's t.
+"""The tables of experiments/study.py: means with intervals, and differences of runs of the same
+seed. Standard library and Student's t.
 
-Letters: a row is a finished cell, {column of runs.csv: value}; `found` is {(what was run, contrastive weight): {seed: row}}.
-"""
+Letters: a row is a finished cell, {column of runs.csv: value}; `found` is {(what was run,
+contrastive weight): {seed: row}}."""
 
 import statistics
 import sys
@@ -30,7 +31,9 @@ def paired(one, other, measure):
 
 
 def said(values, sign=""):
-    """Values as text: mean ± half of the interval, in bold where it leaves out 0 (of differences alone)."""
+    """Values as text: mean ± half of the interval, in bold where it leaves out 0 (of differences
+    alone).
+    """
     if not values:
         return ""
     mean, half = spread(values)
@@ -101,7 +104,9 @@ def results(found, measures):
 
 
 def against(found, measures, pairs):
-    """Differences of pairs [(first columns, one, other), ...] -> (table lines, how many differences have an interval)."""
+    """Differences of pairs [(first columns, one, other), ...] -> (table lines, how many
+    differences have an interval).
+    """
     lines = [
         (*first, *(said(paired(found[one], found[other], measure), "+") for measure in measures))
         for first, one, other in pairs
@@ -110,7 +115,9 @@ def against(found, measures, pairs):
 
 
 def report(found, measures, tube, questions):
-    """The three tables. tube(what): the names of the tube runs that `what` is compared with; questions: [(question, one, other), ...]"""
+    """The three tables. tube(what): the names of the tube runs that `what` is compared with;
+    questions: [(question, one, other), ...]
+    """
     tubes = [
         ((what, base, weight(what, nce)), (what, nce), (base, nce))
         for what, nce in found

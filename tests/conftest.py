@@ -1,5 +1,5 @@
-"""What the tests share: the scripts' folder on the path, a small toy world with captions, saliency and motion, and a way to run a
-script as a user does."""
+"""What the tests share: the scripts' folder on the path, a small toy world with captions, saliency
+and motion, and a way to run a script as a user does."""
 
 import contextlib
 import importlib
@@ -31,10 +31,6 @@ ENVIRONMENT = os.environ | {
 os.environ.update(ENVIRONMENT)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; runs on demand, pytest -m slow")
-
-
 def pytest_collection_modifyitems(config, items):
     if "slow" not in config.getoption("-m"):
         for item in items:
@@ -43,10 +39,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
-    """Runs `script.py args...` in the folder cwd and returns what it printed: its main() in this process, which saves the
-    seconds of importing torch; in a process of its own with process=True, and under torchrun where ranks > 1.
+    """Runs `script.py args...` in the folder cwd and returns what it printed: its main() in this
+    process, which saves the seconds of importing torch; in a process of its own with process=True,
+    and under torchrun where ranks > 1.
 
-    With fails=True it must end with one line for the user and no traceback; that line is returned."""
+    With fails=True it must end with one line for the user and no traceback; that line is
+    returned."""
     args = [str(arg) for arg in args]
     if ranks == 1 and not process:
         return run_here(Path(script).stem if script.endswith(".py") else script, args, cwd, fails)
@@ -93,7 +91,9 @@ def run_here(module, args, cwd, fails):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with data/{train,val}.csv, 32 and 24 toy videos, their captions and their saliency. Not to be written to."""
+    """A folder with data/{train,val}.csv, 32 and 24 toy videos, their captions and their
+    saliency. Not to be written to.
+    """
     folder = tmp_path_factory.mktemp("world")
     run("data/toy.py", "--train", 32, "--val", 24, "--workers", 1, cwd=folder, process=True)
     for split, process in (("train", True), ("val", False)):

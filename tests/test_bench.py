@@ -1,5 +1,5 @@
-"""experiments/bench.py: honest arithmetic, alternating order, sides that compute the same, and tables that land where they belong. The
-speeds themselves are not tested."""
+"""experiments/bench.py: honest arithmetic, alternating order, sides that compute the same, and
+tables that land where they belong. The speeds themselves are not tested."""
 
 import json
 import statistics

@@ -1,4 +1,6 @@
-"""Stages 1 and 2 on real files: what they write, going on after a kill, ranks, failures, refusals."""
+"""Stages 1 and 2 on real files: what they write, going on after a kill, ranks, failures,
+refusals.
+"""
 
 import json
 
@@ -95,7 +97,9 @@ def test_prompt_beams_and_other_frames(copy):
 
 
 def test_the_blip2_family(copy):
-    """A BLIP-2 of a few thousand random weights, saved as the published ones are: every video gets its three captions."""
+    """A BLIP-2 of a few thousand random weights, saved as the published ones are: every video
+    gets its three captions.
+    """
     import toy_models
     import transformers as hf
 
@@ -191,7 +195,9 @@ def test_text_embeddings_are_the_captions_unit_length(world):
 
 
 def reference(visual, images, dense):
-    """Patch embeddings written out head by head and token by token, independently of saliency.py."""
+    """Patch embeddings written out head by head and token by token, independently of
+    saliency.py.
+    """
     x, blocks, path = visual._embeds(images), visual.transformer.resblocks, 0
     for number, block in enumerate(blocks, 1):
         y, heads, width = block.ln_1(x), block.attn.num_heads, x.shape[-1]
@@ -318,7 +324,9 @@ def test_saliency_refuses(copy):
 
 
 def test_the_full_size_towers_patches():
-    """ViT-B-16 with random weights: the grid and width that the default writes; a convolutional tower is refused."""
+    """ViT-B-16 with random weights: the grid and width that the default writes; a convolutional
+    tower is refused.
+    """
     model = open_clip.create_model("ViT-B-16", pretrained=None).eval()
     with torch.no_grad():
         patches = saliency.patch_features(model.visual, torch.randn(1, 3, 224, 224), "self")

@@ -104,8 +104,9 @@ def test_a_broken_video_gives_its_place_to_the_same_other():
 
 
 def videomae_dense(total, clip_len, rate, segments):
-    """The frames of VideoMAE's dense test clips, from the description of its kinetics.py: every rate-th frame, the last one
-    repeated up to clip_len; then windows of clip_len that start evenly, rounded down."""
+    """The frames of VideoMAE's dense test clips, from the description of its kinetics.py: every
+    rate-th frame, the last one repeated up to clip_len; then windows of clip_len that start evenly,
+    rounded down."""
     kept = list(range(0, total, rate))
     kept += [kept[-1]] * (clip_len - len(kept))
     step = (len(kept) - clip_len) / (segments - 1)
@@ -113,8 +114,8 @@ def videomae_dense(total, clip_len, rate, segments):
 
 
 def videomae_uniform(total, parts):
-    """The frames of VideoMAE's two uniform test clips, from the description of its ssv2.py: the beginnings and the middles of
-    the parts, sorted, dealt out in turn."""
+    """The frames of VideoMAE's two uniform test clips, from the description of its ssv2.py: the
+    beginnings and the middles of the parts, sorted, dealt out in turn."""
     part = total / parts
     numbers = sorted(
         [int(part * i) for i in range(parts)] + [int(part / 2 + part * i) for i in range(parts)]
@@ -157,7 +158,9 @@ def test_one_test_clip_is_the_middle_one():
 
 
 def test_multi_scale_crops_lie_at_thirteen_places():
-    """The sides of the pairs, and the places in quarters of the room, each as often as the others."""
+    """The sides of the pairs, and the places in quarters of the room, each as often as the
+    others.
+    """
     torch.manual_seed(0)
     height, width, draws = 240, 320, 20_000
     places, sides = {}, {}

@@ -1,4 +1,6 @@
-"""The data set scripts: small files in the official formats, empty videos, and the manifests that come out, read back."""
+"""The data set scripts: small files in the official formats, empty videos, and the manifests
+that come out, read back.
+"""
 
 import csv
 import json
@@ -40,7 +42,9 @@ def column(path, name):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs a script with --videos videos --annotations lists --out out in a folder of the test's own."""
+    """Runs a script with --videos videos --annotations lists --out out in a folder of the test's
+    own.
+    """
 
     def call(name, *args, fails=False, annotations=True):
         lists = ("--annotations", "lists") if annotations else ()
@@ -59,7 +63,7 @@ def script(tmp_path):
     return call
 
 
-# ---- Kinetics --------------------------------------------------------------------------------------------------------
+# ---- Kinetics ------------------------------------------------------------------------------------
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
 
@@ -345,7 +349,7 @@ def test_kinetics_what_is_not_there(script, tmp_path):
     assert script("kinetics", fails=True) == "lists/train.csv:2: expected UTF-8 text"
 
 
-# ---- Something-Something v2 ------------------------------------------------------------------------------------------
+# ---- Something-Something v2 ----------------------------------------------------------------------
 
 NUMBERS = {
     "Approaching something with your camera": "0",
@@ -488,7 +492,7 @@ def test_200000_rows_are_quick(script, tmp_path, monkeypatch):
     assert (video.name, video.label) == ("../videos/199998.webm", "0")
 
 
-# ---- UCF101 ----------------------------------------------------------------------------------------------------------
+# ---- UCF101 --------------------------------------------------------------------------------------
 
 
 def write_ucf(folder, *more, split=1):
@@ -573,7 +577,7 @@ def test_ucf101_errors(script, tmp_path):
     )
 
 
-# ---- HMDB51 ----------------------------------------------------------------------------------------------------------
+# ---- HMDB51 --------------------------------------------------------------------------------------
 
 ODD = [
     "#437_How_To_Ride_A_Bike_ride_bike_f_cm_np1_ri_med_0.avi",
@@ -645,7 +649,7 @@ def test_hmdb51_counts_and_errors(script, tmp_path):
     )
 
 
-# ---- Diving48 --------------------------------------------------------------------------------------------------------
+# ---- Diving48 ------------------------------------------------------------------------------------
 
 
 def dive(name, label):
@@ -690,7 +694,7 @@ def test_diving48(script, tmp_path):
     )
 
 
-# ---- EPIC-Kitchens ---------------------------------------------------------------------------------------------------
+# ---- EPIC-Kitchens -------------------------------------------------------------------------------
 
 EPIC_100 = (
     "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
@@ -849,7 +853,7 @@ def test_epic_errors(script, tmp_path):
     )
 
 
-# ---- any folder ------------------------------------------------------------------------------------------------------
+# ---- any folder ----------------------------------------------------------------------------------
 
 
 def test_folder(script, tmp_path):
@@ -965,11 +969,13 @@ def test_folder_errors(script, tmp_path):
     )
 
 
-# ---- what they share -------------------------------------------------------------------------------------------------
+# ---- what they share -----------------------------------------------------------------------------
 
 
 def test_links(script, tmp_path):
-    """Linked folders are followed, loops of links are not, and paths hold where the output folder is itself a link."""
+    """Linked folders are followed, loops of links are not, and paths hold where the output
+    folder is itself a link.
+    """
     touch(tmp_path / "disk", "a/1.mp4", "b/2.mp4")
     touch(tmp_path / "videos", "a/3.mp4")
     (tmp_path / "videos/b").symlink_to(tmp_path / "disk/b")
@@ -1008,7 +1014,9 @@ def test_run_as_a_user_does(tmp_path):
 
 
 def test_the_example_of_group_takes_any_name(script, tmp_path):
-    """The regular expression that folder.py's docstring shows, on names of UCF's kind and on ordinary ones."""
+    """The regular expression that folder.py's docstring shows, on names of UCF's kind and on
+    ordinary ones.
+    """
     example = re.search(r"--group '(.*)'", (ROOT / "data/folder.py").read_text())[1]
     names = [
         "v_Archery_g01_c02",

@@ -1,4 +1,6 @@
-"""The README keeps to what is there: links, files to copy, commands and their flags, and figures that the study printed."""
+"""The README keeps to what is there: links, files to copy, commands and their flags, and figures
+that the study printed.
+"""
 
 import csv
 import os
@@ -46,7 +48,9 @@ def test_links_lead_somewhere():
     "row", rows_under(README, "| file | of this project |")[:-1], ids=lambda row: row[0].split()[0]
 )
 def test_files_can_be_copied_out(row, tmp_path):
-    """Each file with what the README says it needs, in an empty folder, and no other package than those named."""
+    """Each file with what the README says it needs, in an empty folder, and no other package
+    than those named.
+    """
     ours = [row[0].split()[0], *re.findall(r"[\w/]+\.py", row[1])]
     needs = set(re.findall(r"\w+", row[2]))
     for name in ours:
@@ -79,7 +83,9 @@ def test_files_can_be_copied_out(row, tmp_path):
 
 
 def commands(text):
-    """The commands of ours in a page, as lists of words: in blocks, and in `code` that begins with python or torchrun."""
+    """The commands of ours in a page, as lists of words: in blocks, and in `code` that begins
+    with python or torchrun.
+    """
     blocks = (
         "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     )

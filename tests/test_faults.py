@@ -1,4 +1,6 @@
-"""Bad files: each ends in one reason, none takes anything else down. Planted ones through every stage, and seeded damage at random."""
+"""Bad files: each ends in one reason, none takes anything else down. Planted ones through every
+stage, and seeded damage at random.
+"""
 
 import csv
 import json
@@ -15,7 +17,9 @@ from tgm.video import VideoError, VideoReader
 
 
 def plant(folder):
-    """Writes bad files of every kind that comes to mind into a folder: {name: whether a frame can be had of it}."""
+    """Writes bad files of every kind that comes to mind into a folder: {name: whether a frame
+    can be had of it}.
+    """
     good = open(
         write(folder / "good.mp4", pictures(30, 64, 64), fps=10, options={"g": "10"}), "rb"
     ).read()
@@ -106,7 +110,9 @@ def test_each_bad_file_has_one_reason(planted):
 
 
 def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp_path):
-    """Good and bad files mixed: what the stages write for the good ones equals a run without the bad ones, bit for bit."""
+    """Good and bad files mixed: what the stages write for the good ones equals a run without the
+    bad ones, bit for bit.
+    """
     folder, files = planted
     bad = [name for name, readable in files.items() if not readable]
     with open(world / "data/train.csv", newline="") as file:
@@ -241,7 +247,9 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
 
 
 def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypatch):
-    """The clock is looked at between packets, and not stopped by the second way of decoding; every stage has the flag."""
+    """The clock is looked at between packets, and not stopped by the second way of decoding;
+    every stage has the flag.
+    """
     path = write(
         tmp_path / "long.mp4",
         pictures(300, 64, 64),
@@ -353,7 +361,9 @@ SOURCES = {
 
 
 def damage(data, rng):
-    """A copy of a file's bytes: cut, with some bits flipped, a stretch zeroed, its header overwritten, or a piece left out."""
+    """A copy of a file's bytes: cut, with some bits flipped, a stretch zeroed, its header
+    overwritten, or a piece left out.
+    """
     data, kind = bytearray(data), rng.integers(5)
     a, b = sorted(rng.integers(0, len(data), 2))
     if kind == 0:
@@ -370,7 +380,9 @@ def damage(data, rng):
 
 
 def try_one(job):
-    """What reading a damaged file came to, in a process of its own: "ok" or "VideoError" for frames, and for vectors."""
+    """What reading a damaged file came to, in a process of its own: "ok" or "VideoError" for
+    frames, and for vectors.
+    """
     source, path, seed = job
     with open(source, "rb") as file:
         data = damage(file.read(), np.random.default_rng(seed))

@@ -1,5 +1,5 @@
-"""Files under stages 1 and 2 and the check: replaced and missing videos, outputs that are not ours, full disks and shared memory,
-signals, several ranks and nodes."""
+"""Files under stages 1 and 2 and the check: replaced and missing videos, outputs that are not ours,
+full disks and shared memory, signals, several ranks and nodes."""
 
 import json
 import os
@@ -352,7 +352,9 @@ def test_numbers_out_of_range_are_refused(copy):
 
 
 def mounted(cwd, mounts, command):
-    """Runs a command where the folders of {folder: options} are small disks of its own, filled from FOLDER.from if that is there."""
+    """Runs a command where the folders of {folder: options} are small disks of its own, filled
+    from FOLDER.from if that is there.
+    """
     script = ""
     for folder, options in mounts.items():
         script += f"mount -t tmpfs -o {options} tmpfs {folder} && if [ -e {folder}.from ]; then cp -a {folder}.from/. {folder}; fi && "
@@ -695,7 +697,9 @@ tgm.run.launch({module}.main)
     [("caption", "read_entries", "captions"), ("saliency", "filled", "motion")],
 )
 def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(copy, module, function, name):
-    """Rank 1 looks 8 seconds late; rank 0 must not have written rows by then, else they would divide other rows."""
+    """Rank 1 looks 8 seconds late; rank 0 must not have written rows by then, else they would
+    divide other rows.
+    """
     output = copy / ("data/train.captions.jsonl" if name == "captions" else "data/train.motion.npy")
     expected = output.read_bytes()
     output.unlink()
@@ -735,7 +739,9 @@ def free_port():
 
 @pytest.mark.parametrize("name", ["captions", "text"])
 def test_two_nodes_and_a_restart(copy, name):
-    """A rank is killed in the midst: both agents start their ranks again, and the end is the same, bit for bit."""
+    """A rank is killed in the midst: both agents start their ranks again, and the end is the
+    same, bit for bit.
+    """
     stage = STAGES[name]
     output = copy / (
         "data/train.captions.jsonl" if name == "captions" else "data/train.saliency.npy"

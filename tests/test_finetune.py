@@ -1,4 +1,6 @@
-"""Stage 4: layer-wise decay, mixing, views and metrics against written-out references; then the command line."""
+"""Stage 4: layer-wise decay, mixing, views and metrics against written-out references; then the
+command line.
+"""
 
 import csv
 import json
@@ -93,7 +95,9 @@ def test_learning_rate_is_that_of_pretraining():
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0), (0.8, 1.0)])
 def test_mixing_and_its_targets(mixup, cutmix):
-    """Mixup: x_i and the sample before it, by the share that the target says; cutmix: one box of it, of just that share."""
+    """Mixup: x_i and the sample before it, by the share that the target says; cutmix: one box of
+    it, of just that share.
+    """
     torch.manual_seed(0)
     clips, labels = torch.rand(4, 3, 2, 16, 16), torch.tensor([0, 1, 2, 3])
     mix, kinds = finetune.make_mix(mixup, cutmix, 5), set()
@@ -259,7 +263,9 @@ def test_confusion_picture(tmp_path, classes):
 
 
 def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
-    """Trains, validates, tests, writes its files; best and last; then --test-only gives the same numbers."""
+    """Trains, validates, tests, writes its files; best and last; then --test-only gives the same
+    numbers.
+    """
     run(
         "pretrain.py",
         "--data",
@@ -433,7 +439,9 @@ def test_accumulation_is_a_larger_batch(world, tmp_path):
 
 
 def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
-    """Stopped within an epoch by SIGTERM's path and after one by --max-steps; drop path, mixup and augmentation on."""
+    """Stopped within an epoch by SIGTERM's path and after one by --max-steps; drop path, mixup
+    and augmentation on.
+    """
     flags = (*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv")
     run("finetune.py", *flags, "--out", tmp_path / "whole")
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--max-steps", 3)
@@ -608,7 +616,9 @@ def test_it_learns(world, tmp_path):
 
 
 def test_others_checkpoints(world, tmp_path):
-    """A Hugging Face classifier is tested as it is with numbers for labels, and gives up its head to be trained on."""
+    """A Hugging Face classifier is tested as it is with numbers for labels, and gives up its
+    head to be trained on.
+    """
     torch.manual_seed(0)
     model = models.VideoViT("tiny", classes=3)
     model.head.weight.data.normal_()
@@ -709,7 +719,9 @@ def test_refusals_name_what_mends(copy):
 
 
 def test_learning_rates_of_videomaes_recipes():
-    """What its scripts give, videos x lr / 256 falling to videos x min_lr / 256, from the flags of the docstring on eight GPUs."""
+    """What its scripts give, videos x lr / 256 falling to videos x min_lr / 256, from the flags
+    of the docstring on eight GPUs.
+    """
     recipes = {  # flags -> (learning rate, floor)
         "--accum 3 --epochs 75 --blr 5e-4 --views 5 3": (7.5e-4, 1.5e-6),
         "--accum 4 --repeat 1 --epochs 100 --blr 1e-3": (2e-3, 2e-6),
@@ -781,7 +793,9 @@ def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0)])
 def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
-    """Eight videos of eight classes, two samples each: every target has two classes, and each sample keeps its own."""
+    """Eight videos of eight classes, two samples each: every target has two classes, and each
+    sample keeps its own.
+    """
     torch.manual_seed(0)
     clips = torch.arange(8.0).view(8, 1, 1, 1, 1, 1).expand(8, 2, 3, 2, 16, 16)
     labels = torch.arange(8)[:, None].expand(8, 2)
@@ -853,7 +867,9 @@ def test_each_operation_of_rand_augment_comes_with_probability_one_half(world, m
 
 
 def test_erasing_fills_in_noise_of_normalised_pixels(world):
-    """Mean 0 and deviation 1 after normalisation, but for what a byte cannot hold; the same in every frame."""
+    """Mean 0 and deviation 1 after normalisation, but for what a byte cannot hold; the same in
+    every frame.
+    """
     data = clips_of(world, "--erase", 1, "--rand-augment", 0, 0, "--crop-scale", 1, 1, "--no-flip")
     frames = torch.full((4, 3, 64, 64), 7, dtype=torch.uint8)
     noise, shares = [], []
@@ -1075,7 +1091,9 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
 @pytest.mark.parametrize("when", ["validation", "test"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_validation_and_test_at_once(copy, when, number):
-    """A prediction that takes a hundred seconds is not waited for. After that the run goes on as if nothing had been."""
+    """A prediction that takes a hundred seconds is not waited for. After that the run goes on as
+    if nothing had been.
+    """
     flags = (*TINY, "--views", 1, 1, "--save-every", 1)
     run("finetune.py", *flags, "--out", "whole", "--epochs", 2, cwd=copy)
     (copy / "slow.py").write_text(f"""
@@ -1184,7 +1202,9 @@ launch(finetune.main)
 
 
 def test_bad_videos_are_counted_over_the_ranks(copy):
-    """Four of 32 are bad, shared out over the ranks by chance: neither meets more than 0.1 of all in the first epoch."""
+    """Four of 32 are bad, shared out over the ranks by chance: neither meets more than 0.1 of
+    all in the first epoch.
+    """
     lines = (copy / "data/train.csv").read_text().splitlines()
     for row in (1, 2, 3, 4):
         lines[row] = f"gone{row}.mp4," + lines[row].split(",", 1)[1]

@@ -1,7 +1,8 @@
-"""Wrong values of every flag that takes a number, and wrong paths, in every stage: each ends in one line, or the stage does its work.
+"""Wrong values of every flag that takes a number, and wrong paths, in every stage: each ends in one
+line, or the stage does its work.
 
-Flags are found in the stages' own parsers, so that a new one is tried as well. Work is kept small: four videos, one step.
-"""
+Flags are found in the stages' own parsers, so that a new one is tried as well. Work is kept small:
+four videos, one step."""
 
 import argparse
 import contextlib
@@ -175,8 +176,8 @@ def give_up(*_):
 
 @pytest.fixture(autouse=True)
 def limits(four):
-    """A value may ask for more memory or time than there is; it must not get it from the machine that runs the tests. And one
-    case finds nothing that another wrote."""
+    """A value may ask for more memory or time than there is; it must not get it from the machine
+    that runs the tests. And one case finds nothing that another wrote."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
@@ -190,7 +191,8 @@ def limits(four):
 
 
 def outcome(stage, folder, *more, replace=None):
-    """Runs a stage's main() in the folder: -> the one line it ended with, or None if it did its work. A traceback fails the test.
+    """Runs a stage's main() in the folder: -> the one line it ended with, or None if it did its
+    work. A traceback fails the test.
     replace: the manifest, where it is no flag."""
     module, *flags = STAGES[stage]
     flags[0] = replace or flags[0]
@@ -291,7 +293,7 @@ def test_a_number_is_refused_in_one_line_or_taken(four, stage, flag, values, val
         assert line is not None and f"argument {flag}: expected " in line, line
 
 
-# ---- paths ---------------------------------------------------------------------------------------------------------------
+# ---- paths ---------------------------------------------------------------------------------------
 
 
 FOLDERS = ("pretrain", "finetune", "linprobe", "toy")  # their --out is a folder

@@ -1,5 +1,6 @@
-"""Runs that end before their time, by kill -9 at random moments, by signals, on a full disk: what they leave is whole, and gone on with
-it is what an uninterrupted run writes, bit for bit. Three kills a stage here; twenty on demand (pytest -m slow)."""
+"""Runs that end before their time, by kill -9 at random moments, by signals, on a full disk: what
+they leave is whole, and gone on with it is what an uninterrupted run writes, bit for bit. Three
+kills a stage here; twenty on demand (pytest -m slow)."""
 
 import json
 import os
@@ -237,7 +238,9 @@ def test_two_ranks_killed_twenty_times_write_the_same(name, copy, tmp_path):
 
 
 def heal(copy, kills):
-    """torchrun --max-restarts: after each kill -9 of a rank it starts both again, and the run ends as if nothing had been."""
+    """torchrun --max-restarts: after each kill -9 of a rank it starts both again, and the run
+    ends as if nothing had been.
+    """
     command = (*STAGES["pretrain"][0], "--epochs", 30, "--log-every", 1)
     run(*command, "--out", "whole", cwd=copy, ranks=2)
     process = start(command, copy, 2, f"--max-restarts={kills}")
@@ -294,7 +297,9 @@ def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
-    """Files may not grow beyond a limit that the first checkpoint respects: the second ends the run, and the first is whole."""
+    """Files may not grow beyond a limit that the first checkpoint respects: the second ends the
+    run, and the first is whole.
+    """
     from model import save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
@@ -334,7 +339,9 @@ main()
 
 @pytest.mark.parametrize("name", ["saliency", "motion", "linprobe"])
 def test_a_disk_that_fills_while_an_array_is_made(copy, name):
-    """All of an array's space is taken before anything is computed: then it either is there, or the stage ends with one line."""
+    """All of an array's space is taken before anything is computed: then it either is there, or
+    the stage ends with one line.
+    """
     for path in [
         *(copy / "data").glob("train.saliency.*"),
         *(copy / "data").glob("train.text.*"),
@@ -363,7 +370,9 @@ def test_a_disk_that_fills_while_an_array_is_made(copy, name):
 
 
 def test_an_error_does_not_wait_for_the_loaders_workers(tmp_path):
-    """They ignore the SIGTERM with which Python would end them: a rank that fails must end all the same, and soon."""
+    """They ignore the SIGTERM with which Python would end them: a rank that fails must end all
+    the same, and soon.
+    """
     (tmp_path / "fails.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})

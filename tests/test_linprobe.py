@@ -1,4 +1,6 @@
-"""Stage 4: the probes by value on features whose answer is known, the features written out, and the command line."""
+"""Stage 4: the probes by value on features whose answer is known, the features written out, and
+the command line.
+"""
 
 import json
 import math
@@ -25,7 +27,9 @@ RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.PROTOCOLS["sweep"]["r
 
 
 def blobs(n, seed=0, spread=1.0):
-    """Three classes around three centres in 16 dimensions, of wildly different scale a dimension: features [n, 1, 16]."""
+    """Three classes around three centres in 16 dimensions, of wildly different scale a
+    dimension: features [n, 1, 16].
+    """
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=rng)
     centres = 2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
@@ -34,7 +38,7 @@ def blobs(n, seed=0, spread=1.0):
     )[:, None], labels
 
 
-# ---- the linear probe ----------------------------------------------------------------------------------------------------
+# ---- the linear probe ----------------------------------------------------------------------------
 
 
 def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
@@ -71,7 +75,9 @@ def test_the_sweep_is_each_setting_alone():
 
 
 def test_linear_is_torchs_batch_norm_and_sgd():
-    """One batch an epoch, where the batch's statistics are the training set's; weight decay on weights and bias, warm-up."""
+    """One batch an epoch, where the batch's statistics are the training set's; weight decay on
+    weights and bias, warm-up.
+    """
     (train, labels), (test, _) = blobs(64), blobs(40, seed=1)
     setting, epochs, warmup = {"rate": 0.5, "decay": 0.02}, 6, 2
     norm = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0)
@@ -146,7 +152,7 @@ def test_an_epoch_draws_one_view_of_each_video():
     assert len(predicted[0].unique()) == 1
 
 
-# ---- nearest neighbours --------------------------------------------------------------------------------------------------
+# ---- nearest neighbours --------------------------------------------------------------------------
 
 
 def test_knn_votes_by_similarity():
@@ -181,11 +187,13 @@ def test_knn_is_a_written_out_loop():
     assert (predicted[0] != predicted[3]).any()
 
 
-# ---- the choice and the intervals ----------------------------------------------------------------------------------------
+# ---- the choice and the intervals ----------------------------------------------------------------
 
 
 def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_test_set():
-    """A probe that is right with one setting where the label is a training video's, and with the other on the test set."""
+    """A probe that is right with one setting where the label is a training video's, and with the
+    other on the test set.
+    """
     seen = []
 
     def probe(train, labels, test, settings, seed):
@@ -208,7 +216,9 @@ def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_tes
 
 
 def test_k_and_rate_are_chosen_with_the_held_out_part():
-    """Labels that only the nearest neighbour knows (every video has a twin), and test videos that k = 200 would get right."""
+    """Labels that only the nearest neighbour knows (every video has a twin), and test videos
+    that k = 200 would get right.
+    """
     rng = torch.Generator().manual_seed(0)
     twins = torch.nn.functional.normalize(torch.randn(200, 1, 3, generator=rng), dim=-1)
     train = torch.cat([twins, twins + 1e-4])
@@ -233,7 +243,7 @@ def test_intervals():
     assert linprobe.bootstrap(half, seed=1) == linprobe.bootstrap(half, seed=1)
 
 
-# ---- the attentive probe -------------------------------------------------------------------------------------------------
+# ---- the attentive probe -------------------------------------------------------------------------
 
 
 def test_the_attentive_probe_is_torchs_multi_head_attention():
@@ -252,7 +262,9 @@ def test_the_attentive_probe_is_torchs_multi_head_attention():
 
 
 def test_the_attentive_probe_finds_the_token_that_tells():
-    """The class is one token's, at a random place; the others are louder in sum. Each rate is trained as if alone."""
+    """The class is one token's, at a random place; the others are louder in sum. Each rate is
+    trained as if alone.
+    """
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(rng.integers(3, size=500))
     tokens = rng.normal(size=(500, 12, 16)).astype(np.float16)
@@ -274,7 +286,7 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     assert linprobe.choose(probe, train, labels[:300], settings, 0) == settings[1]
 
 
-# ---- features ------------------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 FAST = ("--workers", 0, "--rates", 0.3, "--decays", 0, "--epochs", 2, "--seeds", 1, "--k", 5)
@@ -291,7 +303,9 @@ def of(folder, array):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Four videos of 96 x 48 pixels and 24 frames, the third broken: a manifest for both training and testing."""
+    """Four videos of 96 x 48 pixels and 24 frames, the third broken: a manifest for both
+    training and testing.
+    """
     folder = tmp_path_factory.mktemp("wide")
     rng = np.random.default_rng(0)
     for row in range(4):
@@ -459,7 +473,7 @@ def test_features_are_reused_until_something_changes(copy):
     assert not marked()
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def test_end_to_end(world, tmp_path):
@@ -511,7 +525,9 @@ def test_two_ranks_are_one(world, tmp_path):
 
 
 def test_max_steps_ends_with_the_number_of_videos_tried(copy, tmp_path):
-    """On every rank's part, broken videos included; a run that needs no more steps than that gives a result."""
+    """On every rank's part, broken videos included; a run that needs no more steps than that
+    gives a result.
+    """
     flags = (*UNTRAINED, *FAST, "--clips", 1, "--batch-size", 8, "--max-steps", 1, "--out", "p")
     lines = (copy / "data/train.csv").read_text().splitlines()
     lines[2] = "gone.mp4" + lines[2][lines[2].index(",") :]
@@ -615,7 +631,8 @@ def test_unreadable_unknown_and_few(copy):
     assert "classes without a training video count as wrong: fly" in out
     result = json.loads((copy / "p/label.json").read_text())
     assert result["test"] == 24 and result["unreadable"] == 1
-    # five videos, one of class 900, labels with gaps; the sweep holds one out, k is cut to those there are
+    # five videos, one of class 900, labels with gaps; the sweep holds one out, k is cut to those
+    # there are
     (copy / "few.csv").write_text(
         "path,label\n"
         + "".join(
@@ -710,7 +727,7 @@ def test_refusals(copy):
     )
 
 
-# ---- stopped -------------------------------------------------------------------------------------------------------------
+# ---- stopped -------------------------------------------------------------------------------------
 
 
 def probing(copy, *more):

@@ -1,4 +1,6 @@
-"""Masks: equal counts, known answers, and maps that follow the crop, the flip and the time of a sample."""
+"""Masks: equal counts, known answers, and maps that follow the crop, the flip and the time of a
+sample.
+"""
 
 import json
 import shutil
@@ -174,7 +176,9 @@ def test_camera_motion_does_not_count():
 
 
 def test_a_jump_becomes_a_glide():
-    """What moves is at the left, then from slice 4 on at the right: the window's centre goes over in steps of the binomial."""
+    """What moves is at the left, then from slice 4 on at the right: the window's centre goes
+    over in steps of the binomial.
+    """
     field = moving_block((8, 10, 20), (0.1, 0.0), lambda t: (3, 1 if t < 4 else 16))
     mask = make_mask(
         "motion",
@@ -209,7 +213,9 @@ def test_motion_where_nothing_moves():
 
 
 def test_flow_carries_the_visible_tokens_along():
-    """The whole picture moves by one token a slice, to the right: so does every visible token whose trace stays inside."""
+    """The whole picture moves by one token a slice, to the right: so does every visible token
+    whose trace stays inside.
+    """
     grid, noise = (6, 8, 8), torch.rand(20, 6 * 64, generator=torch.Generator().manual_seed(0))
     field = torch.zeros(20, 6, 2, 8, 8)
     still = make_mask("flow", 0.8, 20, grid, motion=field, noise=noise).view(20, 6, 8, 8)
@@ -235,7 +241,9 @@ def test_flow_carries_the_visible_tokens_along():
 
 
 def test_traces_through_a_motion_that_changes():
-    """Slices 0, 1, 2, 3, the middle is 2; steps of 0.1, 0.2 and 0.3 between them, the means of neighbouring slices."""
+    """Slices 0, 1, 2, 3, the middle is 2; steps of 0.1, 0.2 and 0.3 between them, the means of
+    neighbouring slices.
+    """
     field = torch.zeros(1, 4, 2, 5, 5)
     field[0, :, 0] = torch.tensor([0.05, 0.15, 0.25, 0.35])[:, None, None]
     at = masking.trace_to_middle(field)[0, :, 2, 2]
@@ -337,8 +345,9 @@ def test_cut_maps_known_answers():
 
 @pytest.mark.parametrize("crop", ["multiscale", "resized"])
 def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
-    """A bright square moves over a dark video; its saliency is its own brightness. Through the training data set's decoding,
-    crop, flip and times, each token's brightness must be what `cut_maps` says; unless the flip is forgotten."""
+    """A bright square moves over a dark video; its saliency is its own brightness. Through the
+    training data set's decoding, crop, flip and times, each token's brightness must be what
+    `cut_maps` says; unless the flip is forgotten."""
     from pretrain import Clips
     from tgm.manifest import Video
 
@@ -390,8 +399,9 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
 
 
 def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
-    """A textured square moves right and down by known pixels; through the codec, the stage, the data set and `cut_motion`, the
-    tokens on it must move as it does in the sample, whatever the crop and the flip."""
+    """A textured square moves right and down by known pixels; through the codec, the stage, the
+    data set and `cut_motion`, the tokens on it must move as it does in the sample, whatever the
+    crop and the flip."""
     from pretrain import Clips
     from tgm.manifest import read_manifest
 
@@ -579,7 +589,7 @@ def test_heat_colours_and_tiles():
     ] * 2 + [(0, 0, 0)] * 2
 
 
-# ---- the preview, misused ------------------------------------------------------------------------------------------------
+# ---- the preview, misused ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -821,7 +831,9 @@ def test_captions_remade_with_other_frames_make_the_saliency_stale(copy):
 
 
 def ink(picture, box):
-    """The box of what is drawn in a part of a picture: left, top, right, bottom, from the part's corner."""
+    """The box of what is drawn in a part of a picture: left, top, right, bottom, from the part's
+    corner.
+    """
     return ImageOps.invert(picture.crop(box).convert("L")).getbbox()
 
 

@@ -1,4 +1,6 @@
-"""model.py against transformers' VideoMAE, against written-out references, and its own promises (CPU, 30 s)."""
+"""model.py against transformers' VideoMAE, against written-out references, and its own promises
+(CPU, 30 s).
+"""
 
 import argparse
 import json
@@ -53,7 +55,9 @@ def nano(monkeypatch):
 
 
 def randomize(model, seed=0):
-    """Weights of no special value anywhere, so that no bias or norm hides behind a zero or a one."""
+    """Weights of no special value anywhere, so that no bias or norm hides behind a zero or a
+    one.
+    """
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim:  # not logit_scale
@@ -86,7 +90,9 @@ def close(a, b, tolerance=1e-5):
 
 
 def hf_model(cls, config):
-    """The class at our sizes, its two hard-coded epsilons (1e-5) set to the official 1e-6, as our docstring says."""
+    """The class at our sizes, its two hard-coded epsilons (1e-5) set to the official 1e-6, as
+    our docstring says.
+    """
     transformers = pytest.importorskip("transformers")
     hf = getattr(transformers, cls)(transformers.VideoMAEConfig(**config)).eval()
     return official_eps(hf)
@@ -120,7 +126,9 @@ def hf_config(model, **extra):
 
 
 def ours_in_hf(name):
-    """Parameter name of transformers -> ours, written out independently of model.HF_KEYS; None where ours is fused."""
+    """Parameter name of transformers -> ours, written out independently of model.HF_KEYS; None
+    where ours is fused.
+    """
     for a, b in (
         ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
         ("videomae.encoder.layer", "encoder.blocks"),
@@ -200,7 +208,9 @@ def test_classifier_equals_transformers():
 
 @pytest.mark.parametrize("size", ["small", "base"])
 def test_published_sizes_classify_as_transformers_does_both_ways(tmp_path, size):
-    """16 x 224 x 224: their random weights through our loader, and ours through their from_pretrained."""
+    """16 x 224 x 224: their random weights through our loader, and ours through their
+    from_pretrained.
+    """
     ours = VideoViT(size, classes=11).eval()
     hf = hf_model(
         "VideoMAEForVideoClassification", hf_config(ours, use_mean_pooling=True, num_labels=11)
@@ -286,7 +296,9 @@ def test_bare_huggingface_encoder_loads(tmp_path):
 
 
 def test_bare_huggingface_encoder_without_a_norm(tmp_path):
-    """VideoMAEModel as its configuration has it by default: the classifier's norm is elsewhere, so the file has none."""
+    """VideoMAEModel as its configuration has it by default: the classifier's norm is elsewhere,
+    so the file has none.
+    """
     mae = VideoMAE("nano")
     hf = randomize(hf_model("VideoMAEModel", hf_config(mae, use_mean_pooling=True)))
     hf.save_pretrained(tmp_path)
@@ -621,8 +633,8 @@ def test_loss_ignores_visible_targets(monkeypatch):
 
 
 def test_decoding_some_of_the_masked_tokens(monkeypatch):
-    """The decoder sees the visible and the chosen tokens alone: the same as attention over all with the others barred, and the
-    loss is the mean over the chosen."""
+    """The decoder sees the visible and the chosen tokens alone: the same as attention over all with
+    the others barred, and the loss is the mean over the chosen."""
     mae = randomize(VideoMAE("tiny"))
     video, mask = random_video(mae), random_mask(mae)
     hidden = mask.nonzero()[:, 1].view(2, -1)
@@ -1221,7 +1233,9 @@ def test_info_nce_takes_samples_of_one_video_for_positives():
 
 
 def test_info_nce_is_its_own_positive_whatever_the_product_says(monkeypatch):
-    """TF32 may compute a cosine of 0.998 of a text with itself; without a positive, 0 / 0 follows."""
+    """TF32 may compute a cosine of 0.998 of a text with itself; without a positive, 0 / 0
+    follows.
+    """
     video, text = torch.randn(4, 5), torch.randn(4, 5)
     expected = nce_by_pairs(video.double(), text.double(), 10.0 * 0.99**2, lambda i, j: i == j)
     normalize = F.normalize
@@ -1230,7 +1244,9 @@ def test_info_nce_is_its_own_positive_whatever_the_product_says(monkeypatch):
 
 
 def test_a_temperature_at_its_limit_comes_back():
-    """The limit is set on the parameter after the step; in the forward pass its gradient would be 0 beyond it."""
+    """The limit is set on the parameter after the step; in the forward pass its gradient would
+    be 0 beyond it.
+    """
     head = M.ContrastiveHead(8, 5)
     head.logit_scale.data.fill_(6.0)
     tokens, text = torch.randn(4, 3, 8), torch.randn(4, 5)  # no match: a high 1 / temperature costs

@@ -1,4 +1,6 @@
-"""Motion fields: vectors of known motion through real encoders, their rasterisation by hand, RAFT's units, and the stage."""
+"""Motion fields: vectors of known motion through real encoders, their rasterisation by hand,
+RAFT's units, and the stage.
+"""
 
 import json
 from types import SimpleNamespace
@@ -67,7 +69,9 @@ ENCODED = {
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
-    """Every frame's median vector, whatever it refers to, and the field away from the border, where new texture comes in."""
+    """Every frame's median vector, whatever it refers to, and the field away from the border,
+    where new texture comes in.
+    """
     frames = read(pan(tmp_path / name, **ENCODED[name]))
     # libav keeps no vectors of MPEG-4's B pictures
     assert len(frames) >= (6 if name in ("b.avi", "mpeg4b.mp4") else 20)
@@ -81,7 +85,9 @@ def test_a_pan_comes_back_as_its_velocity(tmp_path, name):
 
 
 def test_b_pictures_look_both_ways(tmp_path):
-    """Vectors of both directions, each with the seconds to its own reference: I b b b P and I b B b P in steps of a frame."""
+    """Vectors of both directions, each with the seconds to its own reference: I b b b P and I b
+    B b P in steps of a frame.
+    """
     for name, options, expected in (
         ("b.mp4", B_FRAMES, {1: (1, 3), 2: (2, 2), 3: (3, 1), 4: (4,)}),
         ("p.mp4", PYRAMID, {1: (1, 1), 2: (2, 2), 3: (1, 1), 4: (4,)}),
@@ -106,7 +112,8 @@ def test_the_field_is_of_the_frame_as_displayed(tmp_path):
         for frame in frames:
             velocity = frame.shift / frame.seconds[:, None] * (wide, high) / FPS
             assert np.abs(np.median(velocity, 0) - expected).max() < 0.3
-    # And the blocks move with it: the upper left quarter of the stored picture pans, the rest stands still.
+    # And the blocks move with it: the upper left quarter of the stored picture pans, the rest
+    # stands still.
     images = [still.copy() for still in panning(24, (0, 0), 1)]
     for image, moving in zip(images, panning(24, (3, 0))):
         image[:48, :80] = moving[:48, :80]
@@ -363,7 +370,9 @@ def test_ranks_fill_their_own_rows_and_settings_are_held(copy):
 
 
 def test_a_part_of_a_longer_video(tmp_path):
-    """Rows with start and end see their own part alone: still, then to the right, then to the left."""
+    """Rows with start and end see their own part alone: still, then to the right, then to the
+    left.
+    """
     images = panning(1, (0, 0)) * 30 + panning(30, (3, 0)) + panning(30, (-3, 0))
     write(
         tmp_path / "long.mp4",
@@ -441,7 +450,9 @@ ZEROLATENCY = {"tune": "zerolatency"}
 def test_speeds_with_several_references_are_off_as_the_docstring_says(
     tmp_path, options, least, most
 ):
-    """The vectors of a stream do not tell which picture they mean: too fast without B pictures, in the right direction always."""
+    """The vectors of a stream do not tell which picture they mean: too fast without B pictures,
+    in the right direction always.
+    """
     rng = np.random.default_rng(1)
     velocity = np.array((3, -2))
     images = [

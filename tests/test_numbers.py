@@ -63,7 +63,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(copy, monkeypatc
 
 
 def test_saliency_that_is_not_finite(copy):
-    """Of CLIP: the row stays empty, with a line that says so. In an array that is there: another video takes the sample's place."""
+    """Of CLIP: the row stays empty, with a line that says so. In an array that is there: another
+    video takes the sample's place.
+    """
     array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
     array[4, :, 3, 2, 2], array[9, :, 1, 1, 0] = np.nan, np.inf
     array.flush()
@@ -133,7 +135,9 @@ def test_clip_that_gives_nan(copy, monkeypatch):
 
 
 def test_saliency_that_is_all_equal_masks_at_random(copy):
-    """No map prefers anything: the text mask is the random one of each slice, from the sample's own noise."""
+    """No map prefers anything: the text mask is the random one of each slice, from the sample's
+    own noise.
+    """
     mask = pretrain.masking.make_mask(
         "text",
         0.6,
@@ -152,7 +156,9 @@ def test_saliency_that_is_all_equal_masks_at_random(copy):
 
 
 def test_captions_that_are_empty_or_a_thousand_words_long(copy):
-    """CLIP's tokenizer cuts a text; an empty one is a text too. A list without captions is a video that is left out."""
+    """CLIP's tokenizer cuts a text; an empty one is a text too. A list without captions is a
+    video that is left out.
+    """
     path = copy / "data/train.captions.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     words = " ".join(f"red circle {number}" for number in range(334))
@@ -180,7 +186,9 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
 
 
 def test_a_batch_of_one(copy):
-    """Contrast needs others: among one the contrastive loss is 0, and the rest learns; fine-tuning, captions, saliency, probes work."""
+    """Contrast needs others: among one the contrastive loss is 0, and the rest learns;
+    fine-tuning, captions, saliency, probes work.
+    """
     run(
         "pretrain.py",
         *TINY,
@@ -271,7 +279,9 @@ def test_a_batch_of_one(copy):
 
 
 def test_classes_of_one_video_and_numbers_with_gaps(copy):
-    """Classes are those that occur in training, numbers in the order of numbers: 3, 20, 100 are the classes 0, 1, 2."""
+    """Classes are those that occur in training, numbers in the order of numbers: 3, 20, 100 are
+    the classes 0, 1, 2.
+    """
     lines = (copy / "data/train.csv").read_text().splitlines()
     names = [line.split(",")[0] for line in lines[1:9]]
     labels = [100, 3, 3, 3, 20, 20, 20, 20]  # one video of class 100

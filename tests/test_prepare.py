@@ -1,4 +1,6 @@
-"""`python -m tgm.prepare MANIFEST`: the check finds every planted fault, and re-encoded copies show the same at the same times."""
+"""`python -m tgm.prepare MANIFEST`: the check finds every planted fault, and re-encoded copies
+show the same at the same times.
+"""
 
 import csv
 import os

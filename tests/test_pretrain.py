@@ -1,4 +1,6 @@
-"""Stage 3: schedules and samples by value, then the command line: ranks, workers, resuming, every choice, every refusal."""
+"""Stage 3: schedules and samples by value, then the command line: ranks, workers, resuming,
+every choice, every refusal.
+"""
 
 import json
 import os
@@ -121,7 +123,9 @@ def test_a_sample_brings_the_caption_it_was_given(world):
 
 
 def test_the_mission_command_with_two_ranks(copy):
-    """`torchrun --nproc_per_node=2 pretrain.py --mask text`, data at its default place: learns, logs, saves, draws."""
+    """`torchrun --nproc_per_node=2 pretrain.py --mask text`, data at its default place: learns,
+    logs, saves, draws.
+    """
     out = run(
         "pretrain.py",
         "--mask",
@@ -239,7 +243,9 @@ def test_resuming_and_workers_change_nothing(copy):
 
 @pytest.mark.parametrize("mask", ["text", "tube", "random"])
 def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
-    """Half the masked tokens of every sample reach the decoder; resuming changes nothing; --decoder-keep 1 is the default."""
+    """Half the masked tokens of every sample reach the decoder; resuming changes nothing;
+    --decoder-keep 1 is the default.
+    """
     counts, decode = [], pretrain.models.VideoMAE.decode
     monkeypatch.setattr(
         pretrain.models.VideoMAE,
@@ -269,7 +275,9 @@ def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
 
 
 def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
-    """With --nce-weight 0 everything but the head is as if there were no captions, gradient clipping included."""
+    """With --nce-weight 0 everything but the head is as if there were no captions, gradient
+    clipping included.
+    """
     flags = (*TINY, "--mask", "tube", "--nce-weight", 0, "--clip-grad", 0.5, "--max-steps", 4)
     run("pretrain.py", *flags, "--out", "monitored", cwd=copy)
     (copy / "data/train.text.npy").unlink()
@@ -388,7 +396,9 @@ def test_init_starts_from_a_checkpoint(world, tmp_path):
     "workers, number", [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)]
 )
 def test_a_signal_saves_and_ends_the_run_by_itself(world, tmp_path, workers, number):
-    """As a scheduler or a terminal sends it: to the whole process group, the loader's workers included."""
+    """As a scheduler or a terminal sends it: to the whole process group, the loader's workers
+    included.
+    """
     command = [
         "pretrain.py",
         *TINY,
@@ -485,7 +495,9 @@ def test_refusals_name_the_command_that_mends(copy):
 
 
 def test_the_rate_and_its_floor_follow_the_videos_not_their_samples(world, tmp_path):
-    """VideoMAE's and mae_st's rule: 16 videos a step, whatever --repeat; the floor is 1e-5 at 256 videos."""
+    """VideoMAE's and mae_st's rule: 16 videos a step, whatever --repeat; the floor is 1e-5 at
+    256 videos.
+    """
     flags = (
         *TINY,
         "--repeat",
@@ -700,7 +712,9 @@ def test_more_epochs_follow_the_longer_schedule(begun):
 
 
 def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
-    """A kill before the first save must not leave it to --resume auto, which would go on with the old run."""
+    """A kill before the first save must not leave it to --resume auto, which would go on with
+    the old run.
+    """
     copy, flags = begun
     before = (copy / "run/checkpoint.pt").read_bytes()
 
@@ -857,7 +871,9 @@ def test_two_nodes_equal_one_with_two_ranks(copy):
 
 
 def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
-    """Rank 0 would go on from step 2, rank 1 begin at 0, and so the other way round; and so nodes with other flags."""
+    """Rank 0 would go on from step 2, rank 1 begin at 0, and so the other way round; and so
+    nodes with other flags.
+    """
     flags = (*TINY, "--batch-size", 4, "--log-every", 1, "--out", "run")
     run("pretrain.py", *flags, "--batch-size", 8, "--max-steps", 2, cwd=copy)
     other = tmp_path / "other"
@@ -895,7 +911,9 @@ def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
 
 
 def test_two_nodes_heal_by_one_restart(copy):
-    """kill -9 of the second node's rank: both agents start theirs again, once, and the end is that of an uninterrupted run."""
+    """kill -9 of the second node's rank: both agents start theirs again, once, and the end is
+    that of an uninterrupted run.
+    """
     flags = (
         *TINY,
         "--batch-size",
@@ -943,7 +961,9 @@ def test_torchrun_does_not_restart_what_a_signal_to_it_ended(copy):
 
 
 def test_torchrun_restarts_when_one_rank_alone_is_told_to_stop(copy):
-    """All save and end by the signal, a failure to torchrun; the restart goes on where they were."""
+    """All save and end by the signal, a failure to torchrun; the restart goes on where they
+    were.
+    """
     flags = (*TINY, "--epochs", 12, "--log-every", 1, "--resume", "auto", "--out", "run")
     agent = start(
         flags,

@@ -1,4 +1,6 @@
-"""Real clips through every stage, with the tiny models: what matters is that each decodes and nothing breaks."""
+"""Real clips through every stage, with the tiny models: what matters is that each decodes and
+nothing breaks.
+"""
 
 import csv
 import json
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
-    """All clips, and eight a class of the labelled ones, as manifests outside the folder of the clips."""
+    """All clips, and eight a class of the labelled ones, as manifests outside the folder of the
+    clips.
+    """
     folder = tmp_path_factory.mktemp("real")
     with open(VIDEOS / "clips.csv", newline="") as file:
         names = [line["path"] for line in csv.DictReader(file)]

@@ -1,5 +1,5 @@
-"""Models as they are published, without downloading any: open_clip's own tables of weights, and transformers' classes with random
-weights in small sizes, saved as the real ones are."""
+"""Models as they are published, without downloading any: open_clip's own tables of weights, and
+transformers' classes with random weights in small sizes, saved as the real ones are."""
 
 import json
 import os
@@ -23,7 +23,9 @@ from tgm.run import RunError
 
 
 def is_plain(name):
-    """Whether the image tower of open_clip's model is a plain vision transformer, by its configuration."""
+    """Whether the image tower of open_clip's model is a plain vision transformer, by its
+    configuration.
+    """
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     special = "timm_model_name" in vision or vision.get("attentional_pool", False)
@@ -37,8 +39,8 @@ OTHER = [(name, tag) for name, tag in PUBLISHED if not is_plain(name)]
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """open_clip builds models as it does, but of two blocks, on the meta device and without weights, tokenizers, and Hugging Face's
-    towers."""
+    """open_clip builds models as it does, but of two blocks, on the meta device and without
+    weights, tokenizers, and Hugging Face's towers."""
 
     class TextTower(torch.nn.Module):
         def __init__(self, *_, **__):
@@ -64,8 +66,9 @@ def no_weights(monkeypatch):
 
 
 def test_every_published_weight_meets_its_activation(no_weights):
-    """The activation in every block of the model that load_clip builds is that of open_clip's table of weights. One entry there
-    contradicts its model's configuration: refused, with the name that brings its own."""
+    """The activation in every block of the model that load_clip builds is that of open_clip's table
+    of weights. One entry there contradicts its model's configuration: refused, with the name that
+    brings its own."""
     assert len(PLAIN) > 90 and ("ViT-B-16", "openai") in PLAIN
     refused = []
     turned = 0
@@ -169,7 +172,9 @@ def test_wrong_names_of_clip_are_one_short_line(copy):
 
 
 def test_another_image_size_of_weights_in_float16(tmp_path):
-    """Published weights are often float16, which open_clip cannot interpolate; float32 ones give what it gives."""
+    """Published weights are often float16, which open_clip cannot interpolate; float32 ones give
+    what it gives.
+    """
     expected = open_clip.create_model(CLIP, force_image_size=96)
     model, _ = saliency.load_clip(CLIP, None, 96, "cpu")
     assert model.visual.grid_size == expected.visual.grid_size == (
@@ -406,7 +411,9 @@ def videos(world, tmp_path):
 @pytest.mark.parametrize("prompt", ["", "a red"])
 @pytest.mark.parametrize("kind", ["blip", "blip2-opt", "blip2-t5", "git"])
 def test_the_captioners_that_are_claimed(videos, models, kind, prompt):
-    """Each with and without a prompt and with beams; every caption goes on from the prompt where the model repeats it."""
+    """Each with and without a prompt and with beams; every caption goes on from the prompt where
+    the model repeats it.
+    """
     flags = (
         "--model",
         models(kind),
@@ -427,7 +434,9 @@ def test_the_captioners_that_are_claimed(videos, models, kind, prompt):
 
 
 def test_git_goes_on_from_its_prompt(videos, models):
-    """Greedy decoding of GIT written out, from [CLS] and the prompt's tokens, without the [SEP] that would end the text."""
+    """Greedy decoding of GIT written out, from [CLS] and the prompt's tokens, without the [SEP]
+    that would end the text.
+    """
     model, processor = caption.load_model(str(models("git")), "cpu", torch.float32)
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     inputs = caption.model_inputs(processor, images, "a red")
@@ -530,7 +539,9 @@ def test_damaged_captioners_are_refused(videos, tmp_path):
 
 
 def test_a_failed_load_leaves_what_was_there(copy):
-    """Neither a .json that refuses the next model, nor old captions thrown away by --resume none."""
+    """Neither a .json that refuses the next model, nor old captions thrown away by --resume
+    none.
+    """
     old = (copy / "data/val.captions.jsonl").read_bytes()
     about = (copy / "data/val.captions.json").read_bytes()
     for flags in (("--model", "nowhere"), ("--model", CLIP.removeprefix("local-dir:"))):
@@ -578,7 +589,9 @@ def test_a_failed_load_leaves_what_was_there(copy):
 
 
 def test_without_a_network_two_lines(copy):
-    """The hub's own retries, five for every file, are one line; the waits between them are left out here."""
+    """The hub's own retries, five for every file, are one line; the waits between them are left
+    out here.
+    """
     for stage, flags in (("caption", ["--out", "x.jsonl"]), ("saliency", ["--out", "x"])):
         code = f"import time; time.sleep = lambda _: None; import {stage}; {stage}.main(['data/val.csv', *{flags}])"
         done = subprocess.run(

@@ -1,5 +1,6 @@
-"""tgm/run.py: flags, devices, ranks, loading, stopping, folders and logs. Runs that end by a signal are processes of their own: most
-of them forks of this one, which saves the seconds of importing torch."""
+"""tgm/run.py: flags, devices, ranks, loading, stopping, folders and logs. Runs that end by a signal
+are processes of their own: most of them forks of this one, which saves the seconds of importing
+torch."""
 
 import argparse
 import json
@@ -38,7 +39,9 @@ def no_child_is_left():
 
 
 class Child:
-    """A fork that runs `program`, as launch(program) at the end of a script does; what it prints goes to a file."""
+    """A fork that runs `program`, as launch(program) at the end of a script does; what it prints
+    goes to a file.
+    """
 
     def __init__(self, path, program, *args, environment=None):
         self.path = path
@@ -97,7 +100,7 @@ def two_ranks(tmp_path, program, *args):
     return children
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def test_a_wrong_flag_ends_in_one_line(capsys):
@@ -191,7 +194,7 @@ def test_devices(monkeypatch):
         run.choose_device("auto", 2)
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def test_parts_of_ranks_are_contiguous_and_together_the_whole():
@@ -245,7 +248,9 @@ def test_ranks_stop_at_the_same_step_if_one_is_told(tmp_path, number):
 
 
 def told_while_answering():
-    """Rank 0 hears the signal while it waits for rank 1's answer, which is no: then both say no, and both say yes next time."""
+    """Rank 0 hears the signal while it waits for rank 1's answer, which is no: then both say no,
+    and both say yes next time.
+    """
     rank, stop = join()
     run.wait_for_ranks()
     if rank == 0:
@@ -321,7 +326,7 @@ def test_a_rank_that_gives_up_ends_the_others_in_one_line(tmp_path):
     assert "Traceback" not in children[0].printed()
 
 
-# ---- loading -------------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -342,7 +347,9 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def test_items_arrive_as_they_are():
-    """In lists, tuples and mappings, with and without workers; through shared memory if there are workers."""
+    """In lists, tuples and mappings, with and without workers; through shared memory if there
+    are workers.
+    """
     item = lambda index: (
         index,
         UserDict(x=torch.full((3,), index)),
@@ -405,7 +412,9 @@ def no_open_files(batch):
 
 @pytest.mark.parametrize("batch", [10, 20, 40, 60])
 def test_too_many_open_files_is_one_line(tmp_path, batch):
-    """As with the default limit of 1024 and hundreds of videos a batch: wherever the limit is met, the run does not wait."""
+    """As with the default limit of 1024 and hundreds of videos a batch: wherever the limit is
+    met, the run does not wait.
+    """
     child = Child(tmp_path / "out", no_open_files, batch)
     assert child.code(20) == 0
     if batch == 10:
@@ -471,8 +480,8 @@ run.launch(main)
     "size, each", [("1m", 4_800_000), ("64k", 4_800_000), ("4k", 10), ("1m", 100_000)]
 )
 def test_full_shared_memory_is_one_line_within_seconds(tmp_path, size, each):
-    """Clips of ViT-B, 16 x 224 x 224 x 3 x 2 bytes, that never fit; no room for even a lock; and a few clips that fit, but no
-    batch of them."""
+    """Clips of ViT-B, 16 x 224 x 224 x 3 x 2 bytes, that never fit; no room for even a lock; and a
+    few clips that fit, but no batch of them."""
     (tmp_path / "loading.py").write_text(LOADING)
     began = time.time()
     process = in_small_shared_memory(size, tmp_path / "loading.py", "fast", each, 300)
@@ -510,7 +519,9 @@ def test_a_stuck_loader_ends_by_grace_or_by_a_second_signal(tmp_path):
 
 
 def test_workers_that_are_left_are_killed_without_a_word(tmp_path):
-    """By kill_workers at the end of a run whose loader still lives, held by an error's traceback."""
+    """By kill_workers at the end of a run whose loader still lives, held by an error's
+    traceback.
+    """
     (tmp_path / "held.py").write_text(
         LOADING.replace(
             "run.launch(main)",
@@ -531,7 +542,7 @@ sys.exit("one line")
     assert done.returncode == 1 and done.stderr == "one line\n"
 
 
-# ---- stopping ------------------------------------------------------------------------------------------------------------
+# ---- stopping ------------------------------------------------------------------------------------
 
 
 def work(at_once=False):
@@ -628,7 +639,9 @@ def test_saving_has_grace_seconds_of_its_own(tmp_path):
 
 
 def test_stopped_inside_this_process():
-    """What `launch` does not see: an in-process caller gets 143 or 130, and no alarm stays behind."""
+    """What `launch` does not see: an in-process caller gets 143 or 130, and no alarm stays
+    behind.
+    """
     handlers = {
         number: signal.getsignal(number)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
@@ -713,7 +726,7 @@ def test_as_the_first_process_of_a_container_it_ends_with_the_code(tmp_path):
     assert done.returncode == 143, done
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def raised(error):
@@ -792,7 +805,7 @@ def test_errors_as_the_libraries_raise_them_are_one_line():
         assert end.value.code.startswith(line) and "\n" not in end.value.code
 
 
-# ---- folders, logs, resuming ---------------------------------------------------------------------------------------------
+# ---- folders, logs, resuming ---------------------------------------------------------------------
 
 
 def test_folders_are_made_and_tried(tmp_path):

@@ -1,4 +1,6 @@
-"""Long runs: many clips through the loader with four workers leave resident memory and open files where they were."""
+"""Long runs: many clips through the loader with four workers leave resident memory and open
+files where they were.
+"""
 
 import ctypes
 import gc
@@ -17,7 +19,9 @@ from tgm.video import VideoReader
 
 
 def usage(pids):
-    """Bytes that the processes hold together and no file backs (a page they share counts once), and their open files."""
+    """Bytes that the processes hold together and no file backs (a page they share counts once),
+    and their open files.
+    """
     held = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -65,7 +69,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_reading_a_video_leaves_nothing_behind(world):
-    """1,500 readers: less than 100 bytes of each stay, and no file; the heap's free pages are given back before each look."""
+    """1,500 readers: less than 100 bytes of each stay, and no file; the heap's free pages are
+    given back before each look.
+    """
     path, trim = world / "data/videos/train/00003.mp4", ctypes.CDLL(None).malloc_trim
     found = []
     for count in (300, 1500):
@@ -82,7 +88,9 @@ def test_reading_a_video_leaves_nothing_behind(world):
 
 
 def test_no_picture_waits_for_the_cycle_collector(world):
-    """Frames are freed as soon as they are read, not when Python next looks for cycles, or a loader's worker holds a hundred MB more."""
+    """Frames are freed as soon as they are read, not when Python next looks for cycles, or a
+    loader's worker holds a hundred MB more.
+    """
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,6 @@
-"""State on disk: manifests that grow, files that another process writes, arrays and models that carry code."""
+"""State on disk: manifests that grow, files that another process writes, arrays and models that
+carry code.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The study: its plan, its statistics, its controls, and two cells of it on a small world, stopped and gone on with."""
+"""The study: its plan, its statistics, its controls, and two cells of it on a small world,
+stopped and gone on with.
+"""
 
 import csv
 import json
@@ -198,7 +200,9 @@ def test_two_cells_twice(copy):
 
 
 def test_a_stage_that_was_told_to_stop_stops_the_study(monkeypatch, tmp_path):
-    """Stages note the signal and return as if done; which signal, and whether they return or exit, makes no difference."""
+    """Stages note the signal and return as if done; which signal, and whether they return or
+    exit, makes no difference.
+    """
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def main(argv):

@@ -1,4 +1,6 @@
-"""video.py against an independent plain decode: every file is made here with PyAV, or is one of the real clips."""
+"""video.py against an independent plain decode: every file is made here with PyAV, or is one of
+the real clips.
+"""
 
 import csv
 import itertools
@@ -20,7 +22,7 @@ from tgm.manifest import Video
 REAL = Path(__file__).parents[2] / "shared" / "videos"
 
 
-# ---- making and plainly decoding videos ------------------------------------------------------------------------------
+# ---- making and plainly decoding videos ----------------------------------------------------------
 
 
 def pictures(count, height=96, width=128):
@@ -74,7 +76,9 @@ def write(
 
 
 def decode(path, counted=False):
-    """Every frame in display order: seconds since the first, RGB. `counted`: the container has no presentation times."""
+    """Every frame in display order: seconds since the first, RGB. `counted`: the container has
+    no presentation times.
+    """
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -157,7 +161,7 @@ def gop250(files):
     return files["gop250.mp4"]
 
 
-# ---- frames ----------------------------------------------------------------------------------------------------------
+# ---- frames --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -179,7 +183,9 @@ def test_time_k_over_fps_is_frame_k(files, name):
 
 
 def test_only_what_is_needed_is_decoded(files, monkeypatch):
-    """The quick way is taken, skips pictures, and seeks between distant times; else it would merely be right."""
+    """The quick way is taken, skips pictures, and seeks between distant times; else it would
+    merely be right.
+    """
     plain = []
     with V.VideoReader(files["gop12.mkv"]) as reader:
         assert [len(run) for run in reader._runs([0.1, 0.2, 2.5, 2.6, 3.9])] == [2, 2, 1]
@@ -275,7 +281,9 @@ def test_colour(tmp_path, matrix, full_range):
 
 
 def test_edit_list(tmp_path):
-    """Frames an mp4's edit list cuts off are not displayed, and time counts from the first that is."""
+    """Frames an mp4's edit list cuts off are not displayed, and time counts from the first that
+    is.
+    """
     path = write(tmp_path / "cut.mp4", pictures(60), options={"g": "250", "bf": "3"})
     data = bytearray(Path(path).read_bytes())
     # one entry: duration in the film's 1/1000 s, media time in the track's 1/15360 s
@@ -288,7 +296,7 @@ def test_edit_list(tmp_path):
     assert_reads(path, [1.4])
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------------------
+# ---- what cannot be read -------------------------------------------------------------------------
 
 
 def remux(path, new, **options):
@@ -390,7 +398,7 @@ def test_span_and_midpoints(gop250):
     assert V.segment_midpoints(0, 1, 1).dtype == np.float64
 
 
-# ---- real clips ------------------------------------------------------------------------------------------------------
+# ---- real clips ----------------------------------------------------------------------------------
 
 
 def real_clips():
@@ -436,12 +444,14 @@ def test_real_clip(name):
     assert np.array_equal(read, expected)
 
 
-# ---- long files ------------------------------------------------------------------------------------------------------
+# ---- long files ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def two_hours(tmp_path_factory):
-    """An H.264 file of two hours at 30 frames/s: 900 copies of one group of pictures of eight seconds."""
+    """An H.264 file of two hours at 30 frames/s: 900 copies of one group of pictures of eight
+    seconds.
+    """
     folder = tmp_path_factory.mktemp("long")
     part = write(folder / "part.mp4", pictures(240), options={"g": "240", "bf": "2"})
     with av.open(part) as source, av.open(str(folder / "long.mp4"), "w") as out:

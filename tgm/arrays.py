@@ -1,10 +1,11 @@
-"""Arrays and captions that stand beside a manifest: row i of every array is line i of the manifest. Needs numpy and manifest.py.
+"""Arrays and captions that stand beside a manifest: row i of every array is line i of the manifest.
+Needs numpy and manifest.py.
 
     text, about = open_array("data/train.text.npy", videos, remedy="python saliency.py")
 
-Arrays are memory-mapped .npy files, pre-filled with NaN; a row that stays NaN is a video that failed. The .json beside each array
-holds what made it and a hash of the manifest's rows, so that a stale file is refused. Whoever writes a file holds its lock
-(FILE.lock) meanwhile.
+Arrays are memory-mapped .npy files, pre-filled with NaN; a row that stays NaN is a video that
+failed. The .json beside each array holds what made it and a hash of the manifest's rows, so that a
+stale file is refused. Whoever writes a file holds its lock (FILE.lock) meanwhile.
 """
 
 import atexit
@@ -34,7 +35,9 @@ HELD = []  # open lock files of this process
 
 
 def grown_from(videos, about):
-    """Of how many rows a file was made whose .json is `about`, if rows were added at the manifest's end since; else 0."""
+    """Of how many rows a file was made whose .json is `about`, if rows were added at the
+    manifest's end since; else 0.
+    """
     count = about.get("videos", 0) if isinstance(about, dict) else 0
     return (
         count
@@ -44,7 +47,9 @@ def grown_from(videos, about):
 
 
 def file_hash(path, lines=None):
-    """16 hex digits that change with the file's contents, or with those of its first `lines` lines."""
+    """16 hex digits that change with the file's contents, or with those of its first `lines`
+    lines.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in (
@@ -57,13 +62,16 @@ def file_hash(path, lines=None):
 
 
 def companion(manifest, kind):
-    """The file of that kind beside a manifest: companion("data/train.csv", "text.npy") is data/train.text.npy."""
+    """The file of that kind beside a manifest: companion("data/train.csv", "text.npy") is
+    data/train.text.npy.
+    """
     return Path(manifest).with_suffix(f".{kind}")
 
 
 def hold(path):
-    """Keeps other processes from writing `path` until `release` or until this one ends, however it ends: by a lock on PATH.lock, a
-    file that is removed then. ManifestError if another process has it. Where locks do not work, nothing is locked."""
+    """Keeps other processes from writing `path` until `release` or until this one ends, however it
+    ends: by a lock on PATH.lock, a file that is removed then. ManifestError if another process has
+        it. Where locks do not work, nothing is locked."""
     lock = os.path.abspath(f"{path}.lock")
     try:
         while fcntl:
@@ -103,8 +111,8 @@ def is_held(path):
 
 
 def refuse_foreign(path, is_ours, remedy="--out writes elsewhere"):
-    """ManifestError if there is something at `path` that is_ours(path) does not know: it is not to be overwritten. An empty file may
-    be. An OSError or an error of parsing in is_ours means no."""
+    """ManifestError if there is something at `path` that is_ours(path) does not know: it is not to
+    be overwritten. An empty file may be. An OSError or an error of parsing in is_ours means no."""
     path = Path(path)
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder, where a file is to be written ({remedy})")
@@ -127,7 +135,9 @@ def is_about(path):
 
 
 def is_array(path):
-    """Whether this is an array as `create_array` makes it, going by its .json or, as a kill may have left it without one, its header."""
+    """Whether this is an array as `create_array` makes it, going by its .json or, as a kill may
+    have left it without one, its header.
+    """
     with contextlib.suppress(OSError, ValueError):
         if is_about(path.with_suffix(".json")):
             return True
@@ -154,14 +164,15 @@ def write_about(path, about):
 
 
 def open_array(path, videos, remedy, **expect):
-    """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the .json beside it).
+    """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the
+    .json beside it).
 
-    Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or truncated; not N rows of
-    floats or not the "shape" its .json says; of another manifest ("manifest" is not manifest_hash(videos)); made with
-    other settings (`expect`: values the .json must hold, such as captions=hash); of videos that were replaced since
-    (`changed_rows`); or by CLIP with an activation that the .json does not tell. And, while another process writes it.
-    `describe_gaps` says how many rows are made.
-    """
+    Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or
+    truncated; not N rows of floats or not the "shape" its .json says; of another manifest
+    ("manifest" is not manifest_hash(videos)); made with other settings (`expect`: values the .json
+    must hold, such as captions=hash); of videos that were replaced since (`changed_rows`); or by
+    CLIP with an activation that the .json does not tell. And, while another process writes it.
+    `describe_gaps` says how many rows are made."""
     path = Path(path)
 
     def fail(reason, remedy=remedy):
@@ -212,7 +223,9 @@ def again(remedy, flag):
 
 
 def describe_gaps(path, there):
-    """A line to print for an array of which some rows are not made, else "". there: `filled(array)`, bool [N]."""
+    """A line to print for an array of which some rows are not made, else "". there:
+    `filled(array)`, bool [N].
+    """
     made = int(np.sum(there))
     if made == len(there):
         return ""
@@ -220,11 +233,13 @@ def describe_gaps(path, there):
 
 
 def read_captions(path, videos, remedy):
-    """The captions that caption.py wrote: a list of strings for each row, empty where it failed. ManifestError, ending in
-    "make it with: {remedy}", where the file is missing, damaged, of another manifest, or of videos that were replaced since.
+    """The captions that caption.py wrote: a list of strings for each row, empty where it failed.
+    ManifestError, ending in "make it with: {remedy}", where the file is missing, damaged, of
+    another manifest, or of videos that were replaced since.
 
-    Paths are compared row by row; start and end through the hash in the .json beside it, and replaced videos through the sizes
-    there. Captions of other origin may lack the .json: then paths have to do."""
+    Paths are compared row by row; start and end through the hash in the .json beside it, and
+    replaced videos through the sizes there. Captions of other origin may lack the .json: then paths
+    have to do."""
     path = Path(path)
 
     def fail(reason, remedy=remedy):
@@ -267,8 +282,9 @@ def read_about(path):
 
 
 def create_array(path, shape, dtype, about, head=None):
-    """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape to the .json beside it.
-    ManifestError if that is impossible, such as on a full disk: all its space is taken now, and none when rows are filled in."""
+    """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape
+    to the .json beside it. ManifestError if that is impossible, such as on a full disk: all its
+    space is taken now, and none when rows are filled in."""
     about_path = path.with_suffix(".json")
     aside = path.with_name(path.name + ".new")
     kept = 0 if head is None else len(head)
@@ -295,13 +311,15 @@ def create_array(path, shape, dtype, about, head=None):
 
 
 def create_or_resume(path, videos, shape, about, resume, rank, barrier):
-    """The float16 array [len(videos), *shape] at `path`, filled with NaN where it is new, writable, mapped, held by rank 0; `about`,
-    a hash of the manifest and the sizes of some files land in the .json beside it.
+    """The float16 array [len(videos), *shape] at `path`, filled with NaN where it is new, writable,
+    mapped, held by rank 0; `about`, a hash of the manifest and the sizes of some files land in the
+    .json beside it.
 
-    An array that is there must carry the same `about`, and no row of it may be of a video that was replaced since, else a
-    ManifestError names the command that remakes it. resume: "none" starts again; "auto" goes on; "extend" also takes an array of
-    the manifest's first rows, and adds the rest. An entry of `about` may be a function of the number of rows, to tell what it was
-    for fewer."""
+    An array that is there must carry the same `about`, and no row of it may be of a video that was
+    replaced since, else a ManifestError names the command that remakes it. resume: "none" starts
+    again; "auto" goes on; "extend" also takes an array of the manifest's first rows, and adds the
+    rest. An entry of `about` may be a function of the number of rows, to tell what it was for
+    fewer."""
     if rank == 0:
         create_or_check(path, videos, shape, about, resume)
     barrier()
@@ -356,7 +374,9 @@ def create_or_check(path, videos, shape, about, resume):
 
 
 def fill(array, row, value):
-    """Writes value [K, ...] to the first K of array[row], the first of them last, so that `filled` tells a row from half of one."""
+    """Writes value [K, ...] to the first K of array[row], the first of them last, so that
+    `filled` tells a row from half of one.
+    """
     for part in reversed(range(len(value))):
         array[row, part] = value[part]
 
@@ -367,7 +387,9 @@ def filled(array):
 
 
 def open_rows(path):
-    """An array of ours, mapped, to fill rows in; ManifestError if it is damaged or cannot be written to."""
+    """An array of ours, mapped, to fill rows in; ManifestError if it is damaged or cannot be
+    written to.
+    """
     try:
         return np.load(path, mmap_mode="r+", allow_pickle=False)
     except OSError as error:

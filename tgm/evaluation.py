@@ -1,4 +1,5 @@
-"""Testing a classifier of videos: several views of each, every video counted once; accuracies with intervals, and their files.
+"""Testing a classifier of videos: several views of each, every video counted once; accuracies with
+intervals, and their files.
 
     probabilities = predict(model, videos, classes, views=(5, 3), ...)       [N, C], the same on every rank
     result = score(probabilities, labels, classes)                           top-1, top-5, mean class accuracy, ...
@@ -25,8 +26,9 @@ SAID = 3  # so many videos that cannot be read are named
 
 @torch.inference_mode()
 def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks=1):
-    """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank; NaN for a video that cannot be
-    read, and RunError if none can. Rows are shared out over the ranks, summed up by row, and each asserted to have come once."""
+    """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank;
+    NaN for a video that cannot be read, and RunError if none can. Rows are shared out over the
+    ranks, summed up by row, and each asserted to have come once."""
     mine = part_of_rank(videos, rank, ranks)
     data = Views(
         mine, args.frames, args.image_size, args.stride, *views, args.sampling, args.video_timeout
@@ -79,8 +81,9 @@ def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks
 
 
 def score(probabilities, labels, classes):
-    """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class): a dict with top1, top5, mean_class (the mean over
-    the classes present), per_class [C] (NaN if absent), confusion [C, C] (true, predicted) and correct [N]. NaN rows are wrong."""
+    """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class): a dict with top1,
+    top5, mean_class (the mean over the classes present), per_class [C] (NaN if absent), confusion
+    [C, C] (true, predicted) and correct [N]. NaN rows are wrong."""
     readable = ~probabilities.isnan().any(1)
     ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices
     hit = (ranked == labels[:, None]) & readable[:, None]
@@ -106,7 +109,9 @@ def score(probabilities, labels, classes):
 
 
 def bootstrap(correct, resamples=2000, seed=0):
-    """The 95 % percentile interval of the mean of correct [N], over resampled test sets: [low, high]."""
+    """The 95 % percentile interval of the mean of correct [N], over resampled test sets: [low,
+    high].
+    """
     correct, rng = np.asarray(correct, float), np.random.default_rng(seed)
     means = [
         correct[rng.integers(len(correct), size=len(correct))].mean() for _ in range(resamples)
@@ -115,7 +120,9 @@ def bootstrap(correct, resamples=2000, seed=0):
 
 
 def draw_confusion(path, confusion, names):
-    """The confusion matrix, each row divided by its sum: white 0, dark 1; names and counts where there is room."""
+    """The confusion matrix, each row divided by its sum: white 0, dark 1; names and counts where
+    there is room.
+    """
     from PIL import Image, ImageDraw
 
     share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -151,8 +158,9 @@ def draw_confusion(path, confusion, names):
 
 
 def write_test(out, result, names, labels, probabilities, about, train_labels=None):
-    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds. "majority" is the accuracy of
-    always saying the most frequent class of the training labels (where they are not given: of the test labels)."""
+    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds.
+    "majority" is the accuracy of always saying the most frequent class of the training labels
+    (where they are not given: of the test labels)."""
     known = labels[labels >= 0] if train_labels is None else train_labels
     majority = (labels == known.mode().values).float().mean().item()
     summary = about | {

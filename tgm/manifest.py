@@ -2,13 +2,15 @@
 
     videos = read_manifest("data/train.csv")                                     the header path[,label][,start,end]
 
-Videos that were replaced under the same names are noticed by their sizes: the .json beside an array (arrays.py) holds those of 100 files, evenly spaced over the
-rows, and whoever opens the array compares them. All files replaced are noticed for certain, 5 % of them with a probability of 0.99,
-1 % with 0.63, and a single one in a large manifest hardly ever; a manifest of up to 100 rows is compared whole. The size of every
-file would double what hashing a million rows costs on a local disk (4 seconds more for each rank of each stage, measured) and take a
-round trip to the server for each file on a network disk. The time of last change is left out: copies to another machine change it.
-It does not matter where files lie (--root): the same files elsewhere are the same videos, and others of the same names are not.
-"""
+Videos that were replaced under the same names are noticed by their sizes: the .json beside an array
+(arrays.py) holds those of 100 files, evenly spaced over the rows, and whoever opens the array
+compares them. All files replaced are noticed for certain, 5 % of them with a probability of 0.99, 1
+% with 0.63, and a single one in a large manifest hardly ever; a manifest of up to 100 rows is
+compared whole. The size of every file would double what hashing a million rows costs on a local
+disk (4 seconds more for each rank of each stage, measured) and take a round trip to the server for
+each file on a network disk. The time of last change is left out: copies to another machine change
+it. It does not matter where files lie (--root): the same files elsewhere are the same videos, and
+others of the same names are not."""
 
 import csv
 import hashlib
@@ -25,7 +27,9 @@ SAMPLE = 100  # files whose sizes tell whether the videos are still those an arr
 
 
 class ManifestError(Exception):
-    """A manifest or an array beside it that cannot be used: one line, with the place and what was expected."""
+    """A manifest or an array beside it that cannot be used: one line, with the place and what
+    was expected.
+    """
 
 
 class Video(NamedTuple):
@@ -38,8 +42,9 @@ class Video(NamedTuple):
 
 
 class Videos(Sequence):
-    """The rows of a manifest, a sequence of Video, held as a few arrays: about 50 bytes a row and a path's own length. A list of
-    tuples takes 400, and each of a loader's workers would come to hold a copy, by counting references in it."""
+    """The rows of a manifest, a sequence of Video, held as a few arrays: about 50 bytes a row and a
+    path's own length. A list of tuples takes 400, and each of a loader's workers would come to hold
+    a copy, by counting references in it."""
 
     def __init__(self, folder, names, labels, starts, ends):
         number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
@@ -90,13 +95,14 @@ class Videos(Sequence):
 
 
 def read_manifest(path, root=None, label_column="label", strict_root=False):
-    """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns are ignored.
+    """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns
+    are ignored.
 
-    Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from another column, which must
-    then exist. `start` and `end` may each be empty or absent. Blank lines are allowed at the end only, since row i of
-    every companion array is line i of the manifest. With `strict_root` a path that leads out of that folder, be it absolute,
-    by .. or by a link, is refused. Raises ManifestError "file:line: expected ..., found ...".
-    """
+    Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from
+    another column, which must then exist. `start` and `end` may each be empty or absent. Blank
+    lines are allowed at the end only, since row i of every companion array is line i of the
+    manifest. With `strict_root` a path that leads out of that folder, be it absolute, by .. or by a
+    link, is refused. Raises ManifestError "file:line: expected ..., found ..."."""
     folder = os.fspath(Path(path).parent if root is None else root)
     inside = os.path.join(os.path.realpath(folder), "")
     names, labels, starts, ends, number = [], [], [], [], lambda text: float(text) if text else None
@@ -175,7 +181,9 @@ def is_utf8(text):
 
 
 def manifest_hash(videos):
-    """16 hex digits that change when a row's path (as written), start or end does, or their order; labels do not count."""
+    """16 hex digits that change when a row's path (as written), start or end does, or their
+    order; labels do not count.
+    """
     digest = hashlib.sha256()
     for video in videos:
         digest.update(json.dumps([video.name, video.start, video.end]).encode() + b"\n")
@@ -190,8 +198,8 @@ def sampled_rows(count):
 
 
 def file_sizes(videos):
-    """The sizes in bytes of the files of `sampled_rows`, None for a missing one: together with `manifest_hash` they identify videos,
-    also those of two folders (--root) with the same names."""
+    """The sizes in bytes of the files of `sampled_rows`, None for a missing one: together with
+    `manifest_hash` they identify videos, also those of two folders (--root) with the same names."""
     return [file_size(videos[row].path) for row in sampled_rows(len(videos))]
 
 
@@ -203,8 +211,9 @@ def file_size(path):
 
 
 def changed_rows(videos, about):
-    """The rows whose file has another size than when the file was made whose .json is `about`: {row: (size then, size now)}. Only
-    sampled rows are looked at; a file that was or is missing has not changed."""
+    """The rows whose file has another size than when the file was made whose .json is `about`:
+    {row: (size then, size now)}. Only sampled rows are looked at; a file that was or is missing has
+    not changed."""
     changed = {}
     for row, then in zip(sampled_rows(about.get("videos", 0)), about.get("files", ())):
         if then is None or row >= len(videos):
@@ -216,7 +225,9 @@ def changed_rows(videos, about):
 
 
 def renewed_sizes(videos, about):
-    """`file_sizes` for going on with what was begun under `about`: files that are missing now keep the size that they had."""
+    """`file_sizes` for going on with what was begun under `about`: files that are missing now
+    keep the size that they had.
+    """
     sizes = file_sizes(videos)
     if about.get("videos") == len(videos) and len(about.get("files", ())) == len(sizes):
         return [then if now is None else now for then, now in zip(about["files"], sizes)]
@@ -232,7 +243,9 @@ def describe_change(videos, changed):
 
 
 def require_files(videos, manifest):
-    """ManifestError if none of up to SAMPLE rows, evenly spaced, has a file: then the folder is wrong, not the files."""
+    """ManifestError if none of up to SAMPLE rows, evenly spaced, has a file: then the folder is
+    wrong, not the files.
+    """
     rows = sampled_rows(len(videos))
     if any(os.path.exists(videos[row].path) for row in rows):
         return
@@ -249,7 +262,9 @@ def require_files(videos, manifest):
 
 
 def shared_rows(a, b):
-    """How many rows of the manifest `b` have the file and the times of a row of `a`, as when one is trained on and tested on both."""
+    """How many rows of the manifest `b` have the file and the times of a row of `a`, as when one
+    is trained on and tested on both.
+    """
     of_a = {place_and_time(video) for video in a}
     return sum(place_and_time(video) in of_a for video in b)
 

@@ -1,17 +1,20 @@
-"""Motion fields: how fast, and where to, each part of the picture moves, at S moments of a video. Needs numpy and torch; nothing
-of ours. Two sources:
+"""Motion fields: how fast, and where to, each part of the picture moves, at S moments of a video.
+Needs numpy and torch; nothing of ours. Two sources:
 
-    codec   the motion vectors a video carries anyway (as MGM uses them): nothing but decoding, no weights
-    raft    optical flow by torchvision's RAFT-small (arXiv 2003.12039): for codecs without vectors, and a reference for the other
+    codec   the motion vectors a video carries anyway (as MGM uses them): nothing but decoding, no
+            weights
+    raft    optical flow by torchvision's RAFT-small (arXiv 2003.12039): for codecs without vectors,
+            and a reference for the other
 
     frames = VideoReader(path, vectors=True).read_vectors(times)
     field = codec_field(frames, moments, window=5 / 30, grid=14)                       # float32 [S, 2, G, G]
 
-A field is dx to the right and dy down, in frame widths and heights per second, the mean of each cell of a G x G grid over the
-displayed frame. Codec vectors were chosen to save bits, not to be true: on flat areas they say little, and along an edge only
-the part across it. So a moment's field averages every vector in a window of a few frames, weighted by area and by time spanned
-(total displacement over total time), on a grid twice as fine as asked for; a 3 x 3 median takes outliers away, and then 2 x 2
-cells become one. experiments/MASKS.md says what each of these gave.
+A field is dx to the right and dy down, in frame widths and heights per second, the mean of each
+cell of a G x G grid over the displayed frame. Codec vectors were chosen to save bits, not to be
+true: on flat areas they say little, and along an edge only the part across it. So a moment's field
+averages every vector in a window of a few frames, weighted by area and by time spanned (total
+displacement over total time), on a grid twice as fine as asked for; a 3 x 3 median takes outliers
+away, and then 2 x 2 cells become one. experiments/MASKS.md says what each of these gave.
 
 A vector may mean any of several earlier pictures, and libav tells its direction in time but not
 which one: `video.py` takes the nearest. So where the encoder had a choice (`refs` above 1) some
@@ -49,14 +52,17 @@ import torch.nn.functional as F
 
 
 def coverage(low, high, grid):
-    """The length of each of `grid` equal parts of [0, 1] that lies in [low, high], low and high [n] -> float32 [n, grid]."""
+    """The length of each of `grid` equal parts of [0, 1] that lies in [low, high], low and high
+    [n] -> float32 [n, grid].
+    """
     edges = np.arange(grid + 1, dtype=np.float32) / grid
     return (np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])).clip(0)
 
 
 def paint(blocks, shift, seconds, grid):
-    """Totals over one frame's vectors in each cell, by the area of the block inside it: displacement x, displacement y, time
-    -> float32 [3, G, G]. blocks [n, 4] x0, y0, x1, y1 and shift [n, 2] as fractions of the frame; seconds [n]."""
+    """Totals over one frame's vectors in each cell, by the area of the block inside it:
+    displacement x, displacement y, time -> float32 [3, G, G]. blocks [n, 4] x0, y0, x1, y1 and
+    shift [n, 2] as fractions of the frame; seconds [n]."""
     across, down = (
         coverage(blocks[:, 0], blocks[:, 2], grid),
         coverage(blocks[:, 1], blocks[:, 3], grid),
@@ -66,8 +72,8 @@ def paint(blocks, shift, seconds, grid):
 
 
 def fill_in_time(field):
-    """NaN cells of field [S, 2, G, G] take the value of the nearest moment that has one (the earlier of two); a cell without
-    any takes its moment's median."""
+    """NaN cells of field [S, 2, G, G] take the value of the nearest moment that has one (the
+    earlier of two); a cell without any takes its moment's median."""
     known = ~np.isnan(field[:, :1])  # [S, 1, G, G]
     moment = np.arange(len(field)).reshape(-1, 1, 1, 1)
     far = 2 * len(field)
@@ -81,7 +87,9 @@ def fill_in_time(field):
 
 
 def median_3x3(field):
-    """The median over each cell and its neighbours, the border repeated, for each component: [S, 2, G, G] -> the same."""
+    """The median over each cell and its neighbours, the border repeated, for each component: [S,
+    2, G, G] -> the same.
+    """
     padded = np.pad(field, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3)), (-2, -1))
 
@@ -89,10 +97,11 @@ def median_3x3(field):
 def codec_field(frames, moments, window, grid):
     """The field at each moment from a codec's vectors -> float32 [S, 2, G, G], finite.
 
-    frames: a list of objects with time, blocks, shift, seconds, as video.VideoReader.read_vectors returns them
+    frames: a list of objects with time, blocks, shift, seconds, as video.VideoReader.read_vectors
+        returns them
     moments [S]: seconds; window: seconds around a moment that its field is the mean of
-    Cells that no vector covers in a window (key frames, intra blocks) are filled from the moments before and after.
-    """
+    Cells that no vector covers in a window (key frames, intra blocks) are filled from the moments
+    before and after."""
     totals = np.zeros((len(moments), 3, 2 * grid, 2 * grid), np.float32)
     for frame in frames:
         near = abs(moments - frame.time) <= window / 2
@@ -103,11 +112,13 @@ def codec_field(frames, moments, window, grid):
     return field.reshape(len(moments), 2, grid, 2, grid, 2).mean((3, 5), dtype=np.float32)
 
 
-# ---- RAFT ----------------------------------------------------------------------------------------------------------------
+# ---- RAFT ----------------------------------------------------------------------------------------
 
 
 def load_raft(weights, device):
-    """torchvision's RAFT-small in evaluation mode: its own published weights (downloaded once), or a state dict from a file."""
+    """torchvision's RAFT-small in evaluation mode: its own published weights (downloaded once),
+    or a state dict from a file.
+    """
     from torchvision.models.optical_flow import Raft_Small_Weights, raft_small
 
     try:
@@ -125,8 +136,9 @@ def load_raft(weights, device):
 
 
 def pair_times(moments, start, end, fps, apart=0.1):
-    """Pairs of frames around each moment, about `apart` seconds from one another and at least one frame
-    -> (times float64 [S, 2], the seconds between two). Both lie inside [start, end], if that holds so many frames."""
+    """Pairs of frames around each moment, about `apart` seconds from one another and at least one
+    frame -> (times float64 [S, 2], the seconds between two). Both lie inside [start, end], if that
+    holds so many frames."""
     step = max(1, round(apart * fps))  # in frames, as all below
     earliest, last = math.ceil(start * fps - 1e-6), math.ceil(end * fps - 1e-6) - 1
     first = np.clip(
@@ -137,7 +149,9 @@ def pair_times(moments, start, end, fps, apart=0.1):
 
 @torch.inference_mode()
 def raft_field(model, pairs, seconds, grid):
-    """RAFT's flow of each pair, as a field: pairs uint8 [P, 2, 3, H, W], seconds [P] -> float32 [P, 2, G, G]."""
+    """RAFT's flow of each pair, as a field: pairs uint8 [P, 2, 3, H, W], seconds [P] -> float32
+    [P, 2, G, G].
+    """
     first, second = (pairs / 127.5 - 1).unbind(1)
     flow = model(first, second)[-1]  # [P, 2, H, W] pixels
     flow = (

@@ -1,17 +1,22 @@
-"""Before a long run: which files of a manifest can be read, and copies of them that load several times faster.
+"""Before a long run: which files of a manifest can be read, and copies of them that load several
+times faster.
 
-    python -m tgm.prepare data/k400/train.csv                            checks every file, in parallel; writes data/k400/train.check.csv
-    python -m tgm.prepare data/k400/train.csv --good data/k400/good.csv     and a manifest without the rows that cannot be used
-    python -m tgm.prepare data/k400/train.csv --reencode small           writes small/train.csv and its videos: short side 256, a key frame
-                                                                   every 12 frames, coded to decode fast. Stopped, it goes on
+    # checks every file, in parallel; writes data/k400/train.check.csv
+    python -m tgm.prepare data/k400/train.csv
+    # and a manifest without the rows that cannot be used
+    python -m tgm.prepare data/k400/train.csv --good data/k400/good.csv
+    # writes small/train.csv and its videos: short side 256, a key frame every 12 frames, coded to
+    # decode fast. Stopped, it goes on
+    python -m tgm.prepare data/k400/train.csv --reencode small
 
-A check decodes the first, the middle and the last frame of each file, once however many rows it has, and sums up durations, codecs,
-sizes and frame rates. It also counts rows that are shorter than a training clip, whose last frame is repeated; that is no problem.
+A check decodes the first, the middle and the last frame of each file, once however many rows it
+has, and sums up durations, codecs, sizes and frame rates. It also counts rows that are shorter than
+a training clip, whose last frame is repeated; that is no problem.
 
-Re-encoded videos show what the source shows at the same times, upright and without sound, so start and end in the manifest still
-hold. A copy that is there stays, whatever it was made of: after replacing videos, re-encode into an empty folder. SIGTERM and Ctrl-C
-end a check or a re-encoding at once, by that signal, and leave no half-written copy.
-"""
+Re-encoded videos show what the source shows at the same times, upright and without sound, so start
+and end in the manifest still hold. A copy that is there stays, whatever it was made of: after
+replacing videos, re-encode into an empty folder. SIGTERM and Ctrl-C end a check or a re-encoding at
+once, by that signal, and leave no half-written copy."""
 
 import contextlib
 import csv
@@ -90,9 +95,10 @@ def aside_of(target):
 
 
 def reencode(job):
-    """(source, target, short side, frames from key frame to key frame) -> None or why it failed. The target is H.264 that decodes
-    fast, displayed as the source is, at the same times; no sound. Written aside and renamed; one that is there stays. A disk that
-    is full or cannot be written to is a RunError."""
+    """(source, target, short side, frames from key frame to key frame) -> None or why it failed.
+    The target is H.264 that decodes fast, displayed as the source is, at the same times; no sound.
+    Written aside and renamed; one that is there stays. A disk that is full or cannot be written to
+    is a RunError."""
     source, target, short, gop = job
     if os.path.exists(target):
         return None
@@ -151,7 +157,9 @@ def reencode(job):
 
 
 def in_processes(function, jobs, workers, title):
-    """Yields function(job) for each job, in order. A signal or an error ends the workers at once, whatever they do."""
+    """Yields function(job) for each job, in order. A signal or an error ends the workers at
+    once, whatever they do.
+    """
     ahead = 100 * workers  # jobs given out before the first of them must be done
     with ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(None,)) as pool:
         try:
@@ -172,7 +180,9 @@ def in_processes(function, jobs, workers, title):
 
 
 def check(args, videos, report):
-    """Probes every file of a manifest once, prints what they are, writes the csv `report`; returns the rows that cannot be used."""
+    """Probes every file of a manifest once, prints what they are, writes the csv `report`;
+    returns the rows that cannot be used.
+    """
     paths = list(dict.fromkeys(video.path for video in videos))
     found = dict(zip(paths, in_processes(probe, paths, args.workers, "checking")))
     clip = args.frames * args.stride
@@ -239,8 +249,8 @@ def write_text(path, text):
 
 
 def copied_rows(source, path_of):
-    """The csv rows of the manifest `source`, the header first, with the path of row i replaced by path_of(i); rows for which that is
-    None are left out."""
+    """The csv rows of the manifest `source`, the header first, with the path of row i replaced by
+    path_of(i); rows for which that is None are left out."""
     with open(source, encoding="utf-8-sig", newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row]
     column = [name.strip() for name in header].index("path")
@@ -270,8 +280,8 @@ def write_good(args, videos, bad):
 
 
 def name_inside(name):
-    """A relative .mp4 name for the copy of a file: what is left of a name that is absolute or leads out of its folder; files that
-    differ in their ending alone keep different names."""
+    """A relative .mp4 name for the copy of a file: what is left of a name that is absolute or leads
+    out of its folder; files that differ in their ending alone keep different names."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     stem, suffix = os.path.splitext(os.path.join("", *parts))
     if suffix != ".mp4":
@@ -280,7 +290,9 @@ def name_inside(name):
 
 
 def reencode_all(args, videos):
-    """Re-encodes every file of a manifest into args.reencode and writes the manifest of the copies; returns the number of failures."""
+    """Re-encodes every file of a manifest into args.reencode and writes the manifest of the
+    copies; returns the number of failures.
+    """
     targets = {}
     for video in videos:
         targets.setdefault(video.path, name_inside(video.name))
@@ -323,7 +335,9 @@ def reencode_all(args, videos):
 
 
 def is_copy(path, manifest, rows):
-    """Whether a manifest at `path` is one that re-encoding wrote, perhaps when there were fewer rows, and not the source itself."""
+    """Whether a manifest at `path` is one that re-encoding wrote, perhaps when there were fewer
+    rows, and not the source itself.
+    """
     with open(path, encoding="utf-8", newline="") as file:
         there = {tuple(row) for row in csv.reader(file)}
     return not os.path.samefile(path, manifest) and there <= {tuple(row) for row in rows}

@@ -1,4 +1,5 @@
-"""What every stage does besides its own work: check flags, choose a device, join ranks, load, stop, and resume.
+"""What every stage does besides its own work: check flags, choose a device, join ranks, load, stop,
+and resume.
 
 Needs arrays.py and manifest.py.
 
@@ -17,7 +18,8 @@ Needs arrays.py and manifest.py.
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal, never with 0
+        launch(main)                                        a stopped run ends by its signal, never
+                                                            with 0
 """
 
 import argparse
@@ -53,11 +55,13 @@ class RunError(Exception):
     """A reason to give up, for the user: one line, with the place and the remedy."""
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one line, not in the whole usage."""
+    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one
+    line, not in the whole usage.
+    """
 
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -122,11 +126,13 @@ def device_name(text):
     raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, found {text!r}")
 
 
-# ---- ranks and devices -------------------------------------------------------------------------------------------------
+# ---- ranks and devices ---------------------------------------------------------------------------
 
 
 def torchrun_ranks():
-    """-> (rank, number of ranks, rank on this machine), as torchrun tells them; (0, 1, 0) without it."""
+    """-> (rank, number of ranks, rank on this machine), as torchrun tells them; (0, 1, 0)
+    without it.
+    """
     rank = int(os.environ.get("RANK", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -134,11 +140,12 @@ def torchrun_ranks():
 
 
 def join_ranks(backend, **options):
-    """dist.init_process_group for runs that torchrun may restart (--max-restarts), on one node or several.
+    """dist.init_process_group for runs that torchrun may restart (--max-restarts), on one node or
+    several.
 
-    Each attempt gets names of its own in torchrun's store, which outlives it: gloo would connect to the addresses of ranks
-    that are dead. torchrun counts restarts for each node apart, so the ranks agree on a name themselves.
-    """
+    Each attempt gets names of its own in torchrun's store, which outlives it: gloo would connect to
+    the addresses of ranks that are dead. torchrun counts restarts for each node apart, so the ranks
+    agree on a name themselves."""
     store, rank, ranks = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(attempt_name(store, rank, ranks), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
@@ -147,9 +154,9 @@ def join_ranks(backend, **options):
 def attempt_name(store, rank, ranks):
     """A name that all ranks of this attempt share, and no earlier attempt had.
 
-    Rank 0 makes it, and answers the question of every other rank with it. A question that a dead rank left in the store is
-    answered too, but only a living rank confirms the answer; rank 0 waits for that.
-    """
+    Rank 0 makes it, and answers the question of every other rank with it. A question that a dead
+    rank left in the store is answered too, but only a living rank confirms the answer; rank 0 waits
+    for that."""
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question of {rank}", question)
@@ -167,8 +174,9 @@ def attempt_name(store, rank, ranks):
 
 
 def finish(work):
-    """Waits for the end of a collective operation (async_op=True). It waits in Python, where a signal is heard: inside dist a
-    rank would be deaf until all others have come. RunError if another rank is gone."""
+    """Waits for the end of a collective operation (async_op=True). It waits in Python, where a
+    signal is heard: inside dist a rank would be deaf until all others have come. RunError if
+    another rank is gone."""
     pause = 1e-4
     try:
         while not work.is_completed():
@@ -189,7 +197,9 @@ def wait_for_ranks():
 
 
 def sum_over_ranks(number):
-    """The sum of a whole number over all ranks, which all must ask; the number itself without ranks. For gloo: on the CPU."""
+    """The sum of a whole number over all ranks, which all must ask; the number itself without
+    ranks. For gloo: on the CPU.
+    """
     total = torch.tensor(number)
     if dist.is_initialized():
         finish(dist.all_reduce(total, async_op=True))
@@ -197,7 +207,9 @@ def sum_over_ranks(number):
 
 
 def choose_device(name, local_rank=0):
-    """-> (torch.device, why it was chosen). name: as `device_name` lets through. RunError if there is no such GPU."""
+    """-> (torch.device, why it was chosen). name: as `device_name` lets through. RunError if
+    there is no such GPU.
+    """
     found = torch.cuda.is_available()
     if name == "cpu":
         return torch.device("cpu"), "as asked"
@@ -215,13 +227,15 @@ def choose_device(name, local_rank=0):
 
 
 def part_of_rank(rows, rank, ranks):
-    """This rank's part of a list: one contiguous piece, so that two ranks share no more than one page of a mapped file."""
+    """This rank's part of a list: one contiguous piece, so that two ranks share no more than one
+    page of a mapped file.
+    """
     first = len(rows) * rank // ranks
     last = len(rows) * (rank + 1) // ranks
     return rows[first:last]
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 NO_SHARED_MEMORY = (
@@ -236,11 +250,12 @@ NO_OPEN_FILES = (
 
 
 def share(items):
-    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared memory.
+    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared
+    memory.
 
-    The loader would do that itself in a thread of the worker. There an error is lost, be it of a full /dev/shm or of too many
-    open files, and the run waits forever for a batch that never comes; here it reaches the run like any error of a worker.
-    """
+    The loader would do that itself in a thread of the worker. There an error is lost, be it of a
+    full /dev/shm or of too many open files, and the run waits forever for a batch that never comes;
+    here it reaches the run like any error of a worker."""
     if torch.utils.data.get_worker_info() is None:
         return items
     return bytes(ForkingPickler.dumps(items))
@@ -268,10 +283,13 @@ class ListLoader(DataLoader):
 
 
 def patient(loader):
-    """The batches of a DataLoader; RunError where its workers cannot be started, find no shared memory, or die."""
+    """The batches of a DataLoader; RunError where its workers cannot be started, find no shared
+    memory, or die.
+    """
     try:
-        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to find no room for them, Python
-        # would print a traceback of the half-made loader's end, so as many are made here and thrown away.
+        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to
+        # find no room for them, Python would print a traceback of the half-made loader's end, so as
+        # many are made here and thrown away.
         locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
         del locks
         batches = iter(loader)
@@ -296,13 +314,17 @@ def patient(loader):
 
 
 def ignore_signals(_):
-    """The worker_init_fn of every loader: signals go to the whole process group, and the run still has to save."""
+    """The worker_init_fn of every loader: signals go to the whole process group, and the run
+    still has to save.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_size, workers, **options):
-    """A DataLoader of lists of items, for stages whose rows stand alone. See `share` and `patient`."""
+    """A DataLoader of lists of items, for stages whose rows stand alone. See `share` and
+    `patient`.
+    """
     return ListLoader(
         dataset,
         batch_size,
@@ -315,7 +337,9 @@ def make_loader(dataset, batch_size, workers, **options):
 
 @atexit.register
 def kill_workers():
-    """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would be waited for."""
+    """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would
+    be waited for.
+    """
     workers = multiprocessing.active_children()
     if workers:
         # torch's handler takes a killed worker for an error
@@ -324,7 +348,7 @@ def kill_workers():
         worker.kill()
 
 
-# ---- models of other libraries -----------------------------------------------------------------------------------------
+# ---- models of other libraries -------------------------------------------------------------------
 
 
 class HubSilence(logging.Filter):
@@ -370,11 +394,13 @@ def reason_of(error):
     return text[:300]
 
 
-# ---- stopping ----------------------------------------------------------------------------------------------------------
+# ---- stopping ------------------------------------------------------------------------------------
 
 
 class Stopped(SystemExit):
-    """A run that a signal stopped. As an exit code 143 (SIGTERM) or 130 (Ctrl-C); `launch` ends by the signal itself."""
+    """A run that a signal stopped. As an exit code 143 (SIGTERM) or 130 (Ctrl-C); `launch` ends
+    by the signal itself.
+    """
 
     def __init__(self, number):
         super().__init__(128 + number)
@@ -382,16 +408,18 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: the run saves and ends, on all ranks at the
-    same step. `then` says what happens next; it is printed when the signal comes.
+    """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: the run saves and
+    ends, on all ranks at the same step. `then` says what happens next; it is printed when the
+    signal comes.
 
-    The first signal is noted (`name` is not None from then on). The run has GRACE seconds to reach `agreed` or `end`, and after
-    `agreed` again as many to save; a run that is stuck ends then, and by a second signal at once, both without saving. The same
-    signal often comes twice within milliseconds, so for SAME_SIGNAL seconds a second one is not one.
-    After `at_once` there is nothing left to save, and the first signal ends the run; `after_step` takes that back.
+    The first signal is noted (`name` is not None from then on). The run has GRACE seconds to reach
+    `agreed` or `end`, and after `agreed` again as many to save; a run that is stuck ends then, and
+    by a second signal at once, both without saving. The same signal often comes twice within
+    milliseconds, so for SAME_SIGNAL seconds a second one is not one. After `at_once` there is
+    nothing left to save, and the first signal ends the run; `after_step` takes that back.
 
-    All this happens in Python, between two of its instructions: a rank must wait for others by `wait_for_ranks`.
-    """
+    All this happens in Python, between two of its instructions: a rank must wait for others by
+    `wait_for_ranks`."""
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None
@@ -438,8 +466,8 @@ class StopSignal:
         raise Stopped(number)
 
     def at_once(self, loss=""):
-        """From here on a signal ends the run immediately; so does one that was noted before. loss: what is lost by that, for the
-        user."""
+        """From here on a signal ends the run immediately; so does one that was noted before. loss:
+        what is lost by that, for the user."""
         self._immediately = True
         self._loss = f": {loss}" if loss else ""
         if self._number is not None:
@@ -450,10 +478,11 @@ class StopSignal:
         self._immediately = False
 
     def agreed(self):
-        """Whether any rank was told to stop, the same answer on all of them; every rank must ask, once a step.
+        """Whether any rank was told to stop, the same answer on all of them; every rank must ask,
+        once a step.
 
-        A signal that comes while the ranks answer counts the next time: the others do not know of it.
-        """
+        A signal that comes while the ranks answer counts the next time: the others do not know of
+        it."""
         told = torch.tensor(self._number or 0)
         if self._group is not None:
             finish(dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
@@ -481,7 +510,9 @@ NO_MEMORY = (
 
 
 def one_line_errors(main):
-    """A stage's main() whose reasons to give up end the process in one line. Other exceptions are bugs: a traceback."""
+    """A stage's main() whose reasons to give up end the process in one line. Other exceptions
+    are bugs: a traceback.
+    """
 
     @functools.wraps(main)
     def guarded(argv=None):
@@ -502,7 +533,9 @@ def one_line_errors(main):
 
 
 def last_line(error):
-    """The last line of an exception's message, which is the reason where a worker's traceback stands before it."""
+    """The last line of an exception's message, which is the reason where a worker's traceback
+    stands before it.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[-1].split())
 
@@ -522,8 +555,8 @@ def memory_reason(error):
 
 
 def launch(main):
-    """Runs main() as a program. A run that a signal stopped ends by that signal, so that `a.py && b.py`, loops of a shell and
-    schedulers see that it did not finish."""
+    """Runs main() as a program. A run that a signal stopped ends by that signal, so that `a.py &&
+    b.py`, loops of a shell and schedulers see that it did not finish."""
     try:
         main()
     except Stopped as stop:
@@ -543,11 +576,13 @@ def launch(main):
     os._exit(128 + number)
 
 
-# ---- folders, logs, resuming -------------------------------------------------------------------------------------------
+# ---- folders, logs, resuming ---------------------------------------------------------------------
 
 
 def make_folder(path, flag="--out"):
-    """Makes the folder `path` and tries to write there; RunError, naming the flag, if that cannot be."""
+    """Makes the folder `path` and tries to write there; RunError, naming the flag, if that
+    cannot be.
+    """
     path = Path(path)
     trial = path / f".trial-{os.getpid()}"
     try:
@@ -564,7 +599,9 @@ def make_folder(path, flag="--out"):
 
 @contextlib.contextmanager
 def writing(path):
-    """RunError, naming the file and the reason, where what happens inside cannot write: a full or read-only disk."""
+    """RunError, naming the file and the reason, where what happens inside cannot write: a full
+    or read-only disk.
+    """
     try:
         yield
     except OSError as error:
@@ -572,8 +609,9 @@ def writing(path):
 
 
 def keep_log(path, step):
-    """Cuts a log.jsonl back to the lines up to `step`, the checkpoint's. What follows is void, and so is a line that a full disk
-    or a kill left half written. The old file stands until the new one is whole."""
+    """Cuts a log.jsonl back to the lines up to `step`, the checkpoint's. What follows is void, and
+    so is a line that a full disk or a kill left half written. The old file stands until the new one
+    is whole."""
     path = Path(path)
     lines = []
     if step and path.exists():
@@ -598,9 +636,9 @@ def keep_log(path, step):
 def refuse_changes(path, saved, now, may_change):
     """RunError if a run is resumed with other flags than it was begun with.
 
-    path: the checkpoint; saved, now: {flag: value}, as the checkpoint holds them and as they are; may_change: the names that do
-    not change the run, such as workers. Values are compared as json has them, so that a tuple equals its list.
-    """
+    path: the checkpoint; saved, now: {flag: value}, as the checkpoint holds them and as they are;
+    may_change: the names that do not change the run, such as workers. Values are compared as json
+    has them, so that a tuple equals its list."""
     changed = []
     for name, value in now.items():
         if name in may_change or name not in saved:

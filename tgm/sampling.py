@@ -1,8 +1,10 @@
-"""Clips: which frames of a video make a training sample or a test view, and which samples make a batch. Needs video.py.
+"""Clips: which frames of a video make a training sample or a test view, and which samples make a
+batch. Needs video.py.
 
-Dense sampling takes frames a fixed stride apart from one place of the video; uniform (TSN, arXiv 1608.00859) takes one frame
-from each of T equal parts. Everything random in a sample is a pure function of (seed, epoch, row, repeat), so that neither the
-number of workers nor that of ranks changes a batch, and a resumed run repeats an uninterrupted one.
+Dense sampling takes frames a fixed stride apart from one place of the video; uniform (TSN, arXiv
+1608.00859) takes one frame from each of T equal parts. Everything random in a sample is a pure
+function of (seed, epoch, row, repeat), so that neither the number of workers nor that of ranks
+changes a batch, and a resumed run repeats an uninterrupted one.
 
 Shapes: V views per video, T frames, H W pixels.
 """
@@ -18,18 +20,19 @@ from tgm.video import TIMEOUT, VideoError, VideoReader
 
 
 def clip_times(start, end, fps, frames, stride, where):
-    """Dense: the times of `frames` frames, `stride` video frames apart, inside [start, end] -> float64 [frames], seconds.
+    """Dense: the times of `frames` frames, `stride` video frames apart, inside [start, end] ->
+    float64 [frames], seconds.
 
-    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last moment repeats.
-    """
+    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last
+    moment repeats."""
     window = frames * stride / fps
     first = start + where * max(0.0, end - start - window)
     return np.minimum(first + np.arange(frames) * stride / fps, max(start, end - 0.5 / fps))
 
 
 def uniform_times(start, end, fps, frames, where):
-    """Uniform: one time in each of `frames` equal parts of [start, end], at `where` in [0, 1] of the part (a number, or one a
-    part) -> float64 [frames], seconds."""
+    """Uniform: one time in each of `frames` equal parts of [start, end], at `where` in [0, 1] of
+    the part (a number, or one a part) -> float64 [frames], seconds."""
     return np.minimum(
         start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps)
     )
@@ -38,12 +41,12 @@ def uniform_times(start, end, fps, frames, where):
 def view_times(start, end, fps, frames, stride, clips, sampling):
     """The times of each of `clips` test clips of [start, end] -> float64 [clips, frames], seconds.
 
-    They are VideoMAE's. Dense (its kinetics.py, mode "test"): of every stride-th frame, `frames` in a row; the clips
-    begin evenly from the first frame to the last possible one, number k of K at frame
-    stride * floor(k * (L - frames) / (K - 1)), L such frames in all. A video that has fewer repeats the last of them.
-    Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of each of `frames` equal parts.
-    One clip, for which its dense formula divides by zero, is the middle one: as dense as the video allows, or the
-    middle of each part.
+    They are VideoMAE's. Dense (its kinetics.py, mode "test"): of every stride-th frame, `frames` in
+    a row; the clips begin evenly from the first frame to the last possible one, number k of K at
+    frame stride * floor(k * (L - frames) / (K - 1)), L such frames in all. A video that has fewer
+    repeats the last of them. Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of
+    each of `frames` equal parts. One clip, for which its dense formula divides by zero, is the
+    middle one: as dense as the video allows, or the middle of each part.
     """
     if sampling == "uniform":
         places = np.arange(clips) / clips if clips > 1 else [0.5]
@@ -59,8 +62,8 @@ def view_times(start, end, fps, frames, stride, clips, sampling):
 
 
 def center_crop(frames, size):
-    """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size, size, 3], its box: x0, y0,
-    x1, y1 as fractions of the frame)."""
+    """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size,
+    size, 3], its box: x0, y0, x1, y1 as fractions of the frame)."""
     height, width = frames.shape[1:3]
     top, left = (height - size) // 2, (width - size) // 2
     box = (left / width, top / height, (left + size) / width, (top + size) / height)
@@ -68,8 +71,8 @@ def center_crop(frames, size):
 
 
 def side_crops(frames, size, count):
-    """`count` squares of frames [T, H, W, 3] whose short side is `size`, evenly along the long side from one end to the other, or
-    the middle one -> [count, T, size, size, 3]."""
+    """`count` squares of frames [T, H, W, 3] whose short side is `size`, evenly along the long side
+    from one end to the other, or the middle one -> [count, T, size, size, 3]."""
     if count == 1:
         return center_crop(frames, size)[0][None]
     height, width = frames.shape[1:3]
@@ -84,7 +87,8 @@ def side_crops(frames, size, count):
     )
 
 
-# Where a crop may lie, in quarters of the room beside it (down, right): corners, middle, middles of the sides, quarters.
+# Where a crop may lie, in quarters of the room beside it (down, right): corners, middle, middles of
+# the sides, quarters.
 PLACES = (
     (0, 0), (0, 4), (4, 0), (4, 4), (2, 2),
     (2, 0), (2, 4), (4, 2), (0, 2),
@@ -93,8 +97,8 @@ PLACES = (
 
 
 def multi_scale_crop(height, width):
-    """VideoMAE's GroupMultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly square, at one of 13 places.
-    Returns top, left, height, width in pixels."""
+    """VideoMAE's GroupMultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly
+    square, at one of 13 places. Returns top, left, height, width in pixels."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     a, b = pairs[torch.randint(len(pairs), ()).item()]
@@ -105,9 +109,10 @@ def multi_scale_crop(height, width):
 
 
 class TrainingClips(Dataset):
-    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns, a dict, with "failed": the
-    row if its video could not be read and another, drawn from `rows`, took its place; else -1. VideoError if none of ten can be
-    read. Each process says the reasons of its first SAID failures; the run counts them all."""
+    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns,
+    a dict, with "failed": the row if its video could not be read and another, drawn from `rows`,
+    took its place; else -1. VideoError if none of ten can be read. Each process says the reasons of
+    its first SAID failures; the run counts them all."""
 
     SAID = 3
 
@@ -150,8 +155,9 @@ def repeat_seed(seed, epoch, row, repeat):
 
 
 class EpochBatches:
-    """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch) alone, and the ranks' batches
-    side by side are the global batch, whatever the number of ranks. `start` batches of the epoch are left out (resuming)."""
+    """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch)
+    alone, and the ranks' batches side by side are the global batch, whatever the number of ranks.
+    `start` batches of the epoch are left out (resuming)."""
 
     def __init__(self, rows, batch, batches, seed, rank, ranks):
         self.rows = rows
@@ -173,11 +179,12 @@ class EpochBatches:
 
 
 class Views(Dataset):
-    """Test views: item i is (row, uint8 [V, 3, T, H, W], None) of videos[i], or (row, None, why it failed).
+    """Test views: item i is (row, uint8 [V, 3, T, H, W], None) of videos[i], or (row, None, why it
+    failed).
 
-    V = clips x crops: clips at `view_times`, crops along the long side. A video's views stay together, so nothing has to be
-    merged by name. Loaders want a collate_fn that makes lists, such as tgm.run.share.
-    """
+    V = clips x crops: clips at `view_times`, crops along the long side. A video's views stay
+    together, so nothing has to be merged by name. Loaders want a collate_fn that makes lists, such
+    as tgm.run.share."""
 
     def __init__(
         self,

@@ -7,17 +7,18 @@
 
 `python -m tgm.prepare data/train.csv` checks every file of a manifest, or re-encodes it.
 
-`VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted time and demuxes until
-packets pass the last one; packets carry their presentation time (pts), so which frames are wanted is known before any is
-decoded. H.264 and HEVC then skip the pictures that no other refers to, unless wanted. Only wanted frames are converted
-and resized, in one swscale call each, on one thread: about 1.5 times faster than decord on ordinary H.264 clips
-(experiments/BENCHMARKS.md). Where that cannot work (AVI has no pts, a damaged index, hidden frames), the file is decoded
-plainly from its start. Both ways give the same frames, bit for bit.
+`VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted
+time and demuxes until packets pass the last one; packets carry their presentation time (pts), so
+which frames are wanted is known before any is decoded. H.264 and HEVC then skip the pictures that
+no other refers to, unless wanted. Only wanted frames are converted and resized, in one swscale call
+each, on one thread: about 1.5 times faster than decord on ordinary H.264 clips
+(experiments/BENCHMARKS.md). Where that cannot work (AVI has no pts, a damaged index, hidden
+frames), the file is decoded plainly from its start. Both ways give the same frames, bit for bit.
 
-What comes out is what a player shows: turned and mirrored as the file says, edit lists honoured, YUV converted by the
-matrix (BT.601, 709, 2020) and range the stream declares; where it declares none, BT.601 and limited range, as FFmpeg has
-it. Not done: pixels are taken as square, HDR is not tone-mapped.
-"""
+What comes out is what a player shows: turned and mirrored as the file says, edit lists honoured,
+YUV converted by the matrix (BT.601, 709, 2020) and range the stream declares; where it declares
+none, BT.601 and limited range, as FFmpeg has it. Not done: pixels are taken as square, HDR is not
+tone-mapped."""
 
 import bisect
 import contextlib
@@ -46,7 +47,9 @@ class VideoError(Exception):
 
 
 class Vectors(NamedTuple):
-    """The motion vectors of one frame: each says that what is in a block moves by `shift` within `seconds`."""
+    """The motion vectors of one frame: each says that what is in a block moves by `shift` within
+    `seconds`.
+    """
 
     time: float  # seconds since the first displayed frame
     # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave
@@ -58,8 +61,9 @@ class Vectors(NamedTuple):
 
 
 def side_data(frame):
-    """A decoded frame's side data. In PyAV they and their frame hold each other until Python looks for cycles; a thumbnail has
-    the same ones, and leaves the picture's memory free to go at once."""
+    """A decoded frame's side data. In PyAV they and their frame hold each other until Python looks
+    for cycles; a thumbnail has the same ones, and leaves the picture's memory free to go at
+    once."""
     return (
         VideoReformatter()
         .reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT)
@@ -68,20 +72,24 @@ def side_data(frame):
 
 
 def orientation(data):
-    """How a player shows a frame of this side data: (rows and columns swapped, then mirrored left to right, then upside down)."""
+    """How a player shows a frame of this side data: (rows and columns swapped, then mirrored
+    left to right, then upside down).
+    """
     matrix = data.get(SideData.DISPLAYMATRIX)  # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
 
 
 class VideoReader:
-    """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if it cannot be read.
+    """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if
+    it cannot be read.
 
-    duration: seconds from the first frame to the end of the last, by the file's header; only if that does not say is the
-    whole file demuxed. fps: average frame rate. Times everywhere are seconds since the first displayed frame.
-    vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from opening to the last frame read;
-    past them, a VideoError. It is looked at between packets: one call into libav that never returns is not ended by it.
-    """
+    duration: seconds from the first frame to the end of the last, by the file's header; only if
+    that does not say is the whole file demuxed. fps: average frame rate. Times everywhere are
+    seconds since the first displayed frame.
+    vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from
+    opening to the last frame read; past them, a VideoError. It is looked at between packets: one
+    call into libav that never returns is not ended by it."""
 
     def __init__(self, path, vectors=False, timeout=TIMEOUT):
         self.path, self._container, self._vectors = os.fspath(path), None, vectors
@@ -91,7 +99,8 @@ class VideoReader:
                 self._open()
                 self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
                 self._tick = float(self._stream.time_base)  # seconds
-                # A pts is rounded to ticks: frame k of an mkv may come up to half a millisecond after k / fps.
+                # A pts is rounded to ticks: frame k of an mkv may come up to half a millisecond
+                # after k / fps.
                 self._tolerance = min(0.499 * self._tick, 0.0005)
                 self._first = self._first_pts()
                 self.duration = self._find_duration()
@@ -112,7 +121,9 @@ class VideoReader:
     __exit__ = close
 
     def span(self, video):
-        """The (start, end) of a manifest row in this file, in seconds, 0 <= start < end <= duration."""
+        """The (start, end) of a manifest row in this file, in seconds, 0 <= start < end <=
+        duration.
+        """
         start, end = video.start or 0.0, self.duration if video.end is None else video.end
         if start >= self.duration:
             raise VideoError(
@@ -121,14 +132,16 @@ class VideoReader:
         return start, min(end, self.duration)
 
     def read(self, times, size=None):
-        """The frame on screen at each time: the last that starts at or before it -> uint8 [T, H, W, 3], RGB.
+        """The frame on screen at each time: the last that starts at or before it -> uint8 [T, H, W,
+        3], RGB.
 
-        times: seconds, T >= 1 of them in any order, repeats allowed; before 0 is the first frame, past the end the last.
-        A time may fall short of its frame by half a tick of the stream's clock (at most 0.5 ms), for rounding.
-        size: None as displayed; an int scales the short side to it; (H, W) squashes to it. Bicubic, its support widened
-        when scaling down, so that nothing aliases. VideoError also if the decoder reports damage, or the file ends more
-        than a second, or a tenth of its duration, before a wanted time that its header promises.
-        """
+        times: seconds, T >= 1 of them in any order, repeats allowed; before 0 is the first frame,
+        past the end the last. A time may fall short of its frame by half a tick of the stream's
+        clock (at most 0.5 ms), for rounding.
+        size: None as displayed; an int scales the short side to it; (H, W) squashes to it. Bicubic,
+        its support widened when scaling down, so that nothing aliases. VideoError also if the
+        decoder reports damage, or the file ends more than a second, or a tenth of its duration,
+        before a wanted time that its header promises."""
         times = np.asarray(times, np.float64)
         if times.ndim != 1 or not len(times) or np.isnan(times).any():
             raise ValueError(f"times: expected a list of one or more seconds, got {times}")
@@ -145,11 +158,12 @@ class VideoReader:
         return np.stack([images[time] for time in times])
 
     def read_vectors(self, times):
-        """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in order of time.
+        """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in
+        order of time.
 
-        Frames without any, such as key frames, are left out. Errors as for `read`, and VideoError if no frame has any:
-        libav exports those of H.264, MPEG-1, -2 and -4, and their older kin, not of HEVC, VP9, AV1, or MJPEG.
-        """
+        Frames without any, such as key frames, are left out. Errors as for `read`, and VideoError
+        if no frame has any: libav exports those of H.264, MPEG-1, -2 and -4, and their older kin,
+        not of HEVC, VP9, AV1, or MJPEG."""
         wanted = sorted(set(np.asarray(times, np.float64).clip(0, self.duration + 1).tolist()))
         with self._errors():
             try:
@@ -202,7 +216,8 @@ class VideoReader:
         self.close()
         if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would be waited for
             raise VideoError(f"{self.path}: a directory, a pipe or a device, not a file")
-        # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video reaches no network.
+        # "file:" and the whitelist: a name is never a URL, and a playlist that poses as a video
+        # reaches no network.
         self._container = av.open(
             f"file:{self.path}",
             options={"protocol_whitelist": "file"},
@@ -216,14 +231,17 @@ class VideoReader:
         self._stream.codec_context.thread_count = (
             1  # so that skip_frame applies to the very packet being decoded
         )
-        # Damage is an error, not a grey picture; a header that claims more than 16384 x 8192 pixels gets no memory for them.
+        # Damage is an error, not a grey picture; a header that claims more than 16384 x 8192 pixels
+        # gets no memory for them.
         options = {"err_detect": "explode", "max_pixels": str(2**27)}
         self._stream.codec_context.options = options | (
             {"flags2": "+export_mvs"} if self._vectors else {}
         )
 
     def _packets(self, drain=False):
-        """The stream's packets from here on, at its end one that drains the decoder, if asked for. Ends those asked for before."""
+        """The stream's packets from here on, at its end one that drains the decoder, if asked
+        for. Ends those asked for before.
+        """
         if self._demuxer is not None:
             self._demuxer.close()
         self._demuxer = self._container.demux(self._stream)
@@ -238,8 +256,8 @@ class VideoReader:
     def _first_pts(self):
         """The pts of the first frame displayed, or None if packets carry no pts.
 
-        Frames an edit list cuts are not displayed, and those before the first key frame refer to what the file lacks.
-        """
+        Frames an edit list cuts are not displayed, and those before the first key frame refer to
+        what the file lacks."""
         key = first = None
         for packet in self._packets():
             if packet.pts is None or self._container.format.name == "avi":
@@ -290,7 +308,9 @@ class VideoReader:
         raise LookupError("no key frame")
 
     def _runs(self, times):
-        """Split sorted times into runs: a run is decoded in one go, and a new one starts where seeking saves decoding."""
+        """Split sorted times into runs: a run is decoded in one go, and a new one starts where
+        seeking saves decoding.
+        """
         runs = [[times[0]]]
         for last, time in zip(times, times[1:]):
             if time - last > SEEK_GAP and self._seek(time)[0].pts > self._pts(last):
@@ -299,7 +319,9 @@ class VideoReader:
         return runs
 
     def _decode_quickly(self, times):
-        """Yield (time, frame, distances) for sorted times; so does _decode_plainly. See _distances for the last."""
+        """Yield (time, frame, distances) for sorted times; so does _decode_plainly. See
+        _distances for the last.
+        """
         if self._first is None:
             raise LookupError("no pts")
         codec = self._stream.codec_context
@@ -340,7 +362,9 @@ class VideoReader:
                 raise LookupError("a packet without a frame")
 
     def frames(self):
-        """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's start."""
+        """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's
+        start.
+        """
         self._open()
         for index, frame in enumerate(
             frame for packet in self._packets(drain=True) for frame in packet.decode()
@@ -365,9 +389,10 @@ class VideoReader:
         yield from ((time, frame, distances) for time in times)
 
     def _distances(self, packets):
-        """{pts: (seconds back, seconds ahead) to the nearest picture displayed before and after it that it can have been
-        predicted from, None if there is none}. A stream does not tell which of several references a vector means; the
-        nearest is the encoder's usual choice. packets: in decoding order."""
+        """{pts: (seconds back, seconds ahead) to the nearest picture displayed before and after it
+        that it can have been predicted from, None if there is none}. A stream does not tell which
+        of several references a vector means; the nearest is the encoder's usual choice. packets: in
+        decoding order."""
         decoded, found = [], {}  # pts of the references so far, sorted
         for packet in packets:
             place = bisect.bisect_left(decoded, packet.pts)
@@ -375,7 +400,8 @@ class VideoReader:
                 (packet.pts - decoded[place - 1]) * self._tick if place else None,
                 (decoded[place] - packet.pts) * self._tick if place < len(decoded) else None,
             )
-            # Outside of H.264, B pictures, which are displayed before one decoded earlier, are never referred to.
+            # Outside of H.264, B pictures, which are displayed before one decoded earlier, are
+            # never referred to.
             if (
                 self._is_reference(packet)
                 if self._stream.codec_context.name == "h264"
@@ -385,7 +411,9 @@ class VideoReader:
         return found
 
     def _is_reference(self, packet):
-        """Whether other pictures of an H.264 stream may refer to this one: nal_ref_idc of its first slice (ITU-T H.264, 7.4.1)."""
+        """Whether other pictures of an H.264 stream may refer to this one: nal_ref_idc of its
+        first slice (ITU-T H.264, 7.4.1).
+        """
         data, extra, place = bytes(packet), self._stream.codec_context.extradata or b"", 0
         # bytes of a length; 0: start codes
         prefix = (extra[4] & 3) + 1 if extra[:1] == b"\x01" and len(extra) > 4 else 0

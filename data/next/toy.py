@@ -92,7 +92,9 @@ class Thing:
 
     @property
     def spin(self):
-        """Angular velocity: a disc of 0.9 radii moves at two thirds of its rim's speed on average."""
+        """Angular velocity: a disc of 0.9 radii moves at two thirds of its rim's speed on
+        average.
+        """
         return SPINS.get(self.action, 0) * self.speed / (2 / 3 * 0.9 * self.radius)
 
     @property
@@ -163,8 +165,8 @@ def scene(seed, split="train", row=0):
 
 
 def inside(shape, x, y):
-    """Roughly the signed distance to a shape of radius 1 at the origin, negative inside. The area is
-    about 2.5. x, y: arrays of one shape."""
+    """Roughly the signed distance to a shape of radius 1 at the origin, negative inside. The area
+    is about 2.5. x, y: arrays of one shape."""
     r = np.hypot(x, y)
     if shape == "circle":
         return r - 0.9
