@@ -23,8 +23,8 @@ is the floor at which it ends, min-blr. With fewer GPUs raise --accum by as much
         ViT-L: 128 x 2, lr 2e-3, 35 epochs (--accum 1: lr 1e-3)
         FINETUNE.md: 512 x 1, lr 1e-3, 100 epochs: --accum 4 --repeat 1 --epochs 100 --blr 1e-3, lr
             2e-3, floor 2e-6
-    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2
-                            3
+    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip
+                            --views 2 3
         epoch_2400: 384 x 2, lr 5e-4, 30 epochs: lr 7.5e-4, floor 1.5e-6
         epoch_800: 512 x 1, lr 5e-4, 50 epochs: --accum 4 --repeat 1 --epochs 50, lr 1e-3, floor
             2e-6

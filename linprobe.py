@@ -20,7 +20,7 @@ V unmasked views: --clips clips spread evenly over the video times --crops squar
 long side. With --augment A a training video has A random views instead (clip, multi-scale crop,
 mirrored half of the time), of which each epoch of the linear probe draws one. Features are
 extracted once: run again, for another --label-column or after a kill, it reads only the videos that
-    are missing.
+are missing.
 
 Probes. Settings are chosen on a tenth of the *training* set held out for it, the first of equals;
 the test set is used once.
@@ -131,8 +131,8 @@ T975 = (  # Student's t at 0.975, for 1 to 30 degrees of freedom
 
 
 class RandomViews(Views):
-    """Items as of clips.Views, (row, uint8 [A, 3, T, H, W], None) or (row, None, why it failed),
-    but of A random views, each a pure function of (seed, row, view)."""
+    """Items as of tgm.sampling.Views, (row, uint8 [A, 3, T, H, W], None) or (row, None, why it
+    failed), but of A random views, each a pure function of (seed, row, view)."""
 
     def __init__(self, videos, args):
         self.videos = videos

@@ -1,22 +1,22 @@
 """The model: VideoMAE's vision transformer, the masked autoencoder around it, and TGM's contrastive
 head.
 
-    video [B,3,T,H,W] -patchify-> cubes -drop the masked-> encoder -> visible tokens -+-> mean ->
-    InfoNCE <- text [B,D]
-              normalised pixels of the masked cubes <-MSE- decoder <- [visible | mask tokens]
+    video [B,3,T,H,W] -patchify-> cubes -drop the masked-> encoder -> visible tokens [B,V,D]
+    visible tokens and mask tokens -> decoder -> predicted cubes <-MSE-> their normalised pixels
+    mean of the visible tokens -> projection <-InfoNCE-> text [B,text_dim]
 
-A library that imports nothing of ours.  Architecture, initialisation and state-dict keys are
-                                         VideoMAE's
-(arXiv:2203.12602), so published checkpoints load with no renaming; Hugging Face's layout is one key
-map away.
+A library that imports nothing of ours. Architecture, initialisation and state-dict keys are
+VideoMAE's (arXiv:2203.12602), so published checkpoints load with no renaming; Hugging Face's layout
+is one key map away.
 
-    python model.py                                         # parameters of each size, and each mask's tokens and GFLOPs
-    python model.py --export runs/finetune/best.pt --out hf # a checkpoint as a folder for Hugging Face's transformers
+    # parameters of each size, and each mask's tokens and GFLOPs
+    python model.py
+    # a checkpoint as a folder for Hugging Face's transformers
+    python model.py --export runs/finetune/best.pt --out hf
 
-Letters: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M
-    decoded ones,
-D width, P = 3 * tubelet * patch^2 numbers in one cube.  Everywhere, mask is bool [B,N], True =
-                                                         masked.
+Shapes: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M
+decoded ones, D width, P = 3 * tubelet * patch^2 numbers in one cube. Everywhere, mask is bool
+[B,N], True = masked.
 """
 
 import argparse
@@ -98,9 +98,10 @@ def unpatchify(cubes, grid, tubelet=2, patch=16):
 def split_mask(mask, visible=None):
     """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked ones [B,N-V,1], in
     token order.
-    All rows must keep equally many.  Giving that number as `visible` spares reading it from the
-                                      device, which stalls
-    a GPU and breaks torch.compile's graph; the device itself then asserts it (RuntimeError)."""
+
+    All rows must keep equally many. Giving that number as `visible` spares reading it from the
+    device, which stalls a GPU and breaks torch.compile's graph; the device itself then asserts it
+    (RuntimeError)."""
     kept = mask.shape[1] - mask.sum(dim=1)
     visible = int(kept[0]) if visible is None else visible
     torch._assert_async((kept == visible).all(), f"mask: not every row keeps {visible} tokens")
@@ -110,7 +111,7 @@ def split_mask(mask, visible=None):
 
 
 def take(x, index):
-    """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D].  (take_along_dim makes an index of
+    """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D]. (take_along_dim makes an index of
     every number, 15 times slower.)
     """
     return x[torch.arange(len(x), device=x.device)[:, None], index.squeeze(-1)]
@@ -134,7 +135,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Joint space-time attention.  Keys need no bias: it would shift all scores of a query
+    """Joint space-time attention. Keys need no bias: it would shift all scores of a query
     alike.
     """
 
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
 
 
 class Encoder(Transformer):
-    """Cubes in, tokens out.  frames and image_size default to the size's own; positions are
+    """Cubes in, tokens out. frames and image_size default to the size's own; positions are
     computed for any.
     """
 
@@ -313,9 +314,10 @@ MAEOutput = namedtuple("MAEOutput", "loss_mae loss_nce")
 
 
 class VideoMAE(nn.Module):
-    """The masked autoencoder.  nce_detach stops the contrastive gradient at the encoder's output:
-                                the head trains, the
-    encoder is untouched (the paper's monitored contrastive loss)."""
+    """The masked autoencoder.
+
+    nce_detach: stops the contrastive gradient at the encoder's output: the head trains, the encoder
+        is untouched (the paper's monitored contrastive loss)."""
 
     def __init__(self, size="base", frames=None, image_size=None, text_dim=512, nce_detach=False):
         super().__init__()
@@ -381,9 +383,8 @@ class VideoMAE(nn.Module):
 
     def target(self, cubes):
         """cubes [B,M,P] -> (target [B,M,P], mean, deviation [B,M,1,3]), float32: pixels in [0,1]
-        again, then each
-        colour of each cube brought to mean 0 and deviation 1.  Predicting 0 therefore costs about
-                                                                1."""
+        again, then each colour of each cube brought to mean 0 and deviation 1. Predicting 0
+        therefore costs about 1."""
         x = cubes.float().unflatten(-1, (-1, 3)) * self.rgb[1] + self.rgb[0]  # [B,M,P/3,3]
         mean, deviation = x.mean(dim=-2, keepdim=True), x.var(dim=-2, keepdim=True).sqrt() + EPS
         return ((x - mean) / deviation).flatten(-2), mean, deviation

@@ -38,7 +38,7 @@ SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that si
 and 130). torchrun passes a signal on to its ranks, does not restart them then, and exits with 1. If
 a rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is
 kill -9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
-    Several nodes must share the folder --out.
+Several nodes must share the folder --out.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
 moments, D text embedding."""

@@ -19,9 +19,8 @@ EPIC-100; --task action: pairs), the columns participant and narration, and clas
 narration can serve as caption (caption.py --labels --label-column narration).
 
 --task action numbers the pairs (verb, noun) of the training annotations in order; pairs that occur
-in validation alone follow
-after them: no classifier knows these, so they count as wrong, and the script says how many there
-    are.
+in validation alone follow after them: no classifier knows these, so they count as wrong, and the
+script says how many there are.
 
 Confusing: the labels of the test sets are secret. EPIC-55 has no validation list: its usual
 hold-out is the kitchens P26 and up (--val-from). Verbs and nouns are numbered differently in the

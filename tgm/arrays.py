@@ -71,7 +71,7 @@ def companion(manifest, kind):
 def hold(path):
     """Keeps other processes from writing `path` until `release` or until this one ends, however it
     ends: by a lock on PATH.lock, a file that is removed then. ManifestError if another process has
-        it. Where locks do not work, nothing is locked."""
+    it. Where locks do not work, nothing is locked."""
     lock = os.path.abspath(f"{path}.lock")
     try:
         while fcntl:

@@ -1,8 +1,10 @@
 """Testing a classifier of videos: several views of each, every video counted once; accuracies with
 intervals, and their files.
 
-    probabilities = predict(model, videos, classes, views=(5, 3), ...)       [N, C], the same on every rank
-    result = score(probabilities, labels, classes)                           top-1, top-5, mean class accuracy, ...
+    # [N, C], the same on every rank
+    probabilities = predict(model, videos, classes, views=(5, 3), ...)
+    # top-1, top-5, mean class accuracy, ...
+    result = score(probabilities, labels, classes)
 
 Shapes: N videos, V views of each (clips x crops), B videos per batch, C classes.
 """

@@ -18,8 +18,7 @@ Needs arrays.py and manifest.py.
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal, never
-                                                            with 0
+        launch(main)                                        a stopped run ends by its signal, not by 0
 """
 
 import argparse
