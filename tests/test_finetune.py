@@ -735,8 +735,9 @@ def test_learning_rates_of_videomaes_recipes():
             5e-6,
         ),
     }
+    documented = " ".join(finetune.__doc__.split())
     for flags, (lr, floor) in recipes.items():
-        assert flags in finetune.__doc__
+        assert flags in documented
         args = finetune.parse_args(flags.split())
         videos = args.batch_size * args.accum * 8
         assert args.blr * videos / 256 == pytest.approx(
