@@ -9,12 +9,12 @@ Writes  train.captions.jsonl, one object a video, in the manifest's order:
         manifest's rows
 
     # CPU, the toy world: about 160 videos/s
-    python caption.py data/train.csv --model data/toy/blip
+    python caption.py --data data/train.csv --model data/toy/blip
     # one GPU, BLIP
-    python caption.py data/train.csv
-    torchrun --nproc_per_node=8 caption.py data/train.csv --model Salesforce/blip2-opt-2.7b --batch-size 8
+    python caption.py --data data/train.csv
+    torchrun --nproc_per_node=8 caption.py --data data/train.csv --model Salesforce/blip2-opt-2.7b --batch-size 8
     # no model: the data set's own text
-    python caption.py data/train.csv --labels --label-column template
+    python caption.py --data data/train.csv --labels --label-column template
 
 The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has
 three captions; pretraining draws one at random per sample. BLIP, BLIP-2 (with OPT or T5) and GIT
@@ -51,6 +51,13 @@ from tgm.arrays import (
     refuse_foreign,
     write_about,
 )
+from tgm.flags import (
+    Parser,
+    add_machine_flags,
+    add_video_flags,
+    frame_count,
+    positive_int,
+)
 from tgm.manifest import (
     ManifestError,
     changed_rows,
@@ -61,28 +68,22 @@ from tgm.manifest import (
     require_files,
 )
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
     choose_device,
-    device_name,
-    frame_count,
     join_ranks,
     launch,
     make_folder,
     make_loader,
-    not_negative,
     one_line_errors,
     part_of_rank,
     patient,
-    positive_int,
     quiet_libraries,
     reason_of,
     torchrun_ranks,
     wait_for_ranks,
-    worker_count,
 )
-from tgm.video import TIMEOUT, VideoError, VideoReader, segment_midpoints
+from tgm.video import VideoError, VideoReader, segment_midpoints
 
 
 class KeyFrames(Dataset):
@@ -307,16 +308,8 @@ def label_captions(videos, classes):
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
-    parser.add_argument(
-        "--root", help="folder that relative paths start from (default: the manifest's)"
-    )
-    parser.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
+    add_video_flags(parser)
     parser.add_argument(
         "--out", help="file to write (default: beside the manifest, train.captions.jsonl)"
     )
@@ -341,23 +334,10 @@ def parse_args(argv=None):
     labels.add_argument("--label-column", default="label", help="column that holds the label")
     labels.add_argument("--classes", help="text file: line i is the text of integer label i")
     run = parser.add_argument_group("run")
+    add_machine_flags(run)
     run.add_argument("--batch-size", type=positive_int, default=32, help="videos a batch")
     run.add_argument(
-        "--workers",
-        type=worker_count,
-        default=2,
-        help="decoding processes a rank; 0 decodes in line",
-    )
-    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument(
         "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
-    )
-    run.add_argument(
-        "--video-timeout",
-        type=not_negative,
-        default=TIMEOUT,
-        metavar="S",
-        help="seconds after which a video is given up",
     )
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
     run.add_argument(
@@ -368,7 +348,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.extend and args.resume == "none":
         parser.error("--extend keeps what --resume none throws away")
-    args.data = args.manifest or args.data
     return args
 
 
@@ -376,7 +355,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        videos = read_manifest(args.data, args.root, args.label_column, args.strict_root)
+        videos = read_manifest(args.data, args.root, args.label_column)
     except ManifestError as error:
         sys.exit(
             f"{error}"
@@ -526,7 +505,7 @@ def refuse_other_captions(out, old, about, args, videos):
     """
     if not old:
         return
-    remedy = f"python caption.py {args.data} --resume none (and the flags you want)"
+    remedy = f"python caption.py --data {args.data} --resume none (and the flags you want)"
     count = grown_from(videos, old)
     if count and not args.extend:
         raise RunError(

@@ -14,13 +14,13 @@ step "1/6  The toy world: videos of shapes that act"
 [ -e data/val.masks.npy ] || run data/toy.py
 
 step "2/6  Captions: a tiny BLIP describes three key frames of every video"
-for split in train val; do run caption.py data/$split.csv --model data/toy/blip --batch-size 64; done
+for split in train val; do run caption.py --data data/$split.csv --model data/toy/blip --batch-size 64; done
 
 step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv); the codec says what moves"
 clip="--clip local-dir:data/toy/clip --moments 8"
-run saliency.py data/train.csv $clip
-for dense in last value self; do run saliency.py data/val.csv $clip --dense $dense --out $out/$dense; done
-run saliency.py data/train.csv --cue motion --grid 8
+run saliency.py --data data/train.csv $clip
+for dense in last value self; do run saliency.py --data data/val.csv $clip --dense $dense --out $out/$dense; done
+run saliency.py --data data/train.csv --cue motion --grid 8
 
 step "4/6  Masks: the clip, its saliency, its motion and every mask in one picture, and moving"
 run masking.py --row 2 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif

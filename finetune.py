@@ -88,41 +88,43 @@ from torchvision.transforms.v2 import functional as TF
 import model as models
 from tgm import evaluation
 from tgm.arrays import hold
+from tgm.flags import (
+    Parser,
+    add_machine_flags,
+    add_training_flags,
+    add_video_flags,
+    fraction,
+    frame_count,
+    not_negative,
+    pixel_count,
+    positive,
+    positive_int,
+    ratio,
+    seed_number,
+    whole,
+)
 from tgm.manifest import ManifestError, manifest_hash, read_manifest, require_files, shared_rows
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
     choose_device,
-    count,
-    device_name,
-    fraction,
-    frame_count,
     ignore_signals,
     join_ranks,
     keep_log,
     launch,
     make_folder,
-    not_negative,
     one_line_errors,
     patient,
-    pixel_count,
-    positive,
-    positive_int,
-    ratio,
     refuse_changes,
-    seed_number,
     torchrun_ranks,
-    whole,
-    worker_count,
     writing,
 )
 from tgm.sampling import EpochBatches, TrainingClips, clip_times, repeat_seed, uniform_times
-from tgm.video import TIMEOUT, VideoError, VideoReader
+from tgm.video import VideoError, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 MAY_CHANGE = (  # when a run goes on: what it learns stays the same, but for rounding
-    "strict_root video_timeout max_bad test views use out device workers amp compile checkpointing max_steps resume "
+    "video_timeout max_bad test views use out device workers amp compile checkpointing max_steps resume "
     "save_every log_every lr"
 ).split()
 
@@ -315,14 +317,7 @@ def parse_args(argv=None):
     data.add_argument("--data", default="data/train.csv", help="training manifest")
     data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
     data.add_argument("--test", help="manifest of the final test (default: --val)")
-    data.add_argument(
-        "--root", help="folder that relative paths start from (default: each manifest's)"
-    )
-    data.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
+    add_video_flags(data)
     data.add_argument("--label-column", default="label", help="column that holds the label")
     data.add_argument(
         "--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)"
@@ -344,13 +339,6 @@ def parse_args(argv=None):
         type=whole(1, 1024),
         default=2,
         help="samples of each decoded clip (repeated augmentation)",
-    )
-    data.add_argument(
-        "--video-timeout",
-        type=not_negative,
-        default=TIMEOUT,
-        metavar="S",
-        help="seconds after which a video is given up",
     )
     data.add_argument(
         "--max-bad",
@@ -456,45 +444,10 @@ def parse_args(argv=None):
     )
     test.add_argument("--test-only", action="store_true", help="test --checkpoint as it is")
     run = parser.add_argument_group("run")
+    add_machine_flags(run, workers=min(8, os.cpu_count()))
+    add_training_flags(run)
     run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
     run.add_argument("--seed", type=seed_number, default=0)
-    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument(
-        "--workers",
-        type=worker_count,
-        default=min(8, os.cpu_count()),
-        help="decoding processes a rank; 0 decodes in line",
-    )
-    run.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU"
-    )
-    run.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the model",
-    )
-    run.add_argument(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute activations",
-    )
-    run.add_argument(
-        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
-    )
-    run.add_argument(
-        "--resume",
-        choices=("auto", "none"),
-        help="auto: go on from the run's checkpoint, if any; none: start anew",
-    )
-    run.add_argument(
-        "--save-every",
-        type=count,
-        default=0,
-        help="checkpoint after every so many steps, beside the end of each epoch",
-    )
-    run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
     args = parser.parse_args(argv)
     if args.crop_scale[0] > args.crop_scale[1]:
         parser.error(
@@ -512,7 +465,7 @@ def open_data(args):
     for split, path in (("train", args.data), ("val", args.val), ("test", args.test or args.val)):
         if args.test_only and split != "test":
             continue
-        videos = read_manifest(path, args.root, args.label_column, args.strict_root)
+        videos = read_manifest(path, args.root, args.label_column)
         require_files(videos, path)
         if unlabelled := [video for video in videos if video.label is None]:
             raise ManifestError(

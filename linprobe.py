@@ -67,6 +67,18 @@ from tqdm import tqdm
 import model as models
 from tgm.arrays import create_array, file_hash, hold, open_rows
 from tgm.evaluation import bootstrap
+from tgm.flags import (
+    Parser,
+    add_machine_flags,
+    add_video_flags,
+    frame_count,
+    not_negative,
+    pixel_count,
+    positive,
+    positive_int,
+    seed_number,
+    whole,
+)
 from tgm.manifest import (
     ManifestError,
     file_sizes,
@@ -76,33 +88,23 @@ from tgm.manifest import (
     shared_rows,
 )
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
     choose_device,
-    device_name,
-    frame_count,
     join_ranks,
     launch,
     make_folder,
     make_loader,
-    not_negative,
     one_line_errors,
     part_of_rank,
     patient,
-    pixel_count,
-    positive,
-    positive_int,
-    seed_number,
     sum_over_ranks,
     torchrun_ranks,
     wait_for_ranks,
-    whole,
-    worker_count,
     writing,
 )
 from tgm.sampling import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
-from tgm.video import TIMEOUT, VideoError, VideoReader
+from tgm.video import VideoError, VideoReader
 
 PROTOCOLS = {  # learning rates are for batches of 256
     "sweep": {
@@ -627,14 +629,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--data", default="data/train.csv", help="training manifest")
     parser.add_argument("--test", default="data/val.csv", help="test manifest")
-    parser.add_argument(
-        "--root", help="folder that relative paths start from (default: each manifest's)"
-    )
-    parser.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
+    add_video_flags(parser)
     parser.add_argument(
         "--label-column", default="label", help="column of both manifests that holds the label"
     )
@@ -716,6 +711,7 @@ def parse_args(argv=None):
     )
     probe.add_argument("--seeds", type=positive_int, default=3, help="repetitions of each probe")
     run = parser.add_argument_group("run")
+    add_machine_flags(run)
     run.add_argument(
         "--seed",
         type=seed_number,
@@ -724,20 +720,6 @@ def parse_args(argv=None):
     )
     run.add_argument(
         "--batch-size", type=positive_int, default=32, help="videos per batch and rank"
-    )
-    run.add_argument(
-        "--workers",
-        type=worker_count,
-        default=2,
-        help="decoding processes per rank; 0 decodes in line",
-    )
-    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument(
-        "--video-timeout",
-        type=not_negative,
-        default=TIMEOUT,
-        metavar="S",
-        help="seconds after which a video is given up",
     )
     run.add_argument(
         "--max-steps",
@@ -761,7 +743,7 @@ def read_videos(args):
     videos = {}
     for split, manifest in (("train", args.data), ("test", args.test)):
         try:
-            videos[split] = read_manifest(manifest, args.root, args.label_column, args.strict_root)
+            videos[split] = read_manifest(manifest, args.root, args.label_column)
         except ManifestError as error:
             hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
             raise RunError(f"{error}{hint}") from None

@@ -462,7 +462,7 @@ MOST_MEMORY = 4e9  # bytes that a preview may take
 
 
 def parse_args(argv=None):
-    from tgm.run import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
+    from tgm.flags import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
 
     parser = Parser(description=__doc__)
     parser.add_argument(
@@ -568,7 +568,7 @@ def read_saliency(data, prefix, videos, row, caption):
     ValueError, one line, where there is none."""
     from tgm import arrays
 
-    remedy = f"python caption.py {data} && python saliency.py {data}"
+    remedy = f"python caption.py --data {data} && python saliency.py --data {data}"
     captions_path = arrays.companion(data, "captions.jsonl")
     captions = arrays.read_captions(captions_path, videos, remedy)[row]
     beside = str(prefix) == str(Path(data).with_suffix(""))
@@ -586,7 +586,9 @@ def read_saliency(data, prefix, videos, row, caption):
         raise ValueError(f"--caption {caption}: {path} {found}")
     maps = torch.from_numpy(saliency[row, caption].copy())
     if not maps.isfinite().all():
-        reason = why_unreadable(videos[row].path) or f"to be made with: python saliency.py {data}"
+        reason = (
+            why_unreadable(videos[row].path) or f"to be made with: python saliency.py --data {data}"
+        )
         raise ValueError(f"--row {row}: {path} is empty for {name} ({reason})")
     return maps, captions[caption]
 
@@ -597,7 +599,7 @@ def read_motion(data, prefix, videos, row):
     from tgm import arrays
 
     motion, _ = arrays.open_array(
-        f"{prefix}.motion.npy", videos, f"python saliency.py {data} --cue motion"
+        f"{prefix}.motion.npy", videos, f"python saliency.py --data {data} --cue motion"
     )
     field = torch.from_numpy(motion[row].copy())
     return field if field.isfinite().all() else None
@@ -668,14 +670,14 @@ def preview(argv=None):
         elif need == "motion" and has_motion:
             print(
                 f"{name}: left out, {prefix}.motion.npy is empty for {row.name}: saliency.py has not come to it, or its codec has no "
-                f"motion vectors (for any codec: python saliency.py {args.data} --cue motion --flow raft --resume none)"
+                f"motion vectors (for any codec: python saliency.py --data {args.data} --cue motion --flow raft --resume none)"
             )
         else:
-            remedy = f"python saliency.py {args.data}"
+            remedy = f"python saliency.py --data {args.data}"
             remedy = (
                 f"{remedy} --cue motion"
                 if need == "motion"
-                else f"python caption.py {args.data} && {remedy}"
+                else f"python caption.py --data {args.data} && {remedy}"
             )
             print(f"{name}: left out, there is no {prefix}.{need}.npy; make it with: {remedy}")
 

@@ -791,7 +791,8 @@ def print_sizes():
 
 
 def run(argv=None):
-    from tgm.run import Parser, RunError
+    from tgm.flags import Parser
+    from tgm.run import RunError
 
     parser = Parser(description=__doc__)
     parser.add_argument(

@@ -65,37 +65,40 @@ from torchvision.utils import save_image
 import masking
 import model as models
 from tgm.arrays import companion, file_hash, filled, hold, open_array
+from tgm.flags import (
+    Parser,
+    add_machine_flags,
+    add_training_flags,
+    add_video_flags,
+    count,
+    fraction,
+    frame_count,
+    not_negative,
+    pixel_count,
+    positive,
+    positive_int,
+    ratio,
+    seed_number,
+)
 from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
     choose_device,
-    count,
-    device_name,
-    fraction,
-    frame_count,
     ignore_signals,
     join_ranks,
     keep_log,
     launch,
     make_folder,
-    not_negative,
     one_line_errors,
     patient,
-    pixel_count,
-    positive,
-    positive_int,
-    ratio,
     refuse_changes,
-    seed_number,
     torchrun_ranks,
     wait_for_ranks,
-    worker_count,
     writing,
 )
 from tgm.sampling import EpochBatches, TrainingClips, clip_times, multi_scale_crop, repeat_seed
-from tgm.video import TIMEOUT, VideoError, VideoReader
+from tgm.video import VideoError, VideoReader
 
 # ---- samples -------------------------------------------------------------------------------------
 
@@ -252,14 +255,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="the manifest")
-    data.add_argument(
-        "--root", help="folder that relative paths start from (default: the manifest's)"
-    )
-    data.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
+    add_video_flags(data)
     data.add_argument(
         "--companions",
         metavar="PREFIX",
@@ -293,13 +289,6 @@ def parse_args(argv=None):
         help="mirror half of the samples",
     )
     data.add_argument("--repeat", type=positive_int, default=1, help="samples of each decoded clip")
-    data.add_argument(
-        "--video-timeout",
-        type=not_negative,
-        default=TIMEOUT,
-        metavar="S",
-        help="seconds after which a video is given up",
-    )
     data.add_argument(
         "--max-bad",
         type=fraction,
@@ -350,45 +339,10 @@ def parse_args(argv=None):
         "--clip-grad", type=not_negative, default=1.0, help="largest gradient norm; 0 does not clip"
     )
     run = parser.add_argument_group("run")
+    add_machine_flags(run, workers=min(8, os.cpu_count()))
+    add_training_flags(run)
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/MASK)")
     run.add_argument("--seed", type=seed_number, default=0)
-    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument(
-        "--workers",
-        type=worker_count,
-        default=min(8, os.cpu_count()),
-        help="decoding processes a rank; 0 decodes in line",
-    )
-    run.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU"
-    )
-    run.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the model",
-    )
-    run.add_argument(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute activations",
-    )
-    run.add_argument(
-        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
-    )
-    run.add_argument(
-        "--resume",
-        choices=("auto", "none"),
-        help="auto: go on from the checkpoint in --out, if any; none: begin again",
-    )
-    run.add_argument(
-        "--save-every",
-        type=count,
-        default=0,
-        help="checkpoint after every so many steps, beside the end of each epoch",
-    )
-    run.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
     run.add_argument(
         "--picture-every",
         type=count,
@@ -409,8 +363,8 @@ def open_data(args):
     """The manifest and what the method needs beside it: videos, rows to train on, {"text",
     "saliency", "motion": array or None}.
     """
-    videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
-    remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
+    videos = read_manifest(args.data, args.root)
+    remedy = f"python caption.py --data {args.data} && python saliency.py --data {args.data}"
     prefix = companion_prefix(args)
     captions = companion(args.data, "captions.jsonl")  # if they were remade, the arrays are stale
     expect = {"captions": file_hash(captions)} if captions.exists() and not args.companions else {}
@@ -420,7 +374,7 @@ def open_data(args):
         arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, remedy, **expect)
     if need == "motion":
         arrays["motion"], _ = open_array(
-            f"{prefix}.motion.npy", videos, f"python saliency.py {args.data} --cue motion"
+            f"{prefix}.motion.npy", videos, f"python saliency.py --data {args.data} --cue motion"
         )
     if args.nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
         try:
@@ -541,7 +495,7 @@ def data_identity(args, videos, rows, arrays):
 
 MAY_CHANGE = {  # flags that do not change what is learnt
     "workers", "log_every", "save_every", "picture_every", "device", "compile", "checkpointing", "video_timeout",
-    "max_bad", "max_steps", "out", "resume", "strict_root",
+    "max_bad", "max_steps", "out", "resume",
 }  # fmt: skip
 
 
@@ -588,7 +542,6 @@ OF_A_NODE = {
     "companions",
     "out",
     "resume",
-    "strict_root",
     "video_timeout",
     "identity",
 }

@@ -14,13 +14,13 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               and of the captions
 
     # CPU, the toy world: about 60 videos/s
-    python saliency.py data/train.csv --clip local-dir:data/toy/clip
+    python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
     # one GPU, CLIP ViT-B-16 of OpenAI
-    python saliency.py data/train.csv
-    torchrun --nproc_per_node=8 saliency.py data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
+    python saliency.py --data data/train.csv
+    torchrun --nproc_per_node=8 saliency.py --data data/train.csv --clip ViT-L-14 --pretrained laion2b_s32b_b82k
     # no model: about as fast as decoding
-    python saliency.py data/train.csv --cue motion
-    torchrun --nproc_per_node=8 saliency.py data/train.csv --cue motion --flow raft
+    python saliency.py --data data/train.csv --cue motion
+    torchrun --nproc_per_node=8 saliency.py --data data/train.csv --cue motion --flow raft
 
 Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained
 for is its class token; what its patch tokens say is a by-product, and how they are read matters
@@ -79,33 +79,34 @@ from tgm.arrays import (
     read_captions,
     refuse_foreign_array,
 )
+from tgm.flags import (
+    Parser,
+    add_machine_flags,
+    add_video_flags,
+    frame_count,
+    grid_size,
+    pixel_count,
+    positive,
+    positive_int,
+)
 from tgm.manifest import ManifestError, read_manifest, require_files
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
     choose_device,
-    device_name,
-    frame_count,
-    grid_size,
     join_ranks,
     launch,
     make_folder,
     make_loader,
-    not_negative,
     one_line_errors,
     part_of_rank,
     patient,
-    pixel_count,
-    positive,
-    positive_int,
     quiet_libraries,
     reason_of,
     torchrun_ranks,
     wait_for_ranks,
-    worker_count,
 )
-from tgm.video import TIMEOUT, VideoError, VideoReader, segment_midpoints
+from tgm.video import VideoError, VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
 NOT_PLAIN = (
@@ -331,7 +332,7 @@ def embed_texts(model, tokenizer, texts, device, batch=256):
 
 def text_cue(args, videos, device, autocast, create):
     caption_path = args.captions or companion(args.data, "captions.jsonl")
-    captions = read_captions(caption_path, videos, f"python caption.py {args.data}")
+    captions = read_captions(caption_path, videos, f"python caption.py --data {args.data}")
     if not any(captions):
         raise ManifestError(f"{caption_path}: no video has a caption; the reasons are in it")
     model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, device)
@@ -420,16 +421,8 @@ def motion_cue(args, videos, device, autocast, create):
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("manifest", nargs="?", help="the manifest; the same as --data")
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
-    parser.add_argument(
-        "--root", help="folder that relative paths start from (default: the manifest's)"
-    )
-    parser.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
+    add_video_flags(parser)
     parser.add_argument(
         "--out",
         metavar="PREFIX",
@@ -479,23 +472,10 @@ def parse_args(argv=None):
         help="frames around a moment that a codec's field averages",
     )
     run = parser.add_argument_group("run")
+    add_machine_flags(run)
     run.add_argument("--batch-size", type=positive_int, default=16, help="videos a batch")
     run.add_argument(
-        "--workers",
-        type=worker_count,
-        default=2,
-        help="decoding processes a rank; 0 decodes in line",
-    )
-    run.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    run.add_argument(
         "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
-    )
-    run.add_argument(
-        "--video-timeout",
-        type=not_negative,
-        default=TIMEOUT,
-        metavar="S",
-        help="seconds after which a video is given up",
     )
     run.add_argument("--resume", choices=("auto", "none"), default="auto", help="none: start anew")
     run.add_argument(
@@ -508,7 +488,6 @@ def parse_args(argv=None):
         parser.error("--flow-weights is for --flow raft")
     if args.extend and args.resume == "none":
         parser.error("--extend keeps what --resume none throws away")
-    args.data = args.manifest or args.data
     return args
 
 
@@ -539,7 +518,7 @@ def main(argv=None):
         return written[path]
 
     try:
-        videos = read_manifest(args.data, args.root, strict_root=args.strict_root)
+        videos = read_manifest(args.data, args.root)
         if rank == 0:
             check_places(args, videos, prefix)
         cue = text_cue if args.cue == "text" else motion_cue

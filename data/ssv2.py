@@ -15,7 +15,7 @@ writes data/ssv2/train.csv (168,913 rows), val.csv (24,777), test.csv (27,157, w
 its answers are there), and classes.txt. What the person wrote goes to the column caption, which
 stage 1 can use instead of BLIP's:
 
-    python caption.py data/ssv2/train.csv --labels --label-column caption
+    python caption.py --data data/ssv2/train.csv --labels --label-column caption
 
 Confusing: "label" in train.json is that text ("holding potato next to vicks vaporub bottle"); the
 class is "template" without its brackets ("Holding something next to something"), which labels.json

@@ -33,16 +33,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tgm.run import (
-    Parser,
-    RunError,
-    launch,
-    make_folder,
-    one_line_errors,
-    positive_int,
-    seed_number,
-    whole,
-)
+from tgm.flags import Parser, positive_int, seed_number, whole
+from tgm.run import RunError, launch, make_folder, one_line_errors
 
 SIZE, FRAMES, FPS = 64, 20, 10
 ACTIONS = ("move left", "move right", "move up", "move down", "grow", "shrink", "spin", "shake")

@@ -2,7 +2,7 @@
 experiments/study.py.
 
     python experiments/controls.py shuffled --out runs/study/saliency/shuffled     PREFIX.captions.jsonl: other videos' captions; then
-    python saliency.py data/train.csv --captions runs/study/saliency/shuffled.captions.jsonl --out runs/study/saliency/shuffled ...
+    python saliency.py --data data/train.csv --captions runs/study/saliency/shuffled.captions.jsonl --out runs/study/saliency/shuffled ...
     python experiments/controls.py no-text --out runs/study/saliency/no-text       a minute on the toy world
     python experiments/controls.py truth --out runs/study/saliency/truth           seconds; the toy world alone
     python pretrain.py --mask text --companions runs/study/saliency/no-text
@@ -135,7 +135,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    remedy = f"python caption.py {args.data} && python saliency.py {args.data}"
+    remedy = f"python caption.py --data {args.data} && python saliency.py --data {args.data}"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     try:
         videos = read_manifest(args.data)

@@ -2,8 +2,8 @@
 experiments/MASKS.md.
 
     python data/toy.py
-    python caption.py data/val.csv --model data/toy/blip && python saliency.py data/val.csv --clip local-dir:data/toy/clip --moments 8
-    python saliency.py data/val.csv --cue motion --grid 8
+    python caption.py --data data/val.csv --model data/toy/blip && python saliency.py --data data/val.csv --clip local-dir:data/toy/clip --moments 8
+    python saliency.py --data data/val.csv --cue motion --grid 8
     python experiments/masks.py                                 the tables of the field, the objects and the points: a minute on a CPU
     python experiments/masks.py --field raft=runs/raft          beside them a field that saliency.py wrote with --out runs/raft
     python experiments/masks.py --warp --data my.csv            how well fields explain any videos: frames moved along them, against not
@@ -160,7 +160,7 @@ def measure(args):
     if [line.get("label") for line in truth] != [sc.action for sc in scenes]:
         sys.exit(f"{args.data}: is not the toy world's {args.split} split of seed {args.seed}")
     videos, prefix = read_manifest(args.data), Path(args.data).with_suffix("")
-    remedy = f"python saliency.py {args.data} --cue motion --grid 8"
+    remedy = f"python saliency.py --data {args.data} --cue motion --grid 8"
     fields = {"codec": prefix} | dict(field.split("=", 1) for field in args.field)
     fields = {
         name: open_array(f"{where}.motion.npy", videos, remedy)[0] for name, where in fields.items()
@@ -168,7 +168,7 @@ def measure(args):
     saliency, _ = open_array(
         f"{prefix}.saliency.npy",
         videos,
-        f"python saliency.py {args.data} --clip local-dir:data/toy/clip",
+        f"python saliency.py --data {args.data} --clip local-dir:data/toy/clip",
     )
 
     print("### The motion field on the object of moving actions, camera motion taken out\n")
@@ -259,7 +259,7 @@ def warp(args):
         | dict(field.split("=", 1) for field in args.field)
     ).items():
         field, _ = open_array(
-            f"{where}.motion.npy", videos, f"python saliency.py {args.data} --cue motion"
+            f"{where}.motion.npy", videos, f"python saliency.py --data {args.data} --cue motion"
         )
         errors = [warp_error(field, videos, apart) for apart in (0.1, 0.27)]
         rows.append(

@@ -99,6 +99,7 @@ def world(tmp_path_factory):
     for split, process in (("train", True), ("val", False)):
         run(
             "caption.py",
+            "--data",
             f"data/{split}.csv",
             "--model",
             BLIP,
@@ -109,6 +110,7 @@ def world(tmp_path_factory):
         )
         run(
             "saliency.py",
+            "--data",
             f"data/{split}.csv",
             "--clip",
             CLIP,
@@ -121,6 +123,7 @@ def world(tmp_path_factory):
         )
         run(
             "saliency.py",
+            "--data",
             f"data/{split}.csv",
             "--cue",
             "motion",

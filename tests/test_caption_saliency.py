@@ -54,16 +54,18 @@ def test_a_bad_video_is_recorded_and_tried_again(copy):
     manifest = copy / "bad.csv"
     manifest.write_text("path\nbad.mp4\ndata/videos/train/00001.mp4\nmissing.mp4\n")
     assert "1 videos captioned, 2 failed" in run(
-        "caption.py", manifest, "--model", BLIP, "--workers", 1, cwd=copy
+        "caption.py", "--data", manifest, "--model", BLIP, "--workers", 1, cwd=copy
     )
     made = [json.loads(line) for line in (copy / "bad.captions.jsonl").read_text().splitlines()]
     assert [len(entry["captions"]) for entry in made] == [0, 3, 0]
     assert made[0]["error"].startswith(f"{copy}/bad.mp4: ") and "missing.mp4" in made[2]["error"]
     (copy / "bad.mp4").write_bytes((copy / "data/videos/train/00002.mp4").read_bytes())
     assert "2 videos captioned, 1 failed" in run(
-        "caption.py", manifest, "--model", BLIP, "--workers", 0, cwd=copy
+        "caption.py", "--data", manifest, "--model", BLIP, "--workers", 0, cwd=copy
     )
-    out = run("saliency.py", manifest, "--clip", CLIP, "--workers", 0, "--moments", 2, cwd=copy)
+    out = run(
+        "saliency.py", "--data", manifest, "--clip", CLIP, "--workers", 0, "--moments", 2, cwd=copy
+    )
     assert "1 videos without captions" in out and "2 of 3 videos" in out
     assert np.isnan(np.load(copy / "bad.saliency.npy")).reshape(3, -1).all(1).tolist() == [
         False,
@@ -75,6 +77,7 @@ def test_a_bad_video_is_recorded_and_tried_again(copy):
 def test_prompt_beams_and_other_frames(copy):
     run(
         "caption.py",
+        "--data",
         "data/val.csv",
         "--model",
         BLIP,
@@ -126,6 +129,7 @@ def test_the_blip2_family(copy):
     )
     run(
         "caption.py",
+        "--data",
         "data/val.csv",
         "--model",
         copy / "blip2",
@@ -152,17 +156,26 @@ def test_labels_as_captions(copy):
     ]
     (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
     (copy / "names.txt").write_text("a dog\na cat\n")
-    run("caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
+    run("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
     assert [
         json.loads(line)["captions"]
         for line in (copy / "ids.captions.jsonl").read_text().splitlines()
     ] == [["a cat"], ["a dog"]]
     (copy / "ids.csv").write_text("path,label\na b.mp4,2\n")
     assert "label '2' is not a line of --classes, 0 to 1" in run(
-        "caption.py", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy, fails=True
+        "caption.py",
+        "--data",
+        "ids.csv",
+        "--labels",
+        "--classes",
+        "names.txt",
+        cwd=copy,
+        fails=True,
     )
     (copy / "ids.csv").write_text("path\na b.mp4\n")
-    assert "has no label" in run("caption.py", "ids.csv", "--labels", cwd=copy, fails=True)
+    assert "has no label" in run(
+        "caption.py", "--data", "ids.csv", "--labels", cwd=copy, fails=True
+    )
 
 
 def test_captions_refuse(copy):
@@ -228,6 +241,7 @@ def reference(visual, images, dense):
 def test_saliency_is_the_cosine_of_patch_and_text(world, tmp_path, dense):
     run(
         "saliency.py",
+        "--data",
         world / "data/val.csv",
         "--clip",
         CLIP,
@@ -282,6 +296,7 @@ def test_saliency_goes_on_and_ranks_fill_their_own_rows(world, copy):
 def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
     run(
         "saliency.py",
+        "--data",
         world / "data/val.csv",
         "--clip",
         CLIP,
@@ -316,10 +331,10 @@ def test_saliency_refuses(copy):
     )
     (copy / "data/train.captions.jsonl").unlink()
     assert run(*base, cwd=copy, fails=True).endswith(
-        "make it with: python caption.py data/train.csv"
+        "make it with: python caption.py --data data/train.csv"
     )
     assert "cannot load it" in run(
-        "saliency.py", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True
+        "saliency.py", "--data", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True
     )
 
 

@@ -414,11 +414,27 @@ def test_ssv2(script, tmp_path, prefix):
         "out/train.csv: 2 rows, 2 classes, 1 videos missing (missing-train.txt), 1 duplicates"
         in printed
     )
-    run("caption.py", "out/train.csv", "--labels", "--label-column", "caption", cwd=tmp_path)
+    run(
+        "caption.py",
+        "--data",
+        "out/train.csv",
+        "--labels",
+        "--label-column",
+        "caption",
+        cwd=tmp_path,
+    )
     assert json.loads((tmp_path / "out/train.captions.jsonl").read_text().splitlines()[0])[
         "captions"
     ] == (['holding "a potato", next to it'])
-    run("caption.py", "out/val.csv", "--labels", "--classes", "out/classes.txt", cwd=tmp_path)
+    run(
+        "caption.py",
+        "--data",
+        "out/val.csv",
+        "--labels",
+        "--classes",
+        "out/classes.txt",
+        cwd=tmp_path,
+    )
     assert json.loads((tmp_path / "out/val.captions.jsonl").read_text())["captions"] == (
         ["Approaching something with your camera"]
     )

@@ -267,14 +267,15 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         reader.read([29.0])
     monkeypatch.undo()
     for args in (
-        ("saliency.py", "data/train.csv", "--clip", CLIP, "--out", "none"),
-        ("saliency.py", "data/train.csv", "--cue", "motion", "--out", "none"),
+        ("saliency.py", "--data", "data/train.csv", "--clip", CLIP, "--out", "none"),
+        ("saliency.py", "--data", "data/train.csv", "--cue", "motion", "--out", "none"),
     ):
         assert "none of its videos could be read" in run(
             *args, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True
         )
     line = run(
         "caption.py",
+        "--data",
         "data/train.csv",
         "--model",
         BLIP,
@@ -296,7 +297,15 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         for line in (copy / "data/train.captions.jsonl").read_text().splitlines()
     )
     assert "no video has a caption" in run(
-        "saliency.py", "data/train.csv", "--clip", CLIP, "--out", "other", cwd=copy, fails=True
+        "saliency.py",
+        "--data",
+        "data/train.csv",
+        "--clip",
+        CLIP,
+        "--out",
+        "other",
+        cwd=copy,
+        fails=True,
     )
     assert (
         not np.isfinite(np.load(copy / "none.saliency.npy")).any()

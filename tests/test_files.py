@@ -18,10 +18,21 @@ from tgm import manifest as M
 from tgm.run import part_of_rank
 
 STAGES = {
-    "captions": ("caption.py", "data/train.csv", "--model", BLIP, "--workers", 0),
-    "text": ("saliency.py", "data/train.csv", "--clip", CLIP, "--moments", 8, "--workers", 0),
+    "captions": ("caption.py", "--data", "data/train.csv", "--model", BLIP, "--workers", 0),
+    "text": (
+        "saliency.py",
+        "--data",
+        "data/train.csv",
+        "--clip",
+        CLIP,
+        "--moments",
+        8,
+        "--workers",
+        0,
+    ),
     "motion": (
         "saliency.py",
+        "--data",
         "data/train.csv",
         "--cue",
         "motion",
@@ -179,27 +190,27 @@ def test_captions_of_other_times_are_refused(copy):
     name = videos_of(copy)[0].name
     spans = copy / "data/spans.csv"
     spans.write_text(f"path,start,end\n{name},0,1\n{name},1,2\n")
-    run("caption.py", spans, *STAGES["captions"][2:], cwd=copy)
+    run("caption.py", "--data", spans, *STAGES["captions"][3:], cwd=copy)
     path = copy / "data/spans.captions.jsonl"
     assert len(A.read_captions(path, M.read_manifest(spans), "")) == 2
     spans.write_text(f"path,start,end\n{name},0,1\n{name},0.5,2\n")
-    line = run("saliency.py", spans, *STAGES["text"][2:], cwd=copy, fails=True)
+    line = run("saliency.py", "--data", spans, *STAGES["text"][3:], cwd=copy, fails=True)
     assert (
         line
         == f"{path}: is of another manifest (other start or end); make it with: python caption.py {spans} --resume none"
     )
     assert "another manifest" in run(
-        "caption.py", spans, *STAGES["captions"][2:], cwd=copy, fails=True
+        "caption.py", "--data", spans, *STAGES["captions"][3:], cwd=copy, fails=True
     )
 
 
 def test_a_model_that_cannot_be_loaded_leaves_nothing_to_refuse_the_next(copy):
     (copy / "data/few.csv").write_text("path\n" + videos_of(copy)[0].name + "\n")
     assert "cannot load it" in run(
-        "caption.py", "data/few.csv", "--model", copy / "nowhere", cwd=copy, fails=True
+        "caption.py", "--data", "data/few.csv", "--model", copy / "nowhere", cwd=copy, fails=True
     )
     assert "1 videos captioned" in run(
-        "caption.py", "data/few.csv", *STAGES["captions"][2:], cwd=copy
+        "caption.py", "--data", "data/few.csv", *STAGES["captions"][3:], cwd=copy
     )
 
 
@@ -222,11 +233,12 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
     ):
         assert run(command[0], "away/train.csv", *command[1:], cwd=copy, fails=True) == expected
     assert os.listdir(copy / "away") == ["train.csv"]
-    run("caption.py", "away/train.csv", "--labels", cwd=copy)  # needs no videos
+    run("caption.py", "--data", "away/train.csv", "--labels", cwd=copy)  # needs no videos
     assert run("tgm.prepare", "away/train.csv", "--root", "data", "--workers", 1, cwd=copy)
     (copy / "away/train.csv").write_text("path\n/no/a.mp4\n")
     assert run(
         "caption.py",
+        "--data",
         "away/train.csv",
         "--model",
         "nowhere",
@@ -269,7 +281,7 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
     with open(copy / "data/train.check.csv", "w") as file:
         file.write("my,own\n")
     kept = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    caption = ("caption.py", "data/train.csv", "--model", BLIP, "--workers", 0, "--out")
+    caption = ("caption.py", "--data", "data/train.csv", "--model", BLIP, "--workers", 0, "--out")
     motion = ("saliency.py", *STAGES["motion"][1:], "--out")
     text = ("saliency.py", *STAGES["text"][1:], "--out")
     ours = "is there, and is none of the files that this command writes: not overwritten"
@@ -294,7 +306,14 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
         ):
             assert run(*command, "--resume", resume, cwd=copy, fails=True).startswith(expected)
     assert run(
-        "caption.py", "data/train.csv", "--labels", "--out", "data/train.csv", cwd=copy, fails=True
+        "caption.py",
+        "--data",
+        "data/train.csv",
+        "--labels",
+        "--out",
+        "data/train.csv",
+        cwd=copy,
+        fails=True,
     ).startswith(f"data/train.csv: {ours}")
     for flags, expected in (
         ((), f"data/train.check.csv: {ours} (move it away)"),
@@ -342,7 +361,9 @@ def test_numbers_out_of_range_are_refused(copy):
         ("--cue", "motion", "--window", "nan"),
         ("--cue", "motion", "--window", -1),
     ):
-        assert "expected " in run("saliency.py", "data/train.csv", *flags, cwd=copy, fails=True)
+        assert "expected " in run(
+            "saliency.py", "--data", "data/train.csv", *flags, cwd=copy, fails=True
+        )
     assert "expected 1 to 1024, found 0" in run(
         "tgm.prepare", "data/train.csv", "--workers", 0, cwd=copy, fails=True
     )

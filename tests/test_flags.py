@@ -148,10 +148,22 @@ def four(world, tmp_path_factory):
     (folder / "data/videos").symlink_to(world / "data/videos")
     lines = (world / "data/train.csv").read_text().splitlines()
     (folder / "data/four.csv").write_text("\n".join(lines[:5]) + "\n")
-    run("caption.py", "data/four.csv", "--model", BLIP, "--workers", 0, cwd=folder)
-    run("saliency.py", "data/four.csv", "--clip", CLIP, "--moments", 2, "--workers", 0, cwd=folder)
+    run("caption.py", "--data", "data/four.csv", "--model", BLIP, "--workers", 0, cwd=folder)
     run(
         "saliency.py",
+        "--data",
+        "data/four.csv",
+        "--clip",
+        CLIP,
+        "--moments",
+        2,
+        "--workers",
+        0,
+        cwd=folder,
+    )
+    run(
+        "saliency.py",
+        "--data",
         "data/four.csv",
         "--cue",
         "motion",
@@ -268,7 +280,6 @@ def test_flags_are_found():
         ("pretrain", "--blr"),
         ("finetune", "--mixup"),
         ("linprobe", "--rates"),
-        ("video", "--gop"),
         ("toy", "--seed"),
     } <= flags
     assert len(CASES) > 100

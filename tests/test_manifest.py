@@ -163,10 +163,10 @@ def test_open_array_refusals(saved, spoil, reason):
     if json.dumps(meta) != kept:
         path.with_suffix(".json").write_text(json.dumps(meta))
     with pytest.raises(M.ManifestError) as error:
-        A.open_array(path, videos, "python saliency.py data/train.csv", captions="cafe")
+        A.open_array(path, videos, "python saliency.py --data data/train.csv", captions="cafe")
     message = str(error.value)
     assert reason in message and "\n" not in message
-    assert message.endswith("; make it with: python saliency.py data/train.csv")
+    assert message.endswith("; make it with: python saliency.py --data data/train.csv")
 
 
 # ---- captions
@@ -179,11 +179,11 @@ def test_read_captions(tmp_path):
     path = tmp_path / "x.captions.jsonl"
     refused = lambda: str(
         pytest.raises(
-            M.ManifestError, A.read_captions, path, videos, "python caption.py x.csv"
+            M.ManifestError, A.read_captions, path, videos, "python caption.py --data x.csv"
         ).value
     )
     assert refused().startswith(f"{path}: cannot be read (No such file") and refused().endswith(
-        "make it with: python caption.py x.csv"
+        "make it with: python caption.py --data x.csv"
     )
     lines = [
         '{"path": "a.mp4", "captions": ["a dog", "a cat"]}',

@@ -419,6 +419,7 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
     (tmp_path / "one.csv").write_text("path\nsquare.mp4\n")
     run(
         "saliency.py",
+        "--data",
         "one.csv",
         "--cue",
         "motion",
@@ -547,7 +548,7 @@ def test_the_preview_without_one_of_the_maps(copy):
     (copy / "data/val.motion.npy").rename(copy / "elsewhere.motion.npy")
     out = run("masking.py", *flags, cwd=copy)
     assert (
-        "motion: left out, there is no data/val.motion.npy; make it with: python saliency.py data/val.csv --cue motion"
+        "motion: left out, there is no data/val.motion.npy; make it with: python saliency.py --data data/val.csv --cue motion"
         in out
     )
     with Image.open(copy / "mask.png") as picture:
@@ -768,7 +769,7 @@ def test_a_row_without_motion_is_drawn_without_it(copy):
     for line in lines[:2]:
         assert "left out, data/val.motion.npy is empty for videos/val/00001.mp4" in line
         assert (
-            "no motion vectors (for any codec: python saliency.py data/val.csv --cue motion --flow raft --resume none)"
+            "no motion vectors (for any codec: python saliency.py --data data/val.csv --cue motion --flow raft --resume none)"
             in line
         )
     with Image.open(copy / "mask.png") as picture:
@@ -779,7 +780,7 @@ def test_a_row_without_saliency_is_refused_with_the_reason(copy):
     empty(copy / "data/val.saliency.npy", 1)
     refused = lambda *flags: run("masking.py", *SMALL, *flags, cwd=copy, fails=True)
     assert refused("--row", 1) == (
-        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (to be made with: python saliency.py data/val.csv)"
+        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (to be made with: python saliency.py --data data/val.csv)"
     )
     # its caption failed
     path = copy / "data/val.captions.jsonl"
@@ -813,7 +814,7 @@ def test_captions_remade_with_other_frames_make_the_saliency_stale(copy):
     line = run("masking.py", *SMALL, "--caption", 4, cwd=copy, fails=True)
     assert line.startswith("data/val.saliency.npy: expected captions ")
     assert line.endswith(
-        "; make it with: python caption.py data/val.csv && python saliency.py data/val.csv"
+        "; make it with: python caption.py --data data/val.csv && python saliency.py --data data/val.csv"
     )
     (copy / "other").mkdir()
     for kind in ("npy", "json"):

@@ -279,6 +279,7 @@ def test_the_stage_with_raft(world, tmp_path, raft):
     """Random weights: what is written is what torchvision's own model says of the two frames."""
     run(
         "saliency.py",
+        "--data",
         world / "data/val.csv",
         "--cue",
         "motion",
@@ -385,6 +386,7 @@ def test_a_part_of_a_longer_video(tmp_path):
     )
     run(
         "saliency.py",
+        "--data",
         "parts.csv",
         "--cue",
         "motion",
@@ -407,7 +409,7 @@ def test_failures_are_named_and_leave_their_rows_empty(copy):
     pan(copy / "j.avi", codec="mjpeg", pix_fmt="yuvj420p", count=5)
     (copy / "some.csv").write_text("path\nj.avi\ndata/videos/train/00001.mp4\ngone.mp4\n")
     assert "1 of 3 videos" in run(
-        "saliency.py", "some.csv", "--cue", "motion", "--workers", 0, cwd=copy
+        "saliency.py", "--data", "some.csv", "--cue", "motion", "--workers", 0, cwd=copy
     )
     assert np.isnan(np.load(copy / "some.motion.npy")).reshape(3, -1).all(1).tolist() == [
         True,
@@ -416,7 +418,7 @@ def test_failures_are_named_and_leave_their_rows_empty(copy):
     ]
     (copy / "none.csv").write_text("path\nj.avi\n")
     assert "none of its videos could be read" in run(
-        "saliency.py", "none.csv", "--cue", "motion", "--workers", 0, cwd=copy, fails=True
+        "saliency.py", "--data", "none.csv", "--cue", "motion", "--workers", 0, cwd=copy, fails=True
     )
 
 

@@ -222,6 +222,7 @@ def test_a_batch_of_one(copy):
     assert json.loads((copy / "runs/finetune/test.json").read_text())["videos"] == 24
     run(
         "caption.py",
+        "--data",
         "data/train.csv",
         "--model",
         BLIP,

@@ -39,8 +39,19 @@ def manifests(tmp_path_factory):
             [f"{VIDEOS}/{line['path']},{line['label']}" for line in picked],
         )
     for name in ("clips.csv", "cctv_train.csv"):
-        run("caption.py", name, "--model", BLIP, "--workers", 2, cwd=folder)
-        run("saliency.py", name, "--clip", CLIP, "--moments", 4, "--workers", 2, cwd=folder)
+        run("caption.py", "--data", name, "--model", BLIP, "--workers", 2, cwd=folder)
+        run(
+            "saliency.py",
+            "--data",
+            name,
+            "--clip",
+            CLIP,
+            "--moments",
+            4,
+            "--workers",
+            2,
+            cwd=folder,
+        )
     return folder
 
 
@@ -62,7 +73,7 @@ def test_every_clip_whose_codec_has_vectors_has_a_motion_field(manifests):
     with open(VIDEOS / "clips.csv", newline="") as file:
         codecs = [line["codec"] for line in csv.DictReader(file)]
     assert set(codecs) == {"h264", "mpeg4", "hevc"}
-    run("saliency.py", "clips.csv", "--cue", "motion", "--workers", 2, cwd=manifests)
+    run("saliency.py", "--data", "clips.csv", "--cue", "motion", "--workers", 2, cwd=manifests)
     field = np.load(manifests / "clips.motion.npy").astype(np.float32)
     assert field.shape == (51, 32, 2, 14, 14)
     for of_video, codec in zip(field, codecs):

@@ -210,7 +210,7 @@ def test_the_activation_is_recorded_and_asked_for(copy):
     assert "made with another activation; --resume none remakes it" in run(
         *base, cwd=copy, fails=True
     )
-    remedy = "make it with: python caption.py data/train.csv && python saliency.py data/train.csv --resume none"
+    remedy = "make it with: python caption.py --data data/train.csv && python saliency.py --data data/train.csv --resume none"
     line = run(
         "pretrain.py",
         "--size",
@@ -426,7 +426,9 @@ def test_the_captioners_that_are_claimed(videos, models, kind, prompt):
         "--prompt",
         prompt,
     )
-    assert "4 videos captioned, 0 failed" in run("caption.py", "val.csv", *flags, cwd=videos)
+    assert "4 videos captioned, 0 failed" in run(
+        "caption.py", "--data", "val.csv", *flags, cwd=videos
+    )
     made = captions_of(videos)
     assert [len(of_video) for of_video in made] == [3] * 4
     if kind != "blip2-t5":
@@ -468,6 +470,7 @@ def test_other_models_end_in_one_line_before_any_video_is_opened(
     monkeypatch.setattr(caption, "VideoReader", None)
     line = run(
         "caption.py",
+        "--data",
         "val.csv",
         "--model",
         models(kind),
@@ -497,7 +500,16 @@ def test_a_captioner_without_all_its_weights_is_refused(videos, tmp_path):
     del state[gone]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     done = subprocess.run(
-        [sys.executable, ROOT / "caption.py", "val.csv", "--model", folder, "--workers", "0"],
+        [
+            sys.executable,
+            ROOT / "caption.py",
+            "--data",
+            "val.csv",
+            "--model",
+            folder,
+            "--workers",
+            "0",
+        ],
         cwd=videos,
         env=ENVIRONMENT,
         text=True,
@@ -532,7 +544,15 @@ def test_damaged_captioners_are_refused(videos, tmp_path):
             (folder / path.name).write_bytes(path.read_bytes())
         spoil(folder)
         line = run(
-            "caption.py", "val.csv", "--model", folder, "--workers", 0, cwd=videos, fails=True
+            "caption.py",
+            "--data",
+            "val.csv",
+            "--model",
+            folder,
+            "--workers",
+            0,
+            cwd=videos,
+            fails=True,
         )
         assert line.startswith(f"--model {folder}: cannot load it: ") and len(line) < 600, line
     assert not list(videos.glob("val.captions*"))
@@ -545,13 +565,16 @@ def test_a_failed_load_leaves_what_was_there(copy):
     old = (copy / "data/val.captions.jsonl").read_bytes()
     about = (copy / "data/val.captions.json").read_bytes()
     for flags in (("--model", "nowhere"), ("--model", CLIP.removeprefix("local-dir:"))):
-        line = run("caption.py", "data/val.csv", *flags, "--resume", "none", cwd=copy, fails=True)
+        line = run(
+            "caption.py", "--data", "data/val.csv", *flags, "--resume", "none", cwd=copy, fails=True
+        )
         assert "cannot load it" in line
         assert (copy / "data/val.captions.jsonl").read_bytes() == old and (
             copy / "data/val.captions.json"
         ).read_bytes() == about
     run(
         "caption.py",
+        "--data",
         "data/val.csv",
         "--model",
         "nowhere",
@@ -562,6 +585,7 @@ def test_a_failed_load_leaves_what_was_there(copy):
     )
     assert "24 videos captioned" in run(
         "caption.py",
+        "--data",
         "data/val.csv",
         "--model",
         BLIP,
@@ -574,6 +598,7 @@ def test_a_failed_load_leaves_what_was_there(copy):
     # Labels that do not serve, likewise.
     run(
         "caption.py",
+        "--data",
         "data/val.csv",
         "--labels",
         "--label-column",

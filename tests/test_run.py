@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from tgm import run
+from tgm import flags, run
 from tgm.manifest import ManifestError
 
 FORK = multiprocessing.get_context("fork")
@@ -104,11 +104,11 @@ def two_ranks(tmp_path, program, *args):
 
 
 def test_a_wrong_flag_ends_in_one_line(capsys):
-    parser = run.Parser(prog="x.py", description="One line.\n    another")
-    parser.add_argument("--batch-size", type=run.positive_int)
-    for flags in (["--batch-size", "0"], ["--batch-size", "x"], ["--bach", "1"]):
+    parser = flags.Parser(prog="x.py", description="One line.\n    another")
+    parser.add_argument("--batch-size", type=flags.positive_int)
+    for wrong in (["--batch-size", "0"], ["--batch-size", "x"], ["--bach", "1"]):
         with pytest.raises(SystemExit) as end:
-            parser.parse_args(flags)
+            parser.parse_args(wrong)
         assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -120,32 +120,32 @@ def test_a_wrong_flag_ends_in_one_line(capsys):
 
 
 REFUSED = {
-    run.positive_int: ("0", "-1", "1e9", "1.5", "2147483648", "nan", "inf", "x", "", "1" * 5000),
-    run.count: ("-1", "1e9", "nan", "x", ""),
-    run.seed_number: ("-1", "4294967296", "nan"),
-    run.worker_count: ("-1", "1025"),
-    run.frame_count: ("0", "10001"),
-    run.grid_size: ("0", "1025"),
-    run.pixel_count: ("0", "8193"),
-    run.positive: ("0", "-0.0", "-1", "nan", "inf", "-inf", "1e400", "x", ""),
-    run.not_negative: ("-1e-9", "nan", "inf", "x", ""),
-    run.fraction: ("-0.1", "1.1", "nan", "inf"),
-    run.ratio: ("0", "-0.1", "1.0001", "nan"),
-    run.device_name: ("mps", "foo", "CPU", "cuda:", "cuda:x", "cuda:-1", "cuda:1.0", "cpu:0", ""),
+    flags.positive_int: ("0", "-1", "1e9", "1.5", "2147483648", "nan", "inf", "x", "", "1" * 5000),
+    flags.count: ("-1", "1e9", "nan", "x", ""),
+    flags.seed_number: ("-1", "4294967296", "nan"),
+    flags.worker_count: ("-1", "1025"),
+    flags.frame_count: ("0", "10001"),
+    flags.grid_size: ("0", "1025"),
+    flags.pixel_count: ("0", "8193"),
+    flags.positive: ("0", "-0.0", "-1", "nan", "inf", "-inf", "1e400", "x", ""),
+    flags.not_negative: ("-1e-9", "nan", "inf", "x", ""),
+    flags.fraction: ("-0.1", "1.1", "nan", "inf"),
+    flags.ratio: ("0", "-0.1", "1.0001", "nan"),
+    flags.device_name: ("mps", "foo", "CPU", "cuda:", "cuda:x", "cuda:-1", "cuda:1.0", "cpu:0", ""),
 }
 ACCEPTED = {
-    run.positive_int: {"1": 1, " 7 ": 7, "2147483647": 2147483647},
-    run.count: {"0": 0},
-    run.seed_number: {"0": 0, "4294967295": 4294967295},
-    run.worker_count: {"0": 0, "1024": 1024},
-    run.frame_count: {"1": 1, "10000": 10000},
-    run.grid_size: {"1": 1, "1024": 1024},
-    run.pixel_count: {"1": 1, "8192": 8192},
-    run.positive: {"1e-9": 1e-9, "1e9": 1e9},
-    run.not_negative: {"0": 0.0, "1e9": 1e9},
-    run.fraction: {"0": 0.0, "1": 1.0, "0.5": 0.5},
-    run.ratio: {"1e-3": 1e-3, "1": 1.0},
-    run.device_name: {
+    flags.positive_int: {"1": 1, " 7 ": 7, "2147483647": 2147483647},
+    flags.count: {"0": 0},
+    flags.seed_number: {"0": 0, "4294967295": 4294967295},
+    flags.worker_count: {"0": 0, "1024": 1024},
+    flags.frame_count: {"1": 1, "10000": 10000},
+    flags.grid_size: {"1": 1, "1024": 1024},
+    flags.pixel_count: {"1": 1, "8192": 8192},
+    flags.positive: {"1e-9": 1e-9, "1e9": 1e9},
+    flags.not_negative: {"0": 0.0, "1e9": 1e9},
+    flags.fraction: {"0": 0.0, "1": 1.0, "0.5": 0.5},
+    flags.ratio: {"1e-3": 1e-3, "1": 1.0},
+    flags.device_name: {
         "auto": "auto",
         "cpu": "cpu",
         "cuda": "cuda",
@@ -167,11 +167,11 @@ def test_types_take_their_range_and_nothing_else():
         argparse.ArgumentTypeError,
         match="^expected a finite number, more than 0 and at most 1, found nan$",
     ):
-        run.ratio("nan")
+        flags.ratio("nan")
     with pytest.raises(
         argparse.ArgumentTypeError, match="^expected a finite number, 0 or more, found inf$"
     ):
-        run.not_negative("inf")
+        flags.not_negative("inf")
 
 
 def test_devices(monkeypatch):

@@ -107,6 +107,7 @@ def test_controls_saliency(copy):
     )
     run(
         "saliency.py",
+        "--data",
         "data/train.csv",
         "--clip",
         CLIP,

@@ -94,17 +94,15 @@ class Videos(Sequence):
             )
 
 
-def read_manifest(path, root=None, label_column="label", strict_root=False):
+def read_manifest(path, root=None, label_column="label"):
     """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns
     are ignored.
 
     Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from
     another column, which must then exist. `start` and `end` may each be empty or absent. Blank
     lines are allowed at the end only, since row i of every companion array is line i of the
-    manifest. With `strict_root` a path that leads out of that folder, be it absolute, by .. or by a
-    link, is refused. Raises ManifestError "file:line: expected ..., found ..."."""
+    manifest. Raises ManifestError "file:line: expected ..., found ..."."""
     folder = os.fspath(Path(path).parent if root is None else root)
-    inside = os.path.join(os.path.realpath(folder), "")
     names, labels, starts, ends, number = [], [], [], [], lambda text: float(text) if text else None
 
     def fail(line, what):
@@ -148,10 +146,6 @@ def read_manifest(path, root=None, label_column="label", strict_root=False):
                 name = fields[at_path]
                 if not name.strip():
                     fail(line, "a path, found none")
-                if strict_root and not os.path.realpath(os.path.join(folder, name)).startswith(
-                    inside
-                ):
-                    fail(line, f"a path inside {folder} (--strict-root), found {name!r}")
                 start = seconds(line, "start", fields[at_start]) if at_start is not None else None
                 end = seconds(line, "end", fields[at_end]) if at_end is not None else None
                 if end is not None and end <= (start or 0):

@@ -36,23 +36,20 @@ import numpy as np
 from tqdm import tqdm
 
 from tgm.arrays import companion, refuse_foreign
+from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
 from tgm.manifest import read_manifest, require_files
 from tgm.run import (
-    Parser,
     RunError,
     StopSignal,
-    frame_count,
     ignore_signals,
     kill_workers,
     launch,
     make_folder,
     one_line_errors,
-    pixel_count,
-    positive_int,
-    whole,
 )
 from tgm.video import VideoError, VideoReader
 
+KEY_FRAME_EVERY = 12  # frames, in a re-encoded video
 REPORT = ["row", "path", "problem", "what"]  # columns
 # errors of the disk written to, not of the video read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -99,7 +96,7 @@ def reencode(job):
     The target is H.264 that decodes fast, displayed as the source is, at the same times; no sound.
     Written aside and renamed; one that is there stays. A disk that is full or cannot be written to
     is a RunError."""
-    source, target, short, gop = job
+    source, target, short = job
     if os.path.exists(target):
         return None
     aside = aside_of(target)
@@ -127,7 +124,7 @@ def reencode(job):
                             "crf": "20",
                             "preset": "fast",
                             "tune": "fastdecode",
-                            "g": str(gop),
+                            "g": str(KEY_FRAME_EVERY),
                             "threads": "1",
                         },
                     )
@@ -301,8 +298,7 @@ def reencode_all(args, videos):
             f"{args.manifest}: two of its files would have the same name in {args.reencode}"
         )
     jobs = [
-        (path, os.path.join(args.reencode, name), args.short_side, args.gop)
-        for path, name in targets.items()
+        (path, os.path.join(args.reencode, name), args.short_side) for path, name in targets.items()
     ]
     sources = {os.path.realpath(path) for path in targets}
     for source, target, *_ in jobs:
@@ -349,11 +345,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--root", help="folder that relative paths start from (default: the manifest's)"
     )
-    parser.add_argument(
-        "--strict-root",
-        action="store_true",
-        help="refuse a manifest whose paths lead out of that folder",
-    )
     parser.add_argument("--workers", type=whole(1, 1024), default=os.cpu_count(), help="processes")
     parser.add_argument(
         "--frames",
@@ -373,19 +364,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--short-side", type=pixel_count, default=256, help="pixels of re-encoded videos, at most"
     )
-    parser.add_argument(
-        "--gop",
-        type=positive_int,
-        default=12,
-        help="frames from key frame to key frame of re-encoded videos",
-    )
     return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    videos = read_manifest(args.manifest, args.root, strict_root=args.strict_root)
+    videos = read_manifest(args.manifest, args.root)
     require_files(videos, args.manifest)
     StopSignal().at_once()
     if args.reencode:

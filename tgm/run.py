@@ -1,10 +1,6 @@
-"""What every stage does besides its own work: check flags, choose a device, join ranks, load, stop,
-and resume.
+"""What every stage does besides its own work: choose a device, join ranks, load, stop, and resume.
 
 Needs arrays.py and manifest.py.
-
-    parser = Parser(description=__doc__)                    wrong flags end in one line
-    parser.add_argument("--batch-size", type=positive_int)  numbers say their range
 
     @one_line_errors                                        a reason to give up is one line
     def main(argv=None):
@@ -21,13 +17,11 @@ Needs arrays.py and manifest.py.
         launch(main)                                        a stopped run ends by its signal, not by 0
 """
 
-import argparse
 import atexit
 import contextlib
 import functools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -52,77 +46,6 @@ SAME_SIGNAL = 1.0
 
 class RunError(Exception):
     """A reason to give up, for the user: one line, with the place and the remedy."""
-
-
-# ---- flags ---------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one
-    line, not in the whole usage.
-    """
-
-    def __init__(self, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
-def whole(low, high=2**31 - 1):
-    """A type for argparse: whole numbers from low to high."""
-
-    def read(text):
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {value}")
-        return value
-
-    return read
-
-
-def real(low, high=math.inf, above=False):
-    """A type for argparse: finite numbers from low to high; with `above` low itself is too low."""
-    expected = f"more than {low:g}" if above else f"{low:g} or more"
-    if high < math.inf:
-        expected += f" and at most {high:g}"
-
-    def read(text):
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-        too_low = value <= low if above else value < low
-        if not math.isfinite(value) or too_low or value > high:
-            raise argparse.ArgumentTypeError(f"expected a finite number, {expected}, found {text}")
-        return value
-
-    return read
-
-
-positive_int = whole(1)
-count = whole(0)  # 0 or more
-seed_number = whole(0, 2**32 - 1)
-worker_count = whole(0, 1024)
-frame_count = whole(1, 10_000)
-grid_size = whole(1, 1024)
-pixel_count = whole(1, 8192)
-positive = real(0, above=True)
-not_negative = real(0)
-fraction = real(0, 1)  # both ends included
-ratio = real(0, 1, above=True)  # 0 left out
-
-
-def device_name(text):
-    """A type for argparse: auto, cpu, cuda or cuda:N."""
-    number = text.removeprefix("cuda:")
-    if text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and number.isdecimal()):
-        return text
-    raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, found {text!r}")
 
 
 # ---- ranks and devices ---------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""The command line: a parser whose errors are one line, types for flags, and the flags that stages
+share.
+
+Needs video.py, for its time limit.
+
+    parser = Parser(description=__doc__)                    wrong flags end in one line
+    parser.add_argument("--batch-size", type=positive_int)  numbers say their range
+    add_video_flags(parser)                                 --root, --video-timeout
+    add_machine_flags(parser)                               --device, --workers
+"""
+
+import argparse
+import math
+
+from tgm.video import TIMEOUT
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one
+    line, not in the whole usage.
+    """
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def whole(low, high=2**31 - 1):
+    """A type for argparse: whole numbers from low to high."""
+
+    def read(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {value}")
+        return value
+
+    return read
+
+
+def real(low, high=math.inf, above=False):
+    """A type for argparse: finite numbers from low to high; with `above` low itself is too low."""
+    expected = f"more than {low:g}" if above else f"{low:g} or more"
+    if high < math.inf:
+        expected += f" and at most {high:g}"
+
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+        too_low = value <= low if above else value < low
+        if not math.isfinite(value) or too_low or value > high:
+            raise argparse.ArgumentTypeError(f"expected a finite number, {expected}, found {text}")
+        return value
+
+    return read
+
+
+positive_int = whole(1)
+count = whole(0)  # 0 or more
+seed_number = whole(0, 2**32 - 1)
+worker_count = whole(0, 1024)
+frame_count = whole(1, 10_000)
+grid_size = whole(1, 1024)
+pixel_count = whole(1, 8192)
+positive = real(0, above=True)
+not_negative = real(0)
+fraction = real(0, 1)  # both ends included
+ratio = real(0, 1, above=True)  # 0 left out
+
+
+def device_name(text):
+    """A type for argparse: auto, cpu, cuda or cuda:N."""
+    number = text.removeprefix("cuda:")
+    if text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and number.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, found {text!r}")
+
+
+# ---- flags of several stages ---------------------------------------------------------------------
+
+
+def add_video_flags(group):
+    """--root and --video-timeout, for stages that decode the videos of a manifest."""
+    group.add_argument(
+        "--root", help="folder that relative paths start from (default: the manifest's)"
+    )
+    group.add_argument(
+        "--video-timeout",
+        type=not_negative,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds after which a video is given up",
+    )
+
+
+def add_machine_flags(group, workers=2):
+    """--device and --workers. workers: the default number of decoding processes per rank."""
+    group.add_argument(
+        "--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N"
+    )
+    group.add_argument(
+        "--workers",
+        type=worker_count,
+        default=workers,
+        help="decoding processes per rank; 0 decodes in the run itself",
+    )
+
+
+def add_training_flags(group):
+    """The flags of a training run that change how it runs, not what it learns: --amp, --compile,
+    --checkpointing, --max-steps, --resume, --save-every, --log-every."""
+    group.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision; auto: bf16 on a GPU that has it, else fp16; off on a CPU",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model: minutes at the start, faster steps on a GPU",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass: less memory, slower steps",
+    )
+    group.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
+    )
+    group.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        help="auto: go on from the checkpoint in --out, if any; none: begin again",
+    )
+    group.add_argument(
+        "--save-every",
+        type=count,
+        default=0,
+        metavar="STEPS",
+        help="also save a checkpoint every so many steps; each epoch's end saves one anyway",
+    )
+    group.add_argument("--log-every", type=positive_int, default=10, help="steps between log lines")
