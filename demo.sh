@@ -29,8 +29,8 @@ step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the c
 run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 8e-3 \
     --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
 
-step "6/6  Probes: what the frozen features know of the action and the object, beside an untrained encoder's"
-for label in label object; do
+step "6/6  Probes: what the frozen features know of action, object and scene; an untrained encoder's as baseline"
+for label in label object scene; do
     run linprobe.py --checkpoint $out/text/checkpoint.pt --label-column $label
     run linprobe.py --checkpoint none --size tiny --out $out/untrained --label-column $label
 done

@@ -37,13 +37,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as Video
 EPS = 1e-6  # every LayerNorm, and the target's deviation
 # stride: a habit of the data, not of the model
 CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)
-# decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 4 x 4 tokens
+# decoders as in VideoMAE's pretraining scripts; tiny is the toy world's: 4 x 6 x 6 tokens
 SIZES = {
     "tiny": dict(
         CUBES,
         frames=8,
         stride=2,
-        image_size=32,
+        image_size=48,
         patch=8,
         width=96,
         depth=3,

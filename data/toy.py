@@ -1,25 +1,32 @@
-"""The toy world: small H.264 videos of shapes that act, with everything about them known. Nothing
-is downloaded.
+"""The toy world: small H.264 videos of shapes that act, with everything about them known.
 
-A large two-tone shape (the object) acts in front of a textured scene; in half of the videos the
-scene drifts as if the camera moved, and up to two small grey distractors wander about. The caption
-of a video names the object's colour and shape, and nothing that needs two frames to see. Three of
-four objects stand in their shape's home scene, as boats stand on water, so that what is left of a
-video when its object is masked still says something about the object. (The split "images", on which
-the tiny models are trained, has no such habit: the models must look at the object.)
+Nothing is downloaded. Two things of one size and brightness move before a textured scene. The
+actor, whose two tones are halves, does what the video's label says, and the caption names its
+colour and shape. The bystander, whose two tones are stripes, does something else or stands still;
+its colour and shape tell nothing of the actor's. In half of the videos the actor moves most, in a
+quarter the bystander and in a quarter the camera.
 
-    python data/toy.py                    writes, in about a minute on two cores, into data/:
-        train.csv, val.csv                path, label (the action), object (the shape), caption (the
-                                          truth: for scoring only)
-        videos/{train,val}/00000.mp4 ...  64 x 64 pixels, 20 frames, 10 frames a second
-        train.masks.npy, val.masks.npy    the object's true mask, packed bits:
-                                          np.unpackbits(masks[row], axis=-1) is [20, 64, 64]
+In train.csv three of four actors act in front of their shape's home scene, as boats keep to water.
+In val.csv (the test videos) and tune.csv (for choosing rates) shape and scene are independent: who
+learnt only the scene scores at chance there. The split "images", on which the tiny models are
+trained, has no such habit either.
 
-    python data/toy.py --train-models     remakes data/toy/{blip,clip}, the tiny captioner and the tiny CLIP (data/toy_models.py)
-    python data/toy.py --report RUN ...   the demo's last table (data/toy_report.py)
+    python data/toy.py                    about a minute on two cores; writes, into data/:
+        train.csv, val.csv, tune.csv      path, label (the action), object (the shape), scene, and
+                                          the true captions of both things: caption (the actor's)
+                                          and bystander
+        videos/{train,val,tune}/*.mp4     64 x 64 pixels, 20 frames, 10 frames per second
+        train.masks.npy,                  and so on: where the actor and the bystander are to be
+        train.bystander.npy               seen, packed bits: np.unpackbits(masks[row], axis=-1) is
+                                          [20, 64, 64]
+
+    python data/toy.py --train-models     remakes data/toy/{blip,clip}, the tiny captioner and CLIP
+    python data/toy.py --report RUNS      the demo's last tables (data/toy_report.py)
 
 A scene is a pure function of (seed, split, row): `scene(...)` returns it, and `render(...)` draws
-any moment of it."""
+any moment of it. Shapes: T frames; x before y in every pair. Lengths are in pixels, times in
+seconds from 0 to 2, angles in radians.
+"""
 
 import csv
 import multiprocessing
@@ -36,11 +43,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tgm.flags import Parser, positive_int, seed_number, whole
 from tgm.run import RunError, launch, make_folder, one_line_errors
 
-SIZE, FRAMES, FPS = 64, 20, 10
-ACTIONS = ("move left", "move right", "move up", "move down", "grow", "shrink", "spin", "shake")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "moon", "bar")
+SIZE = 64
+FRAMES = 20
+FPS = 10
+HALF_TIME = FRAMES / FPS / 2
+SPLITS = {"train": 0, "val": 1, "images": 2, "tune": 3}
+DIRECTIONS = {"move left": (-1, 0), "move right": (1, 0), "move up": (0, -1), "move down": (0, 1)}
+SPINS = {"spin left": -1, "spin right": 1}
+SWINGS = {"swing sideways": (1, 0), "swing up and down": (0, 1)}
+ACTIONS = (*DIRECTIONS, *SPINS, *SWINGS)
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "moon")
 # SCENES[i] is the home of SHAPES[i]
-SCENES = ("stripes", "checks", "dots", "waves", "bricks", "hills", "mesh", "sky")
+SCENES = ("stripes", "checks", "dots", "waves", "bricks", "sky")
 COLOURS = {
     "red": (215, 45, 45),
     "green": (40, 165, 60),
@@ -50,163 +64,187 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 AT_HOME = 0.75
+# who moves most, each as often as it stands here
+MOVERS = ("actor", "actor", "bystander", "camera")
+SWINGS_PER_SECOND = 0.75
 
 
 @dataclass
-class Scene:
-    """Lengths are in pixels, velocities in pixels per second, angles in radians, `seconds` run
-    from 0 to FRAMES / FPS.
-    """
+class Thing:
+    """A shape that acts. Its pixels move at `speed` on average, whatever it does."""
 
-    action: str
+    action: str  # one of ACTIONS
     shape: str
     colour: str
-    scene: str
-    centre: np.ndarray  # [2] x, y at half time
-    radius: float  # at half time
-    angle: float
-    travel: np.ndarray  # [2] x, y: velocity of the object on the screen
-    growth: float  # factor on the radius per second
-    spin: float  # radians per second
-    shake: np.ndarray  # [2] amplitude of a shake of 2.5 Hz
-    camera: np.ndarray  # [2] velocity of the scene on the screen; (0, 0) for a static camera
-    offset: np.ndarray  # [2] where the scene's texture starts
-    tones: np.ndarray  # [2, 3] the scene's two colours
-    tint: np.ndarray  # [3] the object's colour, jittered
-    distractors: np.ndarray  # [0..2, 6] x, y, vx, vy, radius, grey
+    striped: bool  # the two tones: stripes, or halves
+    speed: float  # pixels per second; 0 stands still
+    centre: np.ndarray  # [2] at half time
+    radius: float
+    angle: float  # at half time
+    phase: float  # of a swing
+    tint: np.ndarray  # [3] the colour, jittered
 
     @property
     def caption(self):
         return f"a {self.colour} {self.shape}"
 
+    @property
+    def travel(self):
+        """Velocity [2] of a thing that goes somewhere."""
+        return self.speed * np.array(DIRECTIONS.get(self.action, (0, 0)), float)
+
+    @property
+    def spin(self):
+        """Angular velocity: a disc of 0.9 radii moves at two thirds of its rim's speed on
+        average.
+        """
+        return SPINS.get(self.action, 0) * self.speed / (2 / 3 * 0.9 * self.radius)
+
+    @property
+    def swing(self):
+        """Amplitude [2] of a sine, which in a period covers four times its amplitude."""
+        amplitude = self.speed / (4 * SWINGS_PER_SECOND)
+        return amplitude * np.array(SWINGS.get(self.action, (0, 0)), float)
+
+
+@dataclass
+class Scene:
+    actor: Thing
+    bystander: Thing
+    name: str  # one of SCENES
+    camera: np.ndarray  # [2] velocity of the scene on the screen; (0, 0) for a static camera
+    offset: np.ndarray  # [2] where the scene's texture starts
+    tones: np.ndarray  # [2, 3] the scene's two colours
+
+
+def draw_thing(rng, action, speed, centre, striped):
+    """A Thing of random shape, colour, size and angle."""
+    colour = str(rng.choice(list(COLOURS)))
+    return Thing(
+        action=action,
+        shape=str(rng.choice(SHAPES)),
+        colour=colour,
+        striped=striped,
+        speed=speed,
+        centre=centre,
+        radius=rng.uniform(12.5, 14.5),
+        angle=rng.uniform(-0.5, 0.5),
+        phase=rng.uniform(0, 2 * np.pi),
+        tint=np.clip(np.array(COLOURS[colour]) + rng.uniform(-12, 12, 3), 0, 255),
+    )
+
+
+def unit(angle):
+    return np.array((np.cos(angle), np.sin(angle)))
+
 
 def scene(seed, split="train", row=0):
     """The scene of one row: a pure function of its arguments. Returns a Scene."""
-    rng = np.random.default_rng([seed, {"train": 0, "val": 1, "images": 2}[split], row])
-    action, colour = ACTIONS[rng.integers(len(ACTIONS))], list(COLOURS)[rng.integers(len(COLOURS))]
-    kind = rng.integers(len(SHAPES))
-    home = kind if split != "images" and rng.random() < AT_HOME else rng.integers(len(SCENES))
-    speed, sign = rng.uniform(8, 14), rng.choice((-1, 1))
-    direction = {
-        "move left": (-1, 0),
-        "move right": (1, 0),
-        "move up": (0, -1),
-        "move down": (0, 1),
-    }.get(action, (0, 0))
-    heading = rng.uniform(0, 2 * np.pi)
-    drift = rng.uniform(6, 16) * np.array((np.cos(heading), np.sin(heading)))
-    heading = rng.uniform(0, 2 * np.pi)
+    rng = np.random.default_rng([seed, SPLITS[split], row])
+    action, other = rng.choice(ACTIONS, 2, replace=False)
+    speeds = {"actor": rng.uniform(7, 10)}
+    mover = rng.choice(MOVERS)
+    for name in ("bystander", "camera"):
+        factor = rng.uniform(1.25, 1.5) if name == mover else rng.choice((0, 0.5))
+        speeds[name] = factor * speeds["actor"]
+
+    middle = SIZE / 2 + rng.uniform(-2, 2, 2)
+    apart = rng.uniform(28, 32) * unit(rng.uniform(0, 2 * np.pi))
+    actor = draw_thing(rng, str(action), speeds["actor"], middle + apart / 2, striped=False)
+    bystander = draw_thing(rng, str(other), speeds["bystander"], middle - apart / 2, striped=True)
+
+    name = str(rng.choice(SCENES))
+    if split == "train" and rng.random() < AT_HOME:
+        name = SCENES[SHAPES.index(actor.shape)]
     base = rng.uniform(70, 150, 3)
-    count = rng.integers(3)
     return Scene(
-        action=action,
-        shape=SHAPES[kind],
-        colour=colour,
-        scene=SCENES[home],
-        centre=SIZE / 2 + rng.uniform(-7, 7, 2),
-        radius=rng.uniform(15, 20),
-        angle=rng.uniform(-0.5, 0.5),
-        travel=speed * np.array(direction, float),
-        growth={"grow": 1.55, "shrink": 1 / 1.55}.get(action, 1.0),
-        spin=sign * rng.uniform(2, 3.5) if action == "spin" else 0.0,
-        shake=rng.uniform(3, 5) * np.array((np.cos(heading), np.sin(heading)))
-        if action == "shake"
-        else np.zeros(2),
-        camera=drift if rng.random() < 0.5 else np.zeros(2),
-        offset=rng.uniform(0, 64, 2),
+        actor=actor,
+        bystander=bystander,
+        name=name,
+        camera=speeds["camera"] * unit(rng.uniform(0, 2 * np.pi)),
+        offset=rng.uniform(0, SIZE, 2),
         tones=np.stack([base, base + rng.choice((-1, 1)) * rng.uniform(30, 45)]),
-        tint=np.clip(np.array(COLOURS[colour]) + rng.uniform(-12, 12, 3), 0, 255),
-        distractors=np.stack(
-            [
-                rng.uniform(6, 58, count),
-                rng.uniform(6, 58, count),
-                rng.uniform(-16, 16, count),
-                rng.uniform(-16, 16, count),
-                rng.uniform(3, 5, count),
-                rng.uniform(40, 200, count),
-            ],
-            1,
-        ),
     )
 
 
 def inside(shape, x, y):
-    """Signed distance, roughly, to a shape of radius 1 at the origin: negative inside. x, y:
-    arrays of one shape.
-    """
+    """Roughly the signed distance to a shape of radius 1 at the origin, negative inside. The area
+    is about 2.5. x, y: arrays of one shape."""
     r = np.hypot(x, y)
     if shape == "circle":
         return r - 0.9
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.8
     if shape == "triangle":
-        return np.maximum(y, np.maximum(0.866 * x - 0.5 * y, -0.866 * x - 0.5 * y)) - 0.52
-    if shape == "star":
-        return r - 0.68 - 0.34 * np.cos(5 * np.arctan2(y, x))
+        return np.maximum(y, np.maximum(0.866 * x - 0.5 * y, -0.866 * x - 0.5 * y)) - 0.66
     if shape == "cross":
-        return np.minimum(
-            np.maximum(abs(x) - 1, abs(y) - 0.32), np.maximum(abs(x) - 0.32, abs(y) - 1)
-        )
+        upright = np.maximum(abs(x) - 0.36, abs(y) - 1.05)
+        level = np.maximum(abs(x) - 1.05, abs(y) - 0.36)
+        return np.minimum(upright, level)
     if shape == "ring":
-        return abs(r - 0.75) - 0.25
-    if shape == "moon":
-        return np.maximum(r - 1, 0.72 - np.hypot(x - 0.55, y))
-    return np.maximum(abs(x) - 1, abs(y) - 0.38)  # bar
+        return abs(r - 0.8) - 0.25
+    return np.maximum(r - 1.1, 0.75 - np.hypot(x - 0.65, y))  # moon
 
 
-def texture(kind, x, y):
-    """The scene's pattern in [0, 1] at pixel positions x, y: smooth edges, no noise, a period of
-    12 to 16 pixels.
-    """
-    wave = lambda phase: np.clip(0.5 + 1.5 * np.sin(phase), 0, 1)
-    u, v = x * (2 * np.pi / 12), y * (2 * np.pi / 12)
-    if kind == "stripes":
-        return wave(u + v)
-    if kind == "checks":
+def texture(name, x, y):
+    """The scene's pattern in [0, 1] at pixel positions x, y: smooth edges, no noise, a period of 12
+    to 16 pixels."""
+    u = x * (2 * np.pi / 12)
+    v = y * (2 * np.pi / 12)
+    if name == "stripes":
+        return np.clip(0.5 + 1.5 * np.sin(u + v), 0, 1)
+    if name == "checks":
         return np.clip(0.5 + 2 * np.sin(u) * np.sin(v), 0, 1)
-    if kind == "dots":
+    if name == "dots":
         return np.clip(1.5 * (np.cos(u) + np.cos(v)) - 0.8, 0, 1)
-    if kind == "waves":
-        return wave(v + 1.6 * np.sin(u / 2))
-    if kind == "bricks":
+    if name == "waves":
+        return np.clip(0.5 + 1.5 * np.sin(v + 1.6 * np.sin(u / 2)), 0, 1)
+    if name == "bricks":
         shift = np.where((y // 8) % 2 < 1, 0, 8)
         return np.minimum(np.clip(y % 8 - 0.5, 0, 1), np.clip((x + shift) % 16 - 0.5, 0, 1))
-    if kind == "hills":
-        return wave(u / 2 - 1.2 * np.abs(np.sin(v / 4)) * 3)
-    if kind == "mesh":
-        return np.maximum(np.clip(3 * np.cos(u) - 2, 0, 1), np.clip(3 * np.cos(v) - 2, 0, 1))
     return 0.5 + 0.5 * np.sin(v / 6 + 0.3 * np.sin(u / 6))  # sky
 
 
-def render(sc, seconds):
-    """Draws a Scene at the times given (float [T], seconds). Returns frames uint8 [T, 64, 64, 3]
-    and the object's visible mask bool [T, 64, 64]."""
-    t = np.asarray(seconds, float)[:, None, None]  # [T, 1, 1]
+def draw(thing, x, y, t):
+    """A Thing alone at pixels x, y [H, W] and times t [T, 1, 1].
+
+    Returns its opacity [T, H, W] and its colour [T, H, W, 3]."""
+    past = t - HALF_TIME
+    swing = np.sin(2 * np.pi * SWINGS_PER_SECOND * t + thing.phase)
+    dx = x - thing.centre[0] - thing.travel[0] * past - thing.swing[0] * swing
+    dy = y - thing.centre[1] - thing.travel[1] * past - thing.swing[1] * swing
+    cos = np.cos(thing.angle + thing.spin * past)
+    sin = np.sin(thing.angle + thing.spin * past)
+    u = (dx * cos + dy * sin) / thing.radius
+    v = (dy * cos - dx * sin) / thing.radius
+    opacity = np.clip(0.5 - inside(thing.shape, u, v) * thing.radius, 0, 1)
+    bright = np.sin(2 * np.pi * v) > 0 if thing.striped else v > 0
+    return opacity, np.where(bright, 1.0, 0.6)[..., None] * thing.tint
+
+
+def render(sc, seconds, things=None):
+    """Draws a Scene at the times given (float [T]).
+
+    things: those in it, from front to back; the actor and the bystander unless told otherwise.
+    Returns frames uint8 [T, 64, 64, 3] and where each thing is seen, bool [things, T, 64, 64]."""
+    things = (sc.actor, sc.bystander) if things is None else things
+    t = np.asarray(seconds, float)[:, None, None]
     y, x = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
-    pattern = texture(
-        sc.scene, x - sc.offset[0] - sc.camera[0] * t, y - sc.offset[1] - sc.camera[1] * t
-    )[..., None]
+    left = sc.offset[0] + sc.camera[0] * t
+    top = sc.offset[1] + sc.camera[1] * t
+    pattern = texture(sc.name, x - left, y - top)[..., None]
     image = sc.tones[0] * (1 - pattern) + sc.tones[1] * pattern  # [T, 64, 64, 3]
-    for px, py, vx, vy, radius, grey in sc.distractors:
-        alpha = np.clip(radius - np.hypot(x - px - vx * t, y - py - vy * t) + 0.5, 0, 1)[..., None]
-        image = image * (1 - alpha) + grey * alpha
-    past_half = t - FRAMES / FPS / 2
-    swing = np.sin(2 * np.pi * 2.5 * t)
-    dx = x - sc.centre[0] - sc.travel[0] * past_half - sc.shake[0] * swing
-    dy = y - sc.centre[1] - sc.travel[1] * past_half - sc.shake[1] * swing
-    radius, angle = sc.radius * sc.growth**past_half, sc.angle + sc.spin * past_half
-    u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius
-    v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
-    alpha = np.clip(0.5 - inside(sc.shape, u, v) * radius, 0, 1)[..., None]
-    shade = np.where(v > 0, 1.0, 0.72)[..., None]  # two tones, so that a spin shows
-    image = image * (1 - alpha) + sc.tint * shade * alpha
-    return image.round().astype(np.uint8), alpha[..., 0] > 0.5
+    masks = np.zeros((len(things), len(t), SIZE, SIZE), bool)
+    for index in reversed(range(len(things))):
+        opacity, colour = draw(things[index], x, y, t)
+        image = image * (1 - opacity[..., None]) + colour * opacity[..., None]
+        masks &= opacity <= 0.5  # it hides what is behind it
+        masks[index] = opacity > 0.5
+    return image.round().astype(np.uint8), masks
 
 
 def write_video(path, frames):
-    """Writes frames uint8 [T, H, W, 3] as H.264 with B-frames and one key frame, FPS frames a
-    second.
-    """
+    """Writes frames uint8 [T, H, W, 3] as H.264 with B-frames and one key frame, at FPS."""
     with av.open(str(path), "w") as container:
         # without macroblock trees: at this size they make two encodings of the same frames differ
         options = {"preset": "fast", "crf": "16", "threads": "1", "x264-params": "mbtree=0"}
@@ -214,7 +252,8 @@ def write_video(path, frames):
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for index, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = index, Fraction(1, FPS)
+            picture.pts = index
+            picture.time_base = Fraction(1, FPS)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
@@ -223,39 +262,42 @@ def write_row(job):
     out, seed, split, row = job
     sc = scene(seed, split, row)
     frames, masks = render(sc, np.arange(FRAMES) / FPS)
-    name = f"videos/{split}/{row:05d}.mp4"
-    write_video(out / name, frames)
-    return (name, sc.action, sc.shape, sc.caption), np.packbits(masks, axis=-1)
+    path = f"videos/{split}/{row:05d}.mp4"
+    write_video(out / path, frames)
+    line = (path, sc.actor.action, sc.actor.shape, sc.name, sc.actor.caption, sc.bystander.caption)
+    return line, np.packbits(masks, axis=-1)
+
+
+def write_split(out, split, count, seed, workers):
+    """Writes the videos of one split under the folder `out`, its manifest and its true masks."""
+    (out / "videos" / split).mkdir(parents=True, exist_ok=True)
+    jobs = [(out, seed, split, row) for row in range(count)]
+    masks = np.zeros((2, count, FRAMES, SIZE, SIZE // 8), np.uint8)
+    with open(out / f"{split}.csv", "w", newline="") as file, multiprocessing.Pool(workers) as pool:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "object", "scene", "caption", "bystander"))
+        rows = pool.imap(write_row, jobs, chunksize=16)
+        for row, (line, both) in enumerate(tqdm(rows, f"{split} videos", count, disable=None)):
+            writer.writerow(line)
+            masks[:, row] = both
+    np.save(out / f"{split}.masks.npy", masks[0])
+    np.save(out / f"{split}.bystander.npy", masks[1])
 
 
 def write_world(out, train, val, seed=0, workers=2):
-    """Writes the manifests, the videos and the true masks under the folder `out`."""
-    for split, count in (("train", train), ("val", val)):
-        (out / "videos" / split).mkdir(parents=True, exist_ok=True)
-        jobs = [(out, seed, split, row) for row in range(count)]
-        masks = np.zeros((count, FRAMES, SIZE, SIZE // 8), np.uint8)
-        with (
-            open(out / f"{split}.csv", "w", newline="") as file,
-            multiprocessing.Pool(workers) as pool,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(("path", "label", "object", "caption"))
-            rows = tqdm(
-                pool.imap(write_row, jobs, chunksize=16), f"{split} videos", count, disable=None
-            )
-            for index, (line, mask) in enumerate(rows):
-                writer.writerow(line)
-                masks[index] = mask
-        np.save(out / f"{split}.masks.npy", masks)
+    """Writes train.csv of `train` videos, val.csv and tune.csv of `val` videos each, and their
+    videos and masks."""
+    for split, count in (("train", train), ("val", val), ("tune", val)):
+        write_split(out, split, count, seed, workers)
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("data"), help="folder for the manifests, videos and masks"
-    )
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write into")
     parser.add_argument("--train", type=positive_int, default=3000, help="videos in train.csv")
-    parser.add_argument("--val", type=positive_int, default=600, help="videos in val.csv")
+    parser.add_argument(
+        "--val", type=positive_int, default=600, help="videos in each of val.csv and tune.csv"
+    )
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
         "--workers", type=whole(1, 1024), default=2, help="processes that draw and encode"
@@ -267,7 +309,7 @@ def parse_args(argv=None):
         "--report",
         type=Path,
         metavar="RUNS",
-        help="print the demo's table for the runs in this folder instead",
+        help="print the demo's tables for the runs in this folder instead",
     )
     return parser.parse_args(argv)
 
@@ -288,7 +330,8 @@ def main(argv=None):
     else:
         make_folder(args.out)
         write_world(args.out, args.train, args.val, args.seed, args.workers)
-        print(f"{args.train} + {args.val} videos: {args.out / 'train.csv'}, {args.out / 'val.csv'}")
+        names = ", ".join(str(args.out / f"{split}.csv") for split in ("train", "val", "tune"))
+        print(f"{args.train} + {args.val} + {args.val} videos: {names}")
 
 
 if __name__ == "__main__":

@@ -1,93 +1,119 @@
-"""The last table of demo.sh: what each stage made of the toy world, scored against its truth.
+"""The last tables of demo.sh: what each stage made of the toy world, scored against its truth.
 
     python data/toy.py --report runs/demo
 
-Pointing accuracy: how often the patch of highest saliency points at the object: the object is
-within 2 pixels of the patch's centre along both axes (the pointing game allows 15 pixels in
-photographs, Zhang et al. 2016, arXiv 1608.00507).
-AUC: how likely a patch on the object (at least half of its pixels are) scores higher than one that
-is not, mean over frames."""
+Pointing accuracy: how often the patch of highest saliency points at a thing: the thing is within
+2 pixels of the patch's centre along both axes (the pointing game allows 15 pixels in photographs,
+Zhang et al. 2016, arXiv 1608.00507). AUC: how likely a patch on the thing (at least half of its
+pixels are) scores higher than one that is not, mean over frames.
+"""
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import toy
 
 TOLERANCE = 2  # pixels about a patch's centre that count as pointed at
+LABELS = {"label": "action", "object": "object", "scene": "scene"}
+
+
+def read_truth(folder, split):
+    """The lines of a manifest, each with the actor's colour beside its columns."""
+    with open(folder / f"{split}.csv", newline="") as file:
+        return [line | {"colour": line["caption"].split()[1]} for line in csv.DictReader(file)]
 
 
 def caption_match(folder, split="val"):
     """Share of the captions that equal the true one, word for word."""
-    with open(folder / f"{split}.csv", newline="") as file:
-        truth = [line["caption"] for line in csv.DictReader(file)]
-    made = [
-        json.loads(line)["captions"]
-        for line in (folder / f"{split}.captions.jsonl").read_text().splitlines()
+    lines = (folder / f"{split}.captions.jsonl").read_text().splitlines()
+    made = [json.loads(line)["captions"] for line in lines]
+    truth = read_truth(folder, split)
+    right = [
+        text == line["caption"] for texts, line in zip(made, truth, strict=True) for text in texts
     ]
-    return float(
-        np.mean([text == true for texts, true in zip(made, truth, strict=True) for text in texts])
-    )
+    return float(np.mean(right))
+
+
+def usual_label(folder, column, given):
+    """Accuracy on val.csv of saying what `column` most often is in train.csv where `given` is the
+    same: what a guess gets that knows `given` alone."""
+    seen = {}
+    for line in read_truth(folder, "train"):
+        seen.setdefault(line[given], Counter())[line[column]] += 1
+    usual = {value: counts.most_common(1)[0][0] for value, counts in seen.items()}
+    right = [usual.get(line[given]) == line[column] for line in read_truth(folder, "val")]
+    return float(np.mean(right))
 
 
 def score_saliency(saliency, masks):
-    """Saliency [N, K, S, G, G] against the true packed masks [N, 20, 64, 8]: pointing accuracy and
-    AUC over all videos, captions and moments, and what chance gives for pointing (the share of
-    patches that point at the object)."""
-    count, texts, moments, grid, _ = saliency.shape
+    """Saliency [N, K, S, G, G] against packed masks [N, 20, 64, 8] of a thing.
+
+    Returns pointing accuracy and AUC over all videos, captions and moments, and what chance gives
+    for pointing: the share of patches that point at the thing."""
+    count, _, moments, grid, _ = saliency.shape
     seconds = (np.arange(moments) + 0.5) * (toy.FRAMES / toy.FPS) / moments
     pixels = np.unpackbits(masks[:, np.floor(seconds * toy.FPS + 1e-6).astype(int)], axis=-1)
-    side, margin = toy.SIZE // grid, max(0, toy.SIZE // grid // 2 - TOLERANCE)
-    patches = pixels.reshape(count, moments, grid, side, grid, side).swapaxes(
-        3, 4
-    )  # [N, S, G, G, side, side]
+    side = toy.SIZE // grid
+    margin = max(0, side // 2 - TOLERANCE)
+    patches = pixels.reshape(count, moments, grid, side, grid, side)
+    patches = patches.swapaxes(3, 4)  # [N, S, G, G, side, side]
     near = patches[..., margin : side - margin, margin : side - margin].any((-1, -2))
     on = patches.mean((-1, -2), dtype=np.float32) >= 0.5
-    near, on = (
-        np.broadcast_to(x[:, None], saliency.shape).reshape(-1, grid * grid) for x in (near, on)
-    )
+    near = np.broadcast_to(near[:, None], saliency.shape).reshape(-1, grid * grid)
+    on = np.broadcast_to(on[:, None], saliency.shape).reshape(-1, grid * grid)
     scores = saliency.astype(np.float32).reshape(on.shape)
     known = np.isfinite(scores).all(1) & on.any(1) & ~on.all(1)
     scores, near, on = scores[known], near[known], on[known]
     pointing = np.take_along_axis(near, scores.argmax(1)[:, None], 1).mean()
     ranks = scores.argsort(1, kind="stable").argsort(1) + 1.0  # Mann and Whitney's U
     positives = on.sum(1)
-    auc = ((ranks * on).sum(1) - positives * (positives + 1) / 2) / (
-        positives * (grid * grid - positives)
-    )
+    wins = (ranks * on).sum(1) - positives * (positives + 1) / 2
+    auc = wins / (positives * (grid * grid - positives))
     return float(pointing), float(auc.mean()), float(near.mean())
 
 
-def report(folder, runs):
-    """Prints the table. folder: the toy world's; runs: what demo.sh made."""
-    masks = np.load(folder / "val.masks.npy")
-    lines = [("captions, exact match on val.csv", f"{caption_match(folder):.3f}")]
+def print_table(head, rows):
+    """Columns as wide as they need to be; numbers with three digits."""
+    show = lambda cell: cell if isinstance(cell, str) else f"{cell:.3f}"
+    cells = [[show(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for row in cells:
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+    print()
+
+
+def saliency_rows(folder, runs):
+    actor, bystander = np.load(folder / "val.masks.npy"), np.load(folder / "val.bystander.npy")
     for dense in ("last", "value", "self"):
-        pointing, auc, share = score_saliency(np.load(runs / f"{dense}.saliency.npy"), masks)
-        lines.append(
-            (
-                f"saliency --dense {dense}: pointing, AUC (chance {share:.2f}, 0.50)",
-                f"{pointing:.3f}  {auc:.3f}",
-            )
-        )
-    log = [json.loads(line) for line in (runs / "text/log.jsonl").read_text().splitlines()]
-    for key, name in (("loss_mae", "reconstruction loss"), ("loss_nce", "contrastive loss")):
-        lines.append((f"{name}, first and last logged", f"{log[0][key]:.3f}  {log[-1][key]:.3f}"))
-    for label, name in (("label", "action"), ("object", "object")):
-        trained, untrained = (
-            json.loads((runs / where / f"{label}.json").read_text())
-            for where in ("text/probe", "untrained")
-        )
-        chance = f"(majority class {trained['majority']:.2f})"
+        maps = np.load(runs / f"{dense}.saliency.npy")
+        pointing, auc, chance = score_saliency(maps, actor)
+        yield f"--dense {dense}", pointing, score_saliency(maps, bystander)[0], auc
+    yield "chance", chance, score_saliency(maps, bystander)[2], 0.5
+
+
+def probe_rows(folder, runs):
+    for column, name in LABELS.items():
+        trained = json.loads((runs / f"text/probe/{column}.json").read_text())
+        untrained = json.loads((runs / f"untrained/{column}.json").read_text())
+        colour = usual_label(folder, column, "colour")
+        scene = usual_label(folder, column, "scene") if column != "scene" else ""
         for probe in ("linear", "knn"):
-            lines.append(
-                (
-                    f"{name}, {probe}: pretrained, untrained {chance}",
-                    f"{trained[probe]:.3f}  {untrained[probe]:.3f}",
-                )
-            )
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"{name:{width}}   {value}")
+            floors = trained["majority"], colour, scene
+            yield f"{name}, {probe}", trained[probe], untrained[probe], *floors
+
+
+def report(folder, runs):
+    """Prints the tables. folder: the toy world's; runs: what demo.sh made."""
+    print(f"Captions: {caption_match(folder):.3f} of val.csv's are the true ones, word for word.\n")
+    head = ("saliency of the actor's caption", "points at actor", "at bystander", "AUC")
+    print_table(head, saliency_rows(folder, runs))
+    log = [json.loads(line) for line in (runs / "text/log.jsonl").read_text().splitlines()]
+    losses = {"reconstruction": "loss_mae", "contrastive": "loss_nce"}
+    rows = [(name, log[0][key], log[-1][key]) for name, key in losses.items()]
+    print_table(("loss", "first logged", "last"), rows)
+    floors = "majority", "colour alone", "scene alone"
+    print_table(("probe, on val.csv", "pretrained", "untrained", *floors), probe_rows(folder, runs))
     print("pictures:", *sorted(str(path) for path in Path(runs).rglob("*.png")), sep="\n  ")

@@ -4,22 +4,20 @@ experiments/MASKS.md.
     python data/toy.py
     python caption.py --data data/val.csv --model data/toy/blip && python saliency.py --data data/val.csv --clip local-dir:data/toy/clip --moments 8
     python saliency.py --data data/val.csv --cue motion --grid 8
-    python experiments/masks.py                                 the tables of the field, the objects and the points: a minute on a CPU
+    python experiments/masks.py                                 the tables: a minute on a CPU
     python experiments/masks.py --field raft=runs/raft          beside them a field that saliency.py wrote with --out runs/raft
     python experiments/masks.py --warp --data my.csv            how well fields explain any videos: frames moved along them, against not
-    python experiments/masks.py --cost                          what making a mask costs beside a training step of ViT-B: 5 minutes
 
 Clips are the first 16 of a video's 20 frames, 64 x 64 pixels; tokens are 2 frames of 8 x 8 pixels:
 a grid of 8 x 8 x 8.
-Letters: N videos, S moments, G grid, t h w tokens, P points of an object.
+Shapes: N videos, S moments, G grid, t h w tokens, P points of the actor.
 """
 
 import argparse
 import csv
-import os
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +39,14 @@ SECONDS = toy.FRAMES / toy.FPS
 
 
 def moves(sc):
-    return sc.action.startswith("move")
+    return sc.actor.action.startswith("move")
 
 
 def field_error(field, scenes):
-    """How far a motion field is from the truth on the object, camera motion taken out of both (the
+    """How far a motion field is from the truth on the actor, camera motion taken out of both (the
     field's median; the true one).
 
-    field [N, S, 2, G, G]; scenes: those of its rows. Cells count whose pixels are half the object's
+    field [N, S, 2, G, G]; scenes: those of its rows. Cells count whose pixels are half the actor's
     or more, in videos that move. Returns {"static" or "drifting": (share of cells whose direction
     is within 45 degrees, mean of the end-point error relative to the true displacement, number of
     videos)}, means over videos."""
@@ -57,14 +55,14 @@ def field_error(field, scenes):
     for row, sc in enumerate(scenes):
         if not moves(sc):
             continue
-        _, mask = toy.render(sc, segment_midpoints(0, SECONDS, moments))
+        _, (mask, _) = toy.render(sc, segment_midpoints(0, SECONDS, moments))
         on = (
             mask.reshape(moments, grid, toy.SIZE // grid, grid, toy.SIZE // grid).mean((2, 4))
             >= 0.5
         )
         measured = field[row].astype(np.float32) * toy.SIZE  # pixels per second
         measured = np.moveaxis(measured - np.median(measured, (2, 3), keepdims=True), 1, -1)[on]
-        true = sc.travel - sc.camera
+        true = sc.actor.travel - sc.camera
         length = np.linalg.norm(true)
         along = measured @ true / (length * np.linalg.norm(measured, axis=1).clip(1e-9))
         error = np.linalg.norm(measured - true, axis=1) / length
@@ -78,45 +76,39 @@ def field_error(field, scenes):
     }
 
 
-def object_share(mask, scenes):
-    """The share of the object's pixels that a mask hides, over the clip: mask bool [N, t*h*w] ->
-    float [N].
-    """
-    hidden = (
-        mask.view(-1, *GRID)
-        .repeat_interleave(2, 1)
-        .repeat_interleave(PATCH, 2)
-        .repeat_interleave(PATCH, 3)
-        .numpy()
-    )
+def hidden_share(mask, scenes, thing):
+    """The share of a thing's pixels that a mask hides, over the clip. mask: bool [N, t*h*w]; thing:
+    0 the actor, 1 the bystander. Returns float [N]."""
+    tokens = mask.view(-1, *GRID).repeat_interleave(2, 1)
+    hidden = tokens.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3).numpy()
     frames = np.arange(2 * GRID[0]) / toy.FPS
-    true = np.stack([toy.render(sc, frames)[1] for sc in scenes])
+    true = np.stack([toy.render(sc, frames)[1][thing] for sc in scenes])
     return (hidden & true).sum((1, 2, 3)) / true.sum((1, 2, 3))
 
 
-def object_points(sc, count=1500):
-    """Where points that are fixed on the object stand in the middle of each slice: pixels [t, P,
+def actor_points(sc, count=1500):
+    """Where points that are fixed on the actor stand in the middle of each slice: pixels [t, P,
     2]; those that stay in the picture.
     """
+    actor = sc.actor
     u = np.random.default_rng(0).uniform(-1.2, 1.2, (count, 2))
-    u = u[toy.inside(sc.shape, u[:, 0], u[:, 1]) < 0]  # [P, 2] in units of the radius
+    u = u[toy.inside(actor.shape, u[:, 0], u[:, 1]) < 0]  # [P, 2] in units of the radius
     past = SLICES - SECONDS / 2
-    angle, radius = sc.angle + sc.spin * past, sc.radius * sc.growth**past
+    angle = actor.angle + actor.spin * past
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])  # [2, 2, t]
-    centre = (
-        sc.centre + np.outer(past, sc.travel) + np.outer(np.sin(2 * np.pi * 2.5 * SLICES), sc.shake)
-    )
-    at = centre[:, None] + radius[:, None, None] * np.einsum("xyt,py->tpx", turn, u)
+    swing = np.sin(2 * np.pi * toy.SWINGS_PER_SECOND * SLICES + actor.phase)
+    centre = actor.centre + np.outer(past, actor.travel) + np.outer(swing, actor.swing)  # [t, 2]
+    at = centre[:, None] + actor.radius * np.einsum("xyt,py->tpx", turn, u)
     return at[:, ((at >= 0) & (at < toy.SIZE)).all((0, 2))]
 
 
 def constancy(mask, scenes):
-    """How constant the set of visible object points is: the Jaccard index of the sets of two slices
+    """How constant the set of visible points of the actor is: the Jaccard index of the sets of two slices
     (points visible in both, of those visible in either), mean over pairs of slices. mask bool [N,
     t*h*w] -> float [N], NaN where no point is ever visible."""
     result = []
     for visible, sc in zip((~mask).view(-1, *GRID).numpy(), scenes):
-        at = (object_points(sc) // PATCH).astype(int)
+        at = (actor_points(sc) // PATCH).astype(int)
         seen = visible[np.arange(GRID[0])[:, None], at[..., 1], at[..., 0]].astype(float)  # [t, P]
         both = seen @ seen.T
         either = seen.sum(1)[:, None] + seen.sum(1) - both
@@ -157,7 +149,7 @@ def measure(args):
     with open(args.data, newline="") as file:
         truth = list(csv.DictReader(file))
     scenes = [toy.scene(args.seed, args.split, row) for row in range(len(truth))]
-    if [line.get("label") for line in truth] != [sc.action for sc in scenes]:
+    if [line.get("label") for line in truth] != [sc.actor.action for sc in scenes]:
         sys.exit(f"{args.data}: is not the toy world's {args.split} split of seed {args.seed}")
     videos, prefix = read_manifest(args.data), Path(args.data).with_suffix("")
     remedy = f"python saliency.py --data {args.data} --cue motion --grid 8"
@@ -171,7 +163,7 @@ def measure(args):
         f"python saliency.py --data {args.data} --clip local-dir:data/toy/clip",
     )
 
-    print("### The motion field on the object of moving actions, camera motion taken out\n")
+    print("### The motion field on the actor of moving actions, camera motion taken out\n")
     errors = {name: field_error(field, scenes) for name, field in fields.items()}
     table(
         ("field", "camera", "videos", "direction within 45°", "end-point error / displacement"),
@@ -184,9 +176,8 @@ def measure(args):
 
     maps = {"saliency": cut(saliency[:, 0]), "motion": cut(fields["codec"], motion=True)}
     still = maps | {"motion": torch.zeros_like(maps["motion"])}
-    drifting, moving = (
-        np.array([f(sc) for sc in scenes]) for f in (lambda sc: sc.camera.any(), moves)
-    )
+    drifting = np.array([sc.camera.any() for sc in scenes])
+    moving = np.array([moves(sc) for sc in scenes])
     groups = {
         "static, moving": ~drifting & moving,
         "drifting, moving": drifting & moving,
@@ -197,9 +188,14 @@ def measure(args):
         name, ratio, len(scenes), GRID, generator=torch.Generator().manual_seed(0), **maps
     )
     for title, measured, names in (
-        ("### Share of the object's pixels masked", object_share, tuple(masking.MASKS)),
+        ("### Share of the actor's pixels masked", partial(hidden_share, thing=0), masking.MASKS),
         (
-            "### Constancy of the visible object points (Jaccard index of two slices)",
+            "### Share of the bystander's pixels masked",
+            partial(hidden_share, thing=1),
+            masking.MASKS,
+        ),
+        (
+            "### Constancy of the actor's visible points (Jaccard index of two slices)",
             constancy,
             ("random", "tube", "flow"),
         ),
@@ -275,81 +271,6 @@ def warp(args):
     table(("field", "videos", "0.1 s apart", "0.27 s apart"), rows)
 
 
-def cost(batch=32, micro=4, repeats=11):
-    """Milliseconds of each mask for a batch, from stored maps to tokens, and of ViT-B's forward
-    and backward step on it.
-    """
-    from model import VideoMAE
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    grid, generator = (8, 14, 14), torch.Generator().manual_seed(0)
-    uniform = lambda *shape: torch.rand(*shape, generator=generator).to(device)
-    stored = uniform(batch, 16, 14, 14).half()
-    field = uniform(batch, 32, 2, 14, 14).half() - 0.5
-    noise = uniform(batch, 1568)
-    place = (
-        torch.linspace(0.3, 0.5, 8, device=device).expand(batch, -1),
-        torch.tensor([[0.1, 0.1, 0.8, 0.9]], device=device).expand(batch, -1),
-        torch.zeros(batch, dtype=torch.bool, device=device),
-        grid,
-    )
-
-    def clock(work, times):
-        taken = []
-        for _ in range(times + 1):
-            wait()
-            began = time.perf_counter()
-            work()
-            wait()
-            taken.append(1000 * (time.perf_counter() - began))
-        return sorted(taken[1:])  # the first warms up
-
-    def mask(name):
-        maps = {"saliency": masking.cut_maps(stored, *place)} if name.startswith("text") else {}
-        maps |= (
-            {"motion": masking.cut_motion(field, *place, torch.full((batch,), 10.0, device=device))}
-            if name in ("motion", "flow")
-            else {}
-        )
-        return masking.make_mask(name, 0.9, batch, grid, noise=noise, **maps)
-
-    model = VideoMAE("base").to(device)
-    clip = torch.randn(micro, 3, 16, 224, 224, device=device)
-    hidden = masking.make_mask("tube", 0.9, micro, grid, noise=noise[:micro])
-
-    def step():
-        for _ in range(batch // micro):
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = model(clip, hidden).loss_mae
-            loss.backward()
-
-    masks = {name: clock(lambda: mask(name), repeats) for name in masking.MASKS}
-    steps = clock(step, 3 if device == "cuda" else 1)
-    whole = statistics.median(steps)
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"a CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    )
-    print(
-        f"### Making masks: batch {batch}, 16 x 224 x 224, ratio 0.9, on {where}, torch {torch.__version__}\n"
-    )
-    print(f"ViT-B forward and backward, {batch // micro} x {micro} clips: {whole:.0f} ms\n")
-    table(
-        ("mask", "ms, median", "ms, range", "share of the step"),
-        [
-            (
-                name,
-                f"{statistics.median(ms):.2f}",
-                f"{ms[0]:.2f} to {ms[-1]:.2f}",
-                f"{100 * statistics.median(ms) / whole:.4f} %",
-            )
-            for name, ms in masks.items()
-        ],
-    )
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -367,14 +288,16 @@ def parse_args(argv=None):
         help="another PREFIX.motion.npy beside the manifest's",
     )
     parser.add_argument("--warp", action="store_true", help="measure fields on any videos instead")
-    parser.add_argument("--cost", action="store_true", help="time the masks instead")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        cost() if args.cost else warp(args) if args.warp else measure(args)
+        if args.warp:
+            warp(args)
+        else:
+            measure(args)
     except (ManifestError, VideoError, OSError) as error:
         sys.exit(str(error))
 

@@ -20,9 +20,9 @@ def test_the_true_field_has_no_error(scenes):
     field = np.zeros((40, 4, 2, 8, 8), np.float32)
     for row, sc in enumerate(scenes):
         field[row] = sc.camera[:, None, None] / toy.SIZE
-        _, mask = toy.render(sc, (np.arange(4) + 0.5) / 2)
+        _, (mask, _) = toy.render(sc, (np.arange(4) + 0.5) / 2)
         on = mask.reshape(4, 8, 8, 8, 8).mean((2, 4)) >= 0.5
-        field[row].swapaxes(0, 1)[:, on] = sc.travel[:, None] / toy.SIZE
+        field[row].swapaxes(0, 1)[:, on] = sc.actor.travel[:, None] / toy.SIZE
     found = masks.field_error(field, scenes)
     assert sum(n for _, _, n in found.values()) == sum(map(masks.moves, scenes)) > 10
     for right, error, _ in found.values():
@@ -36,16 +36,17 @@ def test_the_true_field_has_no_error(scenes):
 def test_share_and_constancy_of_known_masks(scenes):
     everything = torch.ones(40, 512, dtype=torch.bool)
     nothing = torch.zeros(40, 512, dtype=torch.bool)
-    assert (masks.object_share(everything, scenes) == 1).all() and (
-        masks.object_share(nothing, scenes) == 0
-    ).all()
+    for thing in (0, 1):
+        assert (masks.hidden_share(everything, scenes, thing) == 1).all()
+        assert (masks.hidden_share(nothing, scenes, thing) == 0).all()
     left = nothing.view(40, 8, 8, 8).clone()
     left[..., :4] = True
-    true = np.stack([toy.render(sc, np.arange(16) / 10)[1] for sc in scenes])
-    assert np.allclose(
-        masks.object_share(left.flatten(1), scenes),
-        true[..., :32].sum((1, 2, 3)) / true.sum((1, 2, 3)),
-    )
+    for thing in (0, 1):
+        true = np.stack([toy.render(sc, np.arange(16) / 10)[1][thing] for sc in scenes])
+        assert np.allclose(
+            masks.hidden_share(left.flatten(1), scenes, thing),
+            true[..., :32].sum((1, 2, 3)) / true.sum((1, 2, 3)),
+        )
     assert (masks.constancy(nothing, scenes) == 1).all() and np.isnan(
         masks.constancy(everything, scenes)
     ).all()
@@ -58,10 +59,10 @@ def test_share_and_constancy_of_known_masks(scenes):
     assert np.allclose(masks.constancy(alternate.flatten(1), scenes), 6 / 22)
 
 
-def test_points_stay_on_the_object(scenes):
+def test_points_stay_on_the_actor(scenes):
     for sc in scenes[:12]:
-        _, drawn = toy.render(sc, masks.SLICES)
-        at = masks.object_points(sc)
+        _, (drawn, _) = toy.render(sc, masks.SLICES)
+        at = masks.actor_points(sc)
         assert at.shape[0] == 8 and at.shape[1] > 100
         x, y = at.astype(int).transpose(2, 0, 1)
         # but for those in pixels that the edge cuts
@@ -83,7 +84,7 @@ def test_the_tables(world):
         "experiments/masks.py", "--data", "data/val.csv", "--field", "again=data/val", cwd=world
     )
     assert out.count("| codec | ") == out.count("| again | ") == 2
-    assert len([line for line in out.splitlines() if line.startswith("| 0.75 | motion")]) == 2
+    assert len([line for line in out.splitlines() if line.startswith("| 0.75 | motion")]) == 4
     share = {
         line.split(" | ")[1]: float(line.split(" | ")[2])
         for line in out.splitlines()

@@ -135,7 +135,15 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
             ("saliency.py", "--cue", "motion", "--moments", 4, "--grid", 4),
         ):
             run(
-                stage[0], f"{name}.csv", *stage[1:], "--batch-size", 1, "--workers", 1, cwd=tmp_path
+                stage[0],
+                "--data",
+                f"{name}.csv",
+                *stage[1:],
+                "--batch-size",
+                1,
+                "--workers",
+                1,
+                cwd=tmp_path,
             )
     texts = {
         name: [

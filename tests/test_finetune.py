@@ -129,7 +129,7 @@ def test_mixing_and_its_targets(mixup, cutmix):
 
 def clips_of(world, *flags):
     args = finetune.parse_args(["--data", str(world / "data/train.csv"), *map(str, flags)])
-    vars(args).update(frames=8, image_size=32, stride=2)
+    vars(args).update(frames=8, image_size=48, stride=2)
     videos = read_manifest(args.data)
     return finetune.Clips(videos, np.arange(len(videos)), list(range(len(videos))), args)
 
@@ -189,7 +189,7 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
     model = models.VideoViT("tiny", classes=4)
     model.head.weight.data.normal_()
     args = finetune.parse_args(["--workers", "0"])
-    vars(args).update(frames=8, image_size=32, stride=2)
+    vars(args).update(frames=8, image_size=48, stride=2)
     videos = read_manifest(world / "data/val.csv")[:5]
     videos[3] = videos[3]._replace(path="gone.mp4")
     import contextlib
@@ -1279,7 +1279,7 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
     import contextlib
 
     args = finetune.parse_args(["--workers", "0"])
-    vars(args).update(frames=8, image_size=32, stride=2)
+    vars(args).update(frames=8, image_size=48, stride=2)
     found = evaluation.predict(
         models.VideoViT("tiny", classes=4),
         read_manifest(copy / "data/val.csv"),

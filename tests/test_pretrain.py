@@ -150,7 +150,7 @@ def test_the_mission_command_with_two_ranks(copy):
         ranks=2,
     )
     assert (
-        "28 of 64 visible: mask text at 0.6" in out
+        "60 of 144 visible: mask text at 0.6" in out
         and "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out
     )
     lines = log(copy / "runs/text")
@@ -173,7 +173,7 @@ def test_the_mission_command_with_two_ranks(copy):
     assert 0.9 < lines[0]["loss_mae"] < 1.5 and 2 < lines[0]["loss_nce"] < 4
     assert (copy / "runs/text/reconstruction_000004.png").stat().st_size > 1000
     args = json.loads((copy / "runs/text/args.json").read_text())
-    assert (args["mask"], args["frames"], args["stride"], args["image_size"]) == ("text", 8, 2, 32)
+    assert (args["mask"], args["frames"], args["stride"], args["image_size"]) == ("text", 8, 2, 48)
 
 
 def test_two_ranks_equal_one_with_the_same_global_batch(copy):
@@ -257,7 +257,7 @@ def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
     flags = (*TINY, "--mask", mask, "--mask-ratio", 0.6, "--epochs", 2)
     half = (*flags, "--decoder-keep", 0.5)
     assert (
-        "28 of 64 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy))
+        "60 of 144 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy))
         and "; 18 reconstructed" in out
     )
     assert set(counts) == {(28, 18)}
@@ -583,7 +583,7 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
         ("--amp", "bf16"): "--amp was off, is bf16",
         ("--stride", 4): "--stride was 2, is 4",
         ("--crop-scale", 0.6, 1): "--crop-scale was (0.5, 1.0), is [0.6, 1.0]",
-        ("--size", "small"): "--image-size was 32, is 224",
+        ("--size", "small"): "--image-size was 48, is 224",
         ("--data", "data/val.csv"): "--data was data/train.csv, is data/val.csv",
         ("--root", "data/"): "--root was None, is data/",
         ("--flip",): "--flip was False, is True",
@@ -1079,7 +1079,7 @@ def test_few_videos_get_flags_that_work(copy):
 def test_gigabytes_are_refused_before_they_are_taken(copy):
     line = run("pretrain.py", *TINY, "--batch-size", 10**6, "--repeat", 100, cwd=copy, fails=True)
     assert line.startswith(
-        "one batch is 2458 GB of pixels (1 ranks x 1000000 videos x 100 repeats x 8 frames of 32 pixels), this machine has "
+        "one batch is 5530 GB of pixels (1 ranks x 1000000 videos x 100 repeats x 8 frames of 48 pixels), this machine has "
     )
     line = run(
         "pretrain.py",

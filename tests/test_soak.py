@@ -44,7 +44,7 @@ def soak(world, clips, samples):
         ]
     )
     videos, rows, arrays = pretrain.open_data(args)
-    args.frames, args.image_size, grid = 8, 32, (4, 4, 4)
+    args.frames, args.image_size, grid = 8, 48, (4, 6, 6)
     batches = EpochBatches(rows, 8, 4, 0, 0, 1)
     loader = DataLoader(
         pretrain.Clips(videos, rows, args, grid, **arrays),

@@ -1,74 +1,107 @@
-"""The study: its plan, its statistics, its controls, and two cells of it on a small world,
-stopped and gone on with.
-"""
+"""The study: its plan, its controls, its tables, and two cells of it on a small world, stopped and gone
+on with."""
 
 import csv
 import json
 import math
-import os
 import signal
+import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
-import cells
 import controls
 import numpy as np
 import pytest
+import report
 import study
-import tables
-import torch
-from conftest import CLIP, run
+from conftest import CLIP, ENVIRONMENT, ROOT, run
 
 import masking
 from tgm.arrays import open_array, read_captions
 from tgm.manifest import read_manifest
-from tgm.run import StopSignal
 
-SHORT = (
-    "--finetuned",
-    "action",
-    "--pretrain",
-    "--size tiny --epochs 1 --repeat 2 --batch-size 8 --warmup-epochs 0.5",
-    "--probe",
-    "--clips 1 --seeds 1 --epochs 3",
-    "--finetune",
-    "--size tiny --epochs 1 --warmup-epochs 0.5 --repeat 1 --batch-size 16 --views 1 1 --rand-augment 0 0",
-)
-CELLS = ("tube-0.9-nce1-seed0", "text-0.6-nce1-seed0", "tube-0.9-nce1-seed1", "text-0.6-nce1-seed1")
+# two cells of a few steps
+SHORT = """
+import sys
+sys.path.insert(0, {experiments!r})
+import study
+from pathlib import Path
+study.PRETRAIN = "--size tiny --batch-size 8 --repeat 1 --warmup-epochs 0.5 --blr 8e-3"
+study.PROBE = "--size tiny --clips 1 --attentive --seeds 1 --epochs 2"
+study.EPOCHS = 1
+study.RESULTS = Path("runs.csv")
+cells = [study.Cell("text", 0.6, source, 1, 0, 1) for source in ("own", "truth")]
+study.plan = lambda: cells + [study.Cell("untrained")]
+study.main(sys.argv[1:])
+"""
+
+
+def go(folder, *flags, **options):
+    """The study of SHORT as a process in a folder."""
+    code = SHORT.format(experiments=str(ROOT / "experiments"))
+    command = [sys.executable, "-c", code, *flags]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def test_the_plan():
-    laptop, gpu = (study.plan(tier, study.TIERS[tier]["seeds"]) for tier in ("laptop", "gpu"))
-    for of_tier, seeds in ((laptop, 4), (gpu, 5)):
-        assert len({cell.name for cell in of_tier}) == len(of_tier)
-        assert {cell.seed for cell in of_tier} == set(range(seeds))
-        # whole comparisons first
-        assert [cell.seed for cell in of_tier] == sorted(cell.seed for cell in of_tier)
-        trained = [cell for cell in of_tier if cell.ratio]
-        for cell in trained:  # whatever is compared with tube masks has its pair
-            assert study.Cell("tube", 0.9, nce=cell.nce, seed=cell.seed) in of_tier
-        assert {cell.saliency for cell in trained} == {"own", *study.CONTROLS}
-    assert set(laptop) <= set(gpu) and (len(laptop), len(gpu)) == (44, 5 * (2 * (15 + 3) + 2))
-    for ratio in study.EQUAL:
-        assert {
-            (cell.mask, cell.nce) for cell in gpu if cell.ratio == ratio and cell.saliency == "own"
-        } == {(m, n) for m in masking.MASKS for n in (0, 1)}
-    every = [pair[1:] for pair in study.questions({(cell.what, cell.nce): {} for cell in laptop})]
-    assert len(every) == len(set(every)) == 10
+    cells = study.plan()
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.seed for cell in cells} == {0, 1, 2, 3, 4}
+    done = set(cells)
+    for question, one, other in study.questions():
+        for seed in range(5):  # every pair is run with every seed
+            assert {one._replace(seed=seed), other._replace(seed=seed)} <= done, question
+    whole = [cell for cell in cells if cell.epochs == study.EPOCHS and cell.seed == 0]
+    equal = {(cell.mask, cell.nce) for cell in whole if cell.ratio == 0.6 and cell.source == "own"}
+    assert equal == {(mask, nce) for mask in masking.MASKS for nce in (0, 1)}
+    sources = {(cell.source, cell.nce) for cell in whole if cell.source != "own"}
+    assert sources == {(source, nce) for source in study.SOURCES for nce in (0, 1)}
 
 
 def test_intervals_and_pairs():
-    assert tables.spread([2.5]) == (2.5, None)
-    mean, half = tables.spread([1.0, 2.0, 6.0])  # deviation sqrt(7); t(0.975, 2) = 4.302653
+    assert report.mean_and_half([2.5]) == (2.5, None)
+    mean, half = report.mean_and_half([1.0, 2.0, 6.0])  # deviation sqrt(7); t(0.975, 2) = 4.302653
     assert mean == 3 and half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-3)
-    mean, half = tables.spread([1.0, 2.0, 3.0, 4.0, 5.0])  # t(0.975, 4) = 2.776445
-    assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-3)
-    one = {0: {"a": 1.0}, 1: {"a": 3.0}, 2: {"a": None}}
-    other = {1: {"a": 1.0}, 2: {"a": 1.0}, 0: {"a": 0.5}, 3: {"a": 9.0}}
-    # of the same seed, where both were measured
-    assert tables.paired(one, other, "a") == [0.5, 2.0]
-    assert tables.said([0.1, 0.1001, 0.0999], "+").startswith("**+0.100")
-    assert "*" not in tables.said([0.1, -0.1, 0.05], "+") and tables.said([]) == ""
+    one = {0: {"a": 1.0}, 1: {"a": 3.0}, 2: {"a": 0.0}}
+    other = {1: {"a": 1.0}, 0: {"a": 0.5}, 3: {"a": 9.0}}
+    assert report.differences(one, other, "a") == [0.5, 2.0]  # of the same seed
+    assert report.show_difference([0.1, 0.1001, 0.0999]).startswith("**+0.100")
+    assert "*" not in report.show_difference([0.1, -0.1, 0.05])
+
+
+def test_the_report_has_the_means_and_the_differences(tmp_path):
+    cells = study.plan()
+    runs = {}
+    for seed in (0, 1):
+        for cell, value in (
+            (study.Cell("text", 0.6, nce=1), 0.5),
+            (study.Cell("tube", 0.6, nce=1), 0.25),
+        ):
+            cell = cell._replace(seed=seed)
+            runs[cell.name] = dict.fromkeys(report.MEASURES, value + 0.1 * seed) | {
+                "loss_mae": 0.75,
+                "loss_nce": 2.0,
+            }
+    path = tmp_path / "RESULTS.md"
+    path.write_text(f"before\n{report.START}\nOLD\n{report.END}\nafter\n")
+    report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "OLD" not in text
+    half = 12.706205 * 0.1 / 2
+    assert f"| text 0.6 | 1 | 2 | 0.550 ± {half:.3f} |" in text and "| 0.750 | 2.000 |" in text
+    assert "| text 0.6, weight 1 | tube 0.6, weight 1 | 2 | **+0.250 ± 0.000** |" in text
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    path.write_text("nothing\n")
+    with pytest.raises(SystemExit, match="has no lines"):
+        report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
 
 
 def test_shuffled_captions_are_others(world):
@@ -82,157 +115,70 @@ def test_shuffled_captions_are_others(world):
     controls.shuffle([["one"]] * 5)  # impossible: it ends
 
 
-def test_controls_saliency(copy):
+def test_controls(copy):
     videos = read_manifest(copy / "data/train.csv")
-    make = lambda control, out: run(
-        "experiments/controls.py", control, "--out", out, "--clip", CLIP, cwd=copy
-    )
-    open_ = lambda prefix, kind: np.array(open_array(copy / f"{prefix}.{kind}.npy", videos, "")[0])
-    make("no-text", "a")
-    make("truth", "t")
-    true = open_("t", "saliency")
+    maps, texts = {}, {}
+    for control in study.SOURCES:
+        run("experiments/controls.py", control, "--out", control, "--clip", CLIP, cwd=copy)
+        maps[control] = np.array(open_array(copy / f"{control}.saliency.npy", videos, "")[0])
+        texts[control] = np.array(open_array(copy / f"{control}.text.npy", videos, "")[0])
+    own = np.array(open_array(copy / "data/train.saliency.npy", videos, "")[0])
+    text = np.array(open_array(copy / "data/train.text.npy", videos, "")[0])
+    for control in study.SOURCES:  # the loss keeps the own captions
+        assert (texts[control] == text).all() and maps[control].shape == own.shape
+        assert (maps[control] != own).any((1, 2, 3, 4)).mean() > 0.9
+    true = maps["truth"]
     assert 0 == true.min() < true.max() == 1 and (true[:, 0] == true[:, 2]).all()
     masks = np.unpackbits(np.load(copy / "data/train.masks.npy")[5], axis=-1)
     # moment 0 of 8 is at frame 1.25 of 20
     assert true[5, 1, 0, 3, 4] == pytest.approx(masks[1, 24:32, 32:40].mean(), abs=1e-3)
-    own = open_("data/train", "saliency")
-    assert (
-        open_("a", "saliency").shape == own.shape
-        and (open_("a", "text") == open_("data/train", "text")).all()
-    )
-    path = copy / "data/train.captions.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text(
-        "".join(json.dumps(line | {"captions": ["a red bar"] * 3}) + "\n" for line in lines)
-    )
-    run(
-        "saliency.py",
-        "--data",
-        "data/train.csv",
-        "--clip",
-        CLIP,
-        "--moments",
-        8,
-        "--workers",
-        0,
-        "--resume",
-        "none",
-        cwd=copy,
-    )
-    make("no-text", "b")
-    assert (open_("a", "saliency") == open_("b", "saliency")).all() and (
-        open_("data/train", "saliency") != own
-    ).any()
-    assert not (copy / "data/train.masks.npy").unlink()
+    # a map of the bystander's caption is higher on the bystander than on the actor
+    bystander = np.load(copy / "data/train.bystander.npy")
+    on = np.unpackbits(bystander[:, 1], axis=-1).reshape(32, 8, 8, 8, 8).mean((2, 4)) > 0.5
+    on_actor = np.unpackbits(np.load(copy / "data/train.masks.npy")[:, 1], axis=-1)
+    on_actor = on_actor.reshape(32, 8, 8, 8, 8).mean((2, 4)) > 0.5
+    first = maps["bystander"][:, 0, 0].astype(np.float32)
+    assert first[on].mean() > first[on_actor].mean() + 0.1
+    first = own[:, 0, 0].astype(np.float32)
+    assert first[on_actor].mean() > first[on].mean() + 0.1
+    (copy / "data/train.masks.npy").unlink()
     assert "train.masks.npy" in run(
         "experiments/controls.py", "truth", "--out", "t", cwd=copy, fails=True
     )
 
 
-def test_two_cells_twice(copy):
-    go = lambda *more, **how: run(
-        "experiments/study.py",
-        "--jobs",
-        1,
-        "--results",
-        "results",
-        "--report",
-        "RESULTS.md",
-        *SHORT,
-        *more,
-        cwd=copy,
-        **how,
-    )
-    (copy / "RESULTS.md").write_text(
-        "before\n<!-- study.py: laptop -->\nTO BE REPLACED\n<!-- end -->\nafter\n"
-    )
-    assert "1 cells of the laptop tier" in go("--only", CELLS[0])  # nothing to compare yet
-    out = go("--seeds", 2, "--only", *CELLS[:2])
-    assert "2 cells, 1 to do" in out and "2 cells of the laptop tier" in out
-    folder = copy / "runs/study/laptop"
-    first = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
-    assert not list(folder.glob("*/probe/*.npy"))  # bulky
-    assert "2 cells, 0 to do" in go("--seeds", 2, "--only", *CELLS[:2], "--list")
-    out = go("--seeds", 2, "--only", *CELLS)
-    assert "4 cells, 2 to do" in out
-    assert all(path.stat().st_mtime_ns == first[path] for path in first)
-    with open(copy / "results/runs.csv", newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert set(rows) == set(CELLS)
-    row = rows["text-0.6-nce1-seed0"]
-    assert (row["clips"], row["visible"], row["of"], row["tokens"], row["steps"]) == (
-        "64",
-        "28",
-        "64",
-        str(64 * 28),
-        "4",
-    )
-    probe = json.loads((folder / "text-0.6-nce1-seed0/probe/object.json").read_text())
-    assert float(row["object_linear"]) == pytest.approx(probe["linear"], abs=1e-4)
-    log = [
-        json.loads(line)
-        for line in (folder / "text-0.6-nce1-seed0/log.jsonl").read_text().splitlines()
-    ]
-    assert float(row["loss_mae"]) == pytest.approx(log[-1]["loss_mae"], abs=1e-4)
-    text = (copy / "RESULTS.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "REPLACED" not in text
-    pairs = [
-        float(rows[f"text-0.6-nce1-seed{seed}"]["object_knn"])
-        - float(rows[f"tube-0.9-nce1-seed{seed}"]["object_knn"])
-        for seed in (0, 1)
-    ]
-    assert f"{np.mean(pairs):+.3f}" in text and "| tube 0.9 | 1 | 2 |" in text
-    assert {path.name for path in (copy / "results").glob("*.png")} == {
-        f"{name}-laptop.png"
-        for name in ("accuracies", "contrastive", "reconstructions", "saliency")
-    }
-    (
-        folder / CELLS[3] / "result.json"
-    ).unlink()  # as after a kill: what the stages finished is not done again
-    assert "4 cells, 1 to do" in go("--seeds", 2, "--only", *CELLS, "--max-minutes", 0)
-    with open(copy / "results/runs.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 4  # its line stays
-    assert "0 cells, 0 to do" in go("--only", CELLS[3], "--skip", "results/runs.csv", "--list")
-    assert "--only tube: no such cell" in go("--only", "tube", fails=True)
-    assert "--skip absent.csv: no such file" in go("--skip", "absent.csv", fails=True)
-    assert "made with other settings" in go("--only", CELLS[0], "--probe", "--clips 2", fails=True)
-    (copy / "RESULTS.md").write_text("nothing\n")
-    assert "has no lines" in go("--gather", "--only", CELLS[0], fails=True)
-
-
-def test_a_stage_that_was_told_to_stop_stops_the_study(monkeypatch, tmp_path):
-    """Stages note the signal and return as if done; which signal, and whether they return or
-    exit, makes no difference.
-    """
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-
-    def main(argv):
-        StopSignal()
-        if argv[0] != "none":
-            os.kill(os.getpid(), getattr(signal, argv[0]))
-        if argv[1:]:
-            sys.exit(argv[1])
-
-    monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(main=main))
-    try:
-        for name in ("SIGTERM", "SIGINT"):
-            with pytest.raises(KeyboardInterrupt):
-                cells.stage("a_stage", name, log=tmp_path / "log.txt")
-            assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
-        cells.stage("a_stage", "none", log=tmp_path / "log.txt")
-        with pytest.raises(RuntimeError, match="a reason"):
-            cells.stage("a_stage", "none", "a reason", log=tmp_path / "log.txt")
-        assert (tmp_path / "log.txt").read_text().count("+ python a_stage.py") == 4
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
-
-
-def test_attention_adds_up():
-    import pictures
-
-    import model
-
-    mae = model.VideoMAE("tiny").eval()
-    seen = pictures.attention(mae, torch.randn(1, 3, 8, 32, 32))
-    assert seen.shape == (64,) and seen.sum().item() == pytest.approx(1, abs=1e-5)
+def test_a_study_that_is_stopped_goes_on(copy):
+    names = ["text-0.6-nce1-seed0", "text-of-truth-0.6-nce1-seed0", "untrained-nce0-seed0"]
+    process = go(copy)
+    checkpoint = copy / f"runs/study/{names[1]}/checkpoint.pt"
+    deadline = time.time() + 200
+    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and errors.strip() == "stopped: the same command goes on"
+    with open(copy / "runs.csv", newline="") as file:
+        assert [line["name"] for line in csv.DictReader(file)] == names[:1]
+    out, errors = go(copy).communicate(timeout=200)
+    assert "3 cells, 2 to do" in out, out + errors
+    with open(copy / "runs.csv", newline="") as file:
+        rows = {line["name"]: line for line in csv.DictReader(file)}
+    assert list(rows) == names
+    row = rows[names[1]]
+    assert (row["mask"], row["source"], row["steps"], row["nce"]) == ("text", "truth", "4", "1")
+    probe = json.loads((copy / f"runs/study/{names[1]}/probe/scene.json").read_text())
+    assert float(row["scene_attentive"]) == pytest.approx(probe["attentive"], abs=1e-4)
+    assert not list((copy / "runs/study").glob("*/probe/*.npy"))  # bulky
+    log = (copy / f"runs/study/{names[1]}/log.txt").read_text()
+    assert "--companions runs/study/maps/truth" in log
+    out, _ = go(copy, "--list").communicate(timeout=60)
+    assert out.count("(done)") == 3 and "3 cells, 0 to do" in out
+    _, errors = go(copy, "--only", "tube").communicate(timeout=60)
+    assert "--only tube: no such cell" in errors
+    (copy / "data/train.saliency.npy").unlink()
+    (copy / "data/train.captions.jsonl").write_text("nonsense\n")
+    with open(copy / "runs.csv", "w") as file:
+        file.write("name\n")
+    process = go(copy)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and errors.startswith("caption.py: "), errors
