@@ -2,7 +2,6 @@
 that the study printed.
 """
 
-import csv
 import os
 import re
 import shlex
@@ -11,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import report
 import study
 from conftest import ROOT
 
@@ -100,7 +100,7 @@ def test_commands_name_scripts_and_flags_that_exist():
     for words in (words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))):
         script = next(word for word in words if word.endswith(".py"))
         source = (ROOT / script).read_text() + "".join(
-            (ROOT / name).read_text() for name in ("data/lists.py", "tgm/run.py")
+            (ROOT / name).read_text() for name in ("data/lists.py", "tgm/flags.py")
         )
         for flag in (
             word.split("=")[0]
@@ -116,22 +116,13 @@ def test_commands_name_scripts_and_flags_that_exist():
 
 
 def test_the_studys_figures_are_those_of_its_runs():
-    """The tables of RESULTS.md from runs.csv anew, and the README's figures among them."""
-    results = ROOT / "experiments/RESULTS.md"
-    page = results.read_text(encoding="utf-8")
-    for tier in study.TIERS:
-        args = study.parse_args(["--tier", tier])
-        with open(args.results / "runs.csv", newline="", encoding="utf-8") as file:
-            rows = [
-                {key: study.number(value) for key, value in row.items()}
-                for row in csv.DictReader(file)
-                if row["tier"] == tier
-            ]
-        start = f"<!-- study.py: {tier} -->"
-        assert not rows or page.split(start)[1].startswith(
-            "\n" + study.text_between(rows, args).split("### What the saliencies")[0].rstrip()
-        )
+    """The tables of RESULTS.md follow from runs.csv, and the README's figures are among them."""
+    page = (ROOT / "experiments/RESULTS.md").read_text(encoding="utf-8")
+    runs = study.read_runs()
+    if runs:
+        tables = report.text_of(runs, study.plan(), study.questions())
+        assert page.split(report.START)[1].split(report.END)[0] == f"\n{tables}"
     figures = re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", README)
     assert not [figure for figure in figures if figure not in page]
     # no figures only while the study's answers do not stand
-    assert len(figures) > 10 or "answers are withdrawn" in README
+    assert len(figures) > 10 or "withdrawn" in README
