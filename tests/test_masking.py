@@ -17,7 +17,7 @@ from PIL import Image, ImageFont, ImageOps
 
 import masking
 from masking import MASKS, cut_maps, make_mask
-from tgm import arrays
+from tgm import arrays, pictures
 
 
 def maps_for(name, batch, grid, seed=0):
@@ -566,25 +566,25 @@ def test_the_preview_without_one_of_the_maps(copy):
 
 
 def test_heat_colours_and_tiles():
-    colours = masking.heat(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    colours = pictures.heat(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     assert colours[0, 0].tolist() == [0, 0, 1]
     assert colours[1, 0].tolist() == [1, 0, 0] and colours[0, 1].tolist() == [1, 1, 1]
     clip, mask = torch.zeros(3, 4, 32, 32), torch.tensor([True] * 4 + [False] * 4)
     motion = torch.zeros(2, 2, 2, 2)
     motion[0, 0] = 1  # to the right in the first slice, nothing in the second
-    tiles = masking.draw_tiles(clip, {"text 0.6": mask}, (2, 2, 2), torch.zeros(2, 2, 2), motion)
+    tiles = pictures.draw_tiles(clip, {"text 0.6": mask}, (2, 2, 2), torch.zeros(2, 2, 2), motion)
     assert list(tiles) == ["clip", "saliency", "motion", "text 0.6"] and all(
         tile.shape == (4, 32, 32, 3) for tile in tiles.values()
     )
     red, white = tiles["motion"][1, 5, 5] / 0.65, tiles["motion"][2, 5, 5] / 0.65
     assert red[0] > 0.9 and red[1:].max() < 0.1 and white.min() > 0.98
-    picture = masking.draw_strip(tiles, 2, "title")
+    picture = pictures.draw_strip(tiles, 2, "title")
     side = 32 * 4 + 4
     assert rows_and_columns(picture) == (4, 2)
     x, y = picture.width - 2 * side + 5, picture.height - side + 5  # in the last row's first tile
     assert picture.getpixel((x, y)) == (140, 140, 140)  # masked: grey
     assert picture.getpixel((x + side, y)) == (0, 0, 0)  # visible: the clip
-    frames = masking.draw_frames(tiles)
+    frames = pictures.draw_frames(tiles)
     assert [frame.getpixel((5, side + 20 + 20 + 5)) for frame in frames] == [
         (140, 140, 140)
     ] * 2 + [(0, 0, 0)] * 2
@@ -845,8 +845,8 @@ def test_letters_grow_with_the_picture():
             "clip": torch.ones(2 * slices, size, size, 3),
             "text-inverse 0.6": torch.ones(2 * slices, size, size, 3),
         }
-        picture = masking.draw_strip(tiles, slices, "a title")
-        step = masking.tile_side(size) + 4
+        picture = pictures.draw_strip(tiles, slices, "a title")
+        step = pictures.tile_side(size) + 4
         margin, top = picture.width - slices * step, picture.height - 2 * step
         _, first, right, last = ink(picture, (0, top, margin, top + step))  # "clip"
         heights[size, slices] = (last - first, picture.width)
@@ -862,20 +862,22 @@ def test_long_titles_wrap_and_longer_ones_are_cut():
     tiles = {"clip": torch.ones(4, 32, 32, 3)}
     height = {}
     for words in (1, 12, 400):
-        picture = masking.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
+        picture = pictures.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
         top = picture.height - 132
         height[words] = top
         assert ink(picture, (0, 0, picture.width, top))[2] < picture.width
     assert height[1] < height[12] <= height[400] < 4 * height[1]
     font = ImageFont.load_default(size=14)
-    assert masking.wrap("one two", font, 1000, 1) == "one two"
-    assert masking.wrap("one  two\n three", font, font.getlength("one twox"), 3) == "one two\nthree"
-    cut = masking.wrap("word " * 400, font, 200, 2)
+    assert pictures.wrap("one two", font, 1000, 1) == "one two"
+    assert (
+        pictures.wrap("one  two\n three", font, font.getlength("one twox"), 3) == "one two\nthree"
+    )
+    cut = pictures.wrap("word " * 400, font, 200, 2)
     assert (
         cut.endswith("…")
         and cut.count("\n") == 1
         and max(map(font.getlength, cut.split("\n"))) <= 200
     )
-    long = masking.wrap("folder" * 20, font, 150, 3)
+    long = pictures.wrap("folder" * 20, font, 150, 3)
     assert long.replace("\n", "").rstrip("…") == ("folder" * 20)[: len(long) - 3]
     assert max(map(font.getlength, long.split("\n"))) <= 150
