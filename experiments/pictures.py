@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import masking
 import model as models
 import pretrain
 from tgm.arrays import open_array, read_captions
+from tgm.checkpoints import load_pretrained
 from tgm.manifest import read_manifest
+from tgm.pictures import heat
 from tgm.video import VideoReader
 
 
@@ -137,7 +138,7 @@ def reconstructions(folders, row):
     for name, folder in folders.items():
         run = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
         model = models.VideoMAE(run.size, run.frames, run.image_size, run.text_dim).eval()
-        models.load_pretrained(model, folder / "checkpoint.pt")
+        load_pretrained(model, folder / "checkpoint.pt")
         run.crop, run.crop_scale, run.flip, run.repeat = "resized", (1.0, 1.0), False, 1
         videos, rows, arrays = pretrain.open_data(run)
         sample = torch.utils.data.default_collate(
@@ -150,9 +151,7 @@ def reconstructions(folders, row):
         )[0, 0]  # [T, H, W]
         clip = sample["clip"][0] / 255  # [3, T, H, W]
         seen = torch.where(big(mask) > 0, torch.full_like(clip, 0.55), clip)
-        attended = 0.35 * clip + 0.65 * masking.heat(big(attention(model, video))).permute(
-            3, 0, 1, 2
-        )
+        attended = 0.35 * clip + 0.65 * heat(big(attention(model, video))).permute(3, 0, 1, 2)
         lines[name] = [
             strip[:, :: model.config["tubelet"]]
             for strip in (clip, seen, model.reconstruct(video, mask)[0], attended)
