@@ -88,7 +88,7 @@ def check_map(mask: str, kind: str, map_: Tensor | None, shape: tuple[int, ...])
         raise ValueError(f"{mask} masks need {kind} {list(shape)}, got {found}")
 
 
-# ---- the masks ------------------------------------------------------------------------------------
+# ---- the masks -----------------------------------------------------------------------------------
 # Each takes (ratio, grid, noise [B, N], saliency, motion), as `make_mask` explains.
 
 
@@ -479,8 +479,9 @@ def draw_row(argv=None):
     generator = torch.Generator().manual_seed(args.seed)
     masks = {}
     for name, ratio in ratios.items():
-        if NEEDS[name] in stored.missing:
-            print(f"{name}: left out, {stored.missing[NEEDS[name]]}")
+        need = NEEDS[name]
+        if need in stored.missing:
+            print(f"{name}: left out, {stored.missing[need]}")
             continue
         mask = make_mask(name, ratio, 1, grid, generator=generator, **maps)
         masks[f"{name} {ratio:.3g}"] = mask[0]

@@ -817,7 +817,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
     full = mae(video, mask, text)
     with torch.autocast("cpu", torch.bfloat16):
         half = mae(video, mask, text)
-    for a, b in zip(half, full):
+    for a, b in zip(half, full, strict=True):
         assert (
             a.dtype == torch.float32
             and a.item() == pytest.approx(b.item(), rel=2e-2)
@@ -831,8 +831,10 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
 
 def test_checkpointing_changes_no_gradient():
     grads = []
+    calls = []
     for on in (False, True):
-        mae, calls = randomize(VideoMAE("nano")), []
+        calls.clear()
+        mae = randomize(VideoMAE("nano"))
         mae.set_checkpointing(on)
         mae.encoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         mae.decoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -841,7 +843,7 @@ def test_checkpointing_changes_no_gradient():
         grads.append(
             [p.grad for k, p in mae.named_parameters() if not k.startswith("contrastive.")]
         )
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_compiles_to_one_graph_when_told_the_count():
@@ -850,9 +852,9 @@ def test_compiles_to_one_graph_when_told_the_count():
     # a read of the device would break the graph
     compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")
     for decoded in (None, mask.nonzero()[:, 1].view(2, -1)[:, 1:4]):
-        for a, b in zip(
-            compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)
-        ):
+        fast = compiled(video, mask, text, 3, decoded)
+        plain = mae(video, mask, text, decoded=decoded)
+        for a, b in zip(fast, plain, strict=True):
             close(a, b)
 
 
@@ -1003,9 +1005,10 @@ def test_notes_in_words(tmp_path):
     torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
     torch.save({"model": VideoViT("nano", classes=3).state_dict()}, tmp_path / "vit.pt")
     torch.save({"model": official_state()}, tmp_path / "official.pth")
-    words = lambda model, name, **options: checkpoints.summary_of(
-        load_pretrained(model, tmp_path / name, **options)
-    )
+
+    def words(model, name, **options):
+        return checkpoints.summary_of(load_pretrained(model, tmp_path / name, **options))
+
     assert words(VideoMAE("nano"), "mae.pt") == "every key loaded"
     # 13 keys of one block, norm and head with weight and bias, encoder_to_decoder, mask_token
     decoder = "decoder (19 keys)"
@@ -1082,10 +1085,8 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
     args = {"size": "tiny", "frames": 4, "image_size": 64, "classes": ["calm", "fight"]}
     torch.save({"model": vit.state_dict(), "args": args, "step": 3}, tmp_path / "best.pt")
     out = run("tgm.checkpoints", "--export", tmp_path / "best.pt", "--out", tmp_path / "vit")
-    assert (
-        out
-        == f'{tmp_path}/vit: transformers opens it with pipeline("video-classification", model=...)\n'
-    )
+    opened = 'pipeline("video-classification", model=...)'
+    assert out == f"{tmp_path}/vit: transformers opens it with {opened}\n"
     classify = transformers.pipeline("video-classification", model=str(tmp_path / "vit"))
     official_eps(classify.model)
     frames = frames_of(vit.config)
@@ -1113,7 +1114,10 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
 
 
 def test_exports_that_cannot_be_end_in_one_line(tmp_path):
-    export = lambda file, out: run("tgm.checkpoints", "--export", file, "--out", out, fails=True)
+
+    def export(file, out):
+        return run("tgm.checkpoints", "--export", file, "--out", out, fails=True)
+
     torch.save({"model": official_state()}, tmp_path / "official.pth")
     line = export(tmp_path / "official.pth", tmp_path / "hf")
     assert (
