@@ -385,7 +385,7 @@ TUBELET = 2  # frames of a token, as VideoMAE's
 MOST_MEMORY = 4e9  # bytes that drawing may take
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None):
     from tgm.flags import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
 
     parser = Parser(description=__doc__)
@@ -455,7 +455,7 @@ def preview_grid(args, ratios):
     return grid
 
 
-def draw_row(argv=None):
+def draw_row(argv: list[str] | None = None) -> None:
     """The command: draws one row of a manifest, its maps and all masks that they allow."""
     from tgm import pictures, preview
 
@@ -497,7 +497,7 @@ def draw_row(argv=None):
         print(args.video)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     from tgm.run import one_line_errors
 
     one_line_errors(draw_row)(argv)
