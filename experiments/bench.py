@@ -56,7 +56,7 @@ import masking
 import model as models
 import pretrain
 import saliency
-from tgm import manifest, prepare
+from tgm import checkpoints, manifest, prepare
 from tgm.sampling import EpochBatches
 from tgm.video import VideoReader
 
@@ -318,7 +318,7 @@ def base_step(keep, ratio, dtype, folder, batch):
         video = video.transpose(1, 2).contiguous()
         return train_step(hf, lambda: hf(video, bool_masked_pos=mask).loss, dtype)
     model, masked = models.VideoMAE("base").to(DEVICE), masking.masked_count(ratio, grid)
-    models.load_pretrained(model, folder)
+    checkpoints.load_pretrained(model, folder)
     model.contrastive.requires_grad_(False)
     decoded = masking.some_masked(mask, data["noise"], round(keep * masked)) if keep < 1 else None
     return train_step(
@@ -337,7 +337,7 @@ def step_memory(*args):
 
 
 def step(args, temporary):
-    models.save_huggingface(models.VideoMAE("base"), folder := temporary / "base")
+    checkpoints.save_huggingface(models.VideoMAE("base"), folder := temporary / "base")
     rows, memory = [], []
     for ratio, dtype, aims in (
         (0.9, "float32", ("at least 1.05", "at least 1.5")),

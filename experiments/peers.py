@@ -135,7 +135,7 @@ def videomae_sample(path, frames, size=224):
 
 
 def transformers_mae(folder):
-    """transformers' VideoMAE from a folder that model.save_huggingface wrote."""
+    """transformers' VideoMAE from a folder that checkpoints.save_huggingface wrote."""
     hf = importlib.import_module("transformers").VideoMAEForPreTraining.from_pretrained(
         folder, attn_implementation="sdpa"
     )

@@ -149,7 +149,7 @@ def test_pixels_that_differ_are_an_error(videos, monkeypatch, tmp_path):
 
 
 def test_steps_equal_transformers(thin, tmp_path):
-    bench.models.save_huggingface(bench.models.VideoMAE("base"), tmp_path)
+    bench.checkpoints.save_huggingface(bench.models.VideoMAE("base"), tmp_path)
     theirs, ours, half = (
         bench.base_step(keep, 0.9, "float32", tmp_path, 1) for keep in (None, 1.0, 0.5)
     )

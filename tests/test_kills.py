@@ -300,7 +300,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
     """Files may not grow beyond a limit that the first checkpoint respects: the second ends the
     run, and the first is whole.
     """
-    from model import save_checkpoint
+    from tgm.checkpoints import save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, model={"x": torch.ones(1000)}, step=1)
@@ -308,7 +308,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(copy, tmp_path):
 import pathlib, resource, signal, sys
 import torch
 sys.path.insert(0, sys.argv[1])
-from model import save_checkpoint
+from tgm.checkpoints import save_checkpoint
 from tgm.run import one_line_errors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))

@@ -17,7 +17,7 @@ from PIL import Image, ImageFont, ImageOps
 
 import masking
 from masking import MASKS, cut_maps, make_mask
-from tgm import arrays
+from tgm import arrays, pictures
 
 
 def maps_for(name, batch, grid, seed=0):
@@ -37,19 +37,13 @@ def test_every_row_masks_the_same_count(name, grid):
     t, h, w = grid
     for percent in range(5, 100, 5):
         count = percent * h * w // 100  # in integers: no rounding to trip over
-        make = lambda: make_mask(
-            name,
-            percent / 100,
-            3,
-            grid,
-            generator=torch.Generator().manual_seed(1),
-            **maps_for(name, 3, grid),
-        )
+        generator = torch.Generator().manual_seed(1)
+        maps = maps_for(name, 3, grid)
         if count == 0:
             with pytest.raises(ValueError, match="some must be masked and some not"):
-                make()
+                make_mask(name, percent / 100, 3, grid, generator=generator, **maps)
             continue
-        mask = make()
+        mask = make_mask(name, percent / 100, 3, grid, generator=generator, **maps)
         assert mask.dtype == torch.bool and mask.shape == (3, t * h * w)
         assert mask.sum(1).tolist() == [t * count] * 3
         if name != "random":  # the others share the count out evenly over the slices
@@ -86,9 +80,11 @@ def test_some_masked_are_a_fair_draw_by_the_samples_own_noise(name):
     some = masking.some_masked(mask, noise, 54)
     chosen = torch.zeros_like(mask).scatter(1, some, True)
     assert some.shape == (batch, 54) and (chosen.sum(1) == 54).all() and not (chosen & ~mask).any()
-    share = lambda *dims: (
-        chosen.view(batch, 4, 36).float().sum(dims) / mask.view(batch, 4, 36).float().sum(dims)
-    )
+
+    def share(*dims):
+        of_chosen = chosen.view(batch, 4, 36).float().sum(dims)
+        return of_chosen / mask.view(batch, 4, 36).float().sum(dims)
+
     assert (share(0, 2) - 0.5).abs().max() < 0.01  # of each slice a half,
     often = mask.float().mean(0).view(4, 36) > 0.1
     assert (share(0)[often] - 0.5).abs().max() < 0.1  # of each token,
@@ -169,7 +165,10 @@ def test_motion_masks_a_window_about_what_moves():
 def test_camera_motion_does_not_count():
     field = moving_block((4, 8, 8), (0.25, -0.125), lambda t: (2, 2 + t))
     noise = torch.rand(1, 256, generator=torch.Generator().manual_seed(0))
-    mask = lambda motion: make_mask("motion", 0.4, 1, (4, 8, 8), motion=motion, noise=noise)
+
+    def mask(motion):
+        return make_mask("motion", 0.4, 1, (4, 8, 8), motion=motion, noise=noise)
+
     for camera in ((0.5, 1.0), (-0.25, 0.125)):
         # with the second the object stands still and all else moves
         assert torch.equal(mask(field), mask(field + torch.tensor(camera)[:, None, None]))
@@ -234,9 +233,11 @@ def test_flow_carries_the_visible_tokens_along():
         # the count may need more, or fewer
         assert torch.equal(kept, torch.minimum(carried.sum((1, 2)), visible.sum((1, 2)))), t
     tube = make_mask("tube", 0.8, 20, grid, noise=noise).view(20, 6, 8, 8)
-    constant = lambda mask: (
-        (~mask[:, 2, :, 1:] & ~mask[:, 1, :, :-1]).sum() / (~mask[:, 2, :, 1:]).sum()
-    )
+
+    def constant(mask):
+        visible = ~mask[:, 2, :, 1:]
+        return (visible & ~mask[:, 1, :, :-1]).sum() / visible.sum()
+
     assert constant(moved) > 3 * constant(tube) > 0
 
 
@@ -387,11 +388,9 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
         sample = data[epoch, 0]
         clip = sample["clip"][0, 0].float() / 255  # [T, H, W], red
         truth = clip.view(4, 2, 4, 16, 4, 16).mean((1, 3, 5)).flatten()  # a token's brightness
-        cut = lambda flip: cut_maps(
-            sample["saliency"], sample["times"], sample["box"], flip, (4, 4, 4)
-        ).flatten()
-        agreement.append((cut(sample["flip"]) - truth).abs().mean())
-        forgotten.append((cut(~sample["flip"]) - truth).abs().mean())
+        for flip, errors in ((sample["flip"], agreement), (~sample["flip"], forgotten)):
+            cut = cut_maps(sample["saliency"], sample["times"], sample["box"], flip, (4, 4, 4))
+            errors.append((cut.flatten() - truth).abs().mean())
         flips += int(sample["flip"])
     assert 4 < flips < 20
     assert max(agreement) < 0.06, max(agreement)
@@ -548,8 +547,8 @@ def test_the_preview_without_one_of_the_maps(copy):
     (copy / "data/val.motion.npy").rename(copy / "elsewhere.motion.npy")
     out = run("masking.py", *flags, cwd=copy)
     assert (
-        "motion: left out, there is no data/val.motion.npy; make it with: python saliency.py --data data/val.csv --cue motion"
-        in out
+        "motion: left out, there is no data/val.motion.npy; "
+        "make it with: python saliency.py --data data/val.csv --cue motion" in out
     )
     with Image.open(copy / "mask.png") as picture:
         assert rows_and_columns(picture) == (2 + 4, 4)
@@ -566,25 +565,25 @@ def test_the_preview_without_one_of_the_maps(copy):
 
 
 def test_heat_colours_and_tiles():
-    colours = masking.heat(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    colours = pictures.heat(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     assert colours[0, 0].tolist() == [0, 0, 1]
     assert colours[1, 0].tolist() == [1, 0, 0] and colours[0, 1].tolist() == [1, 1, 1]
     clip, mask = torch.zeros(3, 4, 32, 32), torch.tensor([True] * 4 + [False] * 4)
     motion = torch.zeros(2, 2, 2, 2)
     motion[0, 0] = 1  # to the right in the first slice, nothing in the second
-    tiles = masking.draw_tiles(clip, {"text 0.6": mask}, (2, 2, 2), torch.zeros(2, 2, 2), motion)
+    tiles = pictures.draw_tiles(clip, {"text 0.6": mask}, (2, 2, 2), torch.zeros(2, 2, 2), motion)
     assert list(tiles) == ["clip", "saliency", "motion", "text 0.6"] and all(
         tile.shape == (4, 32, 32, 3) for tile in tiles.values()
     )
     red, white = tiles["motion"][1, 5, 5] / 0.65, tiles["motion"][2, 5, 5] / 0.65
     assert red[0] > 0.9 and red[1:].max() < 0.1 and white.min() > 0.98
-    picture = masking.draw_strip(tiles, 2, "title")
+    picture = pictures.draw_strip(tiles, 2, "title")
     side = 32 * 4 + 4
     assert rows_and_columns(picture) == (4, 2)
     x, y = picture.width - 2 * side + 5, picture.height - side + 5  # in the last row's first tile
     assert picture.getpixel((x, y)) == (140, 140, 140)  # masked: grey
     assert picture.getpixel((x + side, y)) == (0, 0, 0)  # visible: the clip
-    frames = masking.draw_frames(tiles)
+    frames = pictures.draw_frames(tiles)
     assert [frame.getpixel((5, side + 20 + 20 + 5)) for frame in frames] == [
         (140, 140, 140)
     ] * 2 + [(0, 0, 0)] * 2
@@ -664,38 +663,43 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (("--frames", 7), "--frames 7: expected a multiple of 2, the frames of a token"),
         (
             ("--patch-size", 24),
-            "--frames 8 --image-size 64 --patch-size 24: the image size is not a multiple of the patch size",
+            "--frames 8 --image-size 64 --patch-size 24: "
+            "the image size is not a multiple of the patch size",
         ),
         (
             ("--patch-size", 128),
-            "--frames 8 --image-size 64 --patch-size 128: the image size is not a multiple of the patch size",
+            "--frames 8 --image-size 64 --patch-size 128: "
+            "the image size is not a multiple of the patch size",
         ),
         (
             ("--patch-size", 64),
-            "--frames 8 --image-size 64 --patch-size 64: random's mask ratio 0.9 masks 0 of 1 tokens in a slice: "
-            "some must be masked and some not",
-        ),
-        (
-            ("--mask-ratio", 0.01),
-            "--mask-ratio 0.01 --frames 8 --image-size 64 --patch-size 16: random's mask ratio 0.01 masks 0 of 16 "
+            "--frames 8 --image-size 64 --patch-size 64: random's mask ratio 0.9 masks 0 of 1 "
             "tokens in a slice: some must be masked and some not",
         ),
         (
+            ("--mask-ratio", 0.01),
+            "--mask-ratio 0.01 --frames 8 --image-size 64 --patch-size 16: random's mask ratio "
+            "0.01 masks 0 of 16 tokens in a slice: some must be masked and some not",
+        ),
+        (
             ("--mask-ratio", 1),
-            "--mask-ratio 1 --frames 8 --image-size 64 --patch-size 16: random's mask ratio 1.0 masks 16 of 16 tokens "
-            "in a slice: some must be masked and some not",
+            "--mask-ratio 1 --frames 8 --image-size 64 --patch-size 16: random's mask ratio "
+            "1.0 masks 16 of 16 tokens in a slice: some must be masked and some not",
         ),
         (
             ("--image-size", 8192),
-            "--frames 8 --image-size 8192 --patch-size 16: drawing that takes 739 GB of memory: ask for less",
+            "--frames 8 --image-size 8192 --patch-size 16: "
+            "drawing that takes 739 GB of memory: ask for less",
         ),
         (
             ("--frames", 10000),
-            "--frames 10000 --image-size 64 --patch-size 16: drawing that takes 11 GB of memory: ask for less",
+            "--frames 10000 --image-size 64 --patch-size 16: "
+            "drawing that takes 11 GB of memory: ask for less",
         ),
         (
             ("--image-size", 512, "--patch-size", 1),
-            "--frames 8 --image-size 512 --patch-size 1: drawing that takes 660 GB of memory: ask for less",
+            "--frames 8 --image-size 512 --patch-size 1: "
+            "drawing that takes 660 GB of memory: ask for less",
         ),
         (
             ("--out", "nowhere/mask.png"),
@@ -725,7 +729,8 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (("--caption", 3), "--caption 3: row 0 has 3 captions"),
         (
             ("--data", "gone.csv"),
-            "gone.csv:1: expected a csv with the header path[,label][,start,end], found none (No such file or directory)",
+            "gone.csv:1: expected a csv with the header path[,label][,start,end], found none "
+            "(No such file or directory)",
         ),
     ],
 )
@@ -746,7 +751,8 @@ def test_wrong_flags_end_in_one_line_in_a_process_of_its_own(copy):
 def test_a_disk_that_fills_while_the_picture_is_written(copy):
     code = (
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import masking\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "masking.main(sys.argv[2:])"
     )
     command = [sys.executable, "-c", code, str(ROOT), *map(str, SMALL)]
@@ -769,8 +775,8 @@ def test_a_row_without_motion_is_drawn_without_it(copy):
     for line in lines[:2]:
         assert "left out, data/val.motion.npy is empty for videos/val/00001.mp4" in line
         assert (
-            "no motion vectors (for any codec: python saliency.py --data data/val.csv --cue motion --flow raft --resume none)"
-            in line
+            "no motion vectors (for any codec: "
+            "python saliency.py --data data/val.csv --cue motion --flow raft --resume none)" in line
         )
     with Image.open(copy / "mask.png") as picture:
         assert rows_and_columns(picture) == (2 + 4, 4)
@@ -778,9 +784,13 @@ def test_a_row_without_motion_is_drawn_without_it(copy):
 
 def test_a_row_without_saliency_is_refused_with_the_reason(copy):
     empty(copy / "data/val.saliency.npy", 1)
-    refused = lambda *flags: run("masking.py", *SMALL, *flags, cwd=copy, fails=True)
+
+    def refused(*flags):
+        return run("masking.py", *SMALL, *flags, cwd=copy, fails=True)
+
     assert refused("--row", 1) == (
-        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (to be made with: python saliency.py --data data/val.csv)"
+        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 "
+        "(to be made with: python saliency.py --data data/val.csv)"
     )
     # its caption failed
     path = copy / "data/val.captions.jsonl"
@@ -794,12 +804,14 @@ def test_a_row_without_saliency_is_refused_with_the_reason(copy):
     about.write_text(json.dumps(settings | {"captions": arrays.file_hash(path)}))
     empty(copy / "data/val.saliency.npy", 2)
     assert refused("--row", 2) == (
-        "--row 2: videos/val/00002.mp4 has no caption (videos/val/00002.mp4: is empty); choose another row"
+        "--row 2: videos/val/00002.mp4 has no caption (videos/val/00002.mp4: is empty); "
+        "choose another row"
     )
     # its video is gone
     (copy / "data/videos").unlink()
     assert refused("--row", 1) == (
-        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 (data/videos/val/00001.mp4: No such file or directory)"
+        "--row 1: data/val.saliency.npy is empty for videos/val/00001.mp4 "
+        "(data/videos/val/00001.mp4: No such file or directory)"
     )
     assert refused("--row", 0) == "data/videos/val/00000.mp4: No such file or directory"
     assert not (copy / "mask.png").exists()
@@ -814,7 +826,8 @@ def test_captions_remade_with_other_frames_make_the_saliency_stale(copy):
     line = run("masking.py", *SMALL, "--caption", 4, cwd=copy, fails=True)
     assert line.startswith("data/val.saliency.npy: expected captions ")
     assert line.endswith(
-        "; make it with: python caption.py --data data/val.csv && python saliency.py --data data/val.csv"
+        "; make it with: python caption.py --data data/val.csv && "
+        "python saliency.py --data data/val.csv"
     )
     (copy / "other").mkdir()
     for kind in ("npy", "json"):
@@ -822,9 +835,9 @@ def test_captions_remade_with_other_frames_make_the_saliency_stale(copy):
     line = run(
         "masking.py", *SMALL, "--caption", 4, "--companions", "other/val", cwd=copy, fails=True
     )
-    assert (
-        line
-        == "--caption 4: other/val.saliency.npy has 3 captions per video, data/val.captions.jsonl has 6"
+    assert line == (
+        "--caption 4: other/val.saliency.npy has 3 captions per video, "
+        "data/val.captions.jsonl has 6"
     )
     assert run(
         "masking.py", *SMALL, "--caption", 2, "--companions", "other/val", cwd=copy
@@ -845,8 +858,8 @@ def test_letters_grow_with_the_picture():
             "clip": torch.ones(2 * slices, size, size, 3),
             "text-inverse 0.6": torch.ones(2 * slices, size, size, 3),
         }
-        picture = masking.draw_strip(tiles, slices, "a title")
-        step = masking.tile_side(size) + 4
+        picture = pictures.draw_strip(tiles, slices, "a title")
+        step = pictures.tile_side(size) + 4
         margin, top = picture.width - slices * step, picture.height - 2 * step
         _, first, right, last = ink(picture, (0, top, margin, top + step))  # "clip"
         heights[size, slices] = (last - first, picture.width)
@@ -862,20 +875,22 @@ def test_long_titles_wrap_and_longer_ones_are_cut():
     tiles = {"clip": torch.ones(4, 32, 32, 3)}
     height = {}
     for words in (1, 12, 400):
-        picture = masking.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
+        picture = pictures.draw_strip(tiles, 2, "a/" * 3 + "word " * words)
         top = picture.height - 132
         height[words] = top
         assert ink(picture, (0, 0, picture.width, top))[2] < picture.width
     assert height[1] < height[12] <= height[400] < 4 * height[1]
     font = ImageFont.load_default(size=14)
-    assert masking.wrap("one two", font, 1000, 1) == "one two"
-    assert masking.wrap("one  two\n three", font, font.getlength("one twox"), 3) == "one two\nthree"
-    cut = masking.wrap("word " * 400, font, 200, 2)
+    assert pictures.wrap("one two", font, 1000, 1) == "one two"
+    assert (
+        pictures.wrap("one  two\n three", font, font.getlength("one twox"), 3) == "one two\nthree"
+    )
+    cut = pictures.wrap("word " * 400, font, 200, 2)
     assert (
         cut.endswith("…")
         and cut.count("\n") == 1
         and max(map(font.getlength, cut.split("\n"))) <= 200
     )
-    long = masking.wrap("folder" * 20, font, 150, 3)
+    long = pictures.wrap("folder" * 20, font, 150, 3)
     assert long.replace("\n", "").rstrip("…") == ("folder" * 20)[: len(long) - 3]
     assert max(map(font.getlength, long.split("\n"))) <= 150

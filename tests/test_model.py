@@ -21,15 +21,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as M
-from model import (
-    VideoMAE,
-    VideoViT,
-    info_nce,
-    load_pretrained,
-    patchify,
-    save_huggingface,
-    unpatchify,
-)
+from model import VideoMAE, VideoViT, info_nce, patchify, unpatchify
+from tgm import checkpoints
+from tgm.checkpoints import load_pretrained, save_huggingface
 from tgm.run import one_line_errors
 
 torch.set_num_threads(1)
@@ -126,7 +120,7 @@ def hf_config(model, **extra):
 
 
 def ours_in_hf(name):
-    """Parameter name of transformers -> ours, written out independently of model.HF_KEYS; None
+    """Parameter name of transformers -> ours, written out independently of HF_KEYS; None
     where ours is fused.
     """
     for a, b in (
@@ -478,21 +472,21 @@ def test_a_new_head_for_other_classes(tmp_path):
     assert torch.equal(new.head.weight, head) and torch.equal(
         new.fc_norm.weight, old.fc_norm.weight
     )
-    assert M.head_classes(tmp_path / "old.pt") == 3
+    assert checkpoints.head_classes(tmp_path / "old.pt") == 3
     torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
     assert "unused mask_token" in load_pretrained(new, tmp_path / "mae.pt", new_head=True)
     with pytest.raises(ValueError, match="holds no classifier"):
-        M.head_classes(tmp_path / "mae.pt")
+        checkpoints.head_classes(tmp_path / "mae.pt")
 
 
 def test_saved_args(tmp_path):
     torch.save({"model": {}, "args": {"size": "tiny"}}, tmp_path / "ours.pt")
     torch.save({"model": {}, "args": argparse.Namespace(size=1)}, tmp_path / "official.pt")
     (tmp_path / "bad.pt").write_bytes(b"no")
-    assert M.saved_args(tmp_path / "ours.pt") == {"size": "tiny"}
-    assert [M.saved_args(tmp_path / name) for name in ("official.pt", "bad.pt", "gone.pt")] == [
-        {}
-    ] * 3 and M.saved_args("none") == {}
+    assert checkpoints.saved_args(tmp_path / "ours.pt") == {"size": "tiny"}
+    assert [
+        checkpoints.saved_args(tmp_path / name) for name in ("official.pt", "bad.pt", "gone.pt")
+    ] == [{}] * 3 and checkpoints.saved_args("none") == {}
 
 
 class Payload:
@@ -823,7 +817,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
     full = mae(video, mask, text)
     with torch.autocast("cpu", torch.bfloat16):
         half = mae(video, mask, text)
-    for a, b in zip(half, full):
+    for a, b in zip(half, full, strict=True):
         assert (
             a.dtype == torch.float32
             and a.item() == pytest.approx(b.item(), rel=2e-2)
@@ -837,8 +831,10 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
 
 def test_checkpointing_changes_no_gradient():
     grads = []
+    calls = []
     for on in (False, True):
-        mae, calls = randomize(VideoMAE("nano")), []
+        calls.clear()
+        mae = randomize(VideoMAE("nano"))
         mae.set_checkpointing(on)
         mae.encoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         mae.decoder.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -847,7 +843,7 @@ def test_checkpointing_changes_no_gradient():
         grads.append(
             [p.grad for k, p in mae.named_parameters() if not k.startswith("contrastive.")]
         )
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_compiles_to_one_graph_when_told_the_count():
@@ -856,9 +852,9 @@ def test_compiles_to_one_graph_when_told_the_count():
     # a read of the device would break the graph
     compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")
     for decoded in (None, mask.nonzero()[:, 1].view(2, -1)[:, 1:4]):
-        for a, b in zip(
-            compiled(video, mask, text, 3, decoded), mae(video, mask, text, decoded=decoded)
-        ):
+        fast = compiled(video, mask, text, 3, decoded)
+        plain = mae(video, mask, text, decoded=decoded)
+        for a, b in zip(fast, plain, strict=True):
             close(a, b)
 
 
@@ -950,7 +946,7 @@ def test_official_checkpoints_with_numpys_numbers_load(tmp_path, numpy_module):
     report = load_pretrained(mae, file)
     assert report == ["missing contrastive.logit_scale", "missing contrastive.proj.weight"]
     assert all(torch.equal(mae.state_dict()[key], value) for key, value in state.items())
-    assert M.saved_args(file) == {}
+    assert checkpoints.saved_args(file) == {}
 
 
 def test_beyond_numpys_numbers_nothing_is_let_in(tmp_path, monkeypatch):
@@ -977,7 +973,7 @@ def test_beyond_numpys_numbers_nothing_is_let_in(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
         load_pretrained(VideoMAE("nano"), file)
     allowed = torch.serialization.get_safe_globals()  # ours are there only while a file is opened
-    assert not [one for one in allowed if one in M.SAFE]
+    assert not [one for one in allowed if one in checkpoints.SAFE]
 
 
 def test_a_folder_without_one_of_its_keys_says_which(tmp_path):
@@ -1009,9 +1005,10 @@ def test_notes_in_words(tmp_path):
     torch.save({"model": VideoMAE("nano").state_dict()}, tmp_path / "mae.pt")
     torch.save({"model": VideoViT("nano", classes=3).state_dict()}, tmp_path / "vit.pt")
     torch.save({"model": official_state()}, tmp_path / "official.pth")
-    words = lambda model, name, **options: M.summary_of(
-        load_pretrained(model, tmp_path / name, **options)
-    )
+
+    def words(model, name, **options):
+        return checkpoints.summary_of(load_pretrained(model, tmp_path / name, **options))
+
     assert words(VideoMAE("nano"), "mae.pt") == "every key loaded"
     # 13 keys of one block, norm and head with weight and bias, encoder_to_decoder, mask_token
     decoder = "decoder (19 keys)"
@@ -1087,11 +1084,9 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
     vit = randomize(VideoViT("tiny", classes=2, frames=4, image_size=64)).eval()
     args = {"size": "tiny", "frames": 4, "image_size": 64, "classes": ["calm", "fight"]}
     torch.save({"model": vit.state_dict(), "args": args, "step": 3}, tmp_path / "best.pt")
-    out = run("model.py", "--export", tmp_path / "best.pt", "--out", tmp_path / "vit")
-    assert (
-        out
-        == f'{tmp_path}/vit: transformers opens it with pipeline("video-classification", model=...)\n'
-    )
+    out = run("tgm.checkpoints", "--export", tmp_path / "best.pt", "--out", tmp_path / "vit")
+    opened = 'pipeline("video-classification", model=...)'
+    assert out == f"{tmp_path}/vit: transformers opens it with {opened}\n"
     classify = transformers.pipeline("video-classification", model=str(tmp_path / "vit"))
     official_eps(classify.model)
     frames = frames_of(vit.config)
@@ -1105,7 +1100,12 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
     args = {"size": "tiny", "frames": 8, "image_size": 32, "text_dim": 7}
     torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "checkpoint.pt")
     out = run(
-        "model.py", "--export", tmp_path / "checkpoint.pt", "--out", tmp_path / "mae", process=True
+        "tgm.checkpoints",
+        "--export",
+        tmp_path / "checkpoint.pt",
+        "--out",
+        tmp_path / "mae",
+        process=True,
     )
     assert "VideoMAEForPreTraining.from_pretrained" in out
     back = VideoMAE("tiny", text_dim=7)
@@ -1114,7 +1114,10 @@ def test_our_checkpoints_are_exported_by_a_command(tmp_path):
 
 
 def test_exports_that_cannot_be_end_in_one_line(tmp_path):
-    export = lambda file, out: run("model.py", "--export", file, "--out", out, fails=True)
+
+    def export(file, out):
+        return run("tgm.checkpoints", "--export", file, "--out", out, fails=True)
+
     torch.save({"model": official_state()}, tmp_path / "official.pth")
     line = export(tmp_path / "official.pth", tmp_path / "hf")
     assert (
@@ -1129,20 +1132,20 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
     args = {"size": "nano", "frames": 4, "image_size": 32, "text_dim": 512}
     torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "mae.pt")
     assert "Not a directory" in export(tmp_path / "mae.pt", tmp_path / "file/hf")
-    line = run("model.py", "--export", tmp_path / "mae.pt", fails=True)
-    assert "--export FILE and --out FOLDER go together" in line
+    line = run("tgm.checkpoints", "--export", tmp_path / "mae.pt", fails=True)
+    assert "the following arguments are required: --out" in line
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_path):
     path = tmp_path / "gone/checkpoint.pt"
     with pytest.raises(FileNotFoundError) as error:
-        M.save_checkpoint(path, step=1)
+        checkpoints.save_checkpoint(path, step=1)
     reason = "cannot be written, the last checkpoint is kept (No such file or directory)"
     assert (error.value.strerror, error.value.filename) == (reason, str(path))
 
     @one_line_errors
     def main(_):
-        M.save_checkpoint(path, step=1)
+        checkpoints.save_checkpoint(path, step=1)
 
     with pytest.raises(SystemExit) as end:
         main()
@@ -1153,9 +1156,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_pat
             raise RuntimeError("a bug, not a disk")
 
     path.parent.mkdir()
-    M.save_checkpoint(path, step=1)
+    checkpoints.save_checkpoint(path, step=1)
     with pytest.raises(RuntimeError, match="a bug, not a disk"):
-        M.save_checkpoint(path, step=Broken())
+        checkpoints.save_checkpoint(path, step=Broken())
     assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(path.parent) == [
         path.name
     ]
@@ -1177,8 +1180,8 @@ def test_what_the_stages_write_is_exported(copy):
         "ft",
         cwd=copy,
     )
-    run("model.py", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)
-    run("model.py", "--export", "ft/checkpoint.pt", "--out", "hf/ft", cwd=copy)
+    run("tgm.checkpoints", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)
+    run("tgm.checkpoints", "--export", "ft/checkpoint.pt", "--out", "hf/ft", cwd=copy)
     hf = transformers.VideoMAEForPreTraining.from_pretrained(copy / "hf/pre")
     saved = torch.load(copy / "pre/checkpoint.pt", weights_only=True)["model"]
     assert torch.equal(hf.mask_token, saved["mask_token"])

@@ -1,0 +1,226 @@
+"""Pictures of clips: maps as colours over frames, masked tokens in grey, as one strip or moving.
+
+    tiles = draw_tiles(clip, {"text 0.6": mask}, grid, saliency=maps)
+    draw_strip(tiles, slices=8, title="a title").save("mask.png")
+    write_video("mask.mp4", draw_frames(tiles), fps=5)
+
+A tile is what one row of the picture shows: frames of one clip, float [T, H, W, 3] in [0, 1].
+
+Shapes: T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens.
+"""
+
+import contextlib
+import math
+import textwrap
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import flow_to_image
+
+from tgm.run import RunError
+
+STILL = (".png", ".jpg", ".jpeg", ".webp", ".pdf")  # endings of pictures
+MOVING = (".mp4", ".gif", ".mov", ".mkv")
+GREY = 0.55  # of masked tokens
+GAP = 4  # pixels between tiles
+SMALLEST = 14  # pixels of the smallest letters
+COLUMNS = 3  # tiles of a line in moving pictures
+
+Tiles = dict[str, Tensor]
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+def draw_tiles(
+    clip: Tensor,
+    masks: dict[str, Tensor],
+    grid: tuple[int, int, int],
+    saliency: Tensor | None = None,
+    motion: Tensor | None = None,
+) -> Tiles:
+    """What a clip, its maps and its masks look like: {name: tile}.
+
+    clip float [3, T, H, W] in [0, 1]
+    masks {name: bool [N]}
+    saliency [t, h, w]
+    motion [t, 2, h, w], drawn in the colours of Baker et al. (the hue is the direction)"""
+    frames = clip.permute(1, 2, 3, 0)  # [T, H, W, 3]
+    shape = frames.shape[:3]
+    tiles = {"clip": frames}
+    if saliency is not None:
+        tiles["saliency"] = tint(frames, heat(enlarge(saliency, shape)))
+    if motion is not None:
+        colours = flow_to_image(motion.float()) / 255  # [t, 3, h, w]
+        colours = [enlarge(colour, shape) for colour in colours.unbind(1)]
+        tiles["motion"] = tint(frames, torch.stack(colours, dim=-1))
+    grey = torch.full_like(frames, GREY)
+    for name, mask in masks.items():
+        hidden = enlarge(mask.view(grid), shape)[..., None] > 0
+        tiles[name] = torch.where(hidden, grey, frames)
+    return tiles
+
+
+def enlarge(maps: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """One number per token [t, h, w] -> float32, one per pixel: shape (T, H, W)."""
+    return F.interpolate(maps.float()[None, None], shape, mode="nearest")[0, 0]
+
+
+def heat(values: Tensor) -> Tensor:
+    """Colours float [..., H, W], scaled to [0, 1] within the picture, from blue over white to red:
+    float [..., H, W, 3]."""
+    low = values.min()
+    high = values.max()
+    scaled = (values - low) / (high - low).clamp(min=1e-6)
+    red = (2 * scaled).clamp(max=1)
+    green = 1 - (2 * scaled - 1).abs()
+    blue = (2 - 2 * scaled).clamp(max=1)
+    return torch.stack([red, green, blue], -1)
+
+
+def tint(frames: Tensor, colours: Tensor) -> Tensor:
+    """Frames under colours through which they can be seen."""
+    return 0.35 * frames + 0.65 * colours
+
+
+# ---- pictures of tiles ---------------------------------------------------------------------------
+
+
+def draw_strip(tiles: Tiles, slices: int, title: str) -> Image.Image:
+    """What `draw_tiles` gives as one picture: the title, then one row per tile, its name before it,
+    and one column per token slice (its first frame). The letters grow with the picture."""
+    frames, size = tiles["clip"].shape[:2]
+    side = tile_side(size)
+    step = side + GAP
+    # to be read when the picture is shrunk to a page, too
+    letters = min(max(SMALLEST, slices * step // 55), max(SMALLEST, side // 4))
+    font = ImageFont.load_default(size=letters)
+    names = {name: wrap(name, font, side, lines=3) for name in tiles}
+    margin = 12 + max(text_size(name, font)[0] for name in names.values())
+    width = margin + slices * step
+    title = wrap(title, font, width - 8, lines=3)
+    top = 12 + text_size(title, font)[1]
+
+    picture = Image.new("RGB", (width, top + len(tiles) * step), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((4, 4), title, "black", font)
+    for i, (name, tile) in enumerate(tiles.items()):
+        y = top + i * step
+        draw.multiline_text((4, y + side // 2), names[name], "black", font, anchor="lm")
+        for j, frame in enumerate(tile[:: frames // slices]):
+            picture.paste(to_picture(frame, side), (margin + j * step, y))
+    return picture
+
+
+def draw_frames(tiles: Tiles) -> list[Image.Image]:
+    """The same as moving pictures: one per frame, three tiles a line, each under its name."""
+    frames, size = tiles["clip"].shape[:2]
+    side = tile_side(size)
+    step = side + GAP
+    font = ImageFont.load_default(size=max(SMALLEST, side // 9))
+    head = math.ceil(1.4 * font.size)
+    lines = math.ceil(len(tiles) / COLUMNS)
+    width = COLUMNS * step // 2 * 2  # H.264 wants even sides
+    height = lines * (step + head) // 2 * 2
+    names = {name: wrap(name, font, side, lines=1) for name in tiles}
+    pictures = []
+    for t in range(frames):
+        picture = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, (name, tile) in enumerate(tiles.items()):
+            x = i % COLUMNS * step
+            y = i // COLUMNS * (step + head)
+            draw.text((x + 2, y + head // 2), names[name], "black", font, anchor="lm")
+            picture.paste(to_picture(tile[t], side), (x, y + head))
+        pictures.append(picture)
+    return pictures
+
+
+def tile_side(size: int) -> int:
+    """The side of the drawn tiles of a clip of `size` pixels: a whole multiple, so that pixels stay
+    sharp, of at least 65 pixels and at most 128, or `size` where that is more."""
+    return size * max(1, 128 // size)
+
+
+def to_picture(frame: Tensor, side: int) -> Image.Image:
+    """float [H, W, 3] in [0, 1] -> a picture of side x side pixels."""
+    picture = Image.fromarray((frame * 255).round().byte().numpy())
+    return picture.resize((side, side), Image.NEAREST)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> str:
+    """`text` in at most `lines` lines of at most `width` pixels, joined; what is too long ends in
+    dots."""
+    text = " ".join(text.split())[:1000]
+    for columns in range(min(len(text), int(width)), 0, -1):
+        wrapped = textwrap.wrap(text, columns, max_lines=lines, placeholder="…")
+        if max(font.getlength(line) for line in wrapped) <= width:
+            return "\n".join(wrapped)
+    return ""
+
+
+def text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Where text that begins at (0, 0) ends, in pixels: (x, y)."""
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font)
+    return math.ceil(right), math.ceil(bottom)
+
+
+def drawing_bytes(tiles: int, frames: int, slices: int, size: int) -> int:
+    """The memory that so many tiles take, with a strip and moving pictures of them."""
+    floats = 4 * frames * size**2
+    pixels = (frames + slices) * tile_side(size) ** 2
+    return 3 * tiles * (floats + pixels)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def require_writable(
+    flag: str, path: Path, endings: tuple[str, ...], source: str | None = None
+) -> None:
+    """RunError, naming the flag, unless `path` ends in one of `endings`, can be written, and is not
+    the file `source` that is to be drawn."""
+    if path.suffix.lower() not in endings:
+        raise RunError(f"{flag} {path}: expected a name that ends in {', '.join(endings)}")
+    there = path.exists()
+    if there and source is not None and Path(source).exists() and path.samefile(source):
+        raise RunError(f"{flag} {path}: is the video that is to be drawn")
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise RunError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def saving(flag: str, path: Path) -> Iterator[None]:
+    """RunError, naming the flag, where what happens inside cannot draw or write the file."""
+    try:
+        yield
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise RunError(f"{flag} {path}: cannot be written ({error})") from None
+
+
+def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
+    """Writes pictures as a GIF, or as H.264 in the container that the name says."""
+    if Path(path).suffix.lower() == ".gif":
+        first, *others = pictures
+        first.save(path, save_all=True, append_images=others, loop=0, duration=1000 / fps)
+        return
+    with av.open(str(path), "w") as container:
+        rate = Fraction(fps).limit_denominator(1000)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
