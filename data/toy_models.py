@@ -3,7 +3,7 @@
     data/toy/blip    a transformers folder: AutoModelForImageTextToText and AutoProcessor open it
     data/toy/clip    an open_clip folder: create_model_from_pretrained("local-dir:data/toy/clip")
 
-    python data/toy.py --train-models          both, in about 50 minutes on one core
+    python data/toy.py --train-models          both, in about 45 minutes on one core
     python data/toy_models.py --only clip      one of them
 
 Both see single frames of the split "images" of the toy world, drawn as they are needed: never a
@@ -193,11 +193,11 @@ def main(argv=None):
     parser.add_argument("--only", choices=("clip", "blip"), help="train one of the two")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder that gets blip/ and clip/")
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps (default: 2000 for clip, 2600 for blip)"
+        "--steps", type=int, help="optimiser steps (default: 3000 for clip, 3600 for blip)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name, function, steps in (("clip", train_clip, 2000), ("blip", train_blip, 2600)):
+    for name, function, steps in (("clip", train_clip, 3000), ("blip", train_blip, 3600)):
         if args.only in (None, name):
             torch.manual_seed(args.seed)
             function(args.out / name, args.seed, args.steps or steps)
