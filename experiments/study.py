@@ -223,11 +223,11 @@ def run_cell(runner, cell):
     return result
 
 
-def read_runs(path=RESULTS):
+def read_runs():
     """{name: line} of runs.csv; numbers are floats."""
-    if not path.exists():
+    if not RESULTS.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(RESULTS, newline="", encoding="utf-8") as file:
         return {
             line["name"]: {key: number(text) for key, text in line.items()}
             for line in csv.DictReader(file)
@@ -241,18 +241,18 @@ def number(text):
         return text
 
 
-def add_run(result, path=RESULTS):
+def add_run(result):
     """Adds a line to runs.csv; the file is whole at any time."""
-    runs = read_runs(path) | {result["name"]: result}
+    runs = read_runs() | {result["name"]: result}
     columns = dict.fromkeys(key for run in runs.values() for key in run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".new")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    aside = RESULTS.with_suffix(".new")
     with open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         for run in runs.values():
             writer.writerow({key: shown(value) for key, value in run.items()})
-    aside.replace(path)
+    aside.replace(RESULTS)
 
 
 def shown(value):

@@ -4,51 +4,20 @@ on with."""
 import csv
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import controls
 import numpy as np
 import pytest
 import report
 import study
-from conftest import CLIP, ENVIRONMENT, ROOT, run
+from conftest import CLIP, run
 
 import masking
 from tgm.arrays import open_array, read_captions
 from tgm.manifest import read_manifest
-
-# two cells of a few steps
-SHORT = """
-import sys
-sys.path.insert(0, {experiments!r})
-import study
-from pathlib import Path
-study.PRETRAIN = "--size tiny --batch-size 8 --repeat 1 --warmup-epochs 0.5 --blr 8e-3"
-study.PROBE = "--size tiny --clips 1 --attentive --seeds 1 --epochs 2"
-study.EPOCHS = 1
-study.RESULTS = Path("runs.csv")
-cells = [study.Cell("text", 0.6, source, 1, 0, 1) for source in ("own", "truth")]
-study.plan = lambda: cells + [study.Cell("untrained")]
-study.main(sys.argv[1:])
-"""
-
-
-def go(folder, *flags, **options):
-    """The study of SHORT as a process in a folder."""
-    code = SHORT.format(experiments=str(ROOT / "experiments"))
-    command = [sys.executable, "-c", code, *flags]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
 
 
 def test_the_plan():
@@ -147,38 +116,100 @@ def test_controls(copy):
     )
 
 
-def test_a_study_that_is_stopped_goes_on(copy):
-    names = ["text-0.6-nce1-seed0", "text-of-truth-0.6-nce1-seed0", "untrained-nce0-seed0"]
-    process = go(copy)
-    checkpoint = copy / f"runs/study/{names[1]}/checkpoint.pt"
-    deadline = time.time() + 200
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and errors.strip() == "stopped: the same command goes on"
-    with open(copy / "runs.csv", newline="") as file:
-        assert [line["name"] for line in csv.DictReader(file)] == names[:1]
-    out, errors = go(copy).communicate(timeout=200)
-    assert "3 cells, 2 to do" in out, out + errors
-    with open(copy / "runs.csv", newline="") as file:
-        rows = {line["name"]: line for line in csv.DictReader(file)}
-    assert list(rows) == names
-    row = rows[names[1]]
-    assert (row["mask"], row["source"], row["steps"], row["nce"]) == ("text", "truth", "4", "1")
-    probe = json.loads((copy / f"runs/study/{names[1]}/probe/scene.json").read_text())
-    assert float(row["scene_attentive"]) == pytest.approx(probe["attentive"], abs=1e-4)
-    assert not list((copy / "runs/study").glob("*/probe/*.npy"))  # bulky
-    log = (copy / f"runs/study/{names[1]}/log.txt").read_text()
-    assert "--companions runs/study/maps/truth" in log
-    out, _ = go(copy, "--list").communicate(timeout=60)
-    assert out.count("(done)") == 3 and "3 cells, 0 to do" in out
-    _, errors = go(copy, "--only", "tube").communicate(timeout=60)
-    assert "--only tube: no such cell" in errors
-    (copy / "data/train.saliency.npy").unlink()
-    (copy / "data/train.captions.jsonl").write_text("nonsense\n")
-    with open(copy / "runs.csv", "w") as file:
-        file.write("name\n")
-    process = go(copy)
-    out, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and errors.startswith("caption.py: "), errors
+class HereRunner:
+    """Stands for study.Runner: runs the stages in this process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.commands = []
+
+    def run(self, script, *flags, log):
+        self.commands.append((script, *map(str, flags)))
+        run(script, *flags, cwd=self.folder)
+
+
+def test_a_cell_is_a_pretraining_run_and_nine_probes(copy, monkeypatch):
+    """With the stages themselves, at a few steps."""
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(
+        study, "PRETRAIN", "--size tiny --batch-size 8 --repeat 1 --warmup-epochs 0.5 --blr 8e-3"
+    )
+    monkeypatch.setattr(study, "PROBE", "--size tiny --clips 1 --attentive --seeds 1 --epochs 2")
+    run("experiments/controls.py", "truth", "--out", "runs/study/maps/truth", cwd=copy)
+    cell = study.Cell("text", 0.6, "truth", 1, seed=3, epochs=1)
+    row = study.run_cell(HereRunner(copy), cell)
+    folder = copy / "runs/study" / cell.name
+    assert (row["name"], row["steps"], row["seed"]) == (
+        "text-of-truth-0.6-1-epochs-nce1-seed3",
+        4,
+        3,
+    )
+    probe = json.loads((folder / "probe/scene.json").read_text())
+    assert row["scene_attentive"] == probe["attentive"] and set(report.MEASURES) < set(row)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert row["loss_mae"] == log[-1]["loss_mae"] and row["loss_nce"] == log[-1]["loss_nce"]
+    used = json.loads((folder / "args.json").read_text())
+    assert (used["mask_ratio"], used["nce_weight"], used["seed"]) == (0.6, 1, 3)
+    assert used["companions"] == "runs/study/maps/truth"
+    assert not list(folder.glob("probe/*.npy"))  # bulky
+    untrained = study.run_cell(HereRunner(copy), study.Cell("untrained", seed=3))
+    assert "loss_mae" not in untrained and 0 <= untrained["object_knn"] <= 1
+
+
+def fake_cell(runner, cell):
+    """Stands for study.run_cell."""
+    runner.run("sleep.py", 0.2, log=study.OUT / f"{cell.name}.txt")
+    return {"name": cell.name, "seconds": 1, "object_knn": 0.25}
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A folder in which a study of five short cells runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sleep.py").write_text(
+        "import sys, time\ntime.sleep(float(sys.argv[1]))\nsys.exit(3 * (sys.argv[1] == '0.0'))"
+    )
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "runs.csv")
+    monkeypatch.setattr(study, "plan", lambda: [study.Cell("tube", 0.6, seed=i) for i in range(5)])
+    monkeypatch.setattr(study, "prepare", lambda runner: None)
+    monkeypatch.setattr(study, "run_cell", fake_cell)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def finished(folder):
+    with open(folder / "runs.csv", newline="") as file:
+        return sorted(line["name"] for line in csv.DictReader(file))
+
+
+def test_a_study_that_is_stopped_goes_on(fake, capsys):
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(SystemExit, match="stopped: the same command goes on"):
+        study.main([])
+    done = finished(fake)
+    assert 0 < len(done) < 5
+    study.main(["--list"])
+    listed = capsys.readouterr().out
+    assert listed.count("(done)") == len(done) and f"5 cells, {5 - len(done)} to do" in listed
+    study.main(["--jobs", "2"])
+    assert finished(fake) == [f"tube-0.6-nce0-seed{seed}" for seed in range(5)]
+    study.main([])
+    assert "5 cells, 0 to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--only tube: no such cell"):
+        study.main(["--only", "tube"])
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(fake, monkeypatch, capsys):
+    def failing(runner, cell):
+        if cell.seed == 1:
+            runner.run("sleep.py", 0.0, log=study.OUT / f"{cell.name}.txt")
+        return fake_cell(runner, cell)
+
+    monkeypatch.setattr(study, "run_cell", failing)
+    with pytest.raises(SystemExit, match="1 cells failed: tube-0.6-nce0-seed1"):
+        study.main([])
+    assert len(finished(fake)) == 4 and "sleep.py: + python sleep.py 0.0" in capsys.readouterr().err
