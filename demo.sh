@@ -26,7 +26,7 @@ step "4/6  Masks: the clip, its saliency, its motion and every mask in one pictu
 run masking.py --row 2 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif
 
 step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
-run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 8e-3 \
+run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2.4e-2 \
     --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
 
 step "6/6  Probes: what the frozen features know of action, object and scene; an untrained encoder's as baseline"

@@ -44,7 +44,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments/results/runs.csv"
 OUT = Path("runs/study")
-PRETRAIN = "--size tiny --batch-size 16 --repeat 2 --warmup-epochs 2 --blr 1.6e-2"
+PRETRAIN = "--size tiny --batch-size 16 --repeat 2 --warmup-epochs 2 --blr 4.8e-2"
 EPOCHS = 27  # of 187 steps: 5,049 steps
 PROBE = "--size tiny --clips 1 --attentive --seeds 1"
 LABELS = {"action": "label", "object": "object", "scene": "scene"}
