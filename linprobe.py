@@ -10,32 +10,32 @@ Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32
     python linprobe.py --checkpoint runs/text/checkpoint.pt
     # its baseline: the same encoder, untrained
     python linprobe.py --checkpoint none --size tiny
-    torchrun --nproc_per_node=8 linprobe.py --checkpoint checkpoint.pth --size base --data k400/train.csv --test k400/val.csv
+    torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips
-    python linprobe.py --checkpoint checkpoint.pth --protocol videomae --augment 8
+    python linprobe.py --checkpoint vit_b.pth --protocol videomae --augment 8
 
-Features. A view's feature is the mean of the encoder's tokens after its final norm. A video's
-feature is the mean over V unmasked views: --clips clips spread evenly over the video times --crops
-squares along the frame's long side. With --augment A a training video has A random views instead
-(clip, multi-scale crop, half of them mirrored), and each epoch of the linear probe draws one of
-them. Features are extracted once (tgm/features.py): a second run, for another --label-column or
-after a kill, reads only the videos that are missing.
+Features (tgm/features.py) are the mean of the encoder's tokens after its final norm, over V
+unmasked views of a video: --clips clips spread evenly over it times --crops squares along the
+frame's long side. With --augment A a training video has A random views instead (clip, multi-scale
+crop, half of them mirrored), and each epoch of the linear probe draws one of them. Features are
+extracted once: a second run, for another --label-column or after a kill, reads only the videos that
+are missing.
 
 Probes. Their settings are chosen on a tenth of the *training* set that is held out for it, the
 first of equals; the test set is used once.
-  linear     one linear layer on features standardised by the training set's mean and deviation (the
-             limit of batch norm without affine); SGD, momentum 0.9, cosine. --protocol sweep: all
-             learning rates x weight decays in one batched product, then the best again on the whole
-             training set. --protocol videomae: VideoMAE's one published setting, batch 1024,
-             learning rate 0.1 x batch / 256, no weight decay, 100 epochs of which 10 warm up.
+  linear     one linear layer on features standardised by training-set statistics; SGD with momentum
+             0.9, cosine. --protocol sweep: all learning rates x weight decays in one batched
+             product, then the best again on the whole training set. --protocol videomae: VideoMAE's
+             one published setting, learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or
+             the training set, if it is smaller), 100 epochs of which 10 warm up.
   knn        the k nearest by cosine vote with weight exp(similarity / 0.07) (Wu et al. 2018, arXiv
-             1805.01978); augmented views are averaged
+             1805.01978); random views are averaged
   attentive  one learned query cross-attends, with the encoder's number of heads, over the
              layer-normed tokens, then one linear layer: V-JEPA's probe (arXiv 2404.08471) without
-             its MLP block; AdamW, cosine, 20 epochs, the learning rate chosen with the first seed.
-             It reads clean views, with --augment too. Each view's tokens are average-pooled to
-             --token-grid, M of them: 2 V M D bytes per video on disk, by default 0.4 MB for a base
-             model, so 95 GB for Kinetics-400.
+             its MLP block; AdamW, cosine, 20 epochs, the learning rate chosen with the first seed;
+             always on clean views. Each view's tokens are average-pooled to --token-grid, M of
+             them: 2 V M D bytes per video on disk, by default 0.4 MB for a base model, so 95 GB for
+             Kinetics-400.
 
 Uncertainty. --seeds repetitions differ in split, order and initial weights. The table shows their
 mean accuracy and its 95 % intervals, over seeds (Student's t) and over test videos (bootstrap);
@@ -62,7 +62,7 @@ import torch.nn.functional as F
 
 import model as models
 from tgm.arrays import hold
-from tgm.evaluation import bootstrap, t_interval
+from tgm.evaluation import bootstrap, read_labelled, t_interval
 from tgm.features import (
     TokenRows,
     complete_rows,
@@ -80,7 +80,7 @@ from tgm.flags import (
     seed_number,
     whole,
 )
-from tgm.manifest import ManifestError, read_manifest, require_files, shared_rows
+from tgm.manifest import ManifestError, shared_rows
 from tgm.run import (
     RunError,
     choose_device,
@@ -144,7 +144,7 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
     rate = rate.repeat_interleave(classes)  # [L*C]
     decay = torch.tensor([setting["decay"] for setting in settings], device=device)
     decay = decay.repeat_interleave(classes)  # [L*C]
-    target = F.one_hot(labels, classes)[:, None]  # [N, 1, C]
+    one_hot = torch.eye(classes, device=device)[:, None]  # [C, 1, C]
     steps = math.ceil(count / batch)
     for epoch in range(epochs):
         view = torch.randint(views, (count,), generator=generator).to(device)
@@ -152,12 +152,13 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
         for step, index in enumerate(order.split(batch)):
             x = F.pad(features[index, view[index]], (0, 1), value=1.0)  # [B, D+1]
             logits = (x @ weight).unflatten(1, (-1, classes))  # [B, L, C]
-            # the gradient of the cross-entropy by the logits
-            error = (logits.softmax(-1) - target[index]).flatten(1)  # [B, L*C]
-            # velocity <- 0.9 velocity + x' error / B + decay weight
+            # the cross-entropy's gradient by the logits: softmax - target
+            error = (logits.softmax(-1) - one_hot[labels[index]]).flatten(1)  # [B, L*C]
+            # velocity = 0.9 * velocity + x.T @ error / B
             velocity.addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
+            # velocity = velocity + decay * weight
             velocity.addcmul_(weight, decay)
-            # weight <- weight - factor rate velocity
+            # weight = weight - factor * rate * velocity
             factor = schedule(epoch + step / steps, epochs, warmup)
             weight.addcmul_(velocity, rate, value=-factor)
     return weight.unflatten(1, (-1, classes)).transpose(0, 1)
@@ -242,7 +243,7 @@ def attentive(train, labels, test, settings, seed, *, classes, heads, epochs=20,
     return torch.cat(predicted, dim=1)
 
 
-# ---- choosing settings, repeating, the table -----------------------------------------------------
+# ---- from features to a table --------------------------------------------------------------------
 
 
 def choose(probe, train, labels, settings, seed):
@@ -285,6 +286,67 @@ def repeat(name, probe, settings, train, test, *, labels, truth, seeds, choose_o
     }
 
 
+def class_numbers(videos, readable, names):
+    """The place of each video's label in `names`, int64 [N]; -1 if it is not there, or if the video
+    could not be read."""
+    number = {name: index for index, name in enumerate(names)}
+    numbers = torch.tensor([number.get(video.label, -1) for video in videos])
+    return numbers.where(torch.from_numpy(readable), -1)
+
+
+def probe_all(videos, arrays, heads, args):
+    """Trains and tests every probe on the features -> the result."""
+    readable = {split: complete_rows(arrays[split]) for split in arrays}
+    rows = torch.from_numpy(readable["train"].nonzero()[0])
+    if len(rows) < 2:
+        hint = ""
+        if len(rows) == 0:
+            hint = f" (paths start at {videos['train'].folder}; --root names another folder)"
+        raise RunError(f"{args.data}: {len(rows)} readable videos: nothing to train on{hint}")
+    names = sorted({video.label for video in videos["train"] if readable["train"][video.row]})
+    unknown = sorted({video.label for video in videos["test"]} - set(names))
+    if unknown:
+        print(f"{args.test}: classes without a training video count as wrong: {', '.join(unknown)}")
+    labels = class_numbers(videos["train"], readable["train"], names)[rows].to(args.device)
+    truth = class_numbers(videos["test"], readable["test"], names).to(args.device)
+    result = {
+        "label": args.label_column,
+        "checkpoint": args.checkpoint,
+        "protocol": args.protocol,
+        "seed": args.seed,
+        "classes": len(names),
+        "train": len(rows),
+        "test": len(truth),
+        "unreadable": int((~readable["train"]).sum() + (~readable["test"]).sum()),
+    }
+    print(", ".join(f"{key} {value}" for key, value in result.items()))
+    result["majority"] = (truth == labels.mode().values).float().mean().item()
+    seeds = range(args.seed, args.seed + args.seeds)
+    measure = partial(repeat, labels=labels, truth=truth, seeds=seeds)
+
+    train = torch.from_numpy(arrays["train"]["features"]).to(args.device)[rows]
+    train = train.reshape(len(rows), -1, train.shape[-1])  # [N, 1 or A, D]
+    test = torch.from_numpy(arrays["test"]["features"]).to(args.device)
+    test = test.nan_to_num(0.0)[:, None]  # [N', 1, D]
+    protocol = PROTOCOLS[args.protocol]
+    training = protocol["training"]
+    if args.epochs is not None:
+        training = training | {"epochs": args.epochs}
+    probe = partial(linear, classes=len(names), **training)
+    result |= measure("linear", probe, protocol["settings"], train, test)
+
+    probe = partial(knn, classes=len(names))
+    result |= measure("knn", probe, [{"k": k} for k in args.k], train, test)
+
+    if args.attentive:
+        train = TokenRows(arrays["train"]["tokens"], rows)
+        test = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
+        probe = partial(attentive, classes=len(names), heads=heads)
+        settings = [{"rate": rate} for rate in ATTENTIVE_RATES]
+        result |= measure("attentive", probe, settings, train, test, choose_once=True)
+    return result
+
+
 def print_table(result):
     """The accuracies of a result, one line per probe."""
     lines = [("probe", "accuracy", "95 %, seeds", "95 %, videos", "chosen")]
@@ -312,94 +374,24 @@ def interval_text(bounds):
     return f"{low:.3f} to {high:.3f}"
 
 
-def class_numbers(videos, readable, names):
-    """The place of each video's label in `names`, int64 [N]; -1 if it is not among them or the
-    video could not be read."""
-    number = {name: index for index, name in enumerate(names)}
-    numbers = [number.get(video.label, -1) for video in videos]
-    return torch.where(torch.from_numpy(readable), torch.tensor(numbers), -1)
-
-
-def probe_all(videos, arrays, heads, args):
-    """Trains and tests every probe on the features -> the result."""
-    readable = {split: complete_rows(arrays[split]) for split in arrays}
-    rows = torch.from_numpy(readable["train"].nonzero()[0])
-    if len(rows) < 2:
-        hint = ""
-        if len(rows) == 0:
-            folder = args.root or Path(args.data).parent
-            hint = f" (paths start at {folder}; --root names another folder)"
-        raise RunError(f"{args.data}: {len(rows)} readable videos: nothing to train on{hint}")
-    names = sorted({video.label for video in videos["train"] if readable["train"][video.row]})
-    unknown = sorted({video.label for video in videos["test"]} - set(names))
-    if unknown:
-        print(f"{args.test}: classes without a training video count as wrong: {', '.join(unknown)}")
-    labels = class_numbers(videos["train"], readable["train"], names)[rows].to(args.device)
-    truth = class_numbers(videos["test"], readable["test"], names).to(args.device)
-    result = {
-        "label": args.label_column,
-        "checkpoint": args.checkpoint,
-        "protocol": args.protocol,
-        "seed": args.seed,
-        "classes": len(names),
-        "train": len(rows),
-        "test": len(truth),
-        "unreadable": int((~readable["train"]).sum() + (~readable["test"]).sum()),
-    }
-    print(", ".join(f"{key} {value}" for key, value in result.items()))
-    result["majority"] = (truth == labels.mode().values).float().mean().item()
-
-    seeds = range(args.seed, args.seed + args.seeds)
-    measure = partial(repeat, labels=labels, truth=truth, seeds=seeds)
-    train = torch.from_numpy(arrays["train"]["features"]).to(args.device)[rows]
-    train = train.reshape(len(rows), -1, train.shape[-1])  # [N, 1 or A, D]
-    test = torch.from_numpy(arrays["test"]["features"]).to(args.device)
-    test = test.nan_to_num(0.0)[:, None]  # [N', 1, D]
-
-    protocol = PROTOCOLS[args.protocol]
-    training = protocol["training"]
-    if args.epochs is not None:
-        training = training | {"epochs": args.epochs}
-    probe = partial(linear, classes=len(names), **training)
-    result |= measure("linear", probe, protocol["settings"], train, test)
-
-    settings = [{"k": k} for k in args.k]
-    probe = partial(knn, classes=len(names))
-    result |= measure("knn", probe, settings, train, test)
-
-    if args.attentive:
-        train = TokenRows(arrays["train"]["tokens"], rows)
-        test = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
-        settings = [{"rate": rate} for rate in ATTENTIVE_RATES]
-        probe = partial(attentive, classes=len(names), heads=heads)
-        result |= measure("attentive", probe, settings, train, test, choose_once=True)
-    return result
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def read_videos(args):
-    """{"train": videos, "test": videos} of the two manifests; every video must have a label."""
-    videos = {}
-    for split, manifest in (("train", args.data), ("test", args.test)):
-        try:
-            videos[split] = read_manifest(manifest, args.root, args.label_column)
-        except ManifestError as error:
-            hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
-            raise RunError(f"{error}{hint}") from None
-        require_files(videos[split], manifest)
-        for video in videos[split]:
-            if video.label is None:
-                column = args.label_column
-                raise RunError(f"{manifest}: {video.name} has no label in column {column!r}")
-    seen = shared_rows(videos["train"], videos["test"])
+    """{"train": videos, "test": videos} of the two manifests."""
+    try:
+        train = read_labelled(args.data, args.root, args.label_column)
+        test = read_labelled(args.test, args.root, args.label_column)
+    except ManifestError as error:
+        hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
+        raise RunError(f"{error}{hint}") from None
+    seen = shared_rows(train, test)
     if seen > 0:
         print(
-            f"note: {seen} of {len(videos['test'])} test videos are training videos, too: "
+            f"note: {seen} of {len(test)} test videos are training videos, too: "
             "the accuracies will flatter"
         )
-    return videos
+    return {"train": train, "test": test}
 
 
 def parse_args(argv=None):
@@ -419,41 +411,35 @@ def parse_args(argv=None):
         help="folder (default: probe/ next to the checkpoint, or runs/untrained/probe)",
     )
 
-    features = parser.add_argument_group("features")
-    features.add_argument(
-        "--size", choices=tuple(models.SIZES), help="for a checkpoint that does not say it itself"
-    )
-    features.add_argument(
-        "--frames", type=frame_count, help="frames of a clip (default: the checkpoint's)"
-    )
-    features.add_argument(
-        "--stride", type=positive_int, help="use every Nth video frame (default: the checkpoint's)"
-    )
-    features.add_argument(
-        "--image-size", type=pixel_count, help="pixels (default: the checkpoint's)"
-    )
-    features.add_argument(
+    clip = parser.add_argument_group("encoder and clips, by default as the checkpoint says")
+    clip.add_argument("--size", choices=tuple(models.SIZES), help="base if it does not say")
+    clip.add_argument("--frames", type=frame_count, help="frames of a clip")
+    clip.add_argument("--stride", type=positive_int, help="use every Nth video frame")
+    clip.add_argument("--image-size", type=pixel_count, help="pixels")
+
+    views = parser.add_argument_group("views")
+    views.add_argument(
         "--sampling", choices=("dense", "uniform"), default="dense", help="uniform: for SSv2"
     )
-    features.add_argument("--clips", type=whole(1, 100), default=2, help="clips per video")
-    features.add_argument(
+    views.add_argument("--clips", type=whole(1, 100), default=2, help="clips per video")
+    views.add_argument(
         "--crops",
         type=whole(1, 100),
         default=1,
         help="squares along a frame's long side; 1: its middle",
     )
-    features.add_argument(
+    views.add_argument(
         "--augment",
         type=whole(0, 100),
         default=0,
         metavar="A",
-        help="random views per training video, in place of --clips and --crops; 0: none",
+        help="train on A random views per video, not on --clips x --crops of them",
     )
-    features.add_argument(
+    views.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the random views; --no-flip where direction is the label",
+        help="mirror half of the random views; --no-flip where the label is a direction",
     )
 
     probe = parser.add_argument_group("probes")
@@ -461,7 +447,7 @@ def parse_args(argv=None):
         "--protocol",
         choices=tuple(PROTOCOLS),
         default="sweep",
-        help="how the linear probe is trained: see above",
+        help="how the linear probe is trained, see above",
     )
     probe.add_argument(
         "--epochs",

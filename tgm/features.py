@@ -262,19 +262,21 @@ def extract_all(
     after a batch, on all ranks; once all is extracted, at once."""
     stop = StopSignal(ranks, then="ending after this batch")
     found = {}
-    for step in plan:
-        arrays = open_features(encoder, step, folder, again, rank)
+    for extraction in plan:
+        arrays = open_features(encoder, extraction, folder, again, rank)
         todo = np.flatnonzero(~complete_rows(arrays)).tolist()
+        wait_for_ranks()  # a rank that wrote before others have looked would change their parts
         mine = part_of_rank(todo, rank, ranks)
-        loader = make_loader(Subset(step.views, mine), batch_size, workers if mine else 0)
-        title = f"{step.split} {' '.join(arrays)}"
-        quiet = rank > 0 or not mine
         left = len(mine)
+        views = Subset(extraction.views, mine)
+        loader = make_loader(views, batch_size, workers if mine else 0)
+        title = f"{extraction.split} {' '.join(arrays)}"
+        quiet = rank > 0 or not mine
         batches = tqdm(patient(loader), title, total=len(loader), unit="batch", disable=quiet)
         for number, items in enumerate(batches):
             if number == max_steps or stop.name:
                 break
-            encode_batch(encoder, items, arrays, step.token_grid)
+            encode_batch(encoder, items, arrays, extraction.token_grid)
             left -= len(items)
         for array in arrays.values():
             array.flush()
@@ -285,34 +287,36 @@ def extract_all(
             stop.end()
         if left > 0:
             if rank == 0:
-                done = f"{len(step.videos) - left} of {len(step.videos)}"
-                print(f"{done} {step.split} videos are done; run it again to go on")
+                count = len(extraction.videos)
+                split = extraction.split
+                print(f"{count - left} of {count} {split} videos are done; run it again to go on")
             return None
-        found[step.split] = found.get(step.split, {}) | arrays
+        found[extraction.split] = found.get(extraction.split, {}) | arrays
     stop.at_once("the features are kept, run it again")
     return found
 
 
 def open_features(
-    encoder: FrozenEncoder, step: Extraction, folder: Path, again: bool, rank: int
+    encoder: FrozenEncoder, extraction: Extraction, folder: Path, again: bool, rank: int
 ) -> dict[str, np.ndarray]:
     """The arrays FOLDER/SPLIT.KIND.npy of one pass, mapped and writable: {kind: [N, *row]}.
 
     An array that is missing, or whose .json tells of another encoder, other settings or other
     videos, is made, full of NaN; with `again` every array is. ManifestError if a file is damaged or
     cannot be written."""
+    videos = extraction.videos
     about = {
-        "manifest": manifest_hash(step.videos),
-        "root": os.path.realpath(step.videos.folder),  # equal paths elsewhere are other videos,
-        "files": file_sizes(step.videos),  # and so are files that were replaced
+        "manifest": manifest_hash(videos),
+        "root": os.path.realpath(videos.folder),  # equal paths elsewhere are other videos,
+        "files": file_sizes(videos),  # and so are files that were replaced
         "checkpoint": encoder.identity,
         "size": encoder.size,
     }
-    about |= step.settings
+    about |= extraction.settings
     arrays = {}
-    for kind, row in step.rows.items():
-        path = folder / f"{step.split}.{kind}.npy"
-        shape = (len(step.videos), *row)
+    for kind, row in extraction.rows.items():
+        path = folder / f"{extraction.split}.{kind}.npy"
+        shape = (len(videos), *row)
         if rank == 0:
             same = read_about(path.with_suffix(".json")) == about | {"shape": list(shape)}
             if again or not same or not path.exists():
