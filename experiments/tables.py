@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from linprobe import t_interval
+from tgm.evaluation import t_interval
 
 PROBES = ("linear", "knn", "attentive", "finetuned")
 
