@@ -627,7 +627,22 @@ lr           {args.lr:.3g} = {args.blr:g} x {step_videos} / 256, falls to {min(f
         nonlocal best, validated
         held, held_labels = splits["val"]
         probabilities = evaluation.predict(
-            model, held, len(args.classes), (1, 1), args, device, autocast, rank, ranks
+            model,
+            evaluation.Views(
+                held,
+                frames=args.frames,
+                image_size=args.image_size,
+                stride=args.stride,
+                sampling=args.sampling,
+                timeout=args.video_timeout,
+            ),
+            classes=len(args.classes),
+            device=device,
+            autocast=autocast,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            rank=rank,
+            ranks=ranks,
         )
         result = evaluation.score(probabilities, held_labels, len(args.classes))
         log(
@@ -858,8 +873,26 @@ weights      {loaded}""")
                 raise RunError(str(error)) from None
     stop.at_once(again)
     videos, labels = splits["test"]
+    clips, crops = args.views
     probabilities = evaluation.predict(
-        model, videos, len(names), args.views, args, device, autocast, rank, ranks
+        model,
+        evaluation.Views(
+            videos,
+            frames=args.frames,
+            image_size=args.image_size,
+            stride=args.stride,
+            clips=clips,
+            crops=crops,
+            sampling=args.sampling,
+            timeout=args.video_timeout,
+        ),
+        classes=len(names),
+        device=device,
+        autocast=autocast,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        rank=rank,
+        ranks=ranks,
     )
     if rank == 0:
         about = {

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from linprobe import t_interval
+from tgm.evaluation import t_interval
 
 REPORT = ROOT / "experiments/RESULTS.md"
 PICTURE = ROOT / "experiments/results/accuracies.png"

@@ -112,10 +112,6 @@ STAGES = {
         0,
         "--clips",
         1,
-        "--rates",
-        0.1,
-        "--decays",
-        0,
         "--epochs",
         1,
         "--seeds",
@@ -279,7 +275,7 @@ def test_flags_are_found():
         ("masking", "--row"),
         ("pretrain", "--blr"),
         ("finetune", "--mixup"),
-        ("linprobe", "--rates"),
+        ("linprobe", "--seeds"),
         ("toy", "--seed"),
     } <= flags
     assert len(CASES) > 100

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +18,13 @@ from test_run import Child, no_child_is_left, two_ranks  # noqa: F401
 
 import linprobe
 from model import VideoMAE, normalize
-from tgm.manifest import read_manifest
+from tgm.evaluation import bootstrap, t_interval
+from tgm.features import RandomViews, TokenRows
+from tgm.manifest import Video, read_manifest
 from tgm.sampling import clip_times, uniform_times
 from tgm.video import read_frames
 
-RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.PROTOCOLS["sweep"]["rates"]]
+RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.RATES]
 
 
 def blobs(n, seed=0, spread=1.0):
@@ -44,27 +45,28 @@ def blobs(n, seed=0, spread=1.0):
 def test_the_linear_probe_learns_what_is_linear_and_not_what_is_noise():
     (train, labels), (test, truth) = blobs(600), blobs(300, seed=1)
     probe = partial(linprobe.linear, classes=3, epochs=20)
-    result = linprobe.repeat("linear", probe, train, labels, test, truth, RATES, [0])
+    known = {"labels": labels, "truth": truth, "seeds": [0]}
+    result = linprobe.repeat("linear", probe, RATES, train, test, **known)
     assert result["linear"] > 0.97 and result["linear_chosen"][0] in RATES
     settings = [{"rate": 0.0, "decay": 0.0}, {"rate": 1.0, "decay": 0.0}]
-    result = linprobe.repeat("linear", probe, train, labels, test, truth, settings, [0])
+    result = linprobe.repeat("linear", probe, settings, train, test, **known)
     # the chosen setting is the one that is used
     assert result["linear_chosen"] == settings[1:] and result["linear"] > 0.97
     noise = torch.randn(1500, 1, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(3))
-    result = linprobe.repeat(
-        "linear", probe, noise[:750], labels[:750], noise[750:], labels[750:], RATES, [0]
-    )
+    known = {"labels": labels[:750], "truth": labels[750:], "seeds": [0]}
+    result = linprobe.repeat("linear", probe, RATES, noise[:750], noise[750:], **known)
     assert abs(result["linear"] - 1 / 3) < 0.07
 
 
 def test_the_sweep_is_each_setting_alone():
     train, labels = blobs(200)
     settings = [{"rate": rate, "decay": decay} for rate in (0.01, 1.0) for decay in (0.0, 0.01)]
-    weight = linprobe.fit_linear(train, labels, 3, settings, 5, seed=0, batch=64, warmup=2)
+    sizes = {"classes": 3, "epochs": 5, "batch": 64, "warmup": 2}
+    weight = linprobe.fit_linear(train, labels, settings, 0, **sizes)
     assert weight.shape == (4, 17, 3) and not torch.allclose(weight[2], weight[3], atol=1e-3)
     for together, setting in zip(weight, settings):
-        alone = linprobe.fit_linear(train, labels, 3, [setting], 5, seed=0, batch=64, warmup=2)[0]
+        alone = linprobe.fit_linear(train, labels, [setting], 0, **sizes)[0]
         assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
     test = blobs(50, seed=1)[0]
     predicted = linprobe.linear(train, labels, test, settings, 0, classes=3, epochs=5)
@@ -83,7 +85,7 @@ def test_linear_is_torchs_batch_norm_and_sgd():
     norm = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=1.0)
     layer = torch.nn.Linear(16, 3)
     # no epochs: the initial weights
-    first = linprobe.fit_linear(train, labels, 3, [setting], 0, seed=3)[0]
+    first = linprobe.fit_linear(train, labels, [setting], 3, classes=3, epochs=0)[0]
     assert first[:16].std() == pytest.approx(0.01, rel=0.3) and (first[16] == 0).all()
     layer.weight.data, layer.bias.data = first[:16].T.clone(), first[16].clone()
     optimizer = torch.optim.SGD(
@@ -96,16 +98,15 @@ def test_linear_is_torchs_batch_norm_and_sgd():
         torch.nn.functional.cross_entropy(layer(norm(train[:, 0])), labels).backward()
         optimizer.step()
     standard = norm(train[:, 0])[:, None]
-    weight = linprobe.fit_linear(standard, labels, 3, [setting], epochs, seed=3, warmup=warmup)[0]
+    sizes = {"classes": 3, "epochs": epochs, "warmup": warmup}
+    weight = linprobe.fit_linear(standard, labels, [setting], 3, **sizes)[0]
     assert torch.allclose(weight[:16].T, layer.weight, atol=1e-5) and torch.allclose(
         weight[16], layer.bias, atol=1e-5
     )
     norm.eval()
     norm.running_var *= 63 / 64  # torch keeps the unbiased variance
     expected = layer(norm(test[:, 0])).argmax(1)
-    predicted = linprobe.linear(
-        train, labels, test, [setting], 3, classes=3, epochs=epochs, warmup=warmup
-    )
+    predicted = linprobe.linear(train, labels, test, [setting], 3, **sizes)
     assert torch.equal(predicted[0], expected)
 
 
@@ -114,20 +115,40 @@ def test_schedule_and_protocols():
         [0, 0.5, 1, 0.5, 0]
     )
     assert linprobe.schedule(0, 50) == 1 and linprobe.schedule(25, 50) == pytest.approx(0.5)
-    args = linprobe.parse_args(["--checkpoint", "none"])
-    assert len(args.rates) * len(args.decays) == 21 and (
-        args.epochs,
-        args.probe_batch,
-        args.warmup,
-    ) == (50, 256, 0)
-    args = linprobe.parse_args(["--checkpoint", "none", "--protocol", "videomae", "--epochs", "7"])
-    assert (args.rates, args.decays, args.epochs, args.probe_batch, args.warmup) == (
-        (0.1,),
-        (0.0,),
-        7,
-        1024,
-        10,
-    )
+    sweep = linprobe.PROTOCOLS["sweep"]
+    assert len(sweep["settings"]) == 21 and {"rate": 0.3, "decay": 1e-4} in sweep["settings"]
+    assert sweep["training"] == {"epochs": 50, "warmup": 0, "batch": 256}
+    assert linprobe.PROTOCOLS["videomae"] == {
+        "settings": [{"rate": 0.1, "decay": 0.0}],
+        "training": {"epochs": 100, "warmup": 10, "batch": 1024},
+    }
+
+
+@pytest.mark.parametrize(
+    "protocol, epochs, trained",
+    [("sweep", None, 50), ("videomae", None, 100), ("videomae", 7, 7)],
+)
+def test_the_protocol_sets_how_the_linear_probe_is_trained(monkeypatch, protocol, epochs, trained):
+    """In every call of it, to choose and to test; --epochs alone goes before it."""
+    seen = []
+
+    def fit(features, labels, settings, seed, *, classes, **training):
+        seen.append((len(settings), training))
+        return torch.zeros(len(settings), 17, classes)
+
+    monkeypatch.setattr(linprobe, "fit_linear", fit)
+    flags = ["--checkpoint", "none", "--protocol", protocol, "--seeds", "2", "--device", "cpu"]
+    if epochs:
+        flags += ["--epochs", str(epochs)]
+    args = linprobe.parse_args(flags)
+    features = blobs(20)[0][:, 0].numpy()
+    videos = [Video(f"{row}.mp4", str(row % 2), None, None, row, f"{row}.mp4") for row in range(20)]
+    arrays = {split: {"features": features} for split in ("train", "test")}
+    linprobe.probe_all({"train": videos, "test": videos}, arrays, 3, args)
+    expected = linprobe.PROTOCOLS[protocol]["training"] | {"epochs": trained}
+    count = len(linprobe.PROTOCOLS[protocol]["settings"])
+    rounds = [count, 1] if count > 1 else [1]  # nothing to choose among one
+    assert seen == [(settings, expected) for settings in rounds * 2]
 
 
 def test_an_epoch_draws_one_view_of_each_video():
@@ -137,7 +158,7 @@ def test_an_epoch_draws_one_view_of_each_video():
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
     setting = [{"rate": 0.1, "decay": 0.0}]
     alone, same, both = (
-        linprobe.fit_linear(x, labels, 3, setting, 10, seed=0)
+        linprobe.fit_linear(x, labels, setting, 0, classes=3, epochs=10)
         for x in (clean, torch.cat([clean, clean], 1), torch.cat([clean, noise], 1))
     )
     assert not torch.allclose(same, both, atol=1e-2)
@@ -160,12 +181,12 @@ def test_knn_votes_by_similarity():
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 3.0], [0.0, 1.0]])[:, None]
     labels = torch.tensor([0, 0, 1, 1, 2])
     assert linprobe.knn(
-        train, labels, torch.tensor([[[5.0, 0.1]], [[0.05, 1.0]]]), ks(2), 0, 3
+        train, labels, torch.tensor([[[5.0, 0.1]], [[0.05, 1.0]]]), ks(2), 0, classes=3
     ).tolist() == [[0, 1]]
     # one neighbour at cosine 1 outweighs two at 0.5: exp(1 / 0.07) against 2 exp(0.5 / 0.07)
     train = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5], [0.5, -(0.75**0.5)]])[:, None]
     assert linprobe.knn(
-        train, torch.tensor([0, 1, 1]), torch.tensor([[[1.0, 0.0]]]), ks(3), 0, 2
+        train, torch.tensor([0, 1, 1]), torch.tensor([[[1.0, 0.0]]]), ks(3), 0, classes=2
     ).tolist() == [[0]]
 
 
@@ -174,7 +195,7 @@ def test_knn_is_a_written_out_loop():
     (train, labels), (test, _) = (blobs(300, spread=4.0), blobs(280, seed=1, spread=4.0))
     train, test = torch.cat([train, train + 1], 1), test / 3
     ks = (1, 5, 20, 1000)
-    predicted = linprobe.knn(train, labels, test, [{"k": k} for k in ks], 0, 3)
+    predicted = linprobe.knn(train, labels, test, [{"k": k} for k in ks], 0, classes=3)
     a, b = train.mean(1).double().numpy(), test[:, 0].double().numpy()
     similar = (b / np.linalg.norm(b, axis=1)[:, None]) @ (a / np.linalg.norm(a, axis=1)[:, None]).T
     for k, of_k in zip(ks, predicted):
@@ -205,7 +226,8 @@ def test_settings_are_chosen_on_a_tenth_of_the_training_set_and_never_on_the_tes
 
     train, test = torch.arange(0, 200), torch.arange(1000, 1050)
     settings = [{"training": False}, {"training": True}]
-    result = linprobe.repeat("x", probe, train, train % 10, test, test % 10, settings, [0, 1])
+    known = {"labels": train % 10, "truth": test % 10, "seeds": [0, 1]}
+    result = linprobe.repeat("x", probe, settings, train, test, **known)
     assert (
         result["x"] == 0 and result["x_chosen"] == settings[1:] * 2 and result["x_seeds"] == [0, 0]
     )
@@ -223,24 +245,25 @@ def test_k_and_rate_are_chosen_with_the_held_out_part():
     twins = torch.nn.functional.normalize(torch.randn(200, 1, 3, generator=rng), dim=-1)
     train = torch.cat([twins, twins + 1e-4])
     labels = torch.randint(2, (200,), generator=rng).repeat(2)
-    truth = linprobe.knn(train, labels, twins, [{"k": 200}], 0, 2)[0]  # what k = 200 says
+    truth = linprobe.knn(train, labels, twins, [{"k": 200}], 0, classes=2)[0]  # what k = 200 says
     probe, ks = partial(linprobe.knn, classes=2), [{"k": 200}, {"k": 1}]
-    result = linprobe.repeat("knn", probe, train, labels, twins, truth, ks, [0, 1, 2])
+    known = {"labels": labels, "truth": truth}
+    result = linprobe.repeat("knn", probe, ks, train, twins, seeds=[0, 1, 2], **known)
     assert result["knn_chosen"] == [{"k": 1}] * 3 and result["knn"] < 0.95
-    assert linprobe.repeat("knn", probe, train, labels, twins, truth, ks[:1], [0])["knn"] == 1
+    assert linprobe.repeat("knn", probe, ks[:1], train, twins, seeds=[0], **known)["knn"] == 1
 
 
 def test_intervals():
-    assert linprobe.t_interval([0.5]) is None
+    assert t_interval([0.5]) is None
     margin = 4.302653 / 3**0.5
-    assert linprobe.t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - margin, 2 + margin], abs=1e-3)
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - margin, 2 + margin], abs=1e-3)
     values = np.arange(31.0)
     margin = 2.042272 * values.std(ddof=1) / 31**0.5
-    assert linprobe.t_interval(values) == pytest.approx([15 - margin, 15 + margin], abs=1e-2)
-    assert linprobe.bootstrap(np.ones(50)) == [1, 1] and linprobe.bootstrap(np.zeros(50)) == [0, 0]
+    assert t_interval(values) == pytest.approx([15 - margin, 15 + margin], abs=1e-2)
+    assert bootstrap(np.ones(50)) == [1, 1] and bootstrap(np.zeros(50)) == [0, 0]
     half = np.arange(400) % 2.0  # a binomial of 400: 0.5 +- 1.96 * 0.025
-    assert linprobe.bootstrap(half) == pytest.approx([0.451, 0.549], abs=0.005)
-    assert linprobe.bootstrap(half, seed=1) == linprobe.bootstrap(half, seed=1)
+    assert bootstrap(half) == pytest.approx([0.451, 0.549], abs=0.005)
+    assert bootstrap(half, seed=1) == bootstrap(half, seed=1)
 
 
 # ---- the attentive probe -------------------------------------------------------------------------
@@ -271,8 +294,8 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     one_hot = np.eye(16, dtype=np.float16)
     tokens[np.arange(500), rng.integers(12, size=500)] = 3 * one_hot[labels] + 6 * one_hot[9]
     tokens[499] = np.nan  # a failed test video: any prediction will do
-    train = linprobe.Tokens(tokens, torch.arange(300))
-    test = linprobe.Tokens(tokens, torch.arange(300, 500))
+    train = TokenRows(tokens, torch.arange(300))
+    test = TokenRows(tokens, torch.arange(300, 500))
     probe = partial(linprobe.attentive, heads=2, classes=3)
     settings = [{"rate": 1e-5}, {"rate": 1e-2}]
     predicted = probe(train, labels[:300], test, settings, 0)
@@ -289,7 +312,7 @@ def test_the_attentive_probe_finds_the_token_that_tells():
 # ---- features ------------------------------------------------------------------------------------
 
 
-FAST = ("--workers", 0, "--rates", 0.3, "--decays", 0, "--epochs", 2, "--seeds", 1, "--k", 5)
+FAST = ("--workers", 0, "--epochs", 2, "--seeds", 1, "--k", 5)
 UNTRAINED = ("--checkpoint", "none", "--size", "tiny")
 
 
@@ -392,20 +415,12 @@ def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (abs(features[:, a] - features[:, b]).max(1)[[0, 1, 3]] > 1e-3).all()
     assert of(tmp_path / "a", "train.tokens").shape == (4, 128, 96)  # clean
-    args = SimpleNamespace(
-        seed=0,
-        augment=20,
-        frames=8,
-        stride=2,
-        image_size=32,
-        sampling="dense",
-        flip=False,
-        video_timeout=60,
-    )
     videos = read_manifest(folder / "all.csv")
-    views = lambda videos, **changed: linprobe.RandomViews(
-        videos, SimpleNamespace(**vars(args) | changed)
-    )
+
+    def views(videos, flip=False, augment=20, seed=0):
+        sizes = {"frames": 8, "stride": 2, "image_size": 32}
+        return RandomViews(videos, augment=augment, flip=flip, seed=seed, **sizes)
+
     plain, flipped = (views(videos, flip=flip)[1][1] for flip in (False, True))
     fewer = views(videos[1:], augment=2)[0]  # the row counts, not the place in the list
     assert fewer[0] == 1 and torch.equal(fewer[1], plain[:2])
@@ -424,7 +439,7 @@ def test_a_half_made_extraction_goes_on(world, tmp_path):
     run("linprobe.py", *flags, "--out", tmp_path / "whole")
     half = tmp_path / "half"
     out = run("linprobe.py", *flags, "--out", half, "--max-steps", 2)
-    assert out == f"16 of 32 videos of {world}/data/train.csv are done; run it again to go on\n"
+    assert out == "16 of 32 train videos are done; run it again to go on\n"
     array = np.load(half / "train.features.npy", mmap_mode="r+")
     assert np.isfinite(array[:16]).all() and np.isnan(array[16:]).all()
     # no result of a part
@@ -532,18 +547,16 @@ def test_max_steps_ends_with_the_number_of_videos_tried(copy, tmp_path):
     lines = (copy / "data/train.csv").read_text().splitlines()
     lines[2] = "gone.mp4" + lines[2][lines[2].index(",") :]
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
-    tried = lambda name, count, of: (
-        f"{count} of {of} videos of data/{name}.csv are done; run it again to go on"
-    )
+    tried = lambda name, count, of: f"{count} of {of} {name} videos are done; run it again to go on"
     assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("train", 8, 32)
-    for batch, last in ((8, tried("train", 23, 32)), (5, tried("val", 10, 24))):
+    for batch, last in ((8, tried("train", 23, 32)), (5, tried("test", 10, 24))):
         # 7 + 16 of 25, then 10 of the last 10
         children = two_ranks(tmp_path, probing, copy, "--batch-size", batch, "--max-steps", 1)
         assert [child.code(60) for child in children] == [0, 0]
         assert (
             children[0].printed().splitlines()[-1] == last and "done" not in children[1].printed()
         )
-    assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("val", 18, 24)
+    assert run("linprobe.py", *flags, cwd=copy).splitlines()[-1] == tried("test", 18, 24)
     assert not list((copy / "p").glob("label.json*"))
     run("linprobe.py", *flags, cwd=copy)
     result = json.loads((copy / "p/label.json").read_text())
@@ -692,26 +705,15 @@ def test_refusals(copy):
         "--crops",
         "--k",
         "--epochs",
-        "--probe-batch",
         "--max-steps",
         "--batch-size",
         "--stride",
     ):
         refusal = run("linprobe.py", *UNTRAINED, flag, 0, cwd=copy, fails=True)
         assert f"argument {flag}: expected 1 to " in refusal and ", found 0 (" in refusal
-    for flag, value in (
-        ("--rates", "nan"),
-        ("--rates", "inf"),
-        ("--rates", 0),
-        ("--decays", -1),
-        ("--decays", "nan"),
-        ("--video-timeout", -1),
-    ):
-        refusal = run("linprobe.py", *UNTRAINED, f"{flag}={value}", cwd=copy, fails=True)
-        assert (
-            f"argument {flag}: expected a finite number, " in refusal
-            and f", found {value} (" in refusal
-        )
+    refusal = run("linprobe.py", *UNTRAINED, "--video-timeout=-1", cwd=copy, fails=True)
+    assert "argument --video-timeout: expected a finite number, " in refusal
+    assert ", found -1 (" in refusal
     assert "argument --augment: expected 0 to 100, found 1000" in run(
         "linprobe.py", *UNTRAINED, "--augment", 1000, cwd=copy, fails=True
     )
@@ -744,7 +746,7 @@ def say_and_sleep(*_, **__):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_loading_and_probing_at_once(copy, tmp_path, monkeypatch, number):
     with monkeypatch.context() as patch:
-        patch.setattr(linprobe, "build_encoder", say_and_sleep)
+        patch.setattr(linprobe, "load_encoder", say_and_sleep)
         child = Child(tmp_path / "loading", probing, copy)
         child.says("ready")
         child.kill(number)

@@ -264,8 +264,6 @@ def test_a_batch_of_one(copy):
         "tiny",
         "--batch-size",
         1,
-        "--probe-batch",
-        1,
         "--epochs",
         2,
         "--seeds",

@@ -1,10 +1,10 @@
 """Testing a classifier of videos: several views of each, every video counted once; accuracies with
-intervals, and their files.
+intervals, and their files. Needs model.py, and manifest.py, run.py and sampling.py of this folder.
 
-    # [N, C], the same on every rank
-    probabilities = predict(model, videos, classes, views=(5, 3), ...)
-    # top-1, top-5, mean class accuracy, ...
-    result = score(probabilities, labels, classes)
+    videos = read_labelled("data/val.csv")
+    views = Views(videos, frames=16, image_size=224, stride=4, clips=5, crops=3)
+    probabilities = predict(model, views, classes=400, ...)      [N, C], the same on every rank
+    result = score(probabilities, labels, classes=400)                     top-1, top-5, ...
 
 Shapes: N videos, V views of each (clips x crops), B videos per batch, C classes.
 """
@@ -13,67 +13,102 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from model import normalize
+from model import VideoViT, normalize
+from tgm.manifest import ManifestError, Videos, read_manifest, require_files
 from tgm.run import RunError, make_loader, part_of_rank, patient, writing
 from tgm.sampling import Views
 
 SAID = 3  # so many videos that cannot be read are named
+T975 = (  # Student's t at 0.975, for 1 to 30 degrees of freedom
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def read_labelled(
+    path: str | Path, root: str | Path | None = None, label_column: str = "label"
+) -> Videos:
+    """The videos of a manifest in which every video has a label. ManifestError if one has none, if
+    none of them is there, or as of `read_manifest`."""
+    videos = read_manifest(path, root, label_column)
+    require_files(videos, path)
+    for video in videos:
+        if video.label is None:
+            raise ManifestError(f"{path}: {video.name} has no label in column {label_column!r}")
+    return videos
 
 
 @torch.inference_mode()
-def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks=1):
+def predict(
+    model: VideoViT,
+    views: Views,
+    *,
+    classes: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    batch_size: int = 32,
+    workers: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> torch.Tensor:
     """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank;
-    NaN for a video that cannot be read, and RunError if none can. Rows are shared out over the
-    ranks, summed up by row, and each asserted to have come once."""
-    mine = part_of_rank(videos, rank, ranks)
-    data = Views(
-        mine, args.frames, args.image_size, args.stride, *views, args.sampling, args.video_timeout
-    )
-    loader = make_loader(data, max(1, args.batch_size // math.prod(views)), args.workers)
-    probabilities = torch.zeros(len(videos), classes, device=device)
-    counted = torch.zeros(len(videos), device=device)
+    NaN for a video that cannot be read.
+
+    views: of all N videos of a manifest; each rank reads its part. autocast: the context in which
+    the model runs. batch_size: views per batch and rank, but at least those of one video. RunError
+    if no video can be read."""
+    per_video = views.clips * views.crops
+    mine = part_of_rank(range(len(views)), rank, ranks)
+    loader = make_loader(Subset(views, mine), max(1, batch_size // per_video), workers)
+    probabilities = torch.zeros(len(views), classes, device=device)
+    counted = torch.zeros(len(views), device=device)
     reasons = []
     model.eval()
-    title = f"{views[0]} x {views[1]} views"
-    with tqdm(
-        total=len(mine), desc=title, unit="video", disable=None if rank == 0 else True
-    ) as bar:
+    title = f"{views.clips} x {views.crops} views"
+    quiet = None if rank == 0 else True  # None: quiet where the output is no terminal
+    with tqdm(total=len(mine), desc=title, unit="video", disable=quiet) as bar:
         for items in patient(loader):
-            good = []
-            for row, clips, error in items:
+            rows = []
+            clips = []
+            for row, of_video, error in items:
                 counted[row] += 1
                 if error is None:
-                    good.append((row, clips))
-                    continue
-                probabilities[row] = math.nan
-                reasons.append(error)
-            if good:
-                clips = normalize(
-                    torch.cat([clips for _, clips in good]).to(device)
-                )  # [B*V, 3, T, H, W]
+                    rows.append(row)
+                    clips.append(of_video)
+                else:
+                    probabilities[row] = math.nan
+                    reasons.append(error)
+            if rows:
+                video = normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
                 with autocast:
-                    logits = model(clips)  # [B*V, C]
-                rows = [row for row, _ in good]
-                probabilities[rows] = (
-                    logits.float().softmax(-1).unflatten(0, (len(good), -1)).mean(1)
-                )
+                    logits = model(video)  # [B*V, C]
+                of_views = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
+                probabilities[rows] = of_views.mean(1)
             bar.update(len(items))
     model.train()
+
+    # Each row was filled by one rank and is 0 on the others.
     unreadable = torch.tensor(float(len(reasons)), device=device)
     if ranks > 1:
         for tensor in (probabilities, counted, unreadable):
             dist.all_reduce(tensor)
     assert (counted == 1).all(), "a test video was left out or counted twice"
-    if unreadable == len(videos):
+    if unreadable == len(views):
         first = reasons[0] if reasons else "another rank says why"
         raise RunError(
-            f"none of the {len(videos)} videos to be tested can be read: {first}: are the paths right (--root)?"
+            f"none of the {len(views)} videos to be tested can be read: {first}: "
+            "are the paths right (--root)?"
         )
     for reason in reasons[:SAID]:
         print(f"counted as wrong: {reason}", file=sys.stderr)
@@ -82,89 +117,106 @@ def predict(model, videos, classes, views, args, device, autocast, rank=0, ranks
     return probabilities.cpu()
 
 
-def score(probabilities, labels, classes):
-    """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class): a dict with top1,
-    top5, mean_class (the mean over the classes present), per_class [C] (NaN if absent), confusion
-    [C, C] (true, predicted) and correct [N]. NaN rows are wrong."""
+def score(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> dict:
+    """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class).
+
+    Returns top1, top5, mean_class (the mean over the classes present), per_class [C] (NaN if
+    absent), confusion [C, C] (true, predicted) and correct [N]. A row of NaN is wrong."""
     readable = ~probabilities.isnan().any(1)
-    ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices
-    hit = (ranked == labels[:, None]) & readable[:, None]
-    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices  # best class first
+    hit = (ranked == labels[:, None]) & readable[:, None]  # [N, 5]
+    correct = hit[:, 0]
+    of_class = torch.bincount(labels[labels >= 0], minlength=classes)
+    per_class = torch.bincount(labels[correct], minlength=classes) / of_class  # 0 / 0 is NaN
     known = readable & (labels >= 0)
-    confusion.index_put_(
-        (labels[known], ranked[known, 0]), torch.ones_like(labels[known]), accumulate=True
-    )
-    per_class = torch.tensor(
-        [
-            hit[labels == c, 0].float().mean().item() if (labels == c).any() else math.nan
-            for c in range(classes)
-        ]
-    )
+    pairs = labels[known] * classes + ranked[known, 0]
+    confusion = torch.bincount(pairs, minlength=classes**2).unflatten(0, (classes, classes))
     return {
-        "top1": hit[:, 0].float().mean().item(),
+        "top1": correct.float().mean().item(),
         "top5": hit.any(1).float().mean().item(),
         "mean_class": per_class.nanmean().nan_to_num(0).item(),
         "per_class": per_class,
         "confusion": confusion,
-        "correct": hit[:, 0],
+        "correct": correct,
     }
 
 
-def bootstrap(correct, resamples=2000, seed=0):
+def bootstrap(correct: Sequence[float], resamples: int = 2000, seed: int = 0) -> list[float]:
     """The 95 % percentile interval of the mean of correct [N], over resampled test sets: [low,
-    high].
-    """
-    correct, rng = np.asarray(correct, float), np.random.default_rng(seed)
-    means = [
-        correct[rng.integers(len(correct), size=len(correct))].mean() for _ in range(resamples)
-    ]
+    high]."""
+    correct = np.asarray(correct, float)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(correct), size=len(correct))
+        means.append(correct[drawn].mean())
     return np.quantile(means, (0.025, 0.975)).tolist()
 
 
-def draw_confusion(path, confusion, names):
-    """The confusion matrix, each row divided by its sum: white 0, dark 1; names and counts where
-    there is room.
-    """
+def t_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the mean of a few values by Student's t, [low, high]; None for a single
+    value."""
+    if len(values) < 2:
+        return None
+    mean = float(np.mean(values))
+    freedom = min(len(values) - 1, len(T975))
+    margin = T975[freedom - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return [float(mean - margin), float(mean + margin)]
+
+
+def draw_confusion(path: Path, confusion: torch.Tensor, names: Sequence[str]) -> None:
+    """Draws the confusion matrix [C, C], each row divided by its sum: white is 0, dark is 1. Names
+    and counts are written where there is room."""
     from PIL import Image, ImageDraw
 
     share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    cell = max(2, min(36, 1200 // len(names)))
-    margin = min(200, 12 + 7 * max(map(len, names))) if cell >= 12 else 20
-    picture = Image.new(
-        "RGB", (margin + cell * len(names) + 4, margin + cell * len(names) + 4), "white"
-    )
+    cell = max(2, min(36, 1200 // len(names)))  # pixels
+    named = cell >= 12
+    counted = cell >= 24
+    margin = 20
+    if named:
+        margin = min(200, 12 + 7 * max(map(len, names)))
+    side = margin + cell * len(names) + 4
+    picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text(
-        (2, 2), "true, across: predicted" if margin > 140 else "true \\ predicted", fill="black"
-    )
-    for i, name in enumerate(names):
-        if cell >= 12:
-            draw.text((4, margin + i * cell + cell // 2 - 6), name[:28], fill="black")
+    title = "true, across: predicted" if margin > 140 else "true \\ predicted"
+    draw.text((2, 2), title, fill="black")
+    for number, name in enumerate(names):
+        middle = margin + number * cell + cell // 2 - 6
+        if named:
+            draw.text((4, middle), name[:28], fill="black")
             sideways = Image.new("RGB", (margin - 14, 12), "white")
             ImageDraw.Draw(sideways).text((0, 0), name[:28], fill="black")
-            picture.paste(sideways.rotate(90, expand=True), (margin + i * cell + cell // 2 - 6, 14))
-        for j in range(len(names)):
-            x, y, dark = margin + j * cell, margin + i * cell, share[i, j]
-            draw.rectangle(
-                (x, y, x + cell - 1, y + cell - 1),
-                fill=tuple(round(255 - dark * (255 - tone)) for tone in (20, 60, 130)),
-                outline="lightgrey" if cell >= 12 else None,
-            )
-            if cell >= 24 and confusion[i, j]:
-                draw.text(
-                    (x + 4, y + cell // 2 - 6),
-                    str(int(confusion[i, j])),
-                    fill="white" if dark > 0.5 else "black",
-                )
+            picture.paste(sideways.rotate(90, expand=True), (middle, 14))
+    outline = "lightgrey" if named else None
+    for (true, predicted), dark in np.ndenumerate(share):
+        x = margin + predicted * cell
+        y = margin + true * cell
+        colour = tuple(round(255 - dark * (255 - darkest)) for darkest in (20, 60, 130))
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=outline)
+        count = int(confusion[true, predicted])
+        if counted and count > 0:
+            ink = "white" if dark > 0.5 else "black"
+            draw.text((x + 4, y + cell // 2 - 6), str(count), fill=ink)
     picture.save(path)
 
 
-def write_test(out, result, names, labels, probabilities, about, train_labels=None):
-    """test.json, per_class.csv and confusion.png in the folder `out`; returns what test.json holds.
-    "majority" is the accuracy of always saying the most frequent class of the training labels
-    (where they are not given: of the test labels)."""
+def write_test(
+    out: Path,
+    result: dict,
+    names: Sequence[str],
+    labels: torch.Tensor,
+    probabilities: torch.Tensor,
+    about: dict,
+    train_labels: torch.Tensor | None = None,
+) -> dict:
+    """Writes test.json, per_class.csv and confusion.png to the folder `out`; returns what test.json
+    holds.
+
+    result: of `score`. names: of the classes. about: more entries of test.json. Its "majority" is
+    the accuracy of always saying the most frequent class of the training labels (of the test labels
+    where they are not given). RunError if a file cannot be written."""
     known = labels[labels >= 0] if train_labels is None else train_labels
-    majority = (labels == known.mode().values).float().mean().item()
     summary = about | {
         "videos": len(labels),
         "unreadable": int(probabilities.isnan().any(1).sum()),
@@ -172,19 +224,16 @@ def write_test(out, result, names, labels, probabilities, about, train_labels=No
         "top1_bootstrap": bootstrap(result["correct"]),
         "top5": result["top5"],
         "mean_class": result["mean_class"],
-        "majority": majority,
+        "majority": (labels == known.mode().values).float().mean().item(),
     }
-    with (
-        writing(out / "per_class.csv"),
-        open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file,
-    ):
+    path = out / "per_class.csv"
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "videos", "accuracy"))
-        for c, name in enumerate(names):
-            accuracy = result["per_class"][c].item()
-            writer.writerow(
-                (name, int((labels == c).sum()), "" if math.isnan(accuracy) else f"{accuracy:.4f}")
-            )
+        for number, name in enumerate(names):
+            accuracy = result["per_class"][number].item()
+            text = "" if math.isnan(accuracy) else f"{accuracy:.4f}"
+            writer.writerow((name, int((labels == number).sum()), text))
     with writing(out / "confusion.png"):
         draw_confusion(out / "confusion.png", result["confusion"], names)
     with writing(out / "test.json"):  # last: where it is, the test is done

@@ -1,0 +1,394 @@
+"""Frozen features on disk: what an encoder makes of each video, extracted once, one row per video.
+Needs model.py, and arrays.py, manifest.py, run.py, sampling.py and video.py of this folder.
+
+    encoder = load_encoder("runs/text/checkpoint.pt")
+    plan = plan_extractions(encoder, {"train": videos, "test": others}, clips=2)
+    arrays = extract_all(encoder, plan, folder)
+    arrays["train"]["features"]                                            float32 [N, D], mapped
+
+A row is NaN until it is written, and stays NaN if its video cannot be read. The next run reads only
+the videos whose rows are NaN. The .json next to each array says what it was made with and of; if
+that changes, the array is made again.
+
+Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
+grid, M tokens kept of each view, D width.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import model as models
+from tgm.arrays import create_array, file_hash, open_rows, read_about
+from tgm.manifest import Video, Videos, file_sizes, manifest_hash
+from tgm.run import (
+    RunError,
+    StopSignal,
+    make_loader,
+    part_of_rank,
+    patient,
+    sum_over_ranks,
+    wait_for_ranks,
+)
+from tgm.sampling import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
+from tgm.video import TIMEOUT, VideoError, VideoReader
+
+
+class FrozenEncoder(NamedTuple):
+    """A pretrained VideoMAE in evaluation mode, and what its features depend on."""
+
+    model: models.VideoMAE
+    identity: str  # changes with the weights
+    size: str
+    frames: int
+    stride: int
+    image_size: int
+    device: torch.device
+
+
+def load_encoder(
+    checkpoint: str,
+    *,
+    size: str | None = None,
+    frames: int | None = None,
+    stride: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> FrozenEncoder:
+    """Loads the encoder of a checkpoint, a file or a folder; "none": an untrained one, of `seed`.
+
+    Settings that are None are those that a checkpoint of ours was trained with, else the model's
+    defaults. RunError if there is no such file, or if it does not fit."""
+    path = Path(checkpoint)
+    untrained = checkpoint == "none"
+    file = models.weights_file(path)
+    if not untrained and not file.is_file():
+        raise RunError(
+            f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; "
+            "none: an untrained encoder)"
+        )
+    saved = models.saved_args(path)
+    size = size or saved.get("size", "base")
+    frames = frames or saved.get("frames")
+    image_size = image_size or saved.get("image_size")
+    torch.manual_seed(seed)
+    try:
+        model = models.VideoMAE(size, frames, image_size, text_dim=saved.get("text_dim", 512))
+        if not untrained:
+            models.load_pretrained(model, path)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    return FrozenEncoder(
+        model=model.eval().to(device),
+        identity=f"none {seed}" if untrained else file_hash(file),
+        size=size,
+        frames=model.config["frames"],
+        stride=stride or saved.get("stride", model.config["stride"]),
+        image_size=model.config["image_size"],
+        device=torch.device(device),
+    )
+
+
+# ---- what is extracted ---------------------------------------------------------------------------
+
+
+class RandomViews(Dataset):
+    """Views for training a probe: `augment` of each video, at random times and crops. A view is a
+    pure function of (seed, row, number of the view).
+
+    Items are those of tgm.sampling.Views: (row, uint8 [V, 3, T, size, size], None), or (row, None,
+    the reason) for a video that cannot be read. flip: mirrors half of the views."""
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        *,
+        augment: int,
+        frames: int,
+        image_size: int,
+        stride: int,
+        sampling: str = "dense",
+        flip: bool = True,
+        seed: int = 0,
+        timeout: float = TIMEOUT,
+    ):
+        self.videos = videos
+        self.augment = augment
+        self.frames = frames
+        self.image_size = image_size
+        self.stride = stride
+        self.sampling = sampling
+        self.flip = flip
+        self.seed = seed
+        self.timeout = timeout
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        video = self.videos[index]
+        seeds = [repeat_seed(self.seed, 0, video.row, view) for view in range(self.augment)]
+        try:
+            clips = self.read_clips(video, seeds)
+        except VideoError as error:
+            return video.row, None, str(error)
+        views = [self.crop(clip, seed) for clip, seed in zip(clips, seeds, strict=True)]
+        return video.row, torch.stack(views), None
+
+    def read_clips(self, video: Video, seeds: list[int]) -> tuple[torch.Tensor, ...]:
+        """One random clip per seed, each uint8 [T, 3, H, W]."""
+        with VideoReader(video.path, timeout=self.timeout) as reader:
+            start, end = reader.span(video)
+            times = [self.random_times(start, end, reader.fps, seed) for seed in seeds]
+            frames = reader.read(np.concatenate(times))  # [V*T, H, W, 3]
+        return torch.from_numpy(frames).permute(0, 3, 1, 2).split(self.frames)
+
+    def random_times(self, start: float, end: float, fps: float, seed: int) -> np.ndarray:
+        where = np.random.default_rng(seed).random(self.frames)
+        if self.sampling == "uniform":
+            return uniform_times(start, end, fps, self.frames, where)
+        return clip_times(start, end, fps, self.frames, self.stride, where[0])
+
+    def crop(self, clip: torch.Tensor, seed: int) -> torch.Tensor:
+        """A random crop of a clip [T, 3, H, W] -> [3, T, size, size]."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            box = multi_scale_crop(*clip.shape[-2:])
+            mirror = self.flip and bool(torch.rand(()) < 0.5)
+        clip = TF.resized_crop(clip, *box, [self.image_size, self.image_size], antialias=True)
+        if mirror:
+            clip = clip.flip(-1)
+        return clip.transpose(0, 1)
+
+
+class Extraction(NamedTuple):
+    """One pass over the videos of a split, and the arrays that it fills."""
+
+    split: str  # how the names of its files begin
+    videos: Videos
+    views: Dataset  # of these videos: Views or RandomViews
+    settings: dict  # of the views, for the .json next to the arrays
+    rows: dict[str, tuple[int, ...]]  # {kind of array: shape of a video's row}
+    token_grid: Sequence[int]  # to which the tokens of a view are average-pooled
+
+
+def plan_extractions(
+    encoder: FrozenEncoder,
+    videos: dict[str, Videos],
+    *,
+    sampling: str = "dense",
+    clips: int = 2,
+    crops: int = 1,
+    augment: int = 0,
+    flip: bool = True,
+    seed: int = 0,
+    tokens: bool = False,
+    token_grid: Sequence[int] | None = None,
+    timeout: float = TIMEOUT,
+) -> list[Extraction]:
+    """What has to be extracted of {"train": videos, "test": videos}, in order.
+
+    Each video has clips x crops clean views. With augment > 0 the training set's features are of
+    that many random views instead, but its tokens are not. tokens: keeps tokens, too. token_grid:
+    None for all moments and 4 x 4 places, or as many as there are; RunError if the encoder has
+    fewer tokens than that."""
+    time, height, width = encoder.model.grid
+    token_grid = list(token_grid or (time, min(height, 4), min(width, 4)))
+    if any(kept > full for kept, full in zip(token_grid, encoder.model.grid, strict=True)):
+        raise RunError(
+            f"--token-grid {token_grid}: expected numbers from 1 to {list(encoder.model.grid)}, "
+            "the encoder's grid"
+        )
+    clip = {
+        "frames": encoder.frames,
+        "stride": encoder.stride,
+        "image_size": encoder.image_size,
+        "sampling": sampling,
+    }
+    clean = clip | {"clips": clips, "crops": crops}
+    channels = encoder.model.config["width"]
+    rows = {"features": (channels,)}
+    if tokens:
+        rows["tokens"] = (clips * crops * math.prod(token_grid), channels)
+    settings = clean | {"token_grid": token_grid}
+    plan = []
+    for split in ("train", "test"):
+        views = Views(videos[split], **clean, timeout=timeout)
+        plan.append(Extraction(split, videos[split], views, settings, rows, token_grid))
+    if augment == 0:
+        return plan
+
+    train, test = plan
+    random = clip | {"augment": augment, "flip": flip, "seed": seed}
+    augmented = train._replace(
+        views=RandomViews(videos["train"], **random, timeout=timeout),
+        settings=random,
+        rows={"features": (augment, channels)},
+    )
+    if not tokens:
+        return [augmented, test]
+    return [augmented, train._replace(rows={"tokens": rows["tokens"]}), test]
+
+
+# ---- extraction ----------------------------------------------------------------------------------
+
+
+def extract_all(
+    encoder: FrozenEncoder,
+    plan: list[Extraction],
+    folder: Path,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    max_steps: int | None = None,
+    again: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
+) -> dict[str, dict[str, np.ndarray]] | None:
+    """Carries out a plan -> {split: {kind: array, mapped}}; None if `max_steps` batches of a pass
+    did not suffice.
+
+    batch_size: videos per batch and rank. again: makes all features again. A signal ends the run
+    after a batch, on all ranks; once all is extracted, at once."""
+    stop = StopSignal(ranks, then="ending after this batch")
+    found = {}
+    for extraction in plan:
+        arrays = open_features(encoder, extraction, folder, again, rank)
+        todo = np.flatnonzero(~complete_rows(arrays)).tolist()
+        wait_for_ranks()  # a rank that wrote before others have looked would change their parts
+        mine = part_of_rank(todo, rank, ranks)
+        left = len(mine)
+        views = Subset(extraction.views, mine)
+        loader = make_loader(views, batch_size, workers if mine else 0)
+        title = f"{extraction.split} {' '.join(arrays)}"
+        quiet = rank > 0 or not mine
+        batches = tqdm(patient(loader), title, total=len(loader), unit="batch", disable=quiet)
+        for number, items in enumerate(batches):
+            if number == max_steps or stop.name:
+                break
+            encode_batch(encoder, items, arrays, extraction.token_grid)
+            left -= len(items)
+        for array in arrays.values():
+            array.flush()
+        left = sum_over_ranks(left)  # every rank is here
+        if stop.agreed():
+            if rank == 0:
+                print(f"{stop.name}: stopped; run it again to go on")
+            stop.end()
+        if left > 0:
+            if rank == 0:
+                count = len(extraction.videos)
+                split = extraction.split
+                print(f"{count - left} of {count} {split} videos are done; run it again to go on")
+            return None
+        found[extraction.split] = found.get(extraction.split, {}) | arrays
+    stop.at_once("the features are kept, run it again")
+    return found
+
+
+def open_features(
+    encoder: FrozenEncoder, extraction: Extraction, folder: Path, again: bool, rank: int
+) -> dict[str, np.ndarray]:
+    """The arrays FOLDER/SPLIT.KIND.npy of one pass, mapped and writable: {kind: [N, *row]}.
+
+    An array that is missing, or whose .json tells of another encoder, other settings or other
+    videos, is made, full of NaN; with `again` every array is. ManifestError if a file is damaged or
+    cannot be written."""
+    videos = extraction.videos
+    about = {
+        "manifest": manifest_hash(videos),
+        "root": os.path.realpath(videos.folder),  # equal paths elsewhere are other videos,
+        "files": file_sizes(videos),  # and so are files that were replaced
+        "checkpoint": encoder.identity,
+        "size": encoder.size,
+    }
+    about |= extraction.settings
+    arrays = {}
+    for kind, row in extraction.rows.items():
+        path = folder / f"{extraction.split}.{kind}.npy"
+        shape = (len(videos), *row)
+        if rank == 0:
+            same = read_about(path.with_suffix(".json")) == about | {"shape": list(shape)}
+            if again or not same or not path.exists():
+                dtype = np.float32 if kind == "features" else np.float16
+                create_array(path, shape, dtype, about)
+        wait_for_ranks()
+        arrays[kind] = open_rows(path)
+    return arrays
+
+
+def complete_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows all of the arrays [N, ...] have, bool [N]. A kill may leave half of a row; its
+    last number is the last to be written."""
+    complete = True
+    for array in arrays.values():
+        last = array.reshape(len(array), -1)[:, -1]
+        complete = complete & ~np.isnan(last)
+    return complete
+
+
+@torch.inference_mode()
+def encode_batch(
+    encoder: FrozenEncoder,
+    items: list[tuple],
+    arrays: dict[str, np.ndarray],
+    token_grid: Sequence[int],
+) -> None:
+    """Writes the rows of a batch's videos. Those that cannot be read are named and stay NaN."""
+    rows = []
+    clips = []
+    for row, views, error in items:
+        if error:
+            tqdm.write(error)
+        else:
+            rows.append(row)
+            clips.append(views)
+    if not rows:
+        return
+    model = encoder.model
+    device = encoder.device
+    on_gpu = device.type == "cuda"
+    half = torch.bfloat16
+    if on_gpu and not torch.cuda.is_bf16_supported():
+        half = torch.float16
+    with torch.autocast(device.type, half, enabled=on_gpu):
+        video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
+        tokens = model.encode(video)  # [B*V, t*h*w, D]
+    volume = tokens.float().mT.unflatten(-1, model.grid)  # [B*V, D, t, h, w]
+    for kind, array in arrays.items():
+        grid = (1, 1, 1) if kind == "features" else tuple(token_grid)
+        pooled = F.adaptive_avg_pool3d(volume, grid).flatten(2).mT  # [B*V, 1 or M, D]
+        pooled = pooled.unflatten(0, (len(rows), -1)).flatten(1, 2)  # [B, V or V*M, D]
+        if array.ndim == 2:  # one feature per video
+            pooled = pooled.mean(1)  # [B, D]
+        array[rows] = pooled.cpu().numpy()
+
+
+class TokenRows:
+    """Some rows of a mapped array of tokens [N, V*M, D]. An index chooses among them and reads
+    nothing; `read` reads them, so that no more than a batch of tokens is in memory."""
+
+    def __init__(self, array: np.ndarray, rows: torch.Tensor):
+        self.array = array
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: torch.Tensor) -> "TokenRows":
+        return TokenRows(self.array, self.rows[index])
+
+    def read(self, device: torch.device) -> torch.Tensor:
+        """-> float32 [B, V*M, D]; 0 for a video that could not be read."""
+        tokens = torch.from_numpy(self.array[self.rows.numpy()])
+        return tokens.to(device).float().nan_to_num(0.0)
