@@ -191,14 +191,9 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
     torch.manual_seed(0)
     model = models.VideoViT("tiny", classes=4)
     model.head.weight.data.normal_()
-<<<<<<< HEAD
-    args = finetune.parse_args(["--workers", "0"])
-    vars(args).update(frames=8, image_size=48, stride=2)
-=======
->>>>>>> house
     videos = read_manifest(world / "data/val.csv")[:5]
     videos[3] = videos[3]._replace(path="gone.mp4")
-    views = Views(videos, frames=8, image_size=32, stride=2, clips=2, crops=3)
+    views = Views(videos, frames=8, image_size=48, stride=2, clips=2, crops=3)
     found = evaluation.predict(model, views, classes=4, **ON_THE_CPU)
     assert model.training and found.shape == (5, 4) and found[3].isnan().all()
     model.eval()
@@ -1280,26 +1275,10 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
     (copy / "data/val.csv").write_text(
         "\n".join([*lines[:3], *("gone/" + line for line in lines[3:])]) + "\n"
     )
-<<<<<<< HEAD
-    import contextlib
-
-    args = finetune.parse_args(["--workers", "0"])
-    vars(args).update(frames=8, image_size=48, stride=2)
-    found = evaluation.predict(
-        models.VideoViT("tiny", classes=4),
-        read_manifest(copy / "data/val.csv"),
-        4,
-        (1, 1),
-        args,
-        "cpu",
-        contextlib.nullcontext(),
-    )
-=======
     videos = read_manifest(copy / "data/val.csv")
-    views = Views(videos, frames=8, image_size=32, stride=2)
+    views = Views(videos, frames=8, image_size=48, stride=2)
     model = models.VideoViT("tiny", classes=4)
     found = evaluation.predict(model, views, classes=4, **ON_THE_CPU)
->>>>>>> house
     assert found.isnan().any(1).sum() == 22
     said = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("counted as wrong")
