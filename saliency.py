@@ -299,7 +299,10 @@ class MotionCue:
         moments = args.moments or 32
         settings = {"flow": flow, "moments": moments, "grid": args.grid}
         if flow == "raft":
-            self.raft = motion.load_raft(args.flow_weights, machine.device)
+            try:
+                self.raft = motion.load_raft(args.flow_weights, machine.device)
+            except motion.FlowError as error:
+                raise RunError(str(error)) from None
             size = args.image_size or 256
             weights = args.flow_weights and file_hash(args.flow_weights)
             settings |= {"weights": weights, "image_size": size}

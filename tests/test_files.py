@@ -701,30 +701,38 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration, BlipProcessor
 import {module}
+import tgm.captions
 import tgm.run
-read = {module}.{function}
+read = {owner}.{function}
 slow = [os.environ["RANK"] == "1"]
 def late(*args):
     if slow.pop() if slow else False:
         time.sleep(8)
     return read(*args)
-{module}.{function} = late
+{owner}.{function} = late
 tgm.run.launch({module}.main)
 """
 
 
 @pytest.mark.parametrize(
-    "module, function, name",
-    [("caption", "read_entries", "captions"), ("saliency", "filled", "motion")],
+    "module, owner, function, name",
+    [
+        ("caption", "tgm.captions.CaptionFile", "done", "captions"),
+        ("saliency", "saliency", "filled", "motion"),
+    ],
 )
-def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(copy, module, function, name):
+def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(
+    copy, module, owner, function, name
+):
     """Rank 1 looks 8 seconds late; rank 0 must not have written rows by then, else they would
     divide other rows.
     """
     output = copy / ("data/train.captions.jsonl" if name == "captions" else "data/train.motion.npy")
     expected = output.read_bytes()
     output.unlink()
-    (copy / "late.py").write_text(RACE.format(root=str(ROOT), module=module, function=function))
+    (copy / "late.py").write_text(
+        RACE.format(root=str(ROOT), module=module, owner=owner, function=function)
+    )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     process = start(
         (copy / "late.py", *STAGES[name][1:], "--batch-size", 1), copy, launcher=launcher

@@ -140,9 +140,7 @@ def test_the_summary(tmp_path):
 def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
     path = write(tmp_path / name, pictures(60, 98, 130), **how)
     target = str(tmp_path / "out" / "x.mp4")
-    assert prepare.reencode((path, target, 64, 12)) is None and os.listdir(tmp_path / "out") == [
-        "x.mp4"
-    ]
+    assert prepare.reencode(path, target, 64) is None and os.listdir(tmp_path / "out") == ["x.mp4"]
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert copy.duration == pytest.approx(source.duration, abs=0.15)
         times = np.random.default_rng(1).uniform(0, source.duration, 20)

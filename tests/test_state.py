@@ -120,10 +120,10 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     for name in STAGES:
         make(name, copy)
     few(copy, [1, 0, 2, 3, 4, 5, 6])
-    assert "another manifest or model" in make("captions", copy, "--extend", fails=True)
+    assert "made with another manifest" in make("captions", copy, "--extend", fails=True)
     assert "made with another manifest" in make("motion", copy, "--extend", fails=True)
     few(copy, range(7))
-    assert "another manifest or model" in make(
+    assert "made with another prompt" in make(
         "captions", copy, "--extend", "--prompt", "a", fails=True
     )
     assert "made with another grid" in make("motion", copy, "--extend", "--grid", 5, fails=True)
