@@ -75,7 +75,7 @@ from tgm.arrays import (
     read_captions,
     refuse_foreign_array,
 )
-from tgm.clip import activation_of, load_clip
+from tgm.clip import activation_of, embed_texts, load_clip
 from tgm.flags import Parser, add_video_flags, frame_count, grid_size, pixel_count, positive
 from tgm.manifest import ManifestError, require_files
 from tgm.offline import (
@@ -154,20 +154,6 @@ def project(block, x):
 def join_heads(block, heads):
     """[B, heads, L, W / heads] through the block's output projection: [B, L, W]."""
     return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
-
-
-def embed_texts(model, tokenizer, texts, device, batch=256, quiet=False):
-    """Unit-length embeddings of distinct texts: {text: float32 [D]}. Too long a text is cut by
-    the tokenizer.
-    """
-    texts = sorted(set(texts))
-    embedded = {}
-    for start in tqdm(range(0, len(texts), batch), "texts", unit="batch", delay=5, disable=quiet):
-        part = texts[start : start + batch]
-        # in float32: under bf16 autocast lengths would be off by 0.25 %
-        features = model.encode_text(tokenizer(part).to(device)).float()
-        embedded.update(zip(part, F.normalize(features, dim=-1).cpu(), strict=True))
-    return embedded
 
 
 def read_moments(video, moments, size, timeout):

@@ -43,6 +43,19 @@ def is_captions(path: Path) -> bool:
     return isinstance(entry, dict) and "captions" in entry
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row, entry) of every line of a file, but not of one that a kill cut off."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            # only the parts say it: line i of the joined file is row i
+            row = entry.pop("row", number)
+            yield row, entry
+
+
 class CaptionFile:
     """The captions of a manifest's videos, in the making.
 
@@ -77,21 +90,10 @@ class CaptionFile:
         return sorted(self.path.parent.glob(self.path.name + ".part-*"))
 
     def lines(self) -> Iterator[tuple[int, dict]]:
-        """(row, entry) of every line of the joined file and the parts, but not of one that a kill
-        cut off.
-        """
+        """(row, entry) of every line of the joined file and the parts."""
         for path in (self.path, *self.parts()):
-            if not path.exists():
-                continue
-            with open(path, encoding="utf-8", errors="replace") as file:
-                for number, line in enumerate(file):
-                    try:
-                        entry = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue
-                    # only the parts say it: line i of the joined file is row i
-                    row = entry.pop("row", number)
-                    yield row, entry
+            if path.exists():
+                yield from read_lines(path)
 
     def are_kept(self, resume: str) -> bool:
         """Whether the captions that are there stay: unless asked otherwise, or where no video has

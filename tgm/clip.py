@@ -3,12 +3,16 @@
 Needs run.py.
 
     model, tokenizer = load_clip("ViT-B-16", "openai", None, device)
+    embedded = embed_texts(model, tokenizer, ["a dog runs"], device)    # {text: float32 [D]}
 """
 
 import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from tgm.run import RunError, quiet_libraries, reason_of
 
@@ -20,7 +24,7 @@ NOT_PLAIN = (
 
 def load_clip(
     name: str, pretrained: str | None, image_size: int | None, device: torch.device | str
-) -> tuple[torch.nn.Module, object]:
+) -> tuple[torch.nn.Module, Callable]:
     """An open_clip model with its published weights, in evaluation mode, and its tokenizer.
 
     name: one of open_clip's, or local-dir:FOLDER or hf-hub:NAME, which bring their own weights
@@ -127,3 +131,23 @@ def change_image_size(model: torch.nn.Module, pixels: int) -> None:
 def activation_of(model: torch.nn.Module) -> str:
     """The activation of a plain vision transformer of open_clip, "QuickGELU" or "GELU"."""
     return type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
+
+
+def embed_texts(
+    model: torch.nn.Module,
+    tokenizer: Callable,
+    texts: Iterable[str],
+    device: torch.device | str,
+    batch: int = 256,
+    quiet: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Unit-length embeddings of distinct texts: {text: float32 [D] on the CPU}. A text that is too
+    long is cut by the tokenizer. quiet: without a progress bar."""
+    texts = sorted(set(texts))
+    embedded = {}
+    for start in tqdm(range(0, len(texts), batch), "texts", unit="batch", delay=5, disable=quiet):
+        part = texts[start : start + batch]
+        # in float32: under bf16 autocast lengths would be off by 0.25 %
+        features = model.encode_text(tokenizer(part).to(device)).float()
+        embedded.update(zip(part, F.normalize(features, dim=-1).cpu(), strict=True))
+    return embedded
