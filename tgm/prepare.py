@@ -25,10 +25,11 @@ import io
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from tgm.arrays import companion, refuse_foreign
 from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
-from tgm.manifest import read_manifest, require_files
+from tgm.manifest import FilePath, read_manifest, require_files
 from tgm.run import (
     RunError,
     StopSignal,
@@ -90,7 +91,8 @@ def probe(path: str) -> Found:
 # ---- re-encoding one file ------------------------------------------------------------------------
 
 
-def aside_of(target):
+def aside_of(target: str) -> str:
+    """Where a copy is written before it is whole."""
     return f"{target}.new.mp4"
 
 
@@ -143,7 +145,7 @@ def encode_frames(reader, container, short_side):
     container.mux(stream.encode())
 
 
-def encoded_size(image, short_side):
+def encoded_size(image: np.ndarray, short_side: int) -> tuple[int, int]:
     """The (height, width) of a copy: even, as 4:2:0 wants it, and never larger than the image."""
     shape = np.array(image.shape[:2])
     scale = min(1, short_side / shape.min())
@@ -266,17 +268,17 @@ def print_summary(manifest, rows, files, durations):
     print(f"frames/s    {most_common(f'{file.fps:.4g}' for file in good)}")
 
 
-def most_common(values):
+def most_common(values: Iterable) -> str:
     return ", ".join(f"{value} {count}" for value, count in Counter(values).most_common(6))
 
 
-def is_report(path):
+def is_report(path: Path) -> bool:
     """Whether a csv is a report of a check, by its header."""
     with open(path, encoding="utf-8", newline="") as file:
         return next(csv.reader(file)) == REPORT
 
 
-def write_text(path, text):
+def write_text(path: FilePath, text: str) -> None:
     """Writes a file aside and renames it. RunError, with the reason, if that cannot be."""
     aside = f"{path}.new"
     try:
@@ -289,7 +291,7 @@ def write_text(path, text):
         raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def copied_rows(source, path_of):
+def copied_rows(source: FilePath, path_of: Callable[[int], str | None]) -> list[list[str]]:
     """The csv rows of the manifest `source`, the header first, with the path of row i replaced by
     path_of(i); rows for which that is None are left out."""
     with open(source, encoding="utf-8-sig", newline="") as file:
@@ -303,7 +305,7 @@ def copied_rows(source, path_of):
     return copied
 
 
-def write_csv(path, rows):
+def write_csv(path: FilePath, rows: Iterable[Sequence]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
@@ -320,7 +322,7 @@ def write_good(args, videos, bad):
     print(f"{args.good}: {len(videos) - len(bad)} rows")
 
 
-def name_inside(name):
+def name_inside(name: str) -> str:
     """A relative .mp4 name for the copy of a file: what is left of a name that is absolute or leads
     out of its folder; files that differ in their ending alone keep different names."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
@@ -384,7 +386,7 @@ def copies_of(manifest, videos, folder):
     return targets
 
 
-def is_copy(path, manifest, rows):
+def is_copy(path: Path, manifest: FilePath, rows: Sequence[Sequence[str]]) -> bool:
     """Whether a manifest at `path` is one that re-encoding wrote, perhaps when there were fewer
     rows, and not the source itself.
     """
