@@ -208,6 +208,54 @@ def label_captions(videos, classes):
     return entries
 
 
+def write_labels(captions, classes):
+    """Captions without a model, always from the start."""
+    captions.claim("none", extend=False)
+    entries = label_captions(captions.videos, classes)  # may fail: before anything is removed
+    captions.begin("none", of_videos=False)
+    captions.join(entries)
+
+
+# ---- the pass over the videos --------------------------------------------------------------------
+
+
+def load_captioner(args, machine):
+    """-> (the model's processor, a function from a batch of items to their captions)."""
+    model, processor = load_model(args.model, machine.device, machine.dtype)
+    describe_items = partial(
+        describe,
+        model,
+        processor,
+        device=machine.device,
+        dtype=machine.dtype,
+        beams=args.beams,
+        max_tokens=args.max_tokens,
+    )
+    try_model(args.model, model, processor, args.prompt, describe_items)
+    return processor, describe_items
+
+
+def caption_videos(args, captions, machine, videos, processor, describe_items):
+    """Appends the captions of this rank's videos to its part of the file, batch by batch."""
+    read = partial(
+        read_key_frames,
+        frames=args.frames,
+        processor=processor,
+        prompt=args.prompt,
+        timeout=args.video_timeout,
+    )
+    for items in batches(machine, videos, read, args.batch_size, args.workers, args.max_steps):
+        good = [item for item in items if item.error is None]
+        texts = describe_items(good) if good else []
+        entries = []
+        for item, of_item in zip(good, texts, strict=True):
+            entries.append(make_entry(item.video, of_item))
+        for item in items:
+            if item.error is not None:
+                entries.append(make_entry(item.video, [], item.error))
+        captions.append(machine.rank, entries)
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -266,24 +314,6 @@ def main(argv=None):
     }
     captions = CaptionFile(path, videos, settings)
     machine = join_machine(args.device)
-    caption_videos(args, captions, machine)
-    wait_for_ranks()
-    if machine.rank == 0:
-        captions.join(captions.entries())
-    leave_ranks()
-
-
-def write_labels(captions, classes):
-    """Captions without a model, always from the start."""
-    captions.claim("none", extend=False)
-    entries = label_captions(captions.videos, classes)  # may fail: before anything is removed
-    captions.begin("none", of_videos=False)
-    captions.join(entries)
-
-
-def caption_videos(args, captions, machine):
-    """Captions this rank's part of the videos that have no captions yet."""
-    videos = captions.videos
     if machine.rank == 0:
         require_files(videos, args.data)
         captions.claim(args.resume, args.extend)
@@ -294,46 +324,24 @@ def caption_videos(args, captions, machine):
     # All that may fail comes before anything is written or removed: a model that does not serve
     # leaves no trace.
     if mine:
-        model, processor = load_model(args.model, machine.device, machine.dtype)
-        describe_items = partial(
-            describe,
-            model,
-            processor,
-            device=machine.device,
-            dtype=machine.dtype,
-            beams=args.beams,
-            max_tokens=args.max_tokens,
-        )
-        try_model(args.model, model, processor, args.prompt, describe_items)
+        processor, describe_items = load_captioner(args, machine)
     # all have read what there is: what one of them writes would change the others' parts
     wait_for_ranks()
     if machine.rank == 0:
         captions.begin(args.resume)
     wait_for_ranks()
-    if not mine:
-        return
+    if mine:
+        if machine.rank == 0:
+            precision = str(machine.dtype).removeprefix("torch.")
+            print(
+                f"{args.model} on {machine.device}, {precision}: {len(videos)} videos, "
+                f"{len(done)} done before, {machine.ranks} ranks"
+            )
+        caption_videos(args, captions, machine, mine, processor, describe_items)
+    wait_for_ranks()
     if machine.rank == 0:
-        precision = str(machine.dtype).removeprefix("torch.")
-        print(
-            f"{args.model} on {machine.device}, {precision}: {len(videos)} videos, "
-            f"{len(done)} done before, {machine.ranks} ranks"
-        )
-    read = partial(
-        read_key_frames,
-        frames=args.frames,
-        processor=processor,
-        prompt=args.prompt,
-        timeout=args.video_timeout,
-    )
-    for items in batches(machine, mine, read, args.batch_size, args.workers, args.max_steps):
-        good = [item for item in items if item.error is None]
-        failed = [item for item in items if item.error is not None]
-        texts = describe_items(good) if good else []
-        entries = [
-            make_entry(item.video, of_item) for item, of_item in zip(good, texts, strict=True)
-        ]
-        entries += [make_entry(item.video, [], item.error) for item in failed]
-        captions.append(machine.rank, entries)
+        captions.join(captions.entries())
+    leave_ranks()
 
 
 if __name__ == "__main__":

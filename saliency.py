@@ -317,6 +317,39 @@ class MotionCue:
             yield item.video.row, [field]
 
 
+# ---- the pass over the videos --------------------------------------------------------------------
+
+
+def check_places(args, videos, prefix):
+    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be
+    written, or files to write are there that are not ours."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(args.out, Path(args.data).stem)
+        raise RunError(
+            f"--out {args.out}: is a folder; give what the files' names begin with, such as "
+            f"--out {example}"
+        )
+    require_files(videos, args.data)
+    make_folder(Path(prefix).parent)
+    for kind in KINDS[args.cue]:
+        refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
+
+
+def fill_rows(arrays, cue, items):
+    """Computes the rows of a batch and writes them; says which videos failed."""
+    good = []
+    for item in items:
+        if item.error is None:
+            good.append(item)
+        else:
+            tqdm.write(item.error)
+    if not good:
+        return
+    for row, values in cue.rows(good):
+        for array, value in zip(arrays, values, strict=True):
+            fill(array, row, value.cpu().numpy())
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -425,36 +458,6 @@ def main(argv=None):
         if done == 0 and args.max_steps is None:
             raise RunError(f"{args.data}: none of its videos could be read; the reasons are above")
     leave_ranks()
-
-
-def fill_rows(arrays, cue, items):
-    """Computes the rows of a batch and writes them; says which videos failed."""
-    good = []
-    for item in items:
-        if item.error is None:
-            good.append(item)
-        else:
-            tqdm.write(item.error)
-    if not good:
-        return
-    for row, values in cue.rows(good):
-        for array, value in zip(arrays, values, strict=True):
-            fill(array, row, value.cpu().numpy())
-
-
-def check_places(args, videos, prefix):
-    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be
-    written, or files to write are there that are not ours."""
-    if os.path.basename(prefix) in ("", ".", ".."):
-        example = os.path.join(args.out, Path(args.data).stem)
-        raise RunError(
-            f"--out {args.out}: is a folder; give what the files' names begin with, such as "
-            f"--out {example}"
-        )
-    require_files(videos, args.data)
-    make_folder(Path(prefix).parent)
-    for kind in KINDS[args.cue]:
-        refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
 
 
 if __name__ == "__main__":
