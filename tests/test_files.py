@@ -170,7 +170,7 @@ def test_a_video_that_failed_may_be_put_right(copy):
         "path\n" + "".join(f"{name}\n" for name in (names[0], "bad.mp4", names[2]))
     )
     (copy / "data/bad.mp4").write_bytes(b"not a video")
-    stages = [(stage[0], "data/few.csv", *stage[2:]) for stage in STAGES.values()]
+    stages = [(stage[0], "--data", "data/few.csv", *stage[3:]) for stage in STAGES.values()]
     for stage in stages:
         run(*stage, cwd=copy)
     about = json.loads((copy / "data/few.motion.json").read_text())
@@ -200,7 +200,7 @@ def test_captions_of_other_times_are_refused(copy):
     line = run("saliency.py", "--data", spans, *STAGES["text"][3:], cwd=copy, fails=True)
     assert line == (
         f"{path}: is of another manifest (other start or end); make it with: python "
-        f"caption.py {spans} --resume none"
+        f"caption.py --data {spans} --resume none"
     )
     assert "another manifest" in run(
         "caption.py", "--data", spans, *STAGES["captions"][3:], cwd=copy, fails=True
@@ -230,12 +230,12 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
         f"--root FOLDER sets where relative paths start"
     )
     for command in (
-        ("caption.py", "--model", "nowhere"),
-        ("saliency.py", "--cue", "motion"),
-        ("tgm.prepare",),
-        ("tgm.prepare", "--reencode", "small"),
+        ("caption.py", "--data", "away/train.csv", "--model", "nowhere"),
+        ("saliency.py", "--data", "away/train.csv", "--cue", "motion"),
+        ("tgm.prepare", "away/train.csv"),
+        ("tgm.prepare", "away/train.csv", "--reencode", "small"),
     ):
-        assert run(command[0], "away/train.csv", *command[1:], cwd=copy, fails=True) == expected
+        assert run(*command, cwd=copy, fails=True) == expected
     assert os.listdir(copy / "away") == ["train.csv"]
     run("caption.py", "--data", "away/train.csv", "--labels", cwd=copy)  # needs no videos
     assert run("tgm.prepare", "away/train.csv", "--root", "data", "--workers", 1, cwd=copy)
@@ -591,7 +591,8 @@ def test_a_run_that_is_stuck_in_loading_ends_by_the_first_signal(copy, module, f
     """Each video takes an hour; the patience of 300 seconds is cut to 2."""
     script = slow_script(copy, module, 3600, "tgm.run.GRACE = 2")
     process = start(
-        (script, "data/train.csv", *flags, "--workers", 1, "--out", copy / "new.jsonl"), copy
+        (script, "--data", "data/train.csv", *flags, "--workers", 1, "--out", copy / "new.jsonl"),
+        copy,
     )
     wait_until((copy / "loading").exists, process)
     os.kill(process.pid, number)

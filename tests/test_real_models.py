@@ -623,7 +623,7 @@ def test_without_a_network_two_lines(copy):
     for stage, flags in (("caption", ["--out", "x.jsonl"]), ("saliency", ["--out", "x"])):
         code = (
             f"import time; time.sleep = lambda _: None; import {stage}; "
-            f"{stage}.main(['data/val.csv', *{flags}])"
+            f"{stage}.main(['--data', 'data/val.csv', *{flags}])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],

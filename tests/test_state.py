@@ -39,7 +39,7 @@ STAGES = {
 
 
 def make(name, cwd, *flags, **how):
-    return run(STAGES[name][0], "data/few.csv", *STAGES[name][1:], *flags, cwd=cwd, **how)
+    return run(STAGES[name][0], "--data", "data/few.csv", *STAGES[name][1:], *flags, cwd=cwd, **how)
 
 
 def few(copy, rows):
