@@ -256,7 +256,7 @@ def reencode(args, temporary):
     paths = list(files)[:: max(1, round(len(files) / args.files))]
     small = {path: str(temporary / f"small{i}.mp4") for i, path in enumerate(paths)}
     for path, target in small.items():
-        assert (error := prepare.reencode((path, target, 256, 12))) is None, error
+        assert (error := prepare.reencode(path, target, 256)) is None, error
     before, after = (clip_dataset(some, temporary) for some in (paths, list(small.values())))
     key = lambda i: (i // len(paths), i % len(paths))
     seconds = pairs(

@@ -132,7 +132,10 @@ def test_a_toy_world_made_again_with_another_seed_is_noticed_by_all_that_hangs_o
     for kind in ("text", "saliency", "motion"):
         with pytest.raises(
             M.ManifestError,
-            match="videos have changed since it was made.*; make it with: one --resume none && two --resume none$",
+            match=(
+                "videos have changed since it was made.*; make it with: one --resume none && "
+                "two --resume none$"
+            ),
         ):
             A.open_array(tmp_path / f"data/train.{kind}.npy", videos, "one && two")
     assert "videos have changed" in run(
@@ -167,7 +170,7 @@ def test_a_video_that_failed_may_be_put_right(copy):
         "path\n" + "".join(f"{name}\n" for name in (names[0], "bad.mp4", names[2]))
     )
     (copy / "data/bad.mp4").write_bytes(b"not a video")
-    stages = [(stage[0], "data/few.csv", *stage[2:]) for stage in STAGES.values()]
+    stages = [(stage[0], "--data", "data/few.csv", *stage[3:]) for stage in STAGES.values()]
     for stage in stages:
         run(*stage, cwd=copy)
     about = json.loads((copy / "data/few.motion.json").read_text())
@@ -195,9 +198,9 @@ def test_captions_of_other_times_are_refused(copy):
     assert len(A.read_captions(path, M.read_manifest(spans), "")) == 2
     spans.write_text(f"path,start,end\n{name},0,1\n{name},0.5,2\n")
     line = run("saliency.py", "--data", spans, *STAGES["text"][3:], cwd=copy, fails=True)
-    assert (
-        line
-        == f"{path}: is of another manifest (other start or end); make it with: python caption.py {spans} --resume none"
+    assert line == (
+        f"{path}: is of another manifest (other start or end); make it with: python "
+        f"caption.py --data {spans} --resume none"
     )
     assert "another manifest" in run(
         "caption.py", "--data", spans, *STAGES["captions"][3:], cwd=copy, fails=True
@@ -222,16 +225,17 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
     shutil.move(copy / "data/train.csv", copy / "away/train.csv")
     name = M.read_manifest(copy / "away/train.csv")[0].name
     expected = (
-        f"away/train.csv: none of its 32 videos is there: searched {copy}/away for {name} and so on; "
+        f"away/train.csv: none of its 32 videos is there: searched {copy}/away for {name} "
+        f"and so on; "
         f"--root FOLDER sets where relative paths start"
     )
     for command in (
-        ("caption.py", "--model", "nowhere"),
-        ("saliency.py", "--cue", "motion"),
-        ("tgm.prepare",),
-        ("tgm.prepare", "--reencode", "small"),
+        ("caption.py", "--data", "away/train.csv", "--model", "nowhere"),
+        ("saliency.py", "--data", "away/train.csv", "--cue", "motion"),
+        ("tgm.prepare", "away/train.csv"),
+        ("tgm.prepare", "away/train.csv", "--reencode", "small"),
     ):
-        assert run(command[0], "away/train.csv", *command[1:], cwd=copy, fails=True) == expected
+        assert run(*command, cwd=copy, fails=True) == expected
     assert os.listdir(copy / "away") == ["train.csv"]
     run("caption.py", "--data", "away/train.csv", "--labels", cwd=copy)  # needs no videos
     assert run("tgm.prepare", "away/train.csv", "--root", "data", "--workers", 1, cwd=copy)
@@ -247,7 +251,8 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
         cwd=copy,
         fails=True,
     ) == (
-        "away/train.csv: none of its 1 videos is there, the first being /no/a.mp4: correct the paths in the manifest"
+        "away/train.csv: none of its 1 videos is there, the first being /no/a.mp4: correct "
+        "the paths in the manifest"
     )
 
 
@@ -301,7 +306,8 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
             ((*text, "x"), f"x.saliency.json: {ours}"),
             (
                 (*motion, "data/"),
-                "--out data/: is a folder; give what the files' names begin with, such as --out data/train",
+                "--out data/: is a folder; give what the files' names begin with, such as "
+                "--out data/train",
             ),
         ):
             assert run(*command, "--resume", resume, cwd=copy, fails=True).startswith(expected)
@@ -319,7 +325,8 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
         ((), f"data/train.check.csv: {ours} (move it away)"),
         (
             ("--reencode", "data"),
-            "--reencode data: the copy of data/videos/train/00000.mp4 would be the video data/videos/train/00000.mp4 itself",
+            "--reencode data: the copy of data/videos/train/00000.mp4 would be the video "
+            "data/videos/train/00000.mp4 itself",
         ),
         (("--reencode", "link.csv"), "--reencode link.csv: is a file, expected a folder"),
     ):
@@ -378,7 +385,10 @@ def mounted(cwd, mounts, command):
     """
     script = ""
     for folder, options in mounts.items():
-        script += f"mount -t tmpfs -o {options} tmpfs {folder} && if [ -e {folder}.from ]; then cp -a {folder}.from/. {folder}; fi && "
+        script += (
+            f"mount -t tmpfs -o {options} tmpfs {folder} && if [ -e {folder}.from ]; then cp -a "
+            f"{folder}.from/. {folder}; fi && "
+        )
         if "nr_inodes" in options:  # a sign to make it read-only
             script += f"mount -o remount,ro {folder} && "
     words = [
@@ -425,7 +435,8 @@ def test_full_shared_memory_is_one_line_and_no_hang(disks, name):
     done, _ = mounted(disks, {"/dev/shm": "size=64k"}, command)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "a decoding process found no room in shared memory (/dev/shm): give the container more (docker run --shm-size=16g), "
+        "a decoding process found no room in shared memory (/dev/shm): give the container "
+        "more (docker run --shm-size=16g), "
         "or lower --batch-size or --workers; --workers 0 needs none"
     )
 
@@ -435,11 +446,13 @@ def test_captions_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
     for size, expected in (
         (
             "4k",
-            "disk/x.jsonl.part-0: cannot be written (No space left on device): the captions up to here are kept",
+            "disk/x.jsonl.part-0: cannot be written (No space left on device): the captions "
+            "up to here are kept",
         ),
         (
             "8k",
-            "disk/x.jsonl: cannot be written (No space left on device): what it would hold is in x.jsonl.part-*",
+            "disk/x.jsonl: cannot be written (No space left on device): what it would hold "
+            "is in x.jsonl.part-*",
         ),
     ):
         # the .json, and with 8k all captions in a part
@@ -465,7 +478,8 @@ def test_arrays_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
         and done.stderr == "--out disk: nothing can be written there (Read-only file system)\n"
     )
     code = (
-        "import sys, pathlib, numpy; sys.path.insert(0, sys.argv[1]); from tgm import arrays, manifest\n"
+        "import sys, pathlib, numpy; sys.path.insert(0, sys.argv[1]); from tgm import "
+        "arrays, manifest\n"
         "try: arrays.create_array(pathlib.Path('disk/x.npy'), (4, 4), numpy.float16, {})\n"
         "except manifest.ManifestError as error: print(error)"
     )
@@ -577,7 +591,8 @@ def test_a_run_that_is_stuck_in_loading_ends_by_the_first_signal(copy, module, f
     """Each video takes an hour; the patience of 300 seconds is cut to 2."""
     script = slow_script(copy, module, 3600, "tgm.run.GRACE = 2")
     process = start(
-        (script, "data/train.csv", *flags, "--workers", 1, "--out", copy / "new.jsonl"), copy
+        (script, "--data", "data/train.csv", *flags, "--workers", 1, "--out", copy / "new.jsonl"),
+        copy,
     )
     wait_until((copy / "loading").exists, process)
     os.kill(process.pid, number)
@@ -612,9 +627,11 @@ for name in ("read", "_convert"):
 launch(prepare.main)
 """)
     process = start((script, "data/train.csv", *flags, "--workers", 2), copy)
-    made = lambda: sorted(
-        path.name for path in (copy / "small").rglob("*.mp4") if ".new" not in path.name
-    )
+
+    def made():
+        paths = (copy / "small").rglob("*.mp4")
+        return sorted(path.name for path in paths if ".new" not in path.name)
+
     expected = [f"{row:05d}.mp4" for row in (0, 2, 3, 4, 5, 6, 7, 8)] if flags else []
     wait_until(lambda: (copy / "busy").exists() and made() == expected, process)
     time.sleep(1)
@@ -699,32 +716,41 @@ def test_ranks_take_contiguous_rows_when_a_run_with_gaps_is_gone_on_with(copy):
 RACE = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration, BlipProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import BlipForConditionalGeneration, BlipProcessor
 import {module}
+import tgm.captions
 import tgm.run
-read = {module}.{function}
+read = {owner}.{function}
 slow = [os.environ["RANK"] == "1"]
 def late(*args):
     if slow.pop() if slow else False:
         time.sleep(8)
     return read(*args)
-{module}.{function} = late
+{owner}.{function} = late
 tgm.run.launch({module}.main)
 """
 
 
 @pytest.mark.parametrize(
-    "module, function, name",
-    [("caption", "read_entries", "captions"), ("saliency", "filled", "motion")],
+    "module, owner, function, name",
+    [
+        ("caption", "tgm.captions.CaptionFile", "done", "captions"),
+        ("saliency", "saliency", "filled", "motion"),
+    ],
 )
-def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(copy, module, function, name):
+def test_a_rank_that_reads_late_what_is_done_sees_what_the_others_saw(
+    copy, module, owner, function, name
+):
     """Rank 1 looks 8 seconds late; rank 0 must not have written rows by then, else they would
     divide other rows.
     """
     output = copy / ("data/train.captions.jsonl" if name == "captions" else "data/train.motion.npy")
     expected = output.read_bytes()
     output.unlink()
-    (copy / "late.py").write_text(RACE.format(root=str(ROOT), module=module, function=function))
+    (copy / "late.py").write_text(
+        RACE.format(root=str(ROOT), module=module, owner=owner, function=function)
+    )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     process = start(
         (copy / "late.py", *STAGES[name][1:], "--batch-size", 1), copy, launcher=launcher

@@ -18,7 +18,10 @@ def manifest(tmp_path, text, **options):
 
 
 def test_manifest(tmp_path):
-    text = '\ufeffpath,source,label,end,start\na b.mp4,x,running,2.5,1\n"c,d.mp4",y,,,\n/abs/e.mp4,z,"a ""b""",,3\n\n\n'
+    text = (
+        "\ufeffpath,source,label,end,start\na b.mp4,x,running,2.5,1\n"
+        '"c,d.mp4",y,,,\n/abs/e.mp4,z,"a ""b""",,3\n\n\n'
+    )
     rows = list(manifest(tmp_path, text))
     assert rows == [
         M.Video(str(tmp_path / "a b.mp4"), "running", 1.0, 2.5, 0, "a b.mp4"),
@@ -177,11 +180,12 @@ def test_read_captions(tmp_path):
         M.Video(name, None, None, None, row, name) for row, name in enumerate(("a.mp4", "b c.mp4"))
     ]
     path = tmp_path / "x.captions.jsonl"
-    refused = lambda: str(
-        pytest.raises(
-            M.ManifestError, A.read_captions, path, videos, "python caption.py --data x.csv"
-        ).value
-    )
+
+    def refused():
+        with pytest.raises(M.ManifestError) as error:
+            A.read_captions(path, videos, "python caption.py --data x.csv")
+        return str(error.value)
+
     assert refused().startswith(f"{path}: cannot be read (No such file") and refused().endswith(
         "make it with: python caption.py --data x.csv"
     )

@@ -115,7 +115,7 @@ def test_the_field_is_of_the_frame_as_displayed(tmp_path):
     # And the blocks move with it: the upper left quarter of the stored picture pans, the rest
     # stands still.
     images = [still.copy() for still in panning(24, (0, 0), 1)]
-    for image, moving in zip(images, panning(24, (3, 0))):
+    for image, moving in zip(images, panning(24, (3, 0)), strict=True):
         image[:48, :80] = moving[:48, :80]
     moving = {
         90: (slice(5, 7), slice(1, 3)),

@@ -112,8 +112,8 @@ def test_the_summary(tmp_path):
     # again, over the report of before
     out = run("tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)
     assert (
-        "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x --stride 5): their last frame is repeated\n"
-        in out
+        "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x "
+        "--stride 5): their last frame is repeated\n" in out
     )
     assert (
         "\nproblems    none: two.check.csv\n" in out and problems(tmp_path / "two.check.csv") == {}
@@ -140,9 +140,7 @@ def test_the_summary(tmp_path):
 def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
     path = write(tmp_path / name, pictures(60, 98, 130), **how)
     target = str(tmp_path / "out" / "x.mp4")
-    assert prepare.reencode((path, target, 64, 12)) is None and os.listdir(tmp_path / "out") == [
-        "x.mp4"
-    ]
+    assert prepare.reencode(path, target, 64) is None and os.listdir(tmp_path / "out") == ["x.mp4"]
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert copy.duration == pytest.approx(source.duration, abs=0.15)
         times = np.random.default_rng(1).uniform(0, source.duration, 20)
@@ -166,7 +164,8 @@ def test_a_manifest_of_copies_goes_on_where_it_stopped(tmp_path):
     write(tmp_path / "in/deep/a b.avi", pictures(20), codec="mpeg4", fps=10)
     (tmp_path / "in/bad.mp4").write_bytes(b"bad")
     (tmp_path / "in/some.csv").write_text(
-        'path,label,start,end,more\na b.mp4,x,0.5,1,"p, q"\ndeep/a b.avi,y,,,\na b.mp4,z,1,2,\nbad.mp4,w,,,\n'
+        'path,label,start,end,more\na b.mp4,x,0.5,1,"p, q"\ndeep/a b.avi,y,,,\na '
+        "b.mp4,z,1,2,\nbad.mp4,w,,,\n"
     )
     flags = (
         "tgm.prepare",

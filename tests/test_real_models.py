@@ -210,7 +210,10 @@ def test_the_activation_is_recorded_and_asked_for(copy):
     assert "made with another activation; --resume none remakes it" in run(
         *base, cwd=copy, fails=True
     )
-    remedy = "make it with: python caption.py --data data/train.csv && python saliency.py --data data/train.csv --resume none"
+    remedy = (
+        "make it with: python caption.py --data data/train.csv && python saliency.py --data "
+        "data/train.csv --resume none"
+    )
     line = run(
         "pretrain.py",
         "--size",
@@ -446,7 +449,7 @@ def test_git_goes_on_from_its_prompt(videos, models):
     assert words == ["[CLS]", "a", "red"] and "token_type_ids" not in inputs
     (made,) = caption.describe(model, processor, [(None, inputs, None)], "cpu", torch.float32, 1, 4)
     with torch.no_grad():
-        for image, text in zip(inputs["pixel_values"], made):
+        for image, text in zip(inputs["pixel_values"], made, strict=True):
             tokens = inputs["input_ids"][:1]
             for _ in range(4):
                 logits = model(input_ids=tokens, pixel_values=image[None]).logits[:, -1]
@@ -618,7 +621,10 @@ def test_without_a_network_two_lines(copy):
     out here.
     """
     for stage, flags in (("caption", ["--out", "x.jsonl"]), ("saliency", ["--out", "x"])):
-        code = f"import time; time.sleep = lambda _: None; import {stage}; {stage}.main(['data/val.csv', *{flags}])"
+        code = (
+            f"import time; time.sleep = lambda _: None; import {stage}; "
+            f"{stage}.main(['--data', 'data/val.csv', *{flags}])"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=copy,

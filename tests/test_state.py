@@ -39,7 +39,7 @@ STAGES = {
 
 
 def make(name, cwd, *flags, **how):
-    return run(STAGES[name][0], "data/few.csv", *STAGES[name][1:], *flags, cwd=cwd, **how)
+    return run(STAGES[name][0], "--data", "data/few.csv", *STAGES[name][1:], *flags, cwd=cwd, **how)
 
 
 def few(copy, rows):
@@ -66,7 +66,8 @@ def test_a_manifest_that_has_grown_is_told_with_the_command(copy):
     )
     # the captions of an extension that has only begun are still the old ones
     assert make("saliency", copy, fails=True).endswith(
-        "has the first 5 of 12 rows of the manifest; make it with: python caption.py --data data/few.csv --extend"
+        "has the first 5 of 12 rows of the manifest; make it with: python caption.py --data "
+        "data/few.csv --extend"
     )
     assert run(
         "pretrain.py",
@@ -79,7 +80,8 @@ def test_a_manifest_that_has_grown_is_told_with_the_command(copy):
         cwd=copy,
         fails=True,
     ).endswith(
-        "rows of the manifest; make it with: python caption.py --data data/few.csv --extend && python saliency.py --data data/few.csv --extend"
+        "rows of the manifest; make it with: python caption.py --data data/few.csv --extend "
+        "&& python saliency.py --data data/few.csv --extend"
     )
 
 
@@ -120,10 +122,10 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     for name in STAGES:
         make(name, copy)
     few(copy, [1, 0, 2, 3, 4, 5, 6])
-    assert "another manifest or model" in make("captions", copy, "--extend", fails=True)
+    assert "made with another manifest" in make("captions", copy, "--extend", fails=True)
     assert "made with another manifest" in make("motion", copy, "--extend", fails=True)
     few(copy, range(7))
-    assert "another manifest or model" in make(
+    assert "made with another prompt" in make(
         "captions", copy, "--extend", "--prompt", "a", fails=True
     )
     assert "made with another grid" in make("motion", copy, "--extend", "--grid", 5, fails=True)
@@ -159,13 +161,19 @@ def test_extend_leaves_failures_alone(copy):
 
 def test_a_file_is_one_process_to_write(tmp_path):
     path = tmp_path / "x.npy"
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
-    begin = lambda: subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
+        "arrays.hold(sys.argv[2]); print('held', flush=True); time.sleep(60)"
     )
+
+    def begin():
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(ROOT), str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     first = begin()
     assert (
         first.stdout.readline() == "held\n"
@@ -200,7 +208,10 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
     ]
     for folder in ("text", "tuned", "probe"):
         (copy / "runs" / folder).mkdir(parents=True)
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; [arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
+        "[arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), *paths], cwd=copy, stdout=subprocess.PIPE, text=True
     )
@@ -215,7 +226,7 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
             ("finetune.py", "--out", "runs/tuned", *tiny),
             ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "runs/probe"),
         ]
-        for args, path in zip(tries, [*paths[:2], paths[1], *paths[2:]]):
+        for args, path in zip(tries, [*paths[:2], paths[1], *paths[2:]], strict=True):
             assert run(*args, cwd=copy, fails=True).startswith(
                 f"{path}: another process is writing it: wait for its end"
             )
@@ -258,8 +269,10 @@ def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
         (copy / "data" / name).unlink()
     (copy / "sitecustomize.py").write_text(
         "import sys, time\nsys.path.insert(0, sys.argv[0])\nimport importlib.abc\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nfrom tgm import video\nvideo.VideoReader.span_ = video.VideoReader.span\n"
-        "def span(self, row):\n    time.sleep(0.3)\n    return self.span_(row)\nvideo.VideoReader.span = span\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom tgm import video\nvideo.VideoReader.span_ "
+        f"= video.VideoReader.span\n"
+        "def span(self, row):\n    time.sleep(0.3)\n    return self.span_(row)\n"
+        "video.VideoReader.span = span\n"
     )
     process = subprocess.Popen(
         [
@@ -278,20 +291,14 @@ def test_told_to_stop_a_stage_ends_after_its_batch(copy, args, number):
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    done = lambda: (
-        any(
-            line.strip()
-            for path in (copy / "data").glob("*.part-0")
-            for line in path.read_text().splitlines()
+
+    def done():
+        parts = (copy / "data").glob("*.part-0")
+        arrays = [*copy.glob("data/train.motion.npy"), *copy.glob("probe/train.features.npy")]
+        return any(path.read_text().strip() for path in parts) or any(
+            np.isfinite(np.load(path)).any() for path in arrays
         )
-        or any(
-            np.isfinite(np.load(path)).any()
-            for path in [
-                *copy.glob("data/train.motion.npy"),
-                *copy.glob("probe/train.features.npy"),
-            ]
-        )
-    )
+
     until = time.time() + 60
     while not done():
         assert process.poll() is None and time.time() < until, process.communicate()
@@ -423,7 +430,8 @@ def test_a_captioner_that_asks_for_its_own_code_is_refused(copy):
     }
     (copy / "blip/config.json").write_text(json.dumps(config))
     (copy / "blip/evil.py").write_text(
-        f"open({str(copy / 'payload-ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass P: pass\n"
+        f"open({str(copy / 'payload-ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+        f"class P: pass\n"
     )
     (copy / "data/train.captions.jsonl").unlink()
     (copy / "data/train.captions.json").unlink()
@@ -445,7 +453,8 @@ def test_no_source_file_runs_strings():
         *(ROOT / "tgm").glob("*.py"),
     ]:
         found = re.findall(
-            r"(?<![\w.])(?:eval|exec)\(|os\.system|os\.popen|shell=True|import pickle|allow_pickle=True|weights_only=False|trust_remote_code=True",
+            r"(?<![\w.])(?:eval|exec)\(|os\.system|os\.popen|shell=True|import pickle|"
+            r"allow_pickle=True|weights_only=False|trust_remote_code=True",
             path.read_text(),
         )
         assert not found, (path, found)

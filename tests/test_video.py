@@ -98,7 +98,7 @@ def assert_reads(path, wanted, counted=False):
     times, images, tolerance = decode(path, counted)
     read = V.read_frames(path, wanted)
     assert read.dtype == np.uint8 and read.shape == (len(wanted), *images[0].shape)
-    for time, image in zip(wanted, read):
+    for time, image in zip(wanted, read, strict=True):
         expected = images[max(0, np.flatnonzero(times <= time + tolerance).max(initial=0))]
         assert np.array_equal(image, expected), f"{path} at {time}"
 
@@ -176,10 +176,14 @@ def test_time_k_over_fps_is_frame_k(files, name):
     _, images, _ = decode(files[name])
     with V.VideoReader(files[name]) as reader:
         assert reader.fps == 30 and reader.duration == pytest.approx(4, abs=0.002)
-        for k, frame in zip(range(0, 120, 7), reader.read(np.arange(0, 120, 7) / reader.fps)):
+        for k, frame in zip(
+            range(0, 120, 7), reader.read(np.arange(0, 120, 7) / reader.fps), strict=True
+        ):
             assert np.array_equal(frame, images[k])
         just_before = reader.read([20 / 30 - 0.002, 1e9, -5])
-    assert all(np.array_equal(frame, images[k]) for frame, k in zip(just_before, (19, -1, 0)))
+    assert all(
+        np.array_equal(frame, images[k]) for frame, k in zip(just_before, (19, -1, 0), strict=True)
+    )
 
 
 def test_only_what_is_needed_is_decoded(files, monkeypatch):
@@ -494,6 +498,6 @@ def test_a_segment_deep_in_a_long_file_is_read_like_one_at_its_start(two_hours, 
             needed.append(len(decoded))
         assert all(
             np.array_equal(frame, images[int(round(time * 30 - 0.3)) % 240])
-            for frame, time in zip(frames, times)
+            for frame, time in zip(frames, times, strict=True)
         )
     assert max(needed) < 300  # what lies before the segment's own key frame is not read

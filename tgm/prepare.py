@@ -24,11 +24,12 @@ import errno
 import io
 import math
 import os
-import sys
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from tgm.arrays import companion, refuse_foreign
 from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
-from tgm.manifest import read_manifest, require_files
+from tgm.manifest import FilePath, read_manifest, require_files
 from tgm.run import (
     RunError,
     StopSignal,
@@ -50,6 +51,7 @@ from tgm.run import (
 from tgm.video import VideoError, VideoReader
 
 KEY_FRAME_EVERY = 12  # frames, in a re-encoded video
+TICKS = 90000  # per second, the clock of a re-encoded video
 REPORT = ["row", "path", "problem", "what"]  # columns
 # errors of the disk written to, not of the video read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -66,37 +68,40 @@ class Found(NamedTuple):
     bytes: int = 0
 
 
-def probe(path):
-    """Opens a file and decodes its first, middle and last frame -> Found."""
+def probe(path: str) -> Found:
+    """Opens a file and decodes its first, middle and last frame."""
     if not os.path.exists(path):
         return Found("missing")
     try:
         with VideoReader(path) as reader:
-            _, height, width, _ = reader.read(
-                [0, reader.duration / 2, max(0, reader.duration - 0.5 / reader.fps)]
-            ).shape
+            last = max(0, reader.duration - 0.5 / reader.fps)
+            _, height, width, _ = reader.read([0, reader.duration / 2, last]).shape
             return Found(
-                None,
-                reader.duration,
-                reader.fps,
-                f"{width}x{height}",
-                reader._stream.codec_context.name,
-                os.path.getsize(path),
+                error=None,
+                seconds=reader.duration,
+                fps=reader.fps,
+                size=f"{width}x{height}",
+                codec=reader.codec,
+                bytes=os.path.getsize(path),
             )
     except VideoError as error:
         return Found(str(error).removeprefix(f"{path}: "))
 
 
-def aside_of(target):
+# ---- re-encoding one file ------------------------------------------------------------------------
+
+
+def aside_of(target: str) -> str:
+    """Where a copy is written before it is whole."""
     return f"{target}.new.mp4"
 
 
-def reencode(job):
-    """(source, target, short side, frames from key frame to key frame) -> None or why it failed.
-    The target is H.264 that decodes fast, displayed as the source is, at the same times; no sound.
-    Written aside and renamed; one that is there stays. A disk that is full or cannot be written to
-    is a RunError."""
-    source, target, short = job
+def reencode(source: str, target: str, short_side: int) -> str | None:
+    """Writes a copy of a video, H.264 that decodes fast, displayed as the source is at the same
+    times, and without sound -> None, or why the source cannot be read.
+
+    short_side: pixels, at most. The copy is written aside and renamed; one that is there stays. A
+    disk that is full or cannot be written to is a RunError."""
     if os.path.exists(target):
         return None
     aside = aside_of(target)
@@ -105,45 +110,14 @@ def reencode(job):
         with (
             VideoReader(source, timeout=math.inf) as reader,
             av.open(aside, "w", options={"movflags": "+faststart"}) as container,
-            reader._errors(),
+            reader.errors(),
         ):
-            stream, size = None, None
-            for seconds, frame in reader.frames():
-                if seconds < 0:  # before the first that is displayed
-                    continue
-                if size is None:  # even, as 4:2:0 wants it, and never larger
-                    image = reader._convert([(0, frame, None)], None)[0]
-                    shape = np.array(image.shape[:2])
-                    size = np.maximum(
-                        2, np.rint(shape * min(1, short / shape.min()) / 2) * 2
-                    ).astype(int)
-                    stream = container.add_stream(
-                        "libx264",
-                        rate=Fraction(reader.fps).limit_denominator(1001),
-                        options={
-                            "crf": "20",
-                            "preset": "fast",
-                            "tune": "fastdecode",
-                            "g": str(KEY_FRAME_EVERY),
-                            "threads": "1",
-                        },
-                    )
-                    stream.height, stream.width, stream.pix_fmt = *map(int, size), "yuv420p"
-                    stream.codec_context.time_base = Fraction(1, 90000)
-                picture = av.VideoFrame.from_ndarray(
-                    reader._convert([(0, frame, None)], size)[0], format="rgb24"
-                )
-                picture.pts, picture.time_base = round(seconds * 90000), Fraction(1, 90000)
-                container.mux(stream.encode(picture))
-            if stream is None:
-                raise VideoError(f"{source}: no frame could be decoded")
-            container.mux(stream.encode())
+            encode_frames(reader, container, short_side)
         os.replace(aside, target)
     except VideoError as error:
-        if getattr(error.__cause__, "errno", None) in NO_ROOM:
-            raise RunError(
-                f"{target}: cannot be written ({os.strerror(error.__cause__.errno)})"
-            ) from None
+        number = getattr(error.__cause__, "errno", None)
+        if number in NO_ROOM:
+            raise RunError(f"{target}: cannot be written ({os.strerror(number)})") from None
         return str(error)
     except OSError as error:
         raise RunError(f"{target}: cannot be written ({error.strerror})") from None
@@ -153,8 +127,55 @@ def reencode(job):
     return None
 
 
-def in_processes(function, jobs, workers, title):
-    """Yields function(job) for each job, in order. A signal or an error ends the workers at
+def encode_frames(reader, container, short_side):
+    """Encodes every displayed frame of an open video into an open container."""
+    stream = None
+    for seconds, frame in reader.frames():
+        if seconds < 0:  # before the first that is displayed
+            continue
+        if stream is None:
+            size = encoded_size(reader.picture(frame), short_side)
+            stream = add_stream(container, size, reader.fps)
+        picture = av.VideoFrame.from_ndarray(reader.picture(frame, size), format="rgb24")
+        picture.pts = round(seconds * TICKS)
+        picture.time_base = Fraction(1, TICKS)
+        container.mux(stream.encode(picture))
+    if stream is None:
+        raise VideoError(f"{reader.path}: no frame could be decoded")
+    container.mux(stream.encode())
+
+
+def encoded_size(image: np.ndarray, short_side: int) -> tuple[int, int]:
+    """The (height, width) of a copy: even, as 4:2:0 wants it, and never larger than the image."""
+    shape = np.array(image.shape[:2])
+    scale = min(1, short_side / shape.min())
+    height, width = np.maximum(2, np.rint(shape * scale / 2) * 2).astype(int).tolist()
+    return height, width
+
+
+def add_stream(container, size, fps):
+    stream = container.add_stream(
+        "libx264",
+        rate=Fraction(fps).limit_denominator(1001),
+        options={
+            "crf": "20",
+            "preset": "fast",
+            "tune": "fastdecode",
+            "g": str(KEY_FRAME_EVERY),
+            "threads": "1",
+        },
+    )
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.time_base = Fraction(1, TICKS)
+    return stream
+
+
+# ---- many files ----------------------------------------------------------------------------------
+
+
+def in_processes(function: Callable, jobs: Sequence[tuple], workers: int, title: str) -> Iterator:
+    """Yields function(*job) for each job, in order. A signal or an error ends the workers at
     once, whatever they do.
     """
     ahead = 100 * workers  # jobs given out before the first of them must be done
@@ -164,75 +185,100 @@ def in_processes(function, jobs, workers, title):
             given = 0
             for _ in tqdm(jobs, title, unit="file"):
                 while given < len(jobs) and len(waiting) < ahead:
-                    waiting.append(pool.submit(function, jobs[given]))
+                    waiting.append(pool.submit(function, *jobs[given]))
                     given += 1
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunError(
-                f"{title}: a process ended in the midst of a file (out of memory? lower --workers; --workers 1 shows which file)"
+                f"{title}: a process ended in the midst of a file (out of memory? lower --workers; "
+                "--workers 1 shows which file)"
             ) from None
         except BaseException:
             kill_workers()
             raise
 
 
-def check(args, videos, report):
+# ---- the check -----------------------------------------------------------------------------------
+
+
+def check_files(args, videos, report):
     """Probes every file of a manifest once, prints what they are, writes the csv `report`;
     returns the rows that cannot be used.
     """
     paths = list(dict.fromkeys(video.path for video in videos))
-    found = dict(zip(paths, in_processes(probe, paths, args.workers, "checking")))
-    clip = args.frames * args.stride
-    problems = []
-    seconds = []
+    jobs = [(path,) for path in paths]
+    results = in_processes(probe, jobs, args.workers, "checking")
+    found = dict(zip(paths, results, strict=True))
+    problems = []  # (video, kind, what)
+    durations = []
     short = 0
+    clip = args.frames * args.stride
     for video in videos:
         file = found[video.path]
+        problem = problem_of(video, file)
+        if problem is not None:
+            problems.append((video, *problem))
+            continue
         start = video.start or 0.0
         end = min(file.seconds, video.end or math.inf)
-        if file.error == "missing":
-            problems.append((video, "missing", file.error))
-        elif file.error is not None:
-            problems.append((video, "broken", file.error))
-        elif start >= file.seconds:
-            problems.append(
-                (video, "outside", f"starts at {start:g} s of a file that lasts {file.seconds:g} s")
-            )
-        else:
-            seconds.append(end - start)
-            short += (end - start) * file.fps < clip - 0.5
-    good = [file for file in found.values() if file.error is None]
-    shortest, median, longest = np.quantile(seconds, (0, 0.5, 1)) if seconds else (0, 0, 0)
-    print(f"""{args.manifest}: {len(videos)} rows in {len(paths)} files, {sum(file.bytes for file in good) / 1e9:.2f} GB
-duration    {sum(seconds) / 3600:.2f} hours; shortest {shortest:.2f} s, median {median:.2f} s, longest {longest:.2f} s
-codecs      {most_common(file.codec for file in good)}
-sizes       {most_common(file.size for file in good)}
-frames/s    {most_common(f"{file.fps:.4g}" for file in good)}""")
+        durations.append(end - start)
+        if (end - start) * file.fps < clip - 0.5:
+            short += 1
+    print_summary(args.manifest, len(videos), found.values(), durations)
     if short:
         print(
-            f"clips       {short} of {len(videos)} rows are usable and have fewer than {clip} frames (--frames {args.frames} x --stride "
-            f"{args.stride}): their last frame is repeated"
+            f"clips       {short} of {len(videos)} rows are usable and have fewer than {clip} "
+            f"frames (--frames {args.frames} x --stride {args.stride}): "
+            "their last frame is repeated"
         )
-    print(
-        f"problems    {most_common(kind for _, kind, _ in problems) or 'none'}: {report}",
-        flush=True,
-    )
-    write_csv(
-        report, [REPORT, *((video.row, video.name, kind, what) for video, kind, what in problems)]
-    )
+    kinds = most_common(kind for _, kind, _ in problems) or "none"
+    print(f"problems    {kinds}: {report}", flush=True)
+    rows = [(video.row, video.name, kind, what) for video, kind, what in problems]
+    write_csv(report, [REPORT, *rows])
     return {video.row for video, _, _ in problems}
 
 
-def most_common(values):
+def problem_of(video, file):
+    """(kind, what is wrong) with a row of a manifest, None if it can be used. file: its Found."""
+    if file.error == "missing":
+        return "missing", file.error
+    if file.error is not None:
+        return "broken", file.error
+    start = video.start or 0.0
+    if start >= file.seconds:
+        return "outside", f"starts at {start:g} s of a file that lasts {file.seconds:g} s"
+    return None
+
+
+def print_summary(manifest, rows, files, durations):
+    """Prints what the files of a manifest are. files: a Found for each; durations: seconds of each
+    row that can be used."""
+    good = [file for file in files if file.error is None]
+    size = sum(file.bytes for file in good)
+    shortest = median = longest = 0
+    if durations:
+        shortest, median, longest = np.quantile(durations, (0, 0.5, 1))
+    print(f"{manifest}: {rows} rows in {len(files)} files, {size / 1e9:.2f} GB")
+    print(
+        f"duration    {sum(durations) / 3600:.2f} hours; shortest {shortest:.2f} s, "
+        f"median {median:.2f} s, longest {longest:.2f} s"
+    )
+    print(f"codecs      {most_common(file.codec for file in good)}")
+    print(f"sizes       {most_common(file.size for file in good)}")
+    print(f"frames/s    {most_common(f'{file.fps:.4g}' for file in good)}")
+
+
+def most_common(values: Iterable) -> str:
     return ", ".join(f"{value} {count}" for value, count in Counter(values).most_common(6))
 
 
-def is_report(path):
+def is_report(path: Path) -> bool:
+    """Whether a csv is a report of a check, by its header."""
     with open(path, encoding="utf-8", newline="") as file:
         return next(csv.reader(file)) == REPORT
 
 
-def write_text(path, text):
+def write_text(path: FilePath, text: str) -> None:
     """Writes a file aside and renames it. RunError, with the reason, if that cannot be."""
     aside = f"{path}.new"
     try:
@@ -245,7 +291,7 @@ def write_text(path, text):
         raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def copied_rows(source, path_of):
+def copied_rows(source: FilePath, path_of: Callable[[int], str | None]) -> list[list[str]]:
     """The csv rows of the manifest `source`, the header first, with the path of row i replaced by
     path_of(i); rows for which that is None are left out."""
     with open(source, encoding="utf-8-sig", newline="") as file:
@@ -259,7 +305,7 @@ def copied_rows(source, path_of):
     return copied
 
 
-def write_csv(path, rows):
+def write_csv(path: FilePath, rows: Iterable[Sequence]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
@@ -276,7 +322,7 @@ def write_good(args, videos, bad):
     print(f"{args.good}: {len(videos) - len(bad)} rows")
 
 
-def name_inside(name):
+def name_inside(name: str) -> str:
     """A relative .mp4 name for the copy of a file: what is left of a name that is absolute or leads
     out of its folder; files that differ in their ending alone keep different names."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
@@ -286,32 +332,23 @@ def name_inside(name):
     return stem + ".mp4"
 
 
+# ---- re-encoding a manifest ----------------------------------------------------------------------
+
+
 def reencode_all(args, videos):
     """Re-encodes every file of a manifest into args.reencode and writes the manifest of the
     copies; returns the number of failures.
     """
-    targets = {}
-    for video in videos:
-        targets.setdefault(video.path, name_inside(video.name))
-    if len(set(targets.values())) < len(targets):
-        raise RunError(
-            f"{args.manifest}: two of its files would have the same name in {args.reencode}"
-        )
-    jobs = [
-        (path, os.path.join(args.reencode, name), args.short_side) for path, name in targets.items()
-    ]
-    sources = {os.path.realpath(path) for path in targets}
-    for source, target, *_ in jobs:
-        if os.path.realpath(target) in sources:
-            raise RunError(
-                f"--reencode {args.reencode}: the copy of {source} would be the video {target} itself: name another folder"
-            )
+    targets = copies_of(args.manifest, videos, args.reencode)
     make_folder(args.reencode, "--reencode")
-    copied = os.path.join(args.reencode, os.path.basename(args.manifest))
-    rows = copied_rows(args.manifest, lambda row: targets[videos[row].path])
+    folder = args.reencode
+    copied = os.path.join(folder, os.path.basename(args.manifest))
+    names = {path: os.path.relpath(target, folder) for path, target in targets.items()}
+    rows = copied_rows(args.manifest, lambda row: names[videos[row].path])
     refuse_foreign(
         copied, lambda path: is_copy(path, args.manifest, rows), "--reencode names another folder"
     )
+    jobs = [(path, target, args.short_side) for path, target in targets.items()]
     errors = []
     try:
         for error in in_processes(reencode, jobs, args.workers, "re-encoding"):
@@ -319,7 +356,7 @@ def reencode_all(args, videos):
                 errors.append(error)
     except BaseException:
         kill_workers()
-        for _, target, *_ in jobs:  # of files that were in the works
+        for target in targets.values():  # of files that were in the works
             with contextlib.suppress(OSError):
                 os.remove(aside_of(target))
         raise
@@ -330,7 +367,26 @@ def reencode_all(args, videos):
     return len(errors)
 
 
-def is_copy(path, manifest, rows):
+def copies_of(manifest, videos, folder):
+    """{path of a video: path of its copy in the folder}. RunError if two copies would be one file,
+    or one would take the place of a video."""
+    names = {}
+    for video in videos:
+        names.setdefault(video.path, name_inside(video.name))
+    if len(set(names.values())) < len(names):
+        raise RunError(f"{manifest}: two of its files would have the same name in {folder}")
+    targets = {path: os.path.join(folder, name) for path, name in names.items()}
+    sources = {os.path.realpath(path) for path in targets}
+    for source, target in targets.items():
+        if os.path.realpath(target) in sources:
+            raise RunError(
+                f"--reencode {folder}: the copy of {source} would be the video {target} itself: "
+                "name another folder"
+            )
+    return targets
+
+
+def is_copy(path: Path, manifest: FilePath, rows: Sequence[Sequence[str]]) -> bool:
     """Whether a manifest at `path` is one that re-encoding wrote, perhaps when there were fewer
     rows, and not the source itself.
     """
@@ -376,8 +432,9 @@ def main(argv=None):
     if args.reencode:
         failed = reencode_all(args, videos)
         if failed:
-            sys.exit(
-                f"{failed} files could not be re-encoded: their rows are in the manifest, and will be left out later"
+            raise RunError(
+                f"{failed} files could not be re-encoded: their rows are in the manifest, and will "
+                "be left out later"
             )
         return
     report = companion(args.manifest, "check.csv")
@@ -385,11 +442,11 @@ def main(argv=None):
     if args.good:
         make_folder(os.path.dirname(args.good) or ".", "--good")
         refuse_foreign(args.good, lambda path: False, "--good names another file, or delete it")
-    bad = check(args, videos, report)
+    bad = check_files(args, videos, report)
     if args.good:
         write_good(args, videos, bad)
     if bad:
-        sys.exit(f"{len(bad)} of {len(videos)} rows cannot be used")
+        raise RunError(f"{len(bad)} of {len(videos)} rows cannot be used")
 
 
 if __name__ == "__main__":

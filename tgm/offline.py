@@ -1,0 +1,165 @@
+"""One pass over the videos of a manifest, before training: what caption.py and saliency.py share.
+
+Needs flags.py, manifest.py, run.py and video.py.
+
+    add_run_flags(parser, batch_size=32)
+    videos = read_videos(args.data, args.root)
+    machine = join_machine(args.device)                     this process among torchrun's
+    for items in batches(machine, mine, read, 32, workers=2):
+        write what you make of them                         read(video) ran in a loader's worker
+    leave_ranks()
+
+A pass can be stopped and gone on with: what a batch gave is written before the next one comes.
+"""
+
+import datetime
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from tgm.flags import add_machine_flags, positive_int
+from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
+from tgm.run import StopSignal, choose_device, join_ranks, make_loader, patient, torchrun_ranks
+from tgm.video import VideoError
+
+# Ranks wait for one another at the start and at the end alone, of work of very different length.
+LONGEST_WAIT = datetime.timedelta(days=7)
+
+
+def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
+    """--device, --workers, --batch-size (with this default), --max-steps, --resume, --extend."""
+    run = parser.add_argument_group("run")
+    add_machine_flags(run)
+    run.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        help="videos per batch and rank; lower it where memory is short",
+    )
+    run.add_argument(
+        "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
+    )
+    run.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: go on with what is there; none: throw it away and begin again",
+    )
+    run.add_argument(
+        "--extend",
+        action="store_true",
+        help="rows were added at the manifest's end: keep what is there, and do those",
+    )
+
+
+def parse_run_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """The flags of a parser that `add_run_flags` has seen; refuses those that contradict."""
+    args = parser.parse_args(argv)
+    if args.extend and args.resume == "none":
+        parser.error("--extend keeps what --resume none throws away")
+    return args
+
+
+def read_videos(data: FilePath, root: FilePath | None, label_column: str = "label") -> Videos:
+    """`read_manifest`; where there is no such file, the error says how to make the toy world's."""
+    try:
+        return read_manifest(data, root, label_column)
+    except ManifestError as error:
+        if Path(data).exists():
+            raise
+        raise ManifestError(f"{error} (the toy world: python data/toy.py)") from None
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Where this process works, and in which precision."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 where it has none
+
+
+def join_machine(device: str) -> Machine:
+    """Joins the other ranks, if torchrun started any. device: as --device names it."""
+    rank, ranks, local_rank = torchrun_ranks()
+    chosen, _ = choose_device(device, local_rank)
+    if chosen.type == "cpu":
+        dtype = torch.float32
+    elif torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float16
+    if ranks > 1:
+        join_ranks("gloo", timeout=LONGEST_WAIT)
+    return Machine(rank, ranks, chosen, dtype)
+
+
+def leave_ranks() -> None:
+    """The end of what `join_machine` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """What was read of one video."""
+
+    video: Video
+    value: Any  # what read(video) returned; None if it failed
+    error: str | None = None  # why it failed; None if it did not
+
+
+class VideoItems(Dataset):
+    """Item i is what read(videos[i]) gives. A video that cannot be read is an item, too."""
+
+    def __init__(self, videos: Sequence[Video], read: Callable[[Video], Any]):
+        self.videos = videos
+        self.read = read
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index) -> Item:
+        video = self.videos[index]
+        try:
+            return Item(video, self.read(video))
+        except VideoError as error:
+            return Item(video, None, str(error))
+
+
+def batches(
+    machine: Machine,
+    videos: Sequence[Video],
+    read: Callable[[Video], Any],
+    batch_size: int,
+    workers: int,
+    max_steps: int | None = None,
+) -> Iterator[list[Item]]:
+    """The items of this rank's videos, in order, under a progress bar.
+
+    SIGTERM and Ctrl-C end the program, by that signal, when the batch in hand is done: the caller
+    must have written it when it asks for the next."""
+    stop = StopSignal(then="ending after this batch")
+    loader = make_loader(VideoItems(videos, read), batch_size, workers)
+    with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:
+        for step, items in enumerate(patient(loader), 1):
+            yield items
+            bar.update(len(items))
+            if step == max_steps or stop.name:
+                break
+    if stop.name:  # every rank that is told ends for itself: what it made is on the disk
+        print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
+        stop.end()
+    stop.at_once()
