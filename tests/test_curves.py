@@ -1,0 +1,72 @@
+"""tgm/curves.py: what it reads, and that its pictures show it."""
+
+import json
+
+import pytest
+from conftest import run
+from PIL import Image
+
+from tgm import curves
+from tgm.run import RunError
+
+
+def write_log(path, entries):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_a_log_is_read_as_far_as_it_is_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write_log(path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "lr": 0.5}])
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')
+    entries = curves.read_log(path)
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert curves.points(entries, "loss") == ([1], [2.0])
+    assert curves.points(entries, "lr") == ([2], [0.5])
+    assert curves.points(entries, "grad_norm") == ([], [])
+
+
+def test_running_means():
+    assert curves.smooth([1, 2, 3, 4], 2) == [1.5, 2.5, 3.5]
+    assert curves.smooth([5, 5, 5], 3) == [5]
+
+
+def test_one_panel_per_quantity_that_was_logged(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    shown = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (shown.append(figure), close(figure)))
+    few = [{"step": step, "loss": 1 / step, "skipped": 0} for step in range(1, 11)]
+    many = [{"step": step, "loss": 2 / step, "lr": 0.1} for step in range(1, 401)]
+    many += [{"step": 400, "val_top1": 0.5, "val_mean_class": 0.4}]
+    curves.draw_curves({"few": few, "many": many}, tmp_path / "curves.png")
+    (figure,) = shown
+    axes = [axis for axis in figure.axes if axis.lines]
+    titles = [axis.get_title() for axis in axes]
+    assert titles[0] == "loss" and titles[1].startswith("accuracy on --val")
+    assert titles[2:] == ["learning rate"]  # skipped is 0 throughout
+    line, values, mean = axes[0].lines
+    assert list(line.get_ydata()) == [1 / step for step in range(1, 11)]
+    assert list(values.get_xdata()) == list(range(1, 401))
+    assert list(mean.get_xdata()) == list(range(8, 401))  # a mean of 8 stands at the last of them
+    assert mean.get_ydata()[-1] == pytest.approx(sum(2 / step for step in range(393, 401)) / 8)
+    assert Image.open(tmp_path / "curves.png").size[0] > 400
+
+
+def test_the_command_line(tmp_path):
+    for name in ("a", "b"):
+        write_log(tmp_path / name / "log.jsonl", [{"step": 1, "loss_mae": 1.0}])
+    flags = ("a/log.jsonl", "b/log.jsonl", "--out", "both.png")
+    assert run("tgm.curves", *flags, cwd=tmp_path).strip() == "both.png"
+    assert Image.open(tmp_path / "both.png").format == "PNG"
+    line = run("tgm.curves", "c/log.jsonl", cwd=tmp_path, fails=True)
+    assert line == "c/log.jsonl: No such file or directory"
+    (tmp_path / "empty.jsonl").write_text("")
+    line = run("tgm.curves", "empty.jsonl", cwd=tmp_path, fails=True)
+    assert line == "empty.jsonl: expected the log.jsonl of a training run, found no logged step"
+    line = run("tgm.curves", "a/log.jsonl", "--out", "no/x.png", cwd=tmp_path, fails=True)
+    assert line == "no/x.png: cannot be written (No such file or directory)"
+    with pytest.raises(RunError):
+        curves.read_log(tmp_path)

@@ -1,0 +1,141 @@
+"""The curves of training runs, from their log.jsonl: losses, accuracies, learning rate, gradient
+norm, and the time of a step.
+
+    python -m tgm.curves runs/*/log.jsonl --out curves.png      several runs over one another
+
+Needs flags.py and run.py. pretrain.py and finetune.py draw their own curves.png at every save.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tgm.flags import Parser
+from tgm.run import RunError, one_line_errors, writing
+
+# {title of a panel: keys of log.jsonl that it shows}; one that was never logged, or is always 0, is
+# left out
+PANELS = {
+    "reconstruction loss": ("loss_mae",),
+    "contrastive loss": ("loss_nce",),
+    "loss": ("loss",),
+    "accuracy on --val": ("val_top1", "val_mean_class"),
+    "learning rate": ("lr",),
+    "gradient norm": ("grad_norm",),
+    "milliseconds per step": ("step_ms", "data_ms"),
+    "videos skipped": ("skipped",),
+}
+LOGARITHMIC = ("gradient norm", "milliseconds per step")
+STYLES = ("-", "--")  # of the first and the second key of a panel
+MANY = 200  # values from which on a mean is drawn over the faint values
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The entries of a log.jsonl, one per line. A last line that a kill left half written is left
+    out. RunError if there is no such file, or if it has no entries."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from None
+    entries = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "step" in entry:
+            entries.append(entry)
+    if not entries:
+        raise RunError(f"{path}: expected the log.jsonl of a training run, found no logged step")
+    return entries
+
+
+def points(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which a key was logged, and its values."""
+    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """The mean of each `window` values; the result is shorter by window - 1."""
+    total = sum(values[:window])
+    means = [total / window]
+    for new, old in zip(values[window:], values, strict=False):
+        total += new - old
+        means.append(total / window)
+    return means
+
+
+def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
+    """Draws one panel per quantity, in it one curve per run. logs: {name: entries of its log}."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    for title, keys in PANELS.items():
+        if any(any(points(entries, key)[1]) for entries in logs.values() for key in keys):
+            panels[title] = keys
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
+        for number, entries in enumerate(logs.values()):
+            for key, style in zip(keys, STYLES, strict=False):
+                draw_curve(axis, *points(entries, key), colour=f"C{number}", style=style)
+        if len(keys) > 1:
+            title += f" ({keys[0]}; dashed: {keys[1]})"
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(which="both", labelsize=8)
+        axis.grid(alpha=0.3)
+        if title.startswith(LOGARITHMIC):
+            axis.set_yscale("log")
+    if len(logs) > 1:
+        handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(logs))]
+        figure.legend(
+            handles, list(logs), loc="outside lower center", ncols=min(4, len(logs)), fontsize=8
+        )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_curve(axis, steps: list[int], values: list[float], colour: str, style: str) -> None:
+    """One curve; of many values a running mean over the values themselves."""
+    if len(values) < MANY:
+        axis.plot(steps, values, style, color=colour, lw=1.2)
+        return
+    window = len(values) // 50
+    axis.plot(steps, values, style, color=colour, lw=0.5, alpha=0.3)
+    axis.plot(steps[window - 1 :], smooth(values, window), style, color=colour, lw=1.4)
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """What tells runs apart: their folders, as far as they differ."""
+    folders = [str(path.parent) for path in paths]
+    return folders if len(set(folders)) == len(folders) else [str(path) for path in paths]
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.jsonl of each run")
+    parser.add_argument("--out", default="curves.png", help="picture to write")
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+    logs = {name: read_log(path) for name, path in zip(names_of(args.logs), args.logs, strict=True)}
+    with writing(args.out):
+        draw_curves(logs, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
