@@ -58,6 +58,7 @@ from tgm.flags import (
     frame_count,
     positive_int,
 )
+from tgm.loading import make_loader, patient
 from tgm.manifest import (
     ManifestError,
     changed_rows,
@@ -74,10 +75,8 @@ from tgm.run import (
     join_ranks,
     launch,
     make_folder,
-    make_loader,
     one_line_errors,
     part_of_rank,
-    patient,
     quiet_libraries,
     reason_of,
     torchrun_ranks,

@@ -79,6 +79,7 @@ from tgm.flags import (
     seed_number,
     whole,
 )
+from tgm.loading import make_loader, patient
 from tgm.manifest import (
     ManifestError,
     file_sizes,
@@ -94,10 +95,8 @@ from tgm.run import (
     join_ranks,
     launch,
     make_folder,
-    make_loader,
     one_line_errors,
     part_of_rank,
-    patient,
     sum_over_ranks,
     torchrun_ranks,
     wait_for_ranks,

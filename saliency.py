@@ -89,6 +89,7 @@ from tgm.flags import (
     positive,
     positive_int,
 )
+from tgm.loading import make_loader, patient
 from tgm.manifest import ManifestError, read_manifest, require_files
 from tgm.run import (
     RunError,
@@ -97,10 +98,8 @@ from tgm.run import (
     join_ranks,
     launch,
     make_folder,
-    make_loader,
     one_line_errors,
     part_of_rank,
-    patient,
     quiet_libraries,
     reason_of,
     torchrun_ranks,

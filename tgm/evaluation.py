@@ -20,7 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import normalize
-from tgm.run import RunError, make_loader, part_of_rank, patient, writing
+from tgm.loading import make_loader, patient
+from tgm.run import RunError, part_of_rank, writing
 from tgm.sampling import Views
 
 SAID = 3  # so many videos that cannot be read are named

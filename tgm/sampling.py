@@ -184,7 +184,7 @@ class Views(Dataset):
 
     V = clips x crops: clips at `view_times`, crops along the long side. A video's views stay
     together, so nothing has to be merged by name. Loaders want a collate_fn that makes lists, such
-    as tgm.run.share."""
+    as tgm.loading.share."""
 
     def __init__(
         self,
