@@ -1,4 +1,4 @@
-"""Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over
+r"""Stage 4: fine-tuning. A pretrained encoder, or none, learns to classify videos; then a test over
 several views of each.
 
 Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint:
@@ -7,7 +7,8 @@ Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --va
         log.jsonl; after testing per_class.csv, confusion.png and, last, test.json
 
     # CPU, the toy world
-    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 --warmup-epochs 1 --blr 4e-3
+    python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 \
+        --warmup-epochs 1 --blr 4e-3
     # eight GPUs
     torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
@@ -66,11 +67,10 @@ Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
 
 import argparse
-import hashlib
-import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import tv_tensors
@@ -80,8 +80,9 @@ from torchvision.transforms.v2 import functional as TF
 import model as models
 from tgm import checks, evaluation, flags, resume
 from tgm.arrays import hold
+from tgm.labels import class_names, labels_hash, number_labels, read_labelled
 from tgm.loading import batches_from, make_clip_loader
-from tgm.manifest import ManifestError, manifest_hash, read_manifest, require_files, shared_rows
+from tgm.manifest import shared_rows
 from tgm.run import StopSignal, launch, make_folder, one_line_errors, wait_for_ranks, writing
 from tgm.sampling import TrainingClips, clip_times, repeat_seed, uniform_times
 from tgm.training import Machine, Schedule, TrainingLog
@@ -157,21 +158,10 @@ def train(state, loader, val, schedule, machine, stop, args):
 
 
 def validate(state, val, log, machine, args):
-    """Tests the model with one view per video, and saves it; the best one so far as best.pt, too."""
+    """Tests the model with one view per video and saves it; as best.pt, too, if it is the best."""
     videos, labels = val
-    classes = len(args.classes)
-    probabilities = evaluation.predict(
-        state.model,
-        videos,
-        classes,
-        (1, 1),
-        args,
-        machine.device,
-        machine.autocast,
-        machine.rank,
-        machine.ranks,
-    )
-    result = evaluation.score(probabilities, labels, classes)
+    probabilities = predict(state.model, videos, (1, 1), machine, args)
+    result = evaluation.score(probabilities, labels, len(args.classes))
     log.write(
         step=state.step,
         epoch=log.schedule.epoch(state.step),
@@ -189,6 +179,22 @@ def validate(state, val, log, machine, args):
             state.save(Path(args.out) / name, vars(args))
 
 
+def predict(model, videos, views, machine, args):
+    """The mean softmax over each video's views, clips x crops: [videos, C], the same on every
+    rank."""
+    return evaluation.predict(
+        model,
+        videos,
+        len(args.classes),
+        views,
+        args,
+        machine.device,
+        machine.autocast,
+        machine.rank,
+        machine.ranks,
+    )
+
+
 def flatten_repeats(x):
     """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that
     neighbours are of different videos."""
@@ -204,12 +210,12 @@ def make_mix(mixup, cutmix, classes):
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))
     if cutmix > 0:
         kinds.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+    mix_by_one = v2.RandomChoice(kinds) if kinds else None
 
     def mix(clips, labels):
-        if not kinds:
+        if mix_by_one is None:
             return clips, F.one_hot(labels, classes).float()
-        videos = tv_tensors.Video(clips.transpose(1, 2))
-        videos, targets = v2.RandomChoice(kinds)(videos, labels)
+        videos, targets = mix_by_one(tv_tensors.Video(clips.transpose(1, 2)), labels)
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
 
     return mix
@@ -370,7 +376,7 @@ def make_clips(videos, labels, args):
     """The training samples that the flags describe. labels: LongTensor [videos]."""
     return Clips(
         videos,
-        list(range(len(videos))),
+        np.arange(len(videos)),
         labels.tolist(),
         args.frames,
         args.image_size,
@@ -386,51 +392,39 @@ def make_clips(videos, labels, args):
     )
 
 
-def read_labelled(manifest, root, column):
-    """The videos of a manifest; ManifestError if one has no label, or none has a file."""
-    videos = read_manifest(manifest, root, column)
-    require_files(videos, manifest)
-    for video in videos:
-        if video.label is None:
-            raise ManifestError(f"{manifest}: {video.name} has no label in the column {column!r}")
-    return videos
-
-
-def class_order(name):
-    """A sorting key: numbers first, in their order."""
-    if name.isdecimal():
-        return 0, int(name), name
-    return 1, 0, name
-
-
-def number_labels(manifest, videos, names):
-    """The place of each video's label among the classes' names, -1 if it is not there: LongTensor
-    [videos]. ManifestError if none is there."""
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = torch.tensor([numbers.get(video.label, -1) for video in videos])
-    unknown = sorted({video.label for video in videos} - numbers.keys())
-    if (labels < 0).all():
-        known = ", ".join(names[:8])
-        if len(names) > 8:
-            known += ", ..."
-        raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
-    if unknown:
-        print(
-            f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "
-            f"{', '.join(unknown[:20])}"
-        )
-    return labels
-
-
-def data_hash(videos):
-    """16 hex digits that change when a row's path, start, end or label does."""
-    digest = hashlib.sha256(manifest_hash(videos).encode())
-    for video in videos:
-        digest.update(json.dumps(video.label).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
 # ---- the command line ----------------------------------------------------------------------------
+
+
+def add_augmentation_flags(group):
+    """The flags of `Clips` and of mixing."""
+    group.add_argument(
+        "--crop-scale",
+        type=flags.ratio,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("MIN", "MAX"),
+        help="a crop's share of the frame's area",
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the samples; not where direction is the label",
+    )
+    group.add_argument(
+        "--rand-augment",
+        type=flags.whole(0, 30),
+        nargs=2,
+        default=(4, 21),
+        metavar=("OPS", "M"),
+        help="number of operations, and their magnitude of 30; 0 0: off",
+    )
+    group.add_argument(
+        "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"
+    )
+    group.add_argument("--mixup", type=flags.not_negative, default=0.8, help="its alpha; 0: off")
+    group.add_argument("--cutmix", type=flags.not_negative, default=1.0, help="its alpha; 0: off")
+    group.add_argument("--smoothing", type=flags.fraction, default=0.1, help="label smoothing")
 
 
 def parse_args(argv=None):
@@ -448,35 +442,7 @@ def parse_args(argv=None):
         default="dense",
         help="frames --stride apart, or one frame from each of --frames equal parts",
     )
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--crop-scale",
-        type=flags.ratio,
-        nargs=2,
-        default=(0.08, 1.0),
-        metavar=("MIN", "MAX"),
-        help="a crop's share of the frame's area",
-    )
-    augment.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the samples; not where direction is the label",
-    )
-    augment.add_argument(
-        "--rand-augment",
-        type=flags.whole(0, 30),
-        nargs=2,
-        default=(4, 21),
-        metavar=("OPS", "M"),
-        help="number of operations, and their magnitude of 30; 0 0: off",
-    )
-    augment.add_argument(
-        "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"
-    )
-    augment.add_argument("--mixup", type=flags.not_negative, default=0.8, help="its alpha; 0: off")
-    augment.add_argument("--cutmix", type=flags.not_negative, default=1.0, help="its alpha; 0: off")
-    augment.add_argument("--smoothing", type=flags.fraction, default=0.1, help="of the labels")
+    add_augmentation_flags(parser.add_argument_group("augmentation"))
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint", default="none", help="file or folder to start from; none: from scratch"
@@ -553,7 +519,7 @@ def open_splits(args):
     for split, manifest in manifests.items():
         videos = read_labelled(manifest, args.root, args.label_column)
         if args.classes is None:
-            args.classes = sorted({video.label for video in videos}, key=class_order)
+            args.classes = class_names(videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes)
     if "train" in splits:
         seen = shared_rows(splits["train"][0], splits["test"][0])
@@ -615,8 +581,8 @@ def fine_tune(args, model, splits, machine, stop):
     )
     args.lr = args.blr * schedule.videos_per_step / 256
     args.identity = {
-        args.data: data_hash(videos),
-        args.val: data_hash(splits["val"][0]),
+        args.data: labels_hash(videos),
+        args.val: labels_hash(splits["val"][0]),
         "batch size x accum x ranks": schedule.videos_per_step,
     }
 
@@ -657,17 +623,7 @@ def test(args, model, splits, checkpoint, machine):
     videos, labels = splits["test"]
     out = Path(args.out)
     classes = len(args.classes)
-    probabilities = evaluation.predict(
-        model,
-        videos,
-        classes,
-        args.views,
-        args,
-        machine.device,
-        machine.autocast,
-        machine.rank,
-        machine.ranks,
-    )
+    probabilities = predict(model, videos, args.views, machine, args)
     if machine.rank > 0:
         return
     clips, crops = args.views

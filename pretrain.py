@@ -1,4 +1,4 @@
-"""Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance.
+r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance.
 
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
         masks motion and flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
@@ -12,15 +12,16 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step)
     # eight GPUs
     torchrun --nproc_per_node=8 pretrain.py --mask text
     # two nodes, which must share the folder --out
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --mask text
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        pretrain.py --mask text
 
-The training step is the body of the loop in `train`. The loss is VideoMAE's mean squared error on
-masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a symmetric InfoNCE
-between the mean visible token and the caption. Its negatives are the other videos of the batch,
-over all ranks; with --accum they are those of one of the accumulated batches, so for this loss,
-unlike the other, accumulating is not the same as a larger batch. With weight 0 the contrastive loss
-is only monitored: its head trains on detached features and the encoder is untouched (the paper's
-figure 4).
+The training step stands in the loop of `train`, the first function below. The loss is VideoMAE's
+mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a
+symmetric InfoNCE between the mean visible token and the caption. Its negatives are the other videos
+of the batch, over all ranks. With --accum they are those of one of the accumulated batches, so for
+this loss, unlike the other, accumulating is not the same as a larger batch. With weight 0 the
+contrastive loss is only monitored: its head trains on detached features and the encoder is
+untouched (the paper's figure 4).
 
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
 its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
@@ -95,6 +96,7 @@ def train(state, loader, schedule, machine, args):
     checkpoint = out / "checkpoint.pt"
     log = TrainingLog(out, clips.videos, args.max_bad, schedule, machine, state.step)
     stop = StopSignal(machine.ranks)
+
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
         lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
@@ -487,8 +489,8 @@ def describe(args, model, arrays, state, schedule, machine):
         seconds = checks.time_on_cpu(model, samples, visible, decoded)
         hours = seconds * (schedule.last_step - state.step) / 3600
         yield (
-            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, {hours:.2g} "
-            "hours in all; it wants a GPU; --size tiny is for CPUs"
+            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, "
+            f"{hours:.2g} hours in all; it wants a GPU; --size tiny is for CPUs"
         )
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 
@@ -128,6 +129,12 @@ def attention(model, video):
         )
 
 
+def middle_square(height, width):
+    """In place of a random crop: top, left, height, width in pixels."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
 def reconstructions(folders, row):
     """The paper's figures 3 and 5, of one video's middle square: {name: folder of a pretraining
     run}, a line each.
@@ -138,13 +145,18 @@ def reconstructions(folders, row):
         run = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
         model = models.VideoMAE(run.size, run.frames, run.image_size, run.text_dim).eval()
         models.load_pretrained(model, folder / "checkpoint.pt")
-        run.crop, run.crop_scale, run.flip, run.repeat = "resized", (1.0, 1.0), False, 1
-        videos, rows, arrays = pretrain.open_data(run)
-        sample = torch.utils.data.default_collate(
-            [pretrain.Clips(videos, rows, run, model.grid, **arrays)[0, row]]
+        run.flip, run.repeat = False, 1
+        videos, rows, arrays, _ = pretrain.open_data(
+            run.data, run.mask, run.nce_weight, run.root, run.companions
         )
+        clips = pretrain.make_clips(videos, rows, model.grid, arrays, run)
+        with mock.patch.object(pretrain, "multi_scale_crop", middle_square):
+            sample = torch.utils.data.default_collate([clips[0, row]])
         sample = {key: value.flatten(0, 1) for key, value in sample.items() if value.ndim > 1}
-        mask, video = pretrain.mask_batch(sample, model, run), models.normalize(sample["clip"])
+        mask, video = (
+            pretrain.mask_batch(sample, run.mask, run.mask_ratio, model.grid),
+            models.normalize(sample["clip"]),
+        )
         big = lambda tokens: F.interpolate(
             tokens.float().view(1, 1, *model.grid), video.shape[2:], mode="nearest"
         )[0, 0]  # [T, H, W]

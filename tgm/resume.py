@@ -1,5 +1,6 @@
 """The folder of a training run: its checkpoint, its flags and its log; and going on with a run.
-Needs arrays.py, run.py.
+Needs arrays.py, run.py and the repository's
+model.py.
 
     saved = find_run(out, args.resume, vars(args), MAY_CHANGE)      None: a run that begins
     state = TrainingState(model, optimizer, scaler, step=0)
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model import save_checkpoint
+import model as models
 from tgm.arrays import hold
 from tgm.run import RunError, give_up_together, make_folder, writing
 
@@ -71,7 +72,7 @@ class TrainingState:
     def save(self, path: Path, flags: dict):
         """Writes a checkpoint: whatever happens, `path` is a whole one, this or the last."""
         numbers = {name: getattr(self, name) for name in self.names}
-        save_checkpoint(
+        models.save_checkpoint(
             path,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -168,7 +169,7 @@ def take_folder(out: Path, resume: str | None, flags: dict, step: int):
     make_folder(out)
     hold(out / "checkpoint.pt")
     if resume == "none":
-        # At once: if this run is killed before it saves, --resume auto must not take up the old one.
+        # At once: if this run is killed before it saves, --resume auto must not find the old one.
         for path in (out / "checkpoint.pt", out / "best.pt"):
             with writing(path), contextlib.suppress(FileNotFoundError):
                 path.replace(path.with_suffix(".old.pt"))

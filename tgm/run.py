@@ -1,5 +1,5 @@
-"""What every stage does besides its own work: join ranks, choose a device, stop by a signal, and end
-in one line. Needs arrays.py and manifest.py.
+"""What every stage does besides its own work: join ranks, choose a device, stop by a signal, end in
+one line. Needs arrays.py and manifest.py.
 
     @one_line_errors                                        a reason to give up is one line
     def main(argv=None):
@@ -13,7 +13,7 @@ in one line. Needs arrays.py and manifest.py.
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal, not by 0
+        launch(main)                                        a stopped run ends by its signal
 """
 
 import atexit
@@ -96,7 +96,7 @@ def attempt_name(store, rank, ranks):
 
 
 def finish(work):
-    """Waits for the end of a collective operation (async_op=True). RunError if another rank is gone.
+    """Waits for the end of a collective operation (async_op=True); RunError if a rank is gone.
 
     It waits in Python, where signals are handled. Inside dist, a rank handles none until all other
     ranks have come."""

@@ -136,7 +136,8 @@ class TrainingClips(Dataset):
                 self.say(reason)
             return sample | {"failed": row if reason else -1}
         raise VideoError(
-            f"{reason}; and nine videos drawn in its place cannot be read either: are the paths right (--root)?"
+            f"{reason}; and nine videos drawn in its place cannot be read either: "
+            "are the paths right (--root)?"
         )
 
     def say(self, reason):

@@ -178,8 +178,8 @@ class Schedule(NamedTuple):
             )
         if self.warmup_steps >= self.last_step:
             lines.append(
-                f"note         the warm-up of {self.warmup_epochs:g} epochs is longer than the run, "
-                "whose learning rate only rises"
+                f"note         the warm-up of {self.warmup_epochs:g} epochs is longer than the "
+                "run, whose learning rate only rises"
             )
         if begun_for is not None and begun_for < self.epochs:
             lines.append(
