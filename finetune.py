@@ -563,6 +563,18 @@ def make_model(args, machine):
     return model.to(machine.device)
 
 
+def make_state(args, model, machine):
+    """What is trained: the model and its optimizer; of the run in --out if it goes on."""
+    saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
+    optimizer = make_optimizer(model, args.lr, args.layer_decay, args.weight_decay)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
+    # validated: the last step whose weights --val has seen
+    state = resume.TrainingState(model, optimizer, scaler, step=0, best=-1.0, validated=0)
+    if saved is not None:
+        state.restore(saved)
+    return state
+
+
 def fine_tune(args, model, splits, machine, stop):
     """Prepares or resumes the training of the model, and trains it -> the checkpoint to be
     tested."""
@@ -587,19 +599,13 @@ def fine_tune(args, model, splits, machine, stop):
     }
 
     out = Path(args.out)
-    saved = resume.find_run(out, args.resume, vars(args), MAY_CHANGE)
-    optimizer = make_optimizer(model, args.lr, args.layer_decay, args.weight_decay)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
-    # validated: the last step whose weights --val has seen
-    state = resume.TrainingState(model, optimizer, scaler, step=0, best=-1.0, validated=0)
-    if saved is not None:
-        state.restore(saved)
+    state = make_state(args, model, machine)
     resume.refuse_unequal_ranks(state.step, vars(args))
     machine.say(
         f"data         {args.data}: {len(videos)} videos; {args.val}: {len(splits['val'][0])}"
     )
     machine.say(schedule.about(args.blr, args.min_blr, state.step, state.begun_for))
-    machine.say(layer_table(optimizer, model.config["depth"]))
+    machine.say(layer_table(state.optimizer, model.config["depth"]))
     if machine.rank == 0:
         resume.take_folder(out, args.resume, vars(args), state.step)
         if state.step < schedule.last_step:

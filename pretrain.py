@@ -461,6 +461,22 @@ def make_model(args, text):
     return model
 
 
+def make_state(args, model, machine):
+    """What is trained: the model on its device, and its optimizer; of the run in --out if it goes
+    on."""
+    saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
+    if saved is None and args.init:
+        with checks.one_reason(args.data):
+            notes = models.load_pretrained(model, args.init)
+        machine.say(f"weights      {args.init}: {models.summary_of(notes)}")
+    optimizer = make_optimizer(model.to(machine.device), args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
+    state = resume.TrainingState(model, optimizer, scaler, step=0)
+    if saved is not None:
+        state.restore(saved)
+    return state
+
+
 def describe(args, model, arrays, state, schedule, machine):
     """What is printed before training: the derived numbers, a line each, and notes."""
     visible, _, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
@@ -523,17 +539,7 @@ def main(argv=None):
     args.lr = args.blr * schedule.videos_per_step / 256
     args.identity["batch size x ranks"] = args.batch_size * args.ranks
 
-    out = Path(args.out)
-    saved = resume.find_run(out, args.resume, vars(args), MAY_CHANGE)
-    if saved is None and args.init:
-        with checks.one_reason(args.data):
-            notes = models.load_pretrained(model, args.init)
-        machine.say(f"weights      {args.init}: {models.summary_of(notes)}")
-    optimizer = make_optimizer(model.to(machine.device), args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
-    state = resume.TrainingState(model, optimizer, scaler, step=0)
-    if saved is not None:
-        state.restore(saved)
+    state = make_state(args, model, machine)
     machine.join()
     resume.refuse_unequal_ranks(state.step, vars(args))
 
@@ -541,11 +547,11 @@ def main(argv=None):
     for line in describe(args, model, arrays, state, schedule, machine):
         machine.say(line)
     if state.step >= schedule.last_step:
-        machine.say(f"{out / 'checkpoint.pt'}: already at step {state.step}, nothing left to do")
+        machine.say(f"{args.out}/checkpoint.pt: already at step {state.step}, nothing left to do")
         machine.leave()
         return
     if machine.rank == 0:
-        resume.take_folder(out, args.resume, vars(args), state.step)
+        resume.take_folder(Path(args.out), args.resume, vars(args), state.step)
     clips = make_clips(videos, rows, model.grid, arrays, args)
     loader = make_clip_loader(clips, schedule, machine, args.workers)
     if args.compile:
