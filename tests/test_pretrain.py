@@ -674,12 +674,12 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
 
 
 def test_the_product_of_ranks_and_batch_counts(copy):
-    """A run of one rank with eight videos goes on with two of four, not of eight."""
+    """A run of one rank with eight videos goes on with two ranks of four, not with one of four."""
     flags = [*TINY, "--max-steps", 2, "--out", "run"]
     run("pretrain.py", *flags, cwd=copy)
     flags += ["--resume", "auto", "--max-steps", 4, "--batch-size"]
-    line = run("pretrain.py", *flags, 8, cwd=copy, ranks=2, fails=True)
-    assert "batch size x ranks was 8, is 16" in line
+    line = run("pretrain.py", *flags, 4, cwd=copy, fails=True)
+    assert "batch size x ranks was 8, is 4" in line
     assert "from step 2" in run("pretrain.py", *flags, 4, cwd=copy, ranks=2)
     assert [line["step"] for line in log(copy / "run")] == [2, 4]
 
