@@ -101,7 +101,9 @@ def train(state, loader, val, schedule, machine, stop, args):
 
     state: a TrainingState, whose model then holds the last weights; loader: of Clips; val: the
     videos and labels to validate on; stop: a StopSignal"""
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model = state.model
+    optimizer = state.optimizer
+    scaler = state.scaler
     wrapped = machine.wrap(model)
     mix = make_mix(args.mixup, args.cutmix, len(args.classes))
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf

@@ -79,7 +79,9 @@ MAY_CHANGE = resume.MAY_CHANGE | {"picture_every"}  # flags that do not change w
 def train(state, loader, schedule, machine, args):
     """Trains to the last step, or until a signal ends the run. state: a TrainingState; loader: of
     Clips."""
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model = state.model
+    optimizer = state.optimizer
+    scaler = state.scaler
     wrapped = machine.wrap(model)
     visible, masked, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
     nce_weight = args.nce_weight
@@ -264,7 +266,9 @@ class Clips(TrainingClips):
         views = []
         for repeat in range(self.repeat):
             views.append(self.view(frames, row, repeat_seed(self.seed, epoch, row, repeat)))
-        sample = {name: torch.stack([view[name] for view in views]) for name in views[0]}
+        sample = {}
+        for name in views[0]:
+            sample[name] = torch.stack([view[name] for view in views])
         # the middle of each token's time, as a share of the video: [t]
         middles = (times.reshape(self.grid[0], -1).mean(1) - start) / (end - start)
         sample["times"] = torch.from_numpy(middles).float().expand(self.repeat, -1)
