@@ -62,7 +62,7 @@ import torch.nn.functional as F
 
 import model as models
 from tgm.arrays import hold
-from tgm.evaluation import bootstrap, read_labelled, t_interval
+from tgm.evaluation import bootstrap, t_interval
 from tgm.features import (
     TokenRows,
     complete_rows,
@@ -80,6 +80,7 @@ from tgm.flags import (
     seed_number,
     whole,
 )
+from tgm.labels import read_labelled
 from tgm.manifest import ManifestError, shared_rows
 from tgm.run import (
     RunError,

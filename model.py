@@ -529,13 +529,5 @@ def main(argv: list[str] | None = None) -> None:
     print_sizes()
 
 
-def __getattr__(name):  # until the stages import tgm.checkpoints themselves
-    if name.startswith("__"):
-        raise AttributeError(name)
-    from tgm import checkpoints
-
-    return getattr(checkpoints, name)
-
-
 if __name__ == "__main__":
     main()

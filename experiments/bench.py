@@ -25,6 +25,7 @@ inside PyAV serve:
 import argparse
 import csv
 import datetime
+import functools
 import importlib
 import json
 import multiprocessing
@@ -151,8 +152,8 @@ def clip_dataset(paths, folder, *flags):
         ["--data", str(folder / "clips.csv"), "--mask", "tube", "--nce-weight", "0", *flags]
     )
     args.frames, args.stride, args.image_size = 16, 4, 224
-    videos, rows, arrays = pretrain.open_data(args)
-    return pretrain.Clips(videos, rows, args, (8, 14, 14), **arrays)
+    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
+    return pretrain.make_clips(videos, rows, (8, 14, 14), arrays, args)
 
 
 def by_size(work, peer, paths, files, seconds, aim):
@@ -291,9 +292,7 @@ def random_batch(batch):
 
 def train_step(model, loss, dtype):
     """Forward, backward and pretrain.py's AdamW: step(i) -> the loss."""
-    args = pretrain.parse_args([])
-    args.lr = 1e-4
-    optimizer = pretrain.make_optimizer(model, args)
+    optimizer = pretrain.make_optimizer(model, lr=1e-4, weight_decay=0.05)
 
     def step(_=0):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16"):
@@ -365,7 +364,6 @@ def step(args, temporary):
 def method_step(mask, ratio, batch):
     """A whole step of pretrain.py on a batch that is there: its masks, normalising, forward,
     backward, AdamW; for the text mask with the contrastive loss."""
-    args = pretrain.parse_args(["--mask", mask, "--mask-ratio", str(ratio)])
     data = random_batch(batch)
     model = models.VideoMAE("base").to(DEVICE)
     model.contrastive.requires_grad_(mask == "text")
@@ -379,7 +377,7 @@ def method_step(mask, ratio, batch):
     def loss():
         mae, nce = model(
             models.normalize(data["clip"]),
-            pretrain.mask_batch(data, model, args),
+            pretrain.mask_batch(data, mask, ratio, model.grid),
             data.get("text"),
             visible,
         )
@@ -421,26 +419,24 @@ def overhead(args, temporary):
             "at most",
         ),
     ]
-    model, flags, large = models.VideoMAE("base"), pretrain.parse_args([]), random_batch(32)
-    for flags.mask, flags.mask_ratio in masking.RATIOS.items():
+    grid, large = models.VideoMAE("base").grid, random_batch(32)
+    for mask, ratio in masking.RATIOS.items():
         need = {
             "text": "saliency",
             "text-inverse": "saliency",
             "motion": "motion",
             "flow": "motion",
-        }.get(flags.mask)
+        }.get(mask)
         data = {
             key: value
             for key, value in large.items()
             if key not in ("saliency", "motion") or key == need
         }
-        seconds = pairs(lambda i: pretrain.mask_batch(data, model, flags), tube, args.steps) * [
-            [1],
-            [32 / args.batch],
-        ]
+        draw = functools.partial(pretrain.mask_batch, data, mask, ratio, grid)
+        seconds = pairs(lambda i: draw(), tube, args.steps) * [[1], [32 / args.batch]]
         rows.append(
             compare(
-                f"masks {flags.mask} {flags.mask_ratio} of 32 clips",
+                f"masks {mask} {ratio} of 32 clips",
                 f"{32 / args.batch:g} x a step of {args.batch}, tube 0.9",
                 seconds,
                 aim="at most 0.02",

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 
 import finetune
 import model as models
-from tgm import evaluation
+from tgm import evaluation, resume
 from tgm.manifest import read_manifest
 from tgm.sampling import Views
 
@@ -134,7 +135,7 @@ def clips_of(world, *flags):
     args = finetune.parse_args(["--data", str(world / "data/train.csv"), *map(str, flags)])
     vars(args).update(frames=8, image_size=48, stride=2)
     videos = read_manifest(args.data)
-    return finetune.Clips(videos, np.arange(len(videos)), list(range(len(videos))), args)
+    return finetune.make_clips(videos, torch.arange(len(videos)), args)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
@@ -515,6 +516,64 @@ def test_a_signal_saves_and_the_run_ends_by_it(world, tmp_path, number):
     )
 
 
+def test_two_ranks_stop_at_the_same_step_and_save(copy):
+    """Between log lines, and only one rank is told. A slow loader makes an epoch take seconds, so
+    that the signal comes while it trains."""
+    (copy / "slow.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import finetune
+from tgm.run import launch
+fetch = finetune.TrainingLog.fetch
+def slow(self, batches):
+    time.sleep(0.2)
+    return fetch(self, batches)
+finetune.TrainingLog.fetch = slow
+launch(finetune.main)
+""")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [*TINY, "--batch-size", 1, "--log-every", 100000, "--views", 1, 1, "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "slow.py", *map(str, flags)],
+        cwd=copy,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while "val_top1" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    time.sleep(1)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and ": saved run/checkpoint.pt at step" in out, errors
+    # both ranks end by the signal; to torchrun that is a failure
+    assert errors.count(f"exitcode  : -{signal.SIGTERM.value}") == 2, errors
+    saved = torch.load(copy / "run/checkpoint.pt", weights_only=True)
+    assert 16 < saved["step"] == log(copy / "run")[-1]["step"] < 32
+
+
+def test_a_loss_that_is_not_finite_stops_both_ranks_with_one_line(copy):
+    (copy / "nan.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune
+from tgm.run import launch
+forward = finetune.models.VideoViT.forward
+finetune.models.VideoViT.forward = lambda self, video: forward(self, video) * float("nan")
+launch(finetune.main)
+""")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, "nan.py", *map(str, TINY), "--out", "run"]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if "not finite" in line]
+    assert line.startswith("step 1: the loss or its gradient is not finite; the last checkpoint")
+    assert line.count(".mp4") == 16 and done.returncode == 1
+    assert not (copy / "run/checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -677,7 +736,7 @@ def test_bad_videos(copy):
 
 def test_refusals_name_what_mends(copy):
     assert "python data/toy.py" in run("finetune.py", cwd=copy / "data", fails=True, process=True)
-    assert "nowhere.pt: no such file" in run(
+    assert "nowhere.pt: no checkpoint there" in run(
         "finetune.py", *TINY, "--checkpoint", "nowhere.pt", cwd=copy, fails=True
     )
     assert "lower --batch-size" in run(
@@ -787,8 +846,8 @@ def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat
     assert (
         len(rates) == steps and max(rates) == pytest.approx(lr) and rates[-1] == pytest.approx(last)
     )
-    assert f"lr           {lr:g} = 0.032 x {8 * accum} / 256, falls to {floor:g}" in out
-    assert f"= {8 * accum * repeat} clips" in out
+    assert f"lr           {lr:g} = 0.032 x {8 * accum} videos / 256, down to {floor:g}; " in out
+    assert f"batch        {8 * accum * repeat} = 8 videos x {repeat} repeats x {accum} " in out
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0)])
@@ -945,8 +1004,8 @@ def test_resumed_with_other_flags_it_is_refused(copy):
         line = refused(flag, value)
         assert f"{flag} was {was}, is {type(was)(value)}" in line, line
     assert "--flip was False, is True" in refused("--flip")
-    assert "was 8 videos a step, is 4" in refused("--batch-size", 4)
-    assert "was 8 videos a step, is 16" in refused("--accum", 2)
+    assert "batch size x accum x ranks was 8, is 4" in refused("--batch-size", 4)
+    assert "batch size x accum x ranks was 8, is 16" in refused("--accum", 2)
     # nor is resuming suggested
     assert "another run: --blr" in run("finetune.py", *base, "--blr", 1, cwd=copy, fails=True)
     assert "--resume auto goes on" in run("finetune.py", *base, cwd=copy, fails=True)
@@ -959,13 +1018,13 @@ def test_resumed_with_other_flags_it_is_refused(copy):
     csv_path.write_text(
         "\n".join([lines[0], ",".join([first[0], other, *first[2:]]), *lines[2:]]) + "\n"
     )
-    assert "--data has other videos or labels" in refused()
+    assert "another run: data/train.csv was " in refused()
     csv_path.write_text("\n".join(lines[:-1]) + "\n")
-    assert "--data has other videos or labels" in refused()
+    assert "another run: data/train.csv was " in refused()
     csv_path.write_text(text)
     val = (copy / "data/val.csv").read_text()
     (copy / "data/val.csv").write_text("\n".join(val.splitlines()[:-1]) + "\n")
-    assert "--val has other videos or labels" in refused()
+    assert "another run: data/val.csv was " in refused()
     (copy / "data/val.csv").write_text(val)
     (copy / "other.csv").write_text(text.replace("videos/", f"{copy}/data/videos/"))
     assert "--data was data/train.csv, is other.csv" in refused("--data", "other.csv")
@@ -1015,7 +1074,7 @@ def test_two_ranks_go_on_with_a_run_of_one(copy):
     )
     assert log(copy / "run")[-1]["step"] == 6
     flags[flags.index("--batch-size") + 1] = 8
-    assert "was 8 videos a step, is 16" in run(
+    assert "batch size x accum x ranks was 8, is 16" in run(
         "finetune.py", *flags, "--resume", "auto", "--accum", 2, cwd=copy, fails=True
     )
 
@@ -1041,9 +1100,9 @@ def test_another_stages_checkpoint_is_refused(copy):
         0,
         cwd=copy,
     )
-    for resume in ((), ("--resume", "auto")):
+    for flags in ((), ("--resume", "auto")):
         assert "run/checkpoint.pt: no checkpoint of finetune.py" in run(
-            "finetune.py", *TINY, "--out", "run", *resume, cwd=copy, fails=True
+            "finetune.py", *TINY, "--out", "run", *flags, cwd=copy, fails=True
         )
 
 
@@ -1104,7 +1163,7 @@ from tgm import evaluation
 from tgm.run import launch
 predict = evaluation.predict
 def slow(*args, **settings):
-    if {when!r} == "test" and sys._getframe(1).f_code.co_name == "validate":
+    if {when!r} == "test" and sys._getframe(2).f_code.co_name == "validate":
         return predict(*args, **settings)
     print("begins", flush=True)
     time.sleep(100)
@@ -1289,10 +1348,13 @@ def test_validation_videos_that_are_gone_are_not_listed_one_by_one(copy, capsys)
 @pytest.mark.parametrize("name", ["args.json", "log.jsonl", "per_class.csv", "test.json"])
 def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
     (copy / "run").mkdir()
+    written = name
     if name == "log.jsonl":
         # it puts a new file in the link's place
-        monkeypatch.setattr(finetune, "keep_log", lambda path, step: None)
-    (copy / "run" / name).symlink_to("/dev/full")
+        monkeypatch.setattr(resume, "keep_log", lambda path, step: None)
+    if name == "args.json":
+        written = "args.json.new"  # it is written aside
+    (copy / "run" / written).symlink_to("/dev/full")
     if name == "test.json":  # of a run: it is taken away when training begins
         run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)
         flags = ("--test-only", "--checkpoint", "other/checkpoint.pt")
@@ -1334,9 +1396,7 @@ def test_the_banner_says_what_is_left_out_and_a_warm_up_without_end(copy):
         "a",
         cwd=copy,
     )
-    assert (
-        "the 5 videos of its incomplete last step are left out" in out
-        and "--warmup-epochs 3 is no shorter than the run" in out
-    )
+    assert "each epoch leaves out 5 videos, others each time" in out
+    assert "the warm-up of 3 epochs is longer than the run" in out
     out = run("finetune.py", *TINY, "--max-steps", 1, "--views", 1, 1, "--out", "b", cwd=copy)
-    assert "left out" not in out and "warmup" not in out
+    assert "left out" not in out and "leaves out" not in out

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,8 +343,7 @@ def test_cut_maps_known_answers():
     )
 
 
-@pytest.mark.parametrize("crop", ["multiscale", "resized"])
-def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
+def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path):
     """A bright square moves over a dark video; its saliency is its own brightness. Through the
     training data set's decoding, crop, flip and times, each token's brightness must be what
     `cut_maps` says; unless the flip is forgotten."""
@@ -364,24 +362,15 @@ def test_maps_follow_the_crop_flip_and_time_of_a_real_sample(tmp_path, crop):
         .numpy()
         .astype(np.float16)
     )
-    args = SimpleNamespace(
-        seed=0,
-        frames=8,
-        stride=2,
-        image_size=64,
-        repeat=1,
-        flip=True,
-        crop=crop,
-        crop_scale=(0.3, 1.0),
-        video_timeout=60,
-    )
     data = Clips(
         [Video(str(tmp_path / "square.mp4"), None, None, None, 0, "square.mp4")],
         [0],
-        args,
         (4, 4, 4),
-        None,
-        saliency,
+        frames=8,
+        image_size=64,
+        stride=2,
+        flip=True,
+        saliency=saliency,
     )
     agreement, forgotten, flips = [], [], 0
     for epoch in range(24):
@@ -430,19 +419,17 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
         0,
         cwd=tmp_path,
     )
-    args = SimpleNamespace(
-        seed=0,
-        frames=8,
-        stride=2,
-        image_size=96,
-        repeat=1,
-        flip=True,
-        crop="resized",
-        crop_scale=(0.4, 1.0),
-        video_timeout=60,
-    )
     field, grid = np.load(tmp_path / "one.motion.npy"), (4, 6, 6)
-    data = Clips(read_manifest(tmp_path / "one.csv"), [0], args, grid, motion=field)
+    data = Clips(
+        read_manifest(tmp_path / "one.csv"),
+        [0],
+        grid,
+        frames=8,
+        image_size=96,
+        stride=2,
+        flip=True,
+        motion=field,
+    )
     errors = []
     flips = 0
     for epoch in range(16):

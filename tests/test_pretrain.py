@@ -19,6 +19,7 @@ from conftest import ENVIRONMENT, ROOT, run
 
 import masking
 import pretrain
+from tgm import resume, sampling
 
 TINY = (
     "--size",
@@ -55,17 +56,17 @@ def test_learning_rate():
         0.5 * (1 + np.cos(np.pi * 0.99))
     )
     assert pretrain.learning_rate(110, 1.0, 10, 110, floor=0.2) == pytest.approx(0.2)
-    assert pretrain.learning_rate(0, 1.0, 0, 10) == 1.0
+    assert pretrain.learning_rate(0, 1.0, 0, 10, floor=0.2) == 1.0
 
 
 def test_ranks_side_by_side_are_the_global_batch():
     rows = np.arange(100, 137)
-    one = list(pretrain.EpochBatches(rows, 12, 3, seed=4, rank=0, ranks=1))
-    two = [list(pretrain.EpochBatches(rows, 6, 3, seed=4, rank=rank, ranks=2)) for rank in (0, 1)]
+    one = list(sampling.EpochBatches(rows, 12, 3, seed=4, rank=0, ranks=1))
+    two = [list(sampling.EpochBatches(rows, 6, 3, seed=4, rank=rank, ranks=2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*two)] == one
     drawn = [row for batch in one for _, row in batch]
     assert len(set(drawn)) == 36 and set(drawn) <= set(rows)
-    batches = pretrain.EpochBatches(rows, 12, 3, seed=4, rank=0, ranks=1)
+    batches = sampling.EpochBatches(rows, 12, 3, seed=4, rank=0, ranks=1)
     batches.start = 1
     assert list(batches) == one[1:] and len(batches) == 2
     batches.epoch, batches.start = 1, 0
@@ -74,7 +75,7 @@ def test_ranks_side_by_side_are_the_global_batch():
 
 def test_multi_scale_crop():
     torch.manual_seed(0)
-    crops = [pretrain.multi_scale_crop(100, 200) for _ in range(2000)]
+    crops = [sampling.multi_scale_crop(100, 200) for _ in range(2000)]
     assert all(0 <= top <= 100 - h and 0 <= left <= 200 - w for top, left, h, w in crops)
     sides = {(h, w) for _, _, h, w in crops}
     assert sides == {
@@ -91,8 +92,8 @@ def clips(world, **flags):
         ["--data", str(world / "data/train.csv"), "--size", "tiny", "--stride", "2"]
     )
     vars(args).update({"frames": 8, "image_size": 64} | flags)
-    videos, rows, arrays = pretrain.open_data(args)
-    return pretrain.Clips(videos, rows, args, (4, 4, 4), **arrays)
+    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
+    return pretrain.make_clips(videos, rows, (4, 4, 4), arrays, args)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
@@ -226,14 +227,13 @@ def test_resuming_and_workers_change_nothing(copy):
     ]
     assert "already at step 12" in run("pretrain.py", *flags, cwd=copy)
     line = run("pretrain.py", *repeated, "--out", "whole", cwd=copy, fails=True)
-    assert line.startswith(
-        "whole/checkpoint.pt is there already, a run of data/train.csv with mask text at 0.6: --resume auto goes on"
+    assert line == (
+        "whole/checkpoint.pt is there already: --resume auto goes on from it, --resume none begins "
+        "again and keeps it as checkpoint.old.pt, --out writes elsewhere"
     )
     # not an offer to go on
     line = run("pretrain.py", *TINY, "--mask", "tube", "--out", "whole", cwd=copy, fails=True)
-    assert line.startswith(
-        "whole/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "
-    )
+    assert line.startswith("whole/checkpoint.pt: another run: ")
     assert (
         "--repeat was 2, is 1; " in line
         and "--mask was text, is tube" in line
@@ -294,15 +294,12 @@ def test_weight_zero_monitors_and_leaves_the_encoder_alone(copy):
 @pytest.mark.parametrize(
     "flags",
     [
-        *[
-            ("--mask", mask, "--crop", crop)
-            for mask, crop in zip(masking.MASKS, ["multiscale", "resized"] * 3, strict=True)
-        ],
+        *[("--mask", mask) for mask in masking.MASKS],
         *[
             ("--mask", mask, "--nce-weight", 0, "--repeat", 2, "--blr", 4e-3, "--flip")
             for mask in masking.MASKS
         ],
-        ("--mask", "random", "--mask-ratio", 0.75, "--crop-scale", 0.2, 0.9),
+        ("--mask", "random", "--mask-ratio", 0.75),
         ("--amp", "bf16"),
         ("--amp", "fp16"),
         ("--amp", "off"),
@@ -574,7 +571,7 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
     refused = {
         ("--mask", "tube"): "--mask was text, is tube; --mask-ratio was 0.6, is 0.9",
         ("--nce-weight", 0): "--nce-weight was 1.0, is 0.0",
-        ("--batch-size", 4): "--batch-size was 8 on 1 ranks, is 4 on 1 ranks",
+        ("--batch-size", 4): "batch size x ranks was 8, is 4",
         ("--accum", 2): "--accum was 1, is 2",
         ("--seed", 7): "--seed was 0, is 7",
         ("--weight-decay", 0): "--weight-decay was 0.05, is 0.0",
@@ -582,7 +579,6 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
         ("--epochs", 2): "--epochs was 3, is 2",
         ("--amp", "bf16"): "--amp was off, is bf16",
         ("--stride", 4): "--stride was 2, is 4",
-        ("--crop-scale", 0.6, 1): "--crop-scale was (0.5, 1.0), is [0.6, 1.0]",
         ("--size", "small"): "--image-size was 48, is 224",
         ("--data", "data/val.csv"): "--data was data/train.csv, is data/val.csv",
         ("--root", "data/"): "--root was None, is data/",
@@ -591,9 +587,7 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
     }
     for changed, expected in refused.items():
         line = run("pretrain.py", *flags, *changed, cwd=copy, fails=True)
-        assert line.startswith(
-            "run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: another run: "
-        ), line
+        assert line.startswith("run/checkpoint.pt: another run: "), line
         assert expected in line and "write elsewhere (--out)" in line, line
     assert (copy / "run/checkpoint.pt").read_bytes() == before and log(copy / "run")[-1][
         "step"
@@ -616,9 +610,6 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
         0.5,
         "--max-steps",
         5,
-        "--crop-scale",
-        0.5,
-        1,
     )
     assert "from step 4" in run("pretrain.py", *flags, *free, cwd=copy)
 
@@ -629,8 +620,10 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     original = text.read_text()
     text.write_text(json.dumps(json.loads(original) | {"clip": "another"}))
     line = run("pretrain.py", *flags, cwd=copy, fails=True)
-    assert line.startswith(
-        "run/checkpoint.pt, a run of data/train.csv with mask text at 0.6: data/train.text.npy was changed since (was "
+    assert line.startswith("run/checkpoint.pt: another run: data/train.text.npy was ")
+    assert line.endswith(
+        ". Give the flags and the data it was begun with, write elsewhere (--out), or begin again "
+        "with --resume none"
     )
     text.write_text(original)
     array = np.load(copy / "data/train.saliency.npy", mmap_mode="r+")
@@ -638,7 +631,7 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     array[3] = np.nan
     array.flush()
     line = run("pretrain.py", *flags, cwd=copy, fails=True)
-    assert "usable videos was changed since (was 32 (" in line and "), is 31 (" in line
+    assert "another run: usable videos was 32 (" in line and "), is 31 (" in line
     array[3] = kept
     array.flush()
     assert "from step 4" in run("pretrain.py", *flags, cwd=copy)
@@ -677,20 +670,18 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
         cwd=copy,
         fails=True,
     )
-    assert line.startswith(
-        "bare/checkpoint.pt, a run of data/train.csv with mask tube at 0.9: data/train.csv was changed since (was "
-    )
+    assert line.startswith("bare/checkpoint.pt: another run: data/train.csv was ")
 
 
-def test_the_product_of_ranks_and_batch_counts(tmp_path):
-    """Two ranks of four videos go on as one of eight, not as one of four."""
-    args = pretrain.parse_args([*map(str, TINY)])
-    args.ranks, args.identity = 1, {"data/train.csv": "x"}
-    saved = vars(args) | {"ranks": 2, "batch_size": 4}
-    pretrain.refuse_other_run(tmp_path, saved, args)
-    args.batch_size = 4
-    with pytest.raises(pretrain.RunError, match="--batch-size was 4 on 2 ranks, is 4 on 1 ranks"):
-        pretrain.refuse_other_run(tmp_path, saved, args)
+def test_the_product_of_ranks_and_batch_counts(copy):
+    """A run of one rank with eight videos goes on with two ranks of four, not with one of four."""
+    flags = [*TINY, "--max-steps", 2, "--out", "run"]
+    run("pretrain.py", *flags, cwd=copy)
+    flags += ["--resume", "auto", "--max-steps", 4, "--batch-size"]
+    line = run("pretrain.py", *flags, 4, cwd=copy, fails=True)
+    assert "batch size x ranks was 8, is 4" in line
+    assert "from step 2" in run("pretrain.py", *flags, 4, cwd=copy, ranks=2)
+    assert [line["step"] for line in log(copy / "run")] == [2, 4]
 
 
 def test_more_epochs_follow_the_longer_schedule(begun):
@@ -703,7 +694,7 @@ def test_more_epochs_follow_the_longer_schedule(begun):
         floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * (step - 4) / (total - 4)))
     )
     assert (
-        f"begun for 3 epochs, now 6: the learning rate jumps from {rate(8, 12):.3g} to {rate(8, 24):.3g}, the longer schedule's"
+        "begun for 3 epochs, now 6: the learning rate jumps up to that of the longer schedule"
         in out
     )
     assert [line["lr"] for line in log(copy / "run") if line["step"] > 8] == pytest.approx(
@@ -754,10 +745,11 @@ def test_a_checkpoint_that_is_not_ours(begun):
         "run2",
         cwd=copy,
     )
-    for resume in (["--resume", "auto"], []):
-        line = run("pretrain.py", *TINY, "--out", "run2", *resume, cwd=copy, fails=True)
-        assert line.startswith(
-            "run2/checkpoint.pt: this version of pretrain.py did not write it: write elsewhere (--out)"
+    for more in (["--resume", "auto"], []):
+        line = run("pretrain.py", *TINY, "--out", "run2", *more, cwd=copy, fails=True)
+        assert line == (
+            "run2/checkpoint.pt: no checkpoint of pretrain.py: write elsewhere (--out), or begin "
+            "again with --resume none"
         )
     (copy / "run/checkpoint.pt").write_bytes(b"x")
     assert "no checkpoint that can be read safely" in run(
@@ -788,7 +780,7 @@ def test_a_disk_that_is_full_under_the_log_or_the_flags(begun, monkeypatch, file
     if file == "log.jsonl":  # which is appended to
         (copy / "run/log.jsonl").unlink()
         (copy / "run/log.jsonl").symlink_to("/dev/full")
-        monkeypatch.setattr(pretrain, "keep_log", lambda path, step: None)
+        monkeypatch.setattr(resume, "keep_log", lambda path, step: None)
         line = run("pretrain.py", *flags, cwd=copy, fails=True)
         assert line == "run/log.jsonl: cannot be written (No space left on device)"
     else:  # which is written aside
@@ -1116,8 +1108,8 @@ def test_what_is_left_out_and_what_is_half_made_is_said(copy):
         and "each epoch leaves out 5 videos, others each time" in out
     )
     assert (
-        "the saliency array has 29 of 32 rows: the others failed or have no caption; if saliency.py was stopped, run it again"
-        in out
+        "the saliency array: 29 of 32 rows are made; the rest failed or are still to do, and are "
+        "left out" in out
     )
     assert "the warm-up of 40 epochs is longer than the run" in out and "the text array" not in out
     array[:] = np.nan
@@ -1151,8 +1143,6 @@ def test_a_large_model_on_a_cpu_is_told_what_it_takes(world, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--crop-scale", "0.9", "0.2"),
-        ("--crop-scale", "0", "1"),
         ("--decoder-keep", "0"),
         ("--mask-ratio", "0"),
         ("--mask-ratio", "nan"),

@@ -1,5 +1,5 @@
-"""tgm/run.py: flags, devices, ranks, loading, stopping, folders and logs. Runs that end by a signal
-are processes of their own: most of them forks of this one, which saves the seconds of importing
+"""Flags, devices, ranks, loading, stopping, folders and logs. Runs that end by a signal are
+processes of their own: most of them forks of this one, which saves the seconds of importing
 torch."""
 
 import argparse
@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from tgm import flags, run
+from tgm import flags, loading, resume, run
 from tgm.manifest import ManifestError
 
 FORK = multiprocessing.get_context("fork")
@@ -357,7 +357,7 @@ def test_items_arrive_as_they_are():
         "text",
     )
     for workers in (0, 2):
-        batches = list(run.patient(run.make_loader(Numbers(item), 3, workers)))
+        batches = list(loading.patient(loading.make_loader(Numbers(item), 3, workers)))
         assert [len(batch) for batch in batches] == [3, 3, 2]
         for index, (number, mapping, pair, text) in enumerate(sum(batches, [])):
             assert (number, mapping["x"].tolist(), pair.a[0].item(), pair.b, text) == (
@@ -377,7 +377,7 @@ def test_a_dead_worker_is_one_line(tmp_path):
     with pytest.raises(
         run.RunError, match=r"^a decoding process ended: DataLoader worker .*\(pid.*--workers 0"
     ):
-        list(run.patient(run.make_loader(Numbers(die), 2, 1)))
+        list(loading.patient(loading.make_loader(Numbers(die), 2, 1)))
 
 
 def test_other_errors_of_workers_stay_what_they_are():
@@ -387,23 +387,23 @@ def test_other_errors_of_workers_stay_what_they_are():
         raise RuntimeError("a bug in\n/dev/shm/project/video.py\nof this stage")
 
     with pytest.raises(RuntimeError, match="of this stage"):
-        list(run.patient(run.make_loader(Numbers(fail), 2, 1)))
+        list(loading.patient(loading.make_loader(Numbers(fail), 2, 1)))
     with pytest.raises(RuntimeError, match="of this stage"):
-        list(run.patient(run.make_loader(Numbers(fail), 2, 0)))
+        list(loading.patient(loading.make_loader(Numbers(fail), 2, 0)))
 
     def open_missing(index):
         open("/nowhere/video.mp4")
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        list(run.patient(run.make_loader(Numbers(open_missing), 2, 1)))
+        list(loading.patient(loading.make_loader(Numbers(open_missing), 2, 1)))
 
 
 def no_open_files(batch):
     limit = len(os.listdir("/proc/self/fd")) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     try:
-        for items in run.patient(
-            run.make_loader(Numbers(lambda index: torch.zeros(100), length=400), batch, 1)
+        for items in loading.patient(
+            loading.make_loader(Numbers(lambda index: torch.zeros(100), length=400), batch, 1)
         ):
             print(f"{len(items)} items")
     except run.RunError as error:
@@ -428,7 +428,7 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
 
 def test_what_cannot_be_packed_is_an_error_and_not_a_wait():
     with pytest.raises(AttributeError, match="Can't pickle local object"):
-        list(run.patient(run.make_loader(Numbers(lambda index: lambda: index), 2, 1)))
+        list(loading.patient(loading.make_loader(Numbers(lambda index: lambda: index), 2, 1)))
 
 
 def in_small_shared_memory(size, program, *flags):
@@ -453,7 +453,7 @@ LOADING = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from tgm import run
+from tgm import loading, run
 
 class Clips(torch.utils.data.Dataset):
     def __len__(self):
@@ -467,7 +467,7 @@ class Clips(torch.utils.data.Dataset):
 def main(argv=None):
     run.GRACE = int(sys.argv[3])
     stop = run.StopSignal(then="ending after this batch")
-    for batch in run.patient(run.make_loader(Clips(), 8, 2)):
+    for batch in loading.patient(loading.make_loader(Clips(), 8, 2)):
         print(len(batch), flush=True)
         if stop.name:
             stop.end()
@@ -499,7 +499,7 @@ def test_a_stuck_loader_ends_by_grace_or_by_a_second_signal(tmp_path):
         run.GRACE = grace
         stop = run.StopSignal(then="ending after this batch")
         stuck = Numbers(lambda index: time.sleep(1000) if index >= 2 else index)
-        for _ in run.patient(run.make_loader(stuck, 2, 1)):
+        for _ in loading.patient(loading.make_loader(stuck, 2, 1)):
             print("a batch")
             if stop.name:
                 stop.end()
@@ -526,7 +526,7 @@ def test_workers_that_are_left_are_killed_without_a_word(tmp_path):
         LOADING.replace(
             "run.launch(main)",
             """
-held = iter(run.make_loader(Clips(), 8, 2))
+held = iter(loading.make_loader(Clips(), 8, 2))
 next(held)
 sys.exit("one line")
 """,
@@ -800,7 +800,9 @@ def test_errors_as_the_libraries_raise_them_are_one_line():
     ):
         with pytest.raises(SystemExit) as end:
             run.one_line_errors(
-                lambda argv, item=item: list(run.patient(run.make_loader(Numbers(item), 2, 1)))
+                lambda argv, item=item: list(
+                    loading.patient(loading.make_loader(Numbers(item), 2, 1))
+                )
             )()
         assert end.value.code.startswith(line) and "\n" not in end.value.code
 
@@ -846,43 +848,64 @@ def test_a_log_is_cut_back_and_broken_lines_go(tmp_path, capsys, monkeypatch):
     path = tmp_path / "log.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3, 4)]
     path.write_text("".join(whole) + '{"step": 5, "lo')
-    run.keep_log(path, 3)
+    resume.keep_log(path, 3)
     assert path.read_text() == "".join(whole[:3])
     assert capsys.readouterr().err == f"{path}: 1 broken line dropped\n"
     path.write_bytes("".join(whole).encode() + b"\n7\n{}\nnull\n\xff\xfe")
-    run.keep_log(path, 9)
+    resume.keep_log(path, 9)
     assert (
         path.read_text() == "".join(whole) and "5 broken lines dropped" in capsys.readouterr().err
     )
-    run.keep_log(path, 9)
+    resume.keep_log(path, 9)
     assert path.read_text() == "".join(whole) and capsys.readouterr().err == ""
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(run.Path, "write_text", full)
-        run.keep_log(path, 1)
+        patch.setattr(resume.Path, "write_text", full)
+        resume.keep_log(path, 1)
     assert path.read_text() == "".join(whole)  # a full disk takes nothing away
-    run.keep_log(path, 0)
+    resume.keep_log(path, 0)
     assert path.read_text() == ""
-    run.keep_log(tmp_path / "new.jsonl", 5)
+    resume.keep_log(tmp_path / "new.jsonl", 5)
     assert (tmp_path / "new.jsonl").read_text() == "" and {
         file.name for file in tmp_path.iterdir()
     } == {"log.jsonl", "new.jsonl"}
 
 
-def test_other_flags_are_refused_by_name_old_and_new_value():
-    saved = {"mask": "text", "crop_scale": [0.5, 1.0], "workers": 2, "seed": 0}
-    now = {"mask": "text", "crop_scale": (0.5, 1.0), "workers": 8, "seed": 0, "new_flag": 1}
-    run.refuse_changes("c.pt", saved, now, {"workers"})
-    with pytest.raises(
-        run.RunError,
-        match=r"^c.pt: another run: --mask was text, is tube; --crop-scale was \[0.5, 1.0\], is \(0.4, 1.0\)\. ",
+def test_other_flags_and_data_are_refused_by_name_old_and_new_value():
+    saved = {
+        "stage": "x.py",
+        "epochs": 2,
+        "crop_scale": [0.5, 1.0],
+        "workers": 2,
+        "seed": 0,
+        "identity": {"a.csv": "ab", "b.csv": None},
+    }
+    now = saved | {"crop_scale": (0.5, 1.0), "workers": 8, "new_flag": 1}
+    may_change = {"workers", "identity"}
+    resume.refuse_changes("c.pt", saved, now, may_change)
+    resume.refuse_changes("c.pt", saved, now | {"epochs": 3}, may_change)
+    for changes, said in (
+        ({"epochs": 1}, "--epochs was 2, is 1"),
+        (
+            {"seed": 1, "crop_scale": (0.4, 1.0)},
+            "--crop-scale was [0.5, 1.0], is (0.4, 1.0); --seed was 0, is 1",
+        ),
+        ({"identity": {"a.csv": "cd", "b.csv": None}}, "a.csv was ab, is cd"),
+        ({"identity": {"a.csv": "ab", "b.csv": "cd"}}, "b.csv was not there, is cd"),
+        ({"identity": {"other.csv": "ab"}}, "other.csv was not there, is ab"),
     ):
-        run.refuse_changes(
-            "c.pt", saved, now | {"mask": "tube", "crop_scale": (0.4, 1.0)}, {"workers"}
+        with pytest.raises(run.RunError) as refusal:
+            resume.refuse_changes("c.pt", saved, now | changes, may_change)
+        assert str(refusal.value) == (
+            f"c.pt: another run: {said}. Give the flags and the data it was begun with, write "
+            "elsewhere (--out), or begin again with --resume none"
         )
     with pytest.raises(run.RunError, match="--workers was 2, is 8"):
-        run.refuse_changes("c.pt", saved, now, set())
+        resume.refuse_changes("c.pt", saved, now, {"identity"})
+    for other in ({}, saved | {"stage": "y.py"}):
+        with pytest.raises(run.RunError, match=r"^c\.pt: no checkpoint of x\.py: write elsewhere"):
+            resume.refuse_changes("c.pt", other, now, may_change)
     assert math.isfinite(run.GRACE)

@@ -43,11 +43,11 @@ def soak(world, clips, samples):
             "2",
         ]
     )
-    videos, rows, arrays = pretrain.open_data(args)
+    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
     args.frames, args.image_size, grid = 8, 48, (4, 6, 6)
     batches = EpochBatches(rows, 8, 4, 0, 0, 1)
     loader = DataLoader(
-        pretrain.Clips(videos, rows, args, grid, **arrays),
+        pretrain.make_clips(videos, rows, grid, arrays, args),
         batch_sampler=batches,
         num_workers=4,
         persistent_workers=True,

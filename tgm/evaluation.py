@@ -1,7 +1,6 @@
 """Testing a classifier of videos: several views of each, every video counted once; accuracies with
 intervals, and their files. Needs model.py, and manifest.py, run.py and sampling.py of this folder.
 
-    videos = read_labelled("data/val.csv")
     views = Views(videos, frames=16, image_size=224, stride=4, clips=5, crops=3)
     probabilities = predict(model, views, classes=400, ...)      [N, C], the same on every rank
     result = score(probabilities, labels, classes=400)                     top-1, top-5, ...
@@ -24,8 +23,8 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from model import VideoViT, normalize
-from tgm.manifest import ManifestError, Videos, read_manifest, require_files
-from tgm.run import RunError, make_loader, part_of_rank, patient, writing
+from tgm.loading import make_loader, patient
+from tgm.run import RunError, part_of_rank, writing
 from tgm.sampling import Views
 
 SAID = 3  # so many videos that cannot be read are named
@@ -34,19 +33,6 @@ T975 = (  # Student's t at 0.975, for 1 to 30 degrees of freedom
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
     2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-
-
-def read_labelled(
-    path: str | Path, root: str | Path | None = None, label_column: str = "label"
-) -> Videos:
-    """The videos of a manifest in which every video has a label. ManifestError if one has none, if
-    none of them is there, or as of `read_manifest`."""
-    videos = read_manifest(path, root, label_column)
-    require_files(videos, path)
-    for video in videos:
-        if video.label is None:
-            raise ManifestError(f"{path}: {video.name} has no label in column {label_column!r}")
-    return videos
 
 
 @torch.inference_mode()

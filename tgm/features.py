@@ -28,14 +28,14 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import model as models
+from tgm import checkpoints
 from tgm.arrays import create_array, file_hash, open_rows, read_about
+from tgm.loading import make_loader, patient
 from tgm.manifest import Video, Videos, file_sizes, manifest_hash
 from tgm.run import (
     RunError,
     StopSignal,
-    make_loader,
     part_of_rank,
-    patient,
     sum_over_ranks,
     wait_for_ranks,
 )
@@ -71,13 +71,13 @@ def load_encoder(
     defaults. RunError if there is no such file, or if it does not fit."""
     path = Path(checkpoint)
     untrained = checkpoint == "none"
-    file = models.weights_file(path)
+    file = checkpoints.weights_file(path)
     if not untrained and not file.is_file():
         raise RunError(
             f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; "
             "none: an untrained encoder)"
         )
-    saved = models.saved_args(path)
+    saved = checkpoints.saved_args(path)
     size = size or saved.get("size", "base")
     frames = frames or saved.get("frames")
     image_size = image_size or saved.get("image_size")
@@ -85,7 +85,7 @@ def load_encoder(
     try:
         model = models.VideoMAE(size, frames, image_size, text_dim=saved.get("text_dim", 512))
         if not untrained:
-            models.load_pretrained(model, path)
+            checkpoints.load_pretrained(model, path)
     except ValueError as error:
         raise RunError(str(error)) from None
     return FrozenEncoder(

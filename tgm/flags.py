@@ -1,7 +1,5 @@
 """The command line: a parser whose errors are one line, types for flags, and the flags that stages
-share.
-
-Needs video.py, for its time limit.
+share. Needs video.py, for its time limit.
 
     parser = Parser(description=__doc__)                    wrong flags end in one line
     parser.add_argument("--batch-size", type=positive_int)  numbers say their range
@@ -11,6 +9,7 @@ Needs video.py, for its time limit.
 
 import argparse
 import math
+import os
 
 from tgm.video import TIMEOUT
 
@@ -113,9 +112,75 @@ def add_machine_flags(group, workers=2):
     )
 
 
+# ---- flags of training ---------------------------------------------------------------------------
+
+
+def add_clip_flags(group, repeat: int, origin: str):
+    """The flags of training clips. repeat: the default of --repeat; origin: where the defaults of
+    --frames, --stride and --image-size come from, for the help."""
+    group.add_argument(
+        "--frames", type=frame_count, help=f"frames of a clip (default: the {origin}'s)"
+    )
+    group.add_argument(
+        "--stride",
+        type=positive_int,
+        help=f"use every Nth frame of the video (default: the {origin}'s)",
+    )
+    group.add_argument(
+        "--image-size", type=pixel_count, help=f"pixels of a side (default: the {origin}'s)"
+    )
+    group.add_argument(
+        "--repeat",
+        type=whole(1, 1024),
+        default=repeat,
+        help="samples of each decoded clip: raise it where decoding is too slow for the GPU",
+    )
+    group.add_argument(
+        "--max-bad",
+        type=fraction,
+        default=0.05,
+        help="stop when more than this share of the videos cannot be read",
+    )
+
+
+def add_optimizer_flags(
+    group, batch_size: int, epochs: int, warmup_epochs: float, blr: float, clip_grad: float
+):
+    """The flags of the optimizer and its schedule, with these defaults."""
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        help="videos per rank and batch, before --repeat",
+    )
+    group.add_argument(
+        "--accum",
+        type=positive_int,
+        default=1,
+        help="batches per step, whose gradients are added up: raise it if you have fewer GPUs",
+    )
+    group.add_argument("--epochs", type=positive_int, default=epochs)
+    group.add_argument("--warmup-epochs", type=not_negative, default=warmup_epochs)
+    group.add_argument(
+        "--blr",
+        type=positive,
+        default=blr,
+        help="learning rate for 256 videos per step, repeats not counted",
+    )
+    group.add_argument("--weight-decay", type=not_negative, default=0.05)
+    group.add_argument(
+        "--clip-grad",
+        type=not_negative,
+        default=clip_grad,
+        help="largest gradient norm; 0 does not clip",
+    )
+
+
 def add_training_flags(group):
-    """The flags of a training run that change how it runs, not what it learns: --amp, --compile,
-    --checkpointing, --max-steps, --resume, --save-every, --log-every."""
+    """The flags of a training run: the seed, and how it runs, which does not change what it
+    learns."""
+    add_machine_flags(group, workers=min(8, os.cpu_count()))
+    group.add_argument("--seed", type=seed_number, default=0)
     group.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),

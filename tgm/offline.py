@@ -25,8 +25,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tgm.flags import add_machine_flags, positive_int
+from tgm.loading import make_loader, patient
 from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
-from tgm.run import StopSignal, choose_device, join_ranks, make_loader, patient, torchrun_ranks
+from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
 from tgm.video import VideoError
 
 # Ranks wait for one another at the start and at the end alone, of work of very different length.

@@ -1,26 +1,24 @@
-"""What every stage does besides its own work: choose a device, join ranks, load, stop, and resume.
-
-Needs arrays.py and manifest.py.
+"""What every stage does besides its own work: join ranks, choose a device, stop by a signal, end in
+one line. Needs arrays.py and manifest.py.
 
     @one_line_errors                                        a reason to give up is one line
     def main(argv=None):
         rank, ranks, local_rank = torchrun_ranks()
         device, why = choose_device(args.device, local_rank)
         stop = StopSignal(ranks)
-        for batch in patient(make_loader(...)):
+        for batch in ...:
             ...
             if stop.agreed():                               the same answer on every rank
                 save
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal, not by 0
+        launch(main)                                        a stopped run ends by its signal
 """
 
 import atexit
 import contextlib
 import functools
-import json
 import logging
 import multiprocessing
 import os
@@ -29,12 +27,10 @@ import sys
 import time
 import uuid
 import warnings
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from tgm.arrays import release
 from tgm.manifest import ManifestError
@@ -46,6 +42,10 @@ SAME_SIGNAL = 1.0
 
 class RunError(Exception):
     """A reason to give up, for the user: one line, with the place and the remedy."""
+
+
+class SaidByRankZero(RunError):
+    """A reason to give up that rank 0 has printed for all ranks: see `give_up_together`."""
 
 
 # ---- ranks and devices ---------------------------------------------------------------------------
@@ -96,9 +96,10 @@ def attempt_name(store, rank, ranks):
 
 
 def finish(work):
-    """Waits for the end of a collective operation (async_op=True). It waits in Python, where a
-    signal is heard: inside dist a rank would be deaf until all others have come. RunError if
-    another rank is gone."""
+    """Waits for the end of a collective operation (async_op=True); RunError if a rank is gone.
+
+    It waits in Python, where signals are handled. Inside dist, a rank handles none until all other
+    ranks have come."""
     pause = 1e-4
     try:
         while not work.is_completed():
@@ -113,14 +114,37 @@ def finish(work):
 
 
 def wait_for_ranks():
-    """dist.barrier(), but signals are heard meanwhile; without ranks, nothing."""
+    """dist.barrier(), but signals are handled while it waits; without ranks, nothing."""
     if dist.is_initialized():
         finish(dist.barrier(async_op=True))
 
 
+def give_up_together(message: str):
+    """Raises RunError on every rank, all of which must call this; rank 0 alone prints the message.
+
+    torchrun ends the other ranks as soon as one has ended, so all wait until the line is out."""
+    if not dist.is_initialized():
+        raise RunError(message)
+    if dist.get_rank() == 0:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+    wait_for_ranks()
+    dist.destroy_process_group()
+    raise SaidByRankZero(message)
+
+
+def union_over_ranks(numbers: set) -> set:
+    """The union of every rank's set of numbers, the same on all ranks, all of which must call
+    this."""
+    if not dist.is_initialized():
+        return set(numbers)
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, sorted(numbers))
+    return set().union(*found)
+
+
 def sum_over_ranks(number):
-    """The sum of a whole number over all ranks, which all must ask; the number itself without
-    ranks. For gloo: on the CPU.
+    """The sum of a whole number over all ranks, all of which must call this; the number itself
+    without ranks. For gloo: on the CPU.
     """
     total = torch.tensor(number)
     if dist.is_initialized():
@@ -142,7 +166,8 @@ def choose_device(name, local_rank=0):
     number = int(name.removeprefix("cuda:")) if ":" in name else local_rank
     if number >= torch.cuda.device_count():
         raise RunError(
-            f"--device {name}: rank {local_rank} wants cuda:{number}, found {torch.cuda.device_count()} GPUs"
+            f"--device {name}: rank {local_rank} wants cuda:{number}, "
+            f"found {torch.cuda.device_count()} GPUs"
         )
     why = "there is a GPU" if name == "auto" else "as asked"
     return torch.device("cuda", number), why
@@ -155,119 +180,6 @@ def part_of_rank(rows, rank, ranks):
     first = len(rows) * rank // ranks
     last = len(rows) * (rank + 1) // ranks
     return rows[first:last]
-
-
-# ---- loading -------------------------------------------------------------------------------------
-
-
-NO_SHARED_MEMORY = (
-    "a decoding process found no room in shared memory (/dev/shm): give the container more (docker run --shm-size=16g), or "
-    "lower --batch-size or --workers; --workers 0 needs none"
-)
-LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
-NO_OPEN_FILES = (
-    "a decoding process has too many open files, one for each video of its batches: lower --batch-size, or raise the limit "
-    "(ulimit -n 65536); --workers 0 needs none"
-)
-
-
-def share(items):
-    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared
-    memory.
-
-    The loader would do that itself in a thread of the worker. There an error is lost, be it of a
-    full /dev/shm or of too many open files, and the run waits forever for a batch that never comes;
-    here it reaches the run like any error of a worker."""
-    if torch.utils.data.get_worker_info() is None:
-        return items
-    return bytes(ForkingPickler.dumps(items))
-
-
-class ListLoader(DataLoader):
-    """A DataLoader whose collate_fn is `share`: its batches come as lists again."""
-
-    def __iter__(self):
-        return self._unpack(super().__iter__())
-
-    def _unpack(self, batches):
-        for batch in batches:
-            yield self._items(batch)
-
-    def _items(self, batch):
-        if self.num_workers == 0:
-            return batch
-        try:
-            return ForkingPickler.loads(batch)
-        except (OSError, EOFError) as error:
-            raise RuntimeError(
-                f"DataLoader worker: a batch cannot be read any more ({error})"
-            ) from None
-
-
-def patient(loader):
-    """The batches of a DataLoader; RunError where its workers cannot be started, find no shared
-    memory, or die.
-    """
-    try:
-        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to
-        # find no room for them, Python would print a traceback of the half-made loader's end, so as
-        # many are made here and thrown away.
-        locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
-        del locks
-        batches = iter(loader)
-    except OSError as error:
-        raise RunError(f"{NO_SHARED_MEMORY} ({error.strerror})") from None
-    try:
-        yield from batches
-    except (RuntimeError, OSError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        reason = lines[-1]
-        if "Too many open files" in reason:
-            raise RunError(NO_OPEN_FILES) from None
-        if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
-            raise RunError(NO_SHARED_MEMORY) from None
-        if lines[0].startswith("DataLoader"):
-            # worker (pid ...) is killed by ..., exited unexpectedly, timed out
-            raise RunError(
-                f"a decoding process ended: {lines[0].strip()} (out of memory, or of open files: ulimit -n? lower --workers or --batch-size; --workers 0 "
-                "decodes in the run itself and shows where)"
-            ) from None
-        raise
-
-
-def ignore_signals(_):
-    """The worker_init_fn of every loader: signals go to the whole process group, and the run
-    still has to save.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(dataset, batch_size, workers, **options):
-    """A DataLoader of lists of items, for stages whose rows stand alone. See `share` and
-    `patient`.
-    """
-    return ListLoader(
-        dataset,
-        batch_size,
-        num_workers=workers,
-        collate_fn=share,
-        worker_init_fn=ignore_signals,
-        **options,
-    )
-
-
-@atexit.register
-def kill_workers():
-    """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would
-    be waited for.
-    """
-    workers = multiprocessing.active_children()
-    if workers:
-        # torch's handler takes a killed worker for an error
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
-        worker.kill()
 
 
 # ---- models of other libraries -------------------------------------------------------------------
@@ -317,6 +229,27 @@ def reason_of(error):
 
 
 # ---- stopping ------------------------------------------------------------------------------------
+
+
+def ignore_signals(_):
+    """The worker_init_fn of every loader: signals go to the whole process group, and the run
+    still has to save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would
+    be waited for.
+    """
+    workers = multiprocessing.active_children()
+    if workers:
+        # torch's handler takes a killed worker for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
 
 
 class Stopped(SystemExit):
@@ -421,8 +354,10 @@ class StopSignal:
         self._leave(self._number)
 
 
-# in the last line of torch's RuntimeErrors, on the CPU; numpy's, as a worker of a loader hands it
-# on
+# ---- errors --------------------------------------------------------------------------------------
+
+
+# In the last line of torch's RuntimeErrors on the CPU, and of numpy's that come out of a worker.
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -440,6 +375,8 @@ def one_line_errors(main):
     def guarded(argv=None):
         try:
             return main(argv)
+        except SaidByRankZero:
+            sys.exit(1)
         except (RunError, ManifestError) as error:
             sys.exit(" ".join(str(error).split()))
         except OSError as error:
@@ -473,7 +410,8 @@ def os_reason(error):
 
 def memory_reason(error):
     """One line for an error of too little memory."""
-    return f"not enough memory: {last_line(error)[:200]} (lower --batch-size, --frames or --image-size)"
+    reason = last_line(error)[:200]
+    return f"not enough memory: {reason} (lower --batch-size, --frames or --image-size)"
 
 
 def launch(main):
@@ -498,7 +436,7 @@ def launch(main):
     os._exit(128 + number)
 
 
-# ---- folders, logs, resuming ---------------------------------------------------------------------
+# ---- folders and files ---------------------------------------------------------------------------
 
 
 def make_folder(path, flag="--out"):
@@ -528,47 +466,3 @@ def writing(path):
         yield
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def keep_log(path, step):
-    """Cuts a log.jsonl back to the lines up to `step`, the checkpoint's. What follows is void, and
-    so is a line that a full disk or a kill left half written. The old file stands until the new one
-    is whole."""
-    path = Path(path)
-    lines = []
-    if step and path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = []
-    broken = 0
-    for line in lines:
-        try:
-            at = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            broken += 1
-            continue
-        if at <= step:
-            kept.append(line + "\n")
-    if broken:
-        print(f"{path}: {broken} broken line{'s' if broken > 1 else ''} dropped", file=sys.stderr)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
-
-
-def refuse_changes(path, saved, now, may_change):
-    """RunError if a run is resumed with other flags than it was begun with.
-
-    path: the checkpoint; saved, now: {flag: value}, as the checkpoint holds them and as they are;
-    may_change: the names that do not change the run, such as workers. Values are compared as json
-    has them, so that a tuple equals its list."""
-    changed = []
-    for name, value in now.items():
-        if name in may_change or name not in saved:
-            continue
-        if json.dumps(saved[name], default=str) != json.dumps(value, default=str):
-            changed.append(f"--{name.replace('_', '-')} was {saved[name]}, is {value}")
-    if changed:
-        raise RunError(
-            f"{path}: another run: {'; '.join(changed)}. Give the flags it was begun with, write elsewhere (--out), or begin "
-            "again with --resume none"
-        )

@@ -136,7 +136,8 @@ class TrainingClips(Dataset):
                 self.say(reason)
             return sample | {"failed": row if reason else -1}
         raise VideoError(
-            f"{reason}; and nine videos drawn in its place cannot be read either: are the paths right (--root)?"
+            f"{reason}; and nine videos drawn in its place cannot be read either: "
+            "are the paths right (--root)?"
         )
 
     def say(self, reason):
@@ -184,7 +185,7 @@ class Views(Dataset):
 
     V = clips x crops: clips at `view_times`, crops along the long side. A video's views stay
     together, so nothing has to be merged by name. Loaders want a collate_fn that makes lists, such
-    as tgm.run.share."""
+    as tgm.loading.share."""
 
     def __init__(
         self,

@@ -1,0 +1,100 @@
+"""What is looked at before training begins, so that what would fail after minutes is said at once.
+Needs manifest.py, run.py and the repository's model.py.
+
+Each refusal is a RunError: one line with the numbers and the flags that mend it.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from model import SIZES, VideoMAE, count_flops
+from tgm.manifest import ManifestError
+from tgm.run import RunError
+
+LOOKED_FOR = 256  # so many videos, evenly from all, are looked for
+
+
+@contextlib.contextmanager
+def one_reason(manifest: str):
+    """RunError where what happens inside finds data or a checkpoint that does not fit. If there is
+    no manifest, the toy world is named."""
+    try:
+        yield
+    except (ManifestError, ValueError) as error:
+        hint = "" if Path(manifest).exists() else " (the toy world: python data/toy.py)"
+        raise RunError(f"{error}{hint}") from None
+
+
+def refuse_gigabytes(
+    size: str, batch_size: int, repeat: int, frames: int | None, pixels: int | None
+):
+    """RunError if one batch, or the model's table of positions, would not fit into memory. frames,
+    pixels: None for those of the size."""
+    config = SIZES[size]
+    frames = frames or config["frames"]
+    pixels = pixels or config["image_size"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    batch = ranks * batch_size * repeat * 3 * frames * pixels**2  # uint8
+    if batch > memory:
+        raise RunError(
+            f"one batch is {batch / 1e9:.0f} GB of pixels ({ranks} ranks x {batch_size} "
+            f"videos x {repeat} repeats x {frames} frames of {pixels} pixels), this machine has "
+            f"{memory / 1e9:.0f} GB: lower --batch-size, --repeat, --frames or --image-size"
+        )
+    tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
+    # sines and cosines in float64, and the table that they are put into
+    table = 3 * 8 * tokens * config["width"]
+    if table > memory:
+        raise RunError(
+            f"{frames} frames of {pixels} pixels are {tokens} tokens, more than this machine's "
+            f"{memory / 1e9:.0f} GB hold: lower --frames or --image-size"
+        )
+
+
+def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float):
+    """RunError if too many of the rows' files are not there, before each is skipped by a worker."""
+    looked_for = rows[:: max(1, len(rows) // LOOKED_FOR)]
+    missing = [row for row in looked_for if not os.path.exists(videos[int(row)].path)]
+    if len(missing) > max_bad * len(looked_for):
+        raise RunError(
+            f"{manifest}: {len(missing)} of {len(looked_for)} videos that were looked for are not "
+            f"there, such as {videos[int(missing[0])].path}: relative paths start at "
+            f"{root or Path(manifest).parent} (--root names another folder)"
+        )
+
+
+def refuse_few(manifest: str, usable: int, batch_size: int, accum: int, ranks: int, trial=""):
+    """RunError if the usable videos fill no step. trial: flags to name besides, for a trial."""
+    if usable >= batch_size * accum * ranks:
+        return
+    reason = (
+        f"{manifest}: {usable} usable videos do not fill one step of {batch_size} videos x "
+        f"{accum} accumulated x {ranks} ranks"
+    )
+    if usable < ranks:
+        raise RunError(f"{reason}: start fewer ranks (--nproc_per_node), or add videos")
+    batch = 1
+    while batch * 8 * ranks <= usable:  # at least four steps per epoch
+        batch *= 2
+    raise RunError(
+        f"{reason}: lower --batch-size or --accum; for a trial: {trial}--batch-size {batch} "
+        "--accum 1 --epochs 20 --warmup-epochs 2"
+    )
+
+
+def time_on_cpu(model: VideoMAE, samples: int, visible: int, decoded: int) -> float:
+    """The seconds that a step takes on a CPU: a guess from the time of one matrix product. Forward
+    and backward together cost three times the forward pass.
+
+    samples: per rank and step; visible, decoded: tokens per sample"""
+    x = torch.ones(1024, 1024)
+    x @ x
+    began = time.time()
+    x @ x
+    multiply_adds_per_second = 1024**3 / (time.time() - began)
+    return 3 * samples * sum(count_flops(model, visible, decoded)) / multiply_adds_per_second

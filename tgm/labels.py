@@ -1,0 +1,57 @@
+"""Labels of a manifest, as numbers of classes. Needs manifest.py."""
+
+import hashlib
+import json
+
+import torch
+
+from tgm.manifest import ManifestError, Videos, manifest_hash, read_manifest, require_files
+
+
+def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
+    """The videos of a manifest; ManifestError if one has no label, or none has a file."""
+    videos = read_manifest(manifest, root, column)
+    require_files(videos, manifest)
+    for video in videos:
+        if video.label is None:
+            raise ManifestError(f"{manifest}: {video.name} has no label in the column {column!r}")
+    return videos
+
+
+def class_names(videos: Videos) -> list[str]:
+    """The labels that occur, sorted: numbers first, in their order."""
+    return sorted({video.label for video in videos}, key=class_order)
+
+
+def class_order(name: str):
+    """The sorting key of `class_names`."""
+    if name.isdecimal():
+        return 0, int(name), name
+    return 1, 0, name
+
+
+def number_labels(manifest: str, videos: Videos, names: list[str]) -> torch.Tensor:
+    """The place of each video's label among the classes' names, -1 if it is not there: LongTensor
+    [videos]. ManifestError if none is there."""
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = torch.tensor([numbers.get(video.label, -1) for video in videos])
+    unknown = sorted({video.label for video in videos} - numbers.keys())
+    if (labels < 0).all():
+        known = ", ".join(names[:8])
+        if len(names) > 8:
+            known += ", ..."
+        raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
+    if unknown:
+        print(
+            f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "
+            f"{', '.join(unknown[:20])}"
+        )
+    return labels
+
+
+def labels_hash(videos: Videos) -> str:
+    """16 hex digits that change when a row's path, start, end or label does."""
+    digest = hashlib.sha256(manifest_hash(videos).encode())
+    for video in videos:
+        digest.update(json.dumps(video.label).encode() + b"\n")
+    return digest.hexdigest()[:16]

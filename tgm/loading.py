@@ -1,0 +1,150 @@
+"""Loaders: batches from decoding processes, whose failures end the run in one line. Needs run.py,
+sampling.py, training.py and video.py.
+
+    for items in patient(make_loader(dataset, 16, workers=4)):      lists of items, in order
+    batches = batches_from(step, loader, schedule)                  training batches without end
+"""
+
+import multiprocessing
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+from torch.utils.data import DataLoader
+
+from tgm.run import RunError, ignore_signals
+from tgm.sampling import EpochBatches, TrainingClips
+from tgm.training import Machine, Schedule
+from tgm.video import VideoError
+
+NO_SHARED_MEMORY = (
+    "a decoding process found no room in shared memory (/dev/shm): give the container more "
+    "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
+)
+NO_OPEN_FILES = (
+    "a decoding process has too many open files, one for each video of its batches: lower "
+    "--batch-size, or raise the limit (ulimit -n 65536); --workers 0 needs none"
+)
+WORKER_ENDED = (
+    "(out of memory, or of open files: ulimit -n? lower --workers or --batch-size; --workers 0 "
+    "decodes in the run itself and shows where)"
+)
+LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
+
+
+# ---- lists of items, for stages whose rows stand alone -------------------------------------------
+
+
+def share(items):
+    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared
+    memory.
+
+    The loader would do that itself in a thread of the worker. There an error is lost, be it of a
+    full /dev/shm or of too many open files, and the run waits forever for a batch that never comes;
+    here it reaches the run like any error of a worker."""
+    if torch.utils.data.get_worker_info() is None:
+        return items
+    return bytes(ForkingPickler.dumps(items))
+
+
+class ListLoader(DataLoader):
+    """A DataLoader whose collate_fn is `share`: its batches come as lists again."""
+
+    def __iter__(self):
+        return self._unpack(super().__iter__())
+
+    def _unpack(self, batches):
+        for batch in batches:
+            yield self._items(batch)
+
+    def _items(self, batch):
+        if self.num_workers == 0:
+            return batch
+        try:
+            return ForkingPickler.loads(batch)
+        except (OSError, EOFError) as error:
+            raise RuntimeError(
+                f"DataLoader worker: a batch cannot be read any more ({error})"
+            ) from None
+
+
+def make_loader(dataset, batch_size: int, workers: int, **options) -> ListLoader:
+    """A loader of lists of items, in the order of the data set. Read it by `patient`."""
+    return ListLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        collate_fn=share,
+        worker_init_fn=ignore_signals,
+        **options,
+    )
+
+
+# ---- training batches ----------------------------------------------------------------------------
+
+
+def make_clip_loader(
+    clips: TrainingClips, schedule: Schedule, machine: Machine, workers: int
+) -> DataLoader:
+    """A loader of this rank's training batches. Read it by `batches_from`."""
+    sampler = EpochBatches(
+        clips.rows,
+        schedule.batch_size,
+        schedule.steps_per_epoch * schedule.accum,
+        clips.seed,
+        machine.rank,
+        machine.ranks,
+    )
+    return DataLoader(
+        clips,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=machine.on_gpu,
+        persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def batches_from(step: int, loader: DataLoader, schedule: Schedule):
+    """The batches of all steps after `step`, one epoch after the other, without end. RunError where
+    a video and all those that could take its place cannot be read."""
+    while True:
+        epoch, done = divmod(step, schedule.steps_per_epoch)
+        loader.batch_sampler.epoch = epoch
+        loader.batch_sampler.start = done * schedule.accum
+        try:
+            yield from patient(loader)
+        except VideoError as error:  # a worker puts its traceback before the message
+            reason = str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
+            raise RunError(reason) from None
+        step = (epoch + 1) * schedule.steps_per_epoch
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def patient(loader: DataLoader):
+    """The batches of a loader. RunError where its workers cannot be started, find no shared memory,
+    or die."""
+    try:
+        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to
+        # find no room for them, Python would print a traceback of the half-made loader's end, so as
+        # many are made here and thrown away.
+        locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
+        del locks
+        batches = iter(loader)
+    except OSError as error:
+        raise RunError(f"{NO_SHARED_MEMORY} ({error.strerror})") from None
+    try:
+        yield from batches
+    except (RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[-1]
+        if "Too many open files" in reason:
+            raise RunError(NO_OPEN_FILES) from None
+        if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
+            raise RunError(NO_SHARED_MEMORY) from None
+        if lines[0].startswith("DataLoader"):
+            # worker (pid ...) is killed by ..., exited unexpectedly, timed out
+            said = lines[0].strip()
+            raise RunError(f"a decoding process ended: {said} {WORKER_ENDED}") from None
+        raise

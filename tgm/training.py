@@ -1,0 +1,305 @@
+"""What pretraining and fine-tuning share: the machine, the schedule and the log of a training run.
+Needs run.py.
+
+    machine = Machine(args.device, args.amp)                rank, device, precision
+    schedule = Schedule(...)                                how many steps, and of how many videos
+    log = TrainingLog(out, videos, args.max_bad, schedule, machine, start)
+    for step in range(start + 1, schedule.last_step + 1):
+        batch = log.fetch(batches)
+        ...
+        log.add(norm, loss=loss)
+        if step % args.log_every == 0:
+            log.write_step(step, lr)
+
+Shapes: L losses, N steps since the last log line.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tgm.run import (
+    choose_device,
+    give_up_together,
+    join_ranks,
+    torchrun_ranks,
+    union_over_ranks,
+    wait_for_ranks,
+    writing,
+)
+
+NAMED = 20  # so many videos that cannot be read are named
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+class Machine:
+    """Where and how this process trains.
+
+    rank, ranks: the number of this process, of how many; 0 of 1 without torchrun
+    device: a torch.device; amp: the precision, "bf16", "fp16" or "off"
+    autocast: the context of a forward pass in that precision
+    about: one line on all this"""
+
+    def __init__(self, device: str, amp: str):
+        """device, amp: as --device and --amp. RunError if there is no such GPU."""
+        self.rank, self.ranks, local_rank = torchrun_ranks()
+        self.device, why = choose_device(device, local_rank)
+        self.on_gpu = self.device.type == "cuda"
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        self.amp = choose_precision(amp, self.device)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[self.amp]
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
+        self.about = f"{self.device} ({why}), amp {self.amp}, {self.ranks} ranks"
+
+    def say(self, text: str):
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def join(self):
+        """Connects the ranks."""
+        if self.ranks > 1:
+            join_ranks("nccl" if self.on_gpu else "gloo")
+
+    def leave(self):
+        """Disconnects the ranks, when all have come here. Until then none may end: torchrun ends
+        the others at once, and rank 0 may still be writing."""
+        if self.ranks > 1:
+            wait_for_ranks()
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose gradients are averaged over the ranks."""
+        if self.ranks == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.on_gpu else None)
+
+    def accumulate(self, wrapped: nn.Module, is_last: bool):
+        """The context of one of the batches of a step: only in the last one are gradients averaged
+        over the ranks."""
+        if is_last or self.ranks == 1:
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """What --amp stands for on a device: bf16, fp16 or off."""
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """How many steps a run has, and of how many videos. An epoch is one pass over the videos;
+    those that fill no step are left out, others in each epoch."""
+
+    videos: int  # in an epoch
+    batch_size: int  # videos per rank and batch
+    repeat: int  # samples per video
+    accum: int  # batches per step
+    ranks: int
+    epochs: int
+    warmup_epochs: float
+    max_steps: int | None
+
+    @property
+    def videos_per_step(self) -> int:
+        return self.batch_size * self.accum * self.ranks
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.videos_per_step * self.repeat
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.videos // self.videos_per_step
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        return min(self.total_steps, self.max_steps or self.total_steps)
+
+    @property
+    def warmup_steps(self) -> float:
+        return self.warmup_epochs * self.steps_per_epoch
+
+    def epoch(self, step: int) -> float:
+        return round(step / self.steps_per_epoch, 3)
+
+    def ends_epoch(self, step: int, every: int = 1) -> bool:
+        """Whether this is the last step of every Nth epoch, or of the run; never if N is 0."""
+        if every == 0:
+            return False
+        return step == self.last_step or step % (every * self.steps_per_epoch) == 0
+
+    def saves(self, step: int, save_every: int) -> bool:
+        """Whether a checkpoint is due: at each epoch's end, and every so many steps."""
+        return self.ends_epoch(step) or (save_every > 0 and step % save_every == 0)
+
+    def about(self, blr: float, min_blr: float, start: int, begun_for: int | None) -> str:
+        """The derived numbers and notes, a line each.
+
+        blr, min_blr: learning rates for 256 videos per step, the highest and the last
+        start: the steps done before; begun_for: the epochs that a resumed run was begun for"""
+        lr = blr * self.videos_per_step / 256
+        floor = min(lr, min_blr * self.videos_per_step / 256)
+        lines = [
+            f"steps        {self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch}, "
+            f"from step {start}",
+            f"batch        {self.samples_per_step} = {self.batch_size} videos x {self.repeat} "
+            f"repeats x {self.accum} accumulated x {self.ranks} ranks",
+            f"lr           {lr:.3g} = {blr:g} x {self.videos_per_step} videos / 256, down to "
+            f"{floor:.3g}; {self.epochs} epochs, {self.epochs * self.repeat} effective",
+        ]
+        left_out = self.videos % self.videos_per_step
+        if left_out > 0:
+            lines.append(
+                f"note         each epoch leaves out {left_out} videos, others each time, which "
+                f"fill no step of {self.videos_per_step}"
+            )
+        if self.warmup_steps >= self.last_step:
+            lines.append(
+                f"note         the warm-up of {self.warmup_epochs:g} epochs is longer than the "
+                "run, whose learning rate only rises"
+            )
+        if begun_for is not None and begun_for < self.epochs:
+            lines.append(
+                f"note         begun for {begun_for} epochs, now {self.epochs}: the learning rate "
+                "jumps up to that of the longer schedule"
+            )
+        return "\n".join(lines)
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+class TrainingLog:
+    """log.jsonl, and what happened since its last line: losses, waiting, videos that failed.
+
+    It ends the run, on all ranks with one line, where a loss or a gradient is not finite, or where
+    too many videos cannot be read. fp16's scaler finds infinite gradients itself and skips their
+    steps, so with it only the losses are looked at."""
+
+    def __init__(
+        self, out: Path, videos, max_bad: float, schedule: Schedule, machine: Machine, start: int
+    ):
+        """out: the folder of the run; videos: the manifest's; max_bad: the share of the schedule's
+        videos that may fail; start: the steps done before."""
+        self.path = out / "log.jsonl"
+        self.videos = videos
+        self.max_bad = max_bad
+        self.schedule = schedule
+        self.machine = machine
+        self.failed = set()  # rows that could not be read, of all ranks
+        self._begin_after(start)
+
+    def _begin_after(self, step: int):
+        self.last = step  # of the last line
+        self.began = None  # when the first batch was asked for, seconds
+        self.waited = 0.0  # seconds
+        self.newly_failed = set()  # rows, of this rank
+        self.rows = []  # of each step
+        self.window = []  # of each step [L + 1], on the device: its losses, its gradient's norm
+
+    def fetch(self, batches) -> dict:
+        """The next batch. The wait for it and its videos that failed are counted."""
+        if len(self.rows) == len(self.window):  # the first batch of a step
+            self.rows.append(set())
+        asked = time.time()
+        if self.began is None:  # not earlier: saving and validating are not counted
+            self.began = asked
+        batch = next(batches)
+        self.waited += time.time() - asked
+        self.rows[-1].update(batch["row"].flatten().tolist())
+        self.newly_failed.update(row for row in batch["failed"].tolist() if row >= 0)
+        return batch
+
+    def add(self, norm: torch.Tensor, **losses: torch.Tensor | None):
+        """After each step: the norm of the gradient and the losses, numbers on the device. None
+        stands for a loss that was not computed."""
+        self.missing = {name: None for name, loss in losses.items() if loss is None}
+        self.names = [name for name in losses if name not in self.missing]
+        self.window.append(torch.stack([*(losses[name] for name in self.names), norm]))
+
+    def write_step(self, step: int, lr: float):
+        """Writes a line on the steps since the last one: means over them and over the ranks, all of
+        which must call this. Ends the run if it must end: see the class."""
+        *losses, norm = self._means(step)
+        seconds = (time.time() - self.began) / len(self.window)
+        self.write(
+            step=step,
+            epoch=self.schedule.epoch(step),
+            **dict(zip(self.names, losses, strict=True)),
+            **self.missing,
+            lr=lr,
+            grad_norm=norm,
+            data_ms=1000 * self.waited / len(self.window),
+            step_ms=1000 * seconds,
+            clips_per_s=self.schedule.samples_per_step / seconds,
+            left_s=(self.schedule.last_step - step) * seconds,
+            skipped=len(self.failed),
+        )
+        self._begin_after(step)
+
+    def write(self, **entry):
+        """Rank 0 prints a line and appends it to the file. A value of None is not printed."""
+        known = [f"{name} {value:.4g}" for name, value in entry.items() if value is not None]
+        self.machine.say("  ".join(known))
+        if self.machine.rank == 0:
+            with writing(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def _means(self, step: int) -> list[float]:
+        stats = torch.stack(self.window)  # [N, L + 1]
+        judged = stats[:, :-1] if self.machine.amp == "fp16" else stats
+        finite = judged.isfinite().all(1)
+        problems = torch.tensor([len(self.newly_failed - self.failed), 0.0], device=stats.device)
+        problems[1] = (~finite).any()
+        stats = torch.cat([stats.mean(0), problems])
+        if self.machine.ranks > 1:
+            dist.all_reduce(stats)
+        *sums, failed, broken = stats.tolist()  # the one place where the CPU waits for the GPU
+        if broken > 0:
+            self._give_up_on_values(finite.tolist())
+        if failed > 0:
+            self._count_failed()
+        return [value / self.machine.ranks for value in sums]
+
+    def _give_up_on_values(self, finite: list[bool]):
+        """Names the first step of any rank whose loss or gradient is not finite, and its videos."""
+        bad = {self.last + 1 + i for i, is_finite in enumerate(finite) if not is_finite}
+        first = min(union_over_ranks(bad))
+        rows = self.rows[first - self.last - 1] if first in bad else set()
+        names = ", ".join(self.videos[row].name for row in sorted(union_over_ranks(rows)))
+        give_up_together(
+            f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. "
+            f"Its batch: {names}"
+        )
+
+    def _count_failed(self):
+        self.failed |= union_over_ranks(self.newly_failed)
+        if len(self.failed) > self.max_bad * self.schedule.videos:
+            names = ", ".join(self.videos[row].name for row in sorted(self.failed)[:NAMED])
+            give_up_together(
+                f"{len(self.failed)} of {self.schedule.videos} videos cannot be read, "
+                f"more than --max-bad {self.max_bad}: {names}"
+            )
