@@ -199,8 +199,8 @@ class AttentiveProbe(torch.nn.Module):
     def __init__(self, width, heads, classes):
         super().__init__()
         self.query = torch.nn.Parameter(0.02 * torch.randn(heads, 1, width // heads))
-        self.key = models.Linear(width, width, bias=False)
-        self.value = models.Linear(width, width, bias=False)
+        self.key = models.XavierLinear(width, width, bias=False)
+        self.value = models.XavierLinear(width, width, bias=False)
         self.head = torch.nn.Linear(width, classes)
 
     def forward(self, tokens):

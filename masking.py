@@ -1,36 +1,40 @@
-"""Which tokens a video masked autoencoder hides: random, tube, text- and motion-guided masks, with
-one interface and at one cost.
+"""Which tokens a video masked autoencoder hides: random, tube, text-guided and motion-guided masks.
 
     make_mask("text", 0.6, batch=32, grid=(8, 14, 14), saliency=maps)
 
 returns bool [32, 1568], True where a token is masked.
 
 In a grid of t x h x w tokens every row masks exactly t * floor(ratio * h * w) tokens, whatever the
-mask. So all masks of one ratio leave, and pay for, the same number of visible tokens.
+mask. So all masks of one ratio leave the same number of visible tokens, at the same cost.
 
     random         anywhere in space-time (MAE-ST, arXiv 2205.09113)
     tube           one random spatial mask for all slices (VideoMAE, arXiv 2203.12602)
-    text           in each slice, the tokens whose patches best match the caption (TGM, the method
-                   of this repository)
-    text-inverse   in each slice, those that match it least: the control
+    text           in each slice, the tokens whose patches best match the caption (TGM, arXiv
+                   2408.00759, the method of this repository)
+    text-inverse   in each slice, the tokens that match the caption least: a control
     motion         in each slice, a window around what moves (MGM, arXiv 2308.12962)
     flow           all but random spots that travel with what they lie on (MGMAE, arXiv 2308.10794)
 
-Everything random comes from one array of uniform noise [B, N], so a mask is a pure function of
-(noise, maps): with noise drawn per sample, masks do not depend on batch, worker or rank. All
-functions work on a whole batch, on the device of their tensors, and never wait for that device.
-`cut_maps` and `cut_motion` bring the maps that saliency.py stores, of the whole video and the whole
-frame, to the times, crop and flip of a training sample.
+We know from notes on TGM's paper, not from its text, that it selects the tokens in each slice.
+
+All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
+of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
+worker or the rank. All functions work on a whole batch, on the device of their tensors. With the
+noise given, none of them makes the host wait for a GPU.
+
+saliency.py stores maps of the whole video and the whole frame. `cut_maps` and `cut_motion` bring
+them to the times, the crop and the flip of a training sample.
 
     python masking.py --data data/train.csv --row 3 --out mask.png
 
-draws the clip, its saliency and every mask in one strip (the paper's figure 1). Only this command
-needs other files of this project.
+draws the clip, its maps and every mask in one picture, as in figure 1 of TGM's paper. Only this
+command needs other files of this project.
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
-maps, G x G their grid.
+maps, G x G their grid, V visible tokens of one slice.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +50,9 @@ def masked_per_slice(ratio: float, grid: Grid) -> int:
     """Tokens masked in each slice, floor(ratio * h * w). ValueError unless some tokens are masked
     and some stay visible."""
     _, h, w = grid
-    count = math.floor(ratio * h * w + 1e-6)  # 0.29 * 100 is 28.999999999999996
+    # Rounding errors may put the product just below a whole number: 0.29 * 100 is
+    # 28.999999999999996.
+    count = math.floor(ratio * h * w + 1e-6)
     if not 0 < count < h * w:
         raise ValueError(
             f"mask ratio {ratio} masks {count} of {h * w} tokens in a slice: "
@@ -56,12 +62,13 @@ def masked_per_slice(ratio: float, grid: Grid) -> int:
 
 
 def masked_count(ratio: float, grid: Grid) -> int:
-    """Tokens masked in a whole clip, t * floor(ratio * h * w); ValueError as `masked_per_slice`."""
+    """Tokens masked in a whole clip, t * floor(ratio * h * w). ValueError as in
+    `masked_per_slice`."""
     return grid[0] * masked_per_slice(ratio, grid)
 
 
 def top_k_mask(score: Tensor, count: int, noise: Tensor) -> Tensor:
-    """Bool like score [..., M]: True at the `count` highest of the last axis. Among equal scores
+    """Masks the `count` highest scores [..., M] of the last axis: bool [..., M]. Among equal scores
     those of the lowest noise [..., M] come first."""
     # Put the tokens into random order, then sort by score: a stable sort keeps the order of equals.
     shuffled = noise.argsort(dim=-1)
@@ -71,25 +78,22 @@ def top_k_mask(score: Tensor, count: int, noise: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def top_of_slices(score: Tensor, ratio: float, grid: Grid, noise: Tensor) -> Tensor:
-    """Masks the highest of score [B, t, h*w] in each slice: bool [B, N]; noise like score."""
+def top_k_per_slice(score: Tensor, ratio: float, grid: Grid, noise: Tensor) -> Tensor:
+    """Masks the highest scores [B, t, h*w] of each slice: bool [B, N]. The noise has the shape of
+    the score."""
     return top_k_mask(score, masked_per_slice(ratio, grid), noise).flatten(1)
 
 
-def by_slice(noise: Tensor, grid: Grid) -> Tensor:
-    """[B, N] -> [B, t, h*w]."""
-    t, h, w = grid
-    return noise.view(-1, t, h * w)
-
-
-def check_map(mask: str, kind: str, map_: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_map(name: str, kind: str, map_: Tensor | None, shape: tuple[int, ...]) -> None:
+    """ValueError unless the map of this kind is given to the mask of this name in this shape."""
     found = None if map_ is None else list(map_.shape)
     if found != list(shape):
-        raise ValueError(f"{mask} masks need {kind} {list(shape)}, got {found}")
+        raise ValueError(f"{name} masks need {kind} {list(shape)}, got {found}")
 
 
 # ---- the masks -----------------------------------------------------------------------------------
-# Each takes (ratio, grid, noise [B, N], saliency, motion), as `make_mask` explains.
+# All masks have one signature, so that `make_mask` can call each of them: (ratio, grid, noise
+# [B, N], saliency, motion). A mask leaves the arguments unused that it does not need.
 
 
 def random_mask(ratio, grid, noise, saliency, motion):
@@ -104,24 +108,32 @@ def tube_mask(ratio, grid, noise, saliency, motion):
 
 def text_mask(ratio, grid, noise, saliency, motion):
     check_map("text", "saliency", saliency, (len(noise), *grid))
+    t, h, w = grid
     score = saliency.float().flatten(2)  # [B, t, h*w]
-    return top_of_slices(score, ratio, grid, by_slice(noise, grid))
+    return top_k_per_slice(score, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
 def text_inverse_mask(ratio, grid, noise, saliency, motion):
     check_map("text-inverse", "saliency", saliency, (len(noise), *grid))
+    t, h, w = grid
     score = -saliency.float().flatten(2)  # [B, t, h*w]
-    return top_of_slices(score, ratio, grid, by_slice(noise, grid))
+    return top_k_per_slice(score, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
 def motion_mask(ratio, grid, noise, saliency, motion):
-    """In each slice: take out the camera's motion, find the window of about the ratio's area that
-    holds most of the remaining energy, smooth the window's centre along time, and mask the tokens
-    nearest to that centre, in the window's shape.
+    """Masks, in each slice, the tokens nearest to a centre that follows what moves.
 
-    That motion vectors place one continuous, moving, rectangular mask is MGM's; its exact rule is
-    not public. Ours are: the median for the camera, a window in the frame's own aspect, the
-    smoothing by a binomial of five slices, and tokens next to the window that make up the count."""
+    1. Take the camera's motion out of each slice.
+    2. Find the window that holds most of the remaining energy. Its sides are those of the frame
+       times the square root of the ratio: for 0.75 of 14 x 14 tokens, 12 x 12.
+    3. Smooth the centre of the window along time.
+    4. Mask the tokens nearest to that centre, measured in the window's shape.
+
+    From MGM: motion vectors place one moving rectangle that never jumps. Its exact rule is not
+    public.
+    Ours: the median as the camera's motion; the window in the shape of the frame; the smoothing
+    over five slices; tokens next to the window, where it holds fewer tokens than the ratio asks
+    for."""
     t, h, w = grid
     check_map("motion", "motion", motion, (len(noise), t, 2, h, w))
     scale = math.sqrt(ratio)
@@ -129,113 +141,147 @@ def motion_mask(ratio, grid, noise, saliency, motion):
     noise = noise[:, None, : h * w]  # [B, 1, h*w], the same for all slices
     centre = busiest_window(moving_energy(motion), window, noise)  # [B, 2, t]
     distance = window_distance(smooth_in_time(centre), window, grid)  # [B, t, h*w]
-    return top_of_slices(-distance, ratio, grid, noise.expand(-1, t, -1))
+    return top_k_per_slice(-distance, ratio, grid, noise.expand(-1, t, -1))
 
 
-def moving_energy(motion):
-    """The squared motion of each token against the camera, [B, t, 2, h, w] -> [B, t, h, w]. The
+def moving_energy(motion: Tensor) -> Tensor:
+    """The squared motion of each token against the camera: [B, t, 2, h, w] -> [B, t, h, w]. The
     camera's motion is the median of each slice."""
     motion = motion.float()
     camera = motion.flatten(3).median(-1).values  # [B, t, 2]
     return (motion - camera[..., None, None]).square().sum(2)
 
 
-def busiest_window(energy, window, noise):
+def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Tensor:
     """The centre of the window that holds most of energy [B, t, h, w] in each slice: [B, 2, t], x
     and y as fractions of the picture. window: its (height, width) in tokens; noise [B, 1, h*w]."""
     h, w = energy.shape[2:]
     high, wide = window
-    held = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places of the window]
-    held = held / held.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    # A slice without motion follows the other slices; without any motion, the noise picks one place
-    # for all slices.
-    held = held + 0.01 * held.mean(1, keepdim=True) + 1e-5 * noise[:, :, : held.shape[-1]]
-    place = held.argmax(-1)  # [B, t]
+    energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
+    # Bring the largest value of a clip to 1, so that the two small terms below mean the same in
+    # every clip.
+    energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    score = energy_inside
+    # A slice without motion takes the place that is best over all slices.
+    score = score + 0.01 * energy_inside.mean(1, keepdim=True)
+    # In a clip without motion the noise chooses one place for all slices.
+    score = score + 1e-5 * noise[:, :, : energy_inside.shape[-1]]
+    place = score.argmax(-1)  # [B, t], an index into the places in row-major order
     columns = w - wide + 1
     left = place % columns
     top = place // columns
-    return torch.stack([(left + wide / 2) / w, (top + high / 2) / h], 1)
+    return torch.stack([(left + wide / 2) / w, (top + high / 2) / h], dim=1)
 
 
-def smooth_in_time(centre):
-    """Averages [B, 2, t] over five slices with binomial weights; the ends repeat."""
-    binomial = torch.tensor([1.0, 4, 6, 4, 1], device=centre.device) / 16
-    return F.pad(centre, (2, 2), mode="replicate").unfold(2, 5, 1) @ binomial
+BINOMIAL = (1, 4, 6, 4, 1)  # weights of five neighbouring slices; their sum is 16
 
 
-def window_distance(centre, window, grid):
-    """How far each token is from centre [B, 2, t], in windows: [B, t, h*w]. Tokens of one distance
-    lie on the border of a window (the maximum norm)."""
+def smooth_in_time(centre: Tensor) -> Tensor:
+    """Averages the centres [B, 2, t] over five slices with binomial weights. Before the first and
+    after the last slice the centre of that slice is repeated."""
+    t = centre.shape[2]
+    padded = F.pad(centre, (2, 2), mode="replicate")
+    total = torch.zeros_like(centre)
+    for shift, weight in enumerate(BINOMIAL):
+        total = total + weight * padded[:, :, shift : shift + t]
+    return total / sum(BINOMIAL)
+
+
+def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tensor:
+    """How far each token is from centre [B, 2, t]: [B, t, h*w].
+
+    The unit is the window's width along x and its height along y, and the larger of the two
+    distances counts. So tokens of equal distance lie on the border of a window; that of the window
+    itself is at 0.5."""
     _, h, w = grid
     high, wide = window
-    size = torch.tensor([wide / w, high / h], device=centre.device)
-    away = token_centres(grid, centre.device) - centre.mT[:, :, None]  # [B, t, h*w, 2]
-    return (away.abs() / size).amax(-1)
+    x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
+    centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
+    across = (x - centre_x).abs() / (wide / w)
+    down = (y - centre_y).abs() / (high / h)
+    return torch.maximum(across, down)
 
 
-def token_centres(grid, device):
+def token_centres(grid: Grid, device: torch.device) -> Tensor:
     """The middle of each token of a slice as fractions of the picture: float32 [h*w, 2], x, y."""
     _, h, w = grid
     y = (torch.arange(h, device=device) + 0.5) / h
     x = (torch.arange(w, device=device) + 0.5) / w
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([x, y], -1).flatten(0, 1)
+    y, x = torch.meshgrid(y, x, indexing="ij")  # each [h, w]: rows first, as tokens are counted
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def flow_mask(ratio, grid, noise, saliency, motion):
-    """MGMAE's: Gaussian bumps at random tokens of the middle slice, as many as stay visible in a
-    slice, are carried to the other slices along the motion; the tokens where that map is highest
-    are visible. A token whose trace leaves the picture has the map's value at its own place. Where
-    bumps overlap the highest counts, as in the authors' code: their sum would favour the picture's
-    middle. The highest bump is the nearest one, whatever their width.
+    """Masks all but the tokens that lie nearest to random spots, which travel with the motion.
 
-    Ours are: the motion field is stored (theirs is RAFT's between all frames, computed during
-    training), and each token is traced to the middle slice, where the map is read; warping the map
-    from frame to frame would blur it.
+    1. Choose the spots: random tokens of the middle slice, as many as stay visible in a slice.
+    2. Trace each token of each slice to the middle slice along the motion.
+    3. Measure how far each traced token lies from the nearest spot. A token whose trace ends
+       outside the picture is measured at its own place.
+    4. In each slice, leave the nearest tokens visible.
 
-    It differs from MGMAE's released code on purpose. That code warps the slices before the middle
-    the wrong way, since it compares its option with a value that the option cannot have; and it
-    keeps 19 tokens of a slice visible where a ratio of 0.9 of 196 leaves 20. The visible tokens of
-    the two overlap (Jaccard) by 0.69 to 0.87 from the middle on and by 0.05 to 0.69 before it, or
-    by 0.56 to 0.82 there with the option mended; nothing in this repository repeats that
-    measurement."""
+    From MGMAE: a map of Gaussian bumps at random tokens of the middle slice is carried to the other
+    slices along the flow, and its highest tokens are visible. Where bumps overlap the highest
+    counts, as in the authors' code (the sum would favour the middle of the picture). The highest
+    bump is the nearest, so that distances give the same order.
+    Ours: a stored motion field in place of RAFT's flow, which MGMAE computes during training; steps
+    from slice to slice at the size of tokens. MGMAE warps its map from frame to frame at the size
+    of pixels, fills the holes after every step and adds up the map over each token's pixels in its
+    two frames.
+
+    Two faults of MGMAE's released code are left out. Its option for warping is called "backward",
+    but the loop over the frames before the middle tests for "backwarp", so that these are warped
+    the wrong way. And it leaves int((1 - 0.9) * 196) = 19 tokens of a slice visible; 20 is right.
+    """
     t, h, w = grid
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))
-    hidden = masked_per_slice(ratio, grid)
-    still = token_centres(grid, noise.device)  # [h*w, 2]
-    bumps = still[noise[:, : h * w].argsort(1)[:, hidden:]]  # [B, V, 2]
+    visible = h * w - masked_per_slice(ratio, grid)
+    own_place = token_centres(grid, noise.device)  # [h*w, 2]
+    spots = own_place[noise[:, : h * w].argsort(1)[:, -visible:]]  # [B, V, 2]
     traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
     outside = ((traced < 0) | (traced > 1)).any(-1, keepdim=True)
-    traced = torch.where(outside, still, traced)
-    away = traced[:, :, :, None] - bumps[:, None, None]  # [B, t, h*w, V, 2]
-    away = away * torch.tensor([w, h], device=noise.device)  # in tokens
-    nearest = away.square().sum(-1).amin(-1)  # [B, t, h*w]
-    return top_of_slices(nearest, ratio, grid, by_slice(noise, grid))
+    traced = torch.where(outside, own_place, traced)
+    distance = torch.cdist(
+        in_tokens(traced, grid).flatten(1, 2),
+        in_tokens(spots, grid),
+        # The other mode is inexact, which would decide between tokens of equal distance.
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )  # [B, N, V]
+    nearest = distance.amin(-1).unflatten(1, (t, h * w))
+    return top_k_per_slice(nearest, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
-def trace_to_middle(motion):
-    """Where each token's centre was, or will be, in the middle slice: motion [B, t, 2, h, w] ->
-    float32 [B, t, h, w, 2], x and y as fractions of the picture.
+def in_tokens(points: Tensor, grid: Grid) -> Tensor:
+    """Points [..., 2], x and y as fractions of the picture, in widths and heights of a token."""
+    _, h, w = grid
+    x, y = points.unbind(-1)
+    return torch.stack([x * w, y * h], dim=-1)
 
-    Each trace goes from slice to slice until it is there: from earlier slices forwards in time,
-    along the motion; from later ones backwards, against it. A trace that leaves the picture goes on
-    with the motion at the border."""
+
+def trace_to_middle(motion: Tensor) -> Tensor:
+    """Where the centre of each token was, or will be, in the middle slice: motion [B, t, 2, h, w]
+    (see `make_mask`) -> float32 [B, t, h, w, 2], x and y as fractions of the picture.
+
+    Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;
+    those of later slices go backwards, against it. A trace that leaves the picture goes on with the
+    motion at the border; the caller decides what it is worth."""
     batch, t, _, h, w = motion.shape
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
-    at = token_centres((t, h, w), motion.device).expand(batch, t, h * w, 2).unflatten(2, (h, w))
-    # the slice that each trace is in
-    now = torch.arange(t, device=motion.device, dtype=torch.float32)
-    for _ in range(middle):
-        direction = (middle - now).sign()  # 1: forwards, -1: backwards, 0: it is there
-        between = now + 0.5 * direction  # the motion between two slices is read half way
-        time = (between + 0.5) / t  # slice 0 lies at the middle of the first of t equal parts
-        time = time.view(1, t, 1, 1, 1).expand(batch, t, h, w, 1)
-        places = torch.cat([at, time], dim=-1) * 2 - 1  # in [-1, 1], as grid_sample wants them
-        moved = F.grid_sample(field, places, padding_mode="border", align_corners=False)
-        at = at + direction.view(1, t, 1, 1, 1) * moved.permute(0, 2, 3, 4, 1)
-        now = now + direction
-    return at
+    position = token_centres((t, h, w), motion.device).view(1, 1, h, w, 2)
+    position = position.expand(batch, t, h, w, 2)
+    slice_of_trace = torch.arange(t, device=motion.device, dtype=torch.float32)
+    for _ in range(middle):  # the first slice has the longest way: `middle` steps
+        direction = (middle - slice_of_trace).sign()  # 1 forwards, -1 backwards, 0 arrived
+        half_way = slice_of_trace + 0.5 * direction  # a step reads the motion between two slices
+        fraction = (half_way + 0.5) / t  # slice 0 lies at the middle of the first of t equal parts
+        fraction = fraction.view(1, t, 1, 1, 1).expand(batch, t, h, w, 1)
+        points = torch.cat([position, fraction], dim=-1) * 2 - 1  # grid_sample counts from -1 to 1
+        step = F.grid_sample(field, points, padding_mode="border", align_corners=False)
+        step = step.permute(0, 2, 3, 4, 1)  # [B, t, h, w, 2]
+        position = position + direction.view(1, t, 1, 1, 1) * step
+        slice_of_trace = slice_of_trace + direction
+    return position
 
 
 # ---- one interface -------------------------------------------------------------------------------
@@ -272,18 +318,22 @@ def make_mask(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Masks of a batch.
+    """The masks of a batch: bool [B, N], True = masked, exactly masked_count(ratio, grid) in every
+    row. They are on the device of the noise.
 
     name: a key of MASKS
     ratio: share masked in each slice, in (0, 1)
     saliency [B, t, h, w]: any real scores, for the text masks
-    motion [B, t, 2, h, w]: how far each token moves to the next slice, dx and dy as fractions of
-        the crop's width and height, for the masks motion and flow
-    noise [B, N]: uniform in [0, 1); drawn from `generator` where it is not given
+    motion [B, t, 2, h, w]: for the masks motion and flow: the velocity at each slice times the time
+        to the next slice, dx and dy as fractions of the crop's width and height, as `cut_motion`
+        returns it. The step from slice s to s + 1 is the mean of motion[s] and motion[s + 1]. This
+        supposes that slices are equally far apart in time. Where a clip stands still because its
+        video has ended, motion[s + 1] is 0, and the step into that slice comes out half as long.
+    noise [B, N]: uniform in [0, 1), on the device of the maps. If it is not given, it is drawn from
+        `generator` and brought to that device.
 
-    Returns bool [B, N] on the device of the maps, True = masked, exactly masked_count(ratio, grid)
-    in every row. Raises ValueError for an unknown name, a ratio that masks nothing or everything,
-    or maps missing or of another shape."""
+    ValueError for an unknown name, for a ratio that masks nothing or everything, and for maps that
+    are missing or have another shape."""
     if name not in MASKS:
         raise ValueError(f"unknown mask {name!r}: one of {', '.join(MASKS)}")
     shape = (batch, math.prod(grid))
@@ -297,24 +347,33 @@ def make_mask(
     return mask
 
 
-def draw_noise(shape, generator, device):
-    """Uniform noise on `device` (None: the generator's), drawn where the generator is."""
-    if generator is None:
-        return torch.rand(shape, device=device)
-    noise = torch.rand(shape, generator=generator, device=generator.device)
-    return noise if device is None else noise.to(device)
+def draw_noise(
+    shape: tuple[int, int], generator: torch.Generator | None, device: torch.device | None
+) -> Tensor:
+    """Uniform noise on `device` (None: where it is drawn), drawn where the generator is."""
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+SPREAD = 997  # any large number
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
-    """`count` of each row's masked tokens, for a decoder that reconstructs only these (VideoMAE
-    V2's dual masking, arXiv 2303.16727, which takes a fixed pattern of cells): int64 [B, count].
-    mask bool [B, N]; noise [B, N], which made it."""
-    # The order of the noise is used up: masked tokens are those of the lowest noise (random), or of
-    # the lowest in slice 0 (tube), and picking by it again would favour some slices. The fraction
-    # of 997 times the noise is uniform as well, and hardly depends on that order.
-    fresh = noise * 997 % 1
-    visible_last = fresh.masked_fill(~mask, 2)
-    return visible_last.argsort(dim=1, stable=True)[:, :count]
+    """`count` of the masked tokens of each row: int64 [B, count]. The choice is random, and the
+    same for the same sample. mask bool [B, N]; noise [B, N], from which the mask was made.
+
+    A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
+    2303.16727), which takes a fixed pattern of cells instead. RuntimeError if a row has fewer
+    masked tokens; on a GPU it comes from a later call."""
+    enough = (mask.sum(dim=1) >= count).all()
+    torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
+    # Sorting by the same noise again would be unfair to some slices. A tube, for example, masks the
+    # tokens of the highest noise in slice 0, and these would all come last. To multiply by a large
+    # number and keep the fraction spreads nearby values over [0, 1): the new values hardly depend
+    # on the old order.
+    order = noise * SPREAD % 1
+    order = order.masked_fill(~mask, 2)  # visible tokens come last
+    return order.argsort(dim=1, stable=True)[:, :count]
 
 
 # ---- from stored maps to a sample's tokens -------------------------------------------------------
@@ -323,32 +382,31 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
 def cut_maps(
     maps: Tensor, times: Tensor, box: Tensor, flip: Tensor, grid: Grid, oversample: int = 2
 ) -> Tensor:
-    """Brings stored maps to the tokens of a sample: the maps' value where each token lies, by
-    trilinear interpolation.
+    """Cuts the tokens of a sample out of stored maps: the value of the map where each token lies,
+    by trilinear interpolation. Returns float32 [B, t, h, w].
 
     maps [B, S, G, G]: of the whole frame, at the mid-points of S equal parts of the video
     times [B, t]: the middle of each token slice, as a fraction of the video's length
     box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip
     flip bool [B]: mirrored left to right
-    oversample: each token averages this many points squared, so that no cell is skipped of a map
-        that is finer than the tokens
-
-    Returns float32 [B, t, h, w]."""
+    oversample: each token is the mean of oversample x oversample points, so that no cell is skipped
+        if the map is finer than the tokens"""
     t, h, w = grid
-    x0, y0, x1, y1 = box.float()[:, :, None].unbind(1)  # each [B, 1]
+    x0, y0, x1, y1 = box.float().split(1, dim=1)  # each [B, 1]
     high = h * oversample
     wide = w * oversample
     across = (torch.arange(wide, device=maps.device) + 0.5) / wide  # of the crop's width
-    across = torch.where(flip[:, None], 1 - across, across)  # [B, w']
-    x = x0 + (x1 - x0) * across
-    y = y0 + (y1 - y0) * (torch.arange(high, device=maps.device) + 0.5) / high  # [B, h']
+    across = torch.where(flip[:, None], 1 - across, across)  # [B, wide]
+    rows = torch.arange(high, device=maps.device) + 0.5
+    x = x0 + (x1 - x0) * across  # [B, wide]
+    y = y0 + (y1 - y0) * rows / high  # [B, high]
     shape = (len(maps), t, high, wide)
     x = x[:, None, None, :].expand(shape)
     y = y[:, None, :, None].expand(shape)
     time = times.float()[:, :, None, None].expand(shape)
-    points = torch.stack([x, y, time], dim=-1) * 2 - 1  # in [-1, 1], as grid_sample wants them
-    # align_corners=False puts the S values at the mid-points of S equal parts: just where they were
-    # measured.
+    points = torch.stack([x, y, time], dim=-1) * 2 - 1  # grid_sample counts from -1 to 1
+    # align_corners=False puts the S values at the mid-points of S equal parts, which is where they
+    # were measured.
     values = F.grid_sample(
         maps.float()[:, None], points, padding_mode="border", align_corners=False
     )
@@ -358,34 +416,35 @@ def cut_maps(
 def cut_motion(
     field: Tensor, times: Tensor, box: Tensor, flip: Tensor, grid: Grid, seconds: Tensor
 ) -> Tensor:
-    """Brings a stored motion field to the tokens of a sample, as `cut_maps` does, and to its units.
+    """Cuts the tokens of a sample out of a stored motion field, as `cut_maps` does, and converts
+    its units. Returns float32 [B, t, 2, h, w]: the velocity at each slice times the time to the
+    next slice, dx and dy as fractions of the crop's width and height, after the flip.
 
     field [B, S, 2, G, G]: dx, dy in frame widths and heights per second
-    seconds [B]: the length of the video
-
-    Returns float32 [B, t, 2, h, w]: dx, dy to the next slice, as fractions of the crop's width and
-    height, after the flip."""
+    seconds [B]: the length of the video"""
     dx = cut_maps(field[:, :, 0], times, box, flip, grid)
     dy = cut_maps(field[:, :, 1], times, box, flip, grid)
     dx = torch.where(flip[:, None, None, None], -dx, dx)
     if grid[0] > 1:
+        # A gap is 0 where a clip is longer than its video, whose last frame is then repeated. The
+        # last slice has no next one and takes the gap before it.
         gaps = times.float().diff(dim=1)
-        gaps = torch.cat([gaps, gaps[:, -1:]], 1)  # 0 where a clip's end stands still
+        gaps = torch.cat([gaps, gaps[:, -1:]], dim=1)
     else:
         gaps = torch.zeros_like(times)
     size = box[:, 2:] - box[:, :2]  # [B, 2]
     scale = (gaps * seconds[:, None])[:, :, None] / size[:, None]  # [B, t, 2]
-    return torch.stack([dx, dy], 2) * scale[..., None, None]
+    return torch.stack([dx, dy], dim=2) * scale[..., None, None]
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-TUBELET = 2  # frames of a token, as VideoMAE's
+TUBELET = 2  # frames of a token, as in VideoMAE
 MOST_MEMORY = 4e9  # bytes that drawing may take
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     from tgm.flags import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
 
     parser = Parser(description=__doc__)
@@ -397,9 +456,9 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument(
         "--companions",
         metavar="PREFIX",
-        help="read PREFIX.saliency.npy and PREFIX.motion.npy, not the manifest's",
+        help="read PREFIX.saliency.npy and PREFIX.motion.npy in place of the manifest's own",
     )
-    parser.add_argument("--row", type=count, default=0, help="line of the manifest, from 0")
+    parser.add_argument("--row", type=count, default=0, help="row of the manifest, from 0")
     parser.add_argument("--caption", type=count, default=0, help="which of the video's captions")
     parser.add_argument("--out", type=Path, default="mask.png", help="picture to write")
     parser.add_argument(
@@ -415,15 +474,15 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument(
         "--stride", type=positive_int, default=4, help="use every Nth frame of the video"
     )
-    parser.add_argument("--image-size", type=pixel_count, default=224, help="pixels of a side")
+    parser.add_argument("--image-size", type=pixel_count, default=224, help="side of the clip")
+    parser.add_argument("--patch-size", type=positive_int, default=16, help="side of a token")
     parser.add_argument(
-        "--patch-size", type=positive_int, default=16, help="pixels of a token's side"
+        "--seed", type=seed_number, default=0, help="another seed draws other random masks"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the masks' noise")
     return parser.parse_args(argv)
 
 
-def preview_grid(args, ratios):
+def preview_grid(args: argparse.Namespace, ratios: dict[str, float]) -> Grid:
     """The tokens (t, h, w) of the clip to be drawn. RunError, naming the flags, if they do not fit
     together or ask for gigabytes."""
     from tgm.pictures import drawing_bytes
@@ -446,12 +505,13 @@ def preview_grid(args, ratios):
         except ValueError as error:
             raise RunError(f"{flags}: {name}'s {error}") from None
 
-    needed = drawing_bytes(3 + len(MASKS), args.frames, grid[0], args.image_size)
-    visible = math.prod(grid) - masked_count(ratios["flow"], grid)
-    needed += 3 * 2 * 4 * visible * side**2  # flow_mask's `away`, thrice
+    tiles = 3 + len(MASKS)  # the clip, its two maps and the masks
+    tokens = math.prod(grid)
+    visible = (tokens - masked_count(ratios["flow"], grid)) // grid[0]
+    distances = 4 * tokens * visible  # flow_mask's largest array, float32
+    needed = drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
     if needed > MOST_MEMORY:
-        gigabytes = needed / 1e9
-        raise RunError(f"{flags}: drawing that takes {gigabytes:.0f} GB of memory: ask for less")
+        raise RunError(f"{flags}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
     return grid
 
 
@@ -476,14 +536,16 @@ def draw_row(argv: list[str] | None = None) -> None:
         maps["saliency"] = cut_maps(stored.saliency[None], *place)
     if stored.motion is not None:
         maps["motion"] = cut_motion(stored.motion[None], *place, torch.tensor([clip.seconds]))
+    # All masks take the same noise: a mask that is left out does not change the others.
     generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(1, math.prod(grid), generator=generator)
     masks = {}
     for name, ratio in ratios.items():
         need = NEEDS[name]
         if need in stored.missing:
             print(f"{name}: left out, {stored.missing[need]}")
             continue
-        mask = make_mask(name, ratio, 1, grid, generator=generator, **maps)
+        mask = make_mask(name, ratio, 1, grid, noise=noise, **maps)
         masks[f"{name} {ratio:.3g}"] = mask[0]
 
     drawn = {kind: of_batch[0] for kind, of_batch in maps.items()}

@@ -5,15 +5,17 @@ head.
     visible tokens and mask tokens -> decoder -> predicted cubes <-MSE-> their normalised pixels
     mean of the visible tokens -> projection <-InfoNCE-> text [B,text_dim]
 
-A library that needs nothing but PyTorch. Architecture, initialisation and state-dict keys are
-VideoMAE's (arXiv:2203.12602), so published checkpoints load with no renaming; tgm/checkpoints.py
-reads and writes them.
+To use these classes you need nothing but PyTorch. Architecture and state-dict keys are those of
+VideoMAE's published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes
+checkpoints. The initialisation is that of VideoMAE's pretraining for the classifier, too, where
+VideoMAE's fine-tuning code draws all linear weights from a normal distribution of deviation 0.02.
+This makes a difference only where a classifier is trained from scratch.
 
     # parameters of each size, and each mask's tokens and GFLOPs
     python model.py
 
 Shapes: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M
-decoded ones, D width, P = 3 * tubelet * patch^2 numbers in one cube. Everywhere, mask is bool
+decoded tokens, D width, P = 3 * tubelet * patch^2 numbers in one cube. Everywhere, mask is bool
 [B,N], True = masked.
 """
 
@@ -28,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as VideoMAE
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in VideoMAE
 STD = (0.229, 0.224, 0.225)
-EPS = 1e-6  # every LayerNorm, and the target's deviation
-# stride: a habit of the data, not of the model
+EPS = 1e-6  # of every LayerNorm
+TARGET_EPS = 1e-6  # added to the deviation of a cube's pixels, which may be 0
+# The models do not read `stride`: it is the default of the stages' --stride for this size.
 CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)
 TOY_CUBES = dict(frames=8, stride=2, image_size=48, tubelet=2, patch=8)  # 4 x 6 x 6 tokens
 # decoders as in VideoMAE's pretraining scripts
@@ -58,19 +61,18 @@ SIZES = {
 
 
 def normalize(video: Tensor) -> Tensor:
-    """uint8 [B,3,T,H,W] -> float32 less ImageNet's mean over its deviation, on the video's own
-    device."""
+    """uint8 [B,3,T,H,W] -> float32 on the same device: less ImageNet's mean, over its deviation."""
     out = torch.empty_like(video, dtype=torch.float32)
     for c in range(3):
-        # Python numbers, since a tensor of constants would be copied to the GPU, and waited for, in
-        # each step
+        # Python numbers: a tensor of constants would be copied to the GPU in each step, and the
+        # host would wait for the copy.
         out[:, c] = (video[:, c] / 255 - MEAN[c]) / STD[c]
     return out
 
 
 def patchify(video: Tensor, tubelet: int = 2, patch: int = 16) -> Tensor:
-    """[B,3,T,H,W] -> cubes [B,N,P]: tokens in (t, h, w) order, a cube's numbers in (frame, row,
-    column, colour)."""
+    """[B,3,T,H,W] -> cubes [B,N,P]: tokens in (t, h, w) order, the numbers of a cube in (frame,
+    row, column, colour) order."""
     B, C, T, H, W = video.shape
     x = video.reshape(B, C, T // tubelet, tubelet, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, -1, tubelet * patch * patch * C)
@@ -87,12 +89,13 @@ def unpatchify(
 
 
 def split_mask(mask: Tensor, visible: int | None = None) -> tuple[Tensor, Tensor]:
-    """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked ones [B,N-V,1], in
+    """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked tokens [B,N-V,1], in
     token order.
 
-    All rows must keep equally many. Giving that number as `visible` spares reading it from the
-    device, which stalls a GPU and breaks torch.compile's graph; the device itself then asserts it
-    (RuntimeError)."""
+    visible: how many tokens every row keeps. If it is not given, it is read from the device. That
+        read makes the host wait for a GPU and breaks the graph of torch.compile.
+
+    RuntimeError unless every row keeps that many. On a GPU the error appears at a later call."""
     kept = mask.shape[1] - mask.sum(dim=1)
     if visible is None:
         visible = int(kept[0])
@@ -102,40 +105,47 @@ def split_mask(mask: Tensor, visible: int | None = None) -> tuple[Tensor, Tensor
     return order[:, :visible], order[:, visible:]
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens of x [B or 1,N,D] by index [B,M,1] -> [B,M,D]. (take_along_dim makes an index of
-    every number, 15 times slower.)"""
+def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of x [B,N,D] at index [B,M,1]: [B,M,D]. x may also be [1,N,D], one table for all
+    rows."""
+    # torch.take_along_dim would need one index per number in place of one per token, and is 15
+    # times slower.
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index.squeeze(-1)]
 
 
 def sincos_table(n: int, width: int) -> Tensor:
-    """[1,n,width] float32: "Attention is all you need" §3.5 over the index of a token in the
-    flattened grid."""
+    """Positions [1,n,width] float32: the sines and cosines of "Attention is all you need" §3.5, of
+    the index of a token in the flattened grid."""
     j = torch.arange(width, dtype=torch.float64)
-    angle = torch.arange(n, dtype=torch.float64)[None, :, None] / 10000 ** (j // 2 * 2 / width)
+    pair = j // 2  # a sine and a cosine share a frequency
+    token = torch.arange(n, dtype=torch.float64)[None, :, None]
+    angle = token / 10000 ** (2 * pair / width)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 # ---- the transformer -----------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
+class XavierLinear(nn.Linear):
+    """A linear layer with the initialisation of VideoMAE's pretraining. Conv3d and LayerNorm keep
+    PyTorch's, as they do there."""
+
     def reset_parameters(self):
-        # VideoMAE's initialisation; its Conv3d and LayerNorm keep PyTorch's defaults
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class Attention(nn.Module):
-    """Joint space-time attention. Keys need no bias: it would shift all scores of a query alike."""
+    """Attention between all tokens of a clip. Keys have no bias: it would add the same number to
+    all scores of a query, which softmax ignores."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.proj = Linear(width, width)
+        self.qkv = XavierLinear(width, 3 * width, bias=False)
+        self.proj = XavierLinear(width, width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
 
@@ -149,32 +159,36 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. In training each residual branch of a sample is dropped at the
-    rate drop_path."""
+    """Pre-norm attention and MLP. In training each residual branch of a sample is dropped with the
+    probability drop_path (stochastic depth)."""
 
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
-        self.rate = drop_path
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads)
         self.mlp = nn.Sequential(
-            OrderedDict(fc1=Linear(width, 4 * width), act=nn.GELU(), fc2=Linear(4 * width, width))
+            OrderedDict(
+                fc1=XavierLinear(width, 4 * width),
+                act=nn.GELU(),
+                fc2=XavierLinear(4 * width, width),
+            )
         )
 
-    def drop_path(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
+    def drop_branch(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
             return x
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.rate)
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_branch(self.attn(self.norm1(x)))
+        return x + self.drop_branch(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; drop path grows linearly from 0 to its full rate at the last
-    block."""
+    """Blocks and a final norm. The blocks' drop_path grows linearly from 0 in the first to the
+    given value in the last."""
 
     def __init__(self, width: int, depth: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -189,13 +203,21 @@ class Transformer(nn.Module):
 
     def run_blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            if self.checkpointing:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
 
 class Encoder(Transformer):
-    """Cubes in, tokens out. frames and image_size default to the size's own; positions are
-    computed for any. ValueError if tokens do not fill the clip."""
+    """Cubes in, tokens out.
+
+    frames, image_size: of the clips (None: the size's own); ValueError unless tokens fill them.
+        Any are possible, since positions are computed. But a position is the index of a token in
+        the flattened grid: in another grid the same index lies elsewhere, and weights that were
+        trained on one grid have to learn the positions of another.
+    drop_path: see `Transformer`"""
 
     def __init__(
         self,
@@ -209,7 +231,8 @@ class Encoder(Transformer):
         c["image_size"] = image_size or c["image_size"]
         if c["frames"] % c["tubelet"] or c["image_size"] % c["patch"]:
             raise ValueError(
-                f"{c['frames']} x {c['image_size']}: not multiples of {c['tubelet']} x {c['patch']}"
+                f"frames {c['frames']}, image_size {c['image_size']}: "
+                f"expected multiples of {c['tubelet']} and {c['patch']}"
             )
         super().__init__(c["width"], c["depth"], c["heads"], drop_path)
         self.config = c
@@ -217,6 +240,7 @@ class Encoder(Transformer):
         self.grid = (c["frames"] // c["tubelet"], side, side)
         self.num_tokens = math.prod(self.grid)
         cube = (c["tubelet"], c["patch"], c["patch"])
+        # The weights are here under VideoMAE's key; `encode` applies them as one matrix product.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], cube, stride=cube)})
         positions = sincos_table(self.num_tokens, c["width"])
         self.register_buffer("pos_embed", positions, persistent=False)
@@ -224,20 +248,22 @@ class Encoder(Transformer):
     def cubes(self, video: Tensor) -> Tensor:
         shape = [3, self.config["frames"], self.config["image_size"], self.config["image_size"]]
         if list(video.shape[1:]) != shape:
-            raise ValueError(f"video {list(video.shape)}: expected a batch of {shape}")
+            raise ValueError(
+                f"video {list(video.shape)}: expected a batch of {shape} "
+                "(colours, frames, image_size, image_size)"
+            )
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
     def encode(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
-        """cubes [B,N,P], index [B,V,1] of the visible ones (None: all) -> [B,V,D]; the others
-        are never read."""
+        """cubes [B,N,P], index [B,V,1] of the visible ones (None: all) -> [B,V,D]. Nothing is
+        computed from the other cubes."""
         position = self.pos_embed
         if index is not None:
-            cubes = take(cubes, index)
-            position = take(position, index)
-        # a convolution whose stride is its kernel is one matrix product per cube: [D,3,2,16,16] ->
-        # [D,P]
+            cubes = pick_tokens(cubes, index)
+            position = pick_tokens(position, index)
+        # A convolution whose stride is its kernel is one matrix product per cube.
         proj = self.patch_embed["proj"]
-        weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # [D,3,2,16,16] -> [D,P]
         x = F.linear(cubes, weight, proj.bias) + position
         return self.norm(self.run_blocks(x))
 
@@ -245,67 +271,77 @@ class Encoder(Transformer):
 # ---- the contrastive loss ------------------------------------------------------------------------
 
 
-class AllGather(torch.autograd.Function):
-    """The rows of all ranks, [2,B,D] -> [2,ranks*B,D]; gradients come back summed over ranks."""
+class GatherWithGradient(torch.autograd.Function):
+    """Collects the rows of all ranks, [2,B,D] -> [2,ranks*B,D], and passes gradients back."""
 
     @staticmethod
     def forward(ctx, own):
-        return torch.cat(gather(own), dim=1)
+        return torch.cat(gather_ranks(own), dim=1)
 
     @staticmethod
     def backward(ctx, grad):
+        # The losses of the other ranks used our rows too: add up the gradients of all ranks and
+        # keep the part of our rows.
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
 
-def gather(own: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, which are of one shape, without a gradient."""
+def gather_ranks(own: Tensor) -> list[Tensor]:
+    """This tensor of every rank, without a gradient. It has the same shape on all ranks."""
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own.contiguous())
     return every
 
 
+SAME_TEXT = 0.999  # texts of a higher cosine count as one
+
+
 def info_nce(
     video_emb: Tensor, text_emb: Tensor, scale: Tensor | float, group: Tensor | None = None
 ) -> Tensor:
-    """Symmetric InfoNCE (CLIP, arXiv:2103.00020, fig. 3) of [B,D] and [B,D], of any length; scale
-    is 1 / temperature.
+    """The symmetric InfoNCE loss (CLIP, arXiv:2103.00020, fig. 3) of B videos and their texts.
 
-    Positives of each other, the target uniform over them, are samples of one video (equal numbers
-    in group, [B] integers; None: all differ) and samples of one caption (texts of cosine above
-    0.999).
+    video_emb, text_emb [B,D]: of any length; they are normalised here
+    scale: 1 / temperature
+    group [B] integers: equal for samples of one video (None: all differ)
 
-    Under torch.distributed a collective, with equal B: a rank's loss is the mean over its own rows
-    against everyone's columns. Gathering passes gradients back, so DistributedDataParallel averages
-    to the whole batch's gradient."""
+    Two samples are positives of each other if they have the same group or nearly the same text (a
+    cosine above 0.999). The target is spread equally over the positives of a row. These positives
+    are our choice.
+
+    Under torch.distributed every rank must call this, with the same B. The loss of a rank compares
+    its own rows with the columns of all ranks. The gradients that return through the gathering are
+    summed over ranks, and DistributedDataParallel then averages them: the result is the gradient of
+    the mean over the whole batch."""
     together = dist.is_available() and dist.is_initialized()
+    # [2,B,D]: both in one tensor, so that they are gathered at once
     own = torch.stack(
         [F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)]
-    )  # [2,B,D]
+    )
     if group is None:
         first = dist.get_rank() * len(video_emb) if together else 0
         group = first + torch.arange(len(video_emb), device=own.device)
-    every = AllGather.apply(own) if together else own  # [2,ranks*B,D]
-    every_group = torch.cat(gather(group)) if together else group  # [ranks*B]
+    every = GatherWithGradient.apply(own) if together else own  # [2,ranks*B,D]
+    every_group = torch.cat(gather_ranks(group)) if together else group  # [ranks*B]
     video, text = own
     every_video, every_text = every
-    # A sample is its own positive by its group: the product alone may be below 0.999 with itself
-    # (TF32), and 0 / 0 would follow.
-    same = (group[:, None] == every_group) | (text @ every_text.T > 0.999)
-    target = same / same.sum(dim=1, keepdim=True)
+    # The product of a text with itself may be rounded to less than 0.999 (TF32). Without the test
+    # of the group such a row would have no positive, and its target would be 0 / 0.
+    positive = (group[:, None] == every_group) | (text @ every_text.T > SAME_TEXT)
+    target = positive / positive.sum(dim=1, keepdim=True)
     to_text = F.cross_entropy(scale * video @ every_text.T, target)
     to_video = F.cross_entropy(scale * text @ every_video.T, target)
     return (to_text + to_video) / 2
 
 
 class ContrastiveHead(nn.Module):
-    """tokens [B,V,D], text [B,text_dim], group [B] -> InfoNCE of the tokens' projected mean and
-    the text, in float32."""
+    """tokens [B,V,D], text [B,text_dim], group [B] -> the InfoNCE loss between the projected mean
+    of the tokens and the text, in float32 under autocast, too."""
 
     def __init__(self, width: int, text_dim: int):
         super().__init__()
-        self.proj = Linear(width, text_dim, bias=False)
+        self.proj = XavierLinear(width, text_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, tokens: Tensor, text: Tensor, group: Tensor | None = None) -> Tensor:
@@ -315,9 +351,9 @@ class ContrastiveHead(nn.Module):
 
     @torch.no_grad()
     def limit_temperature(self) -> None:
-        """After each step of the optimiser, as open_clip: 1 / temperature stays between 1 and 100.
-        In the forward pass the limit would have no gradient, and the temperature could never come
-        back."""
+        """Keeps 1 / temperature between 1 and 100. Call it after each step of the optimiser, as
+        open_clip does. A limit in the forward pass would have no gradient outside its range, so
+        that the temperature could never return."""
         self.logit_scale.clamp_(0, math.log(100))
 
 
@@ -332,10 +368,10 @@ class MAEOutput(NamedTuple):
 class VideoMAE(nn.Module):
     """The masked autoencoder.
 
-    frames, image_size: of the clips (None: the size's own)
+    frames, image_size: of the clips (None: the size's own; see `Encoder`)
     text_dim: width of the text embeddings of the contrastive loss
-    nce_detach: stops the contrastive gradient at the encoder's output: the head trains, the encoder
-        is untouched (the paper's monitored contrastive loss)"""
+    nce_detach: stops the contrastive gradient at the encoder's output. Then the contrastive head
+        learns and the encoder is untouched (the contrastive loss that the paper only monitors)."""
 
     def __init__(
         self,
@@ -352,16 +388,16 @@ class VideoMAE(nn.Module):
         c = self.config
         self.grid = self.encoder.grid
         self.num_tokens = self.encoder.num_tokens
-        # PyTorch's initialisation, as VideoMAE
+        # with PyTorch's initialisation, as in VideoMAE
         self.encoder_to_decoder = nn.Linear(c["width"], c["decoder_width"], bias=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, c["decoder_width"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder = Transformer(c["decoder_width"], c["decoder_depth"], c["decoder_heads"])
-        self.decoder.head = Linear(c["decoder_width"], 3 * c["tubelet"] * c["patch"] ** 2)
+        self.decoder.head = XavierLinear(c["decoder_width"], 3 * c["tubelet"] * c["patch"] ** 2)
         self.contrastive = ContrastiveHead(c["width"], text_dim)
         positions = sincos_table(self.num_tokens, c["decoder_width"])
         self.register_buffer("pos_embed", positions, persistent=False)
-        self.register_buffer("rgb", torch.tensor([MEAN, STD]), persistent=False)
+        self.register_buffer("mean_and_std", torch.tensor([MEAN, STD]), persistent=False)
 
     def set_checkpointing(self, on: bool = True) -> None:
         self.encoder.set_checkpointing(on)
@@ -378,20 +414,22 @@ class VideoMAE(nn.Module):
     ) -> MAEOutput:
         """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> the two losses.
 
-        visible: how many tokens a row of the mask keeps, if the caller knows (see `split_mask`).
-        decoded: indices [B,M] of the masked tokens that the decoder sees and the loss is over
-            (VideoMAE V2, arXiv:2303.16727; None: all).
-        group: [B] integers, equal for samples of one video, which the contrastive loss takes for
-            one (None: all differ)."""
+        visible: how many tokens each row of the mask keeps (see `split_mask`)
+        decoded [B,M]: indices of the masked tokens that the decoder sees and predicts (VideoMAE V2,
+            arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked.
+        group [B] integers: equal for samples of one video, which are positives of each other in the
+            contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)
-        seen, hidden = split_mask(mask, visible)
-        if decoded is not None:
+        seen, masked = split_mask(mask, visible)
+        if decoded is None:
+            decoded = masked
+        else:
             torch._assert_async(mask.gather(1, decoded).all(), "decoded: not every token is masked")
-            hidden = decoded.unsqueeze(-1)
+            decoded = decoded.unsqueeze(-1)
         tokens = self.encoder.encode(cubes, seen)
-        prediction = self.decode(tokens, seen, hidden)
+        prediction = self.decode(tokens, seen, decoded)
         with torch.autocast(video.device.type, enabled=False):
-            target, _, _ = self.target(take(cubes, hidden))
+            target, _, _ = self.normalised_pixels(pick_tokens(cubes, decoded))
             loss_mae = F.mse_loss(prediction.float(), target)
         if text is None:
             return MAEOutput(loss_mae, None)
@@ -402,7 +440,7 @@ class VideoMAE(nn.Module):
     def encode(
         self, video: Tensor, mask: Tensor | None = None, visible: int | None = None
     ) -> Tensor:
-        """-> the visible tokens (without a mask, all) after the final norm, [B,V,D], in (t, h, w)
+        """The visible tokens (without a mask, all) after the final norm: [B,V,D], in (t, h, w)
         order."""
         cubes = self.encoder.cubes(video)
         if mask is None:
@@ -410,36 +448,40 @@ class VideoMAE(nn.Module):
         seen, _ = split_mask(mask, visible)
         return self.encoder.encode(cubes, seen)
 
-    def decode(self, tokens: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
-        """tokens [B,V,D] -> [B,M,P], M hidden ones; mask tokens go last and positions follow:
-        nothing is reordered."""
-        visible = self.encoder_to_decoder(tokens) + take(self.pos_embed, seen)
-        masked = self.mask_token + take(self.pos_embed, hidden)
-        x = self.decoder.run_blocks(torch.cat([visible, masked], dim=1))  # [B,V+M,decoder width]
+    def decode(self, tokens: Tensor, seen: Tensor, decoded: Tensor) -> Tensor:
+        """tokens [B,V,D], indices of the visible tokens [B,V,1] and of those to predict [B,M,1] ->
+        predicted cubes [B,M,P]. The mask tokens come after the visible ones: each token carries its
+        own position, so that order does not matter."""
+        visible = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, seen)
+        unknown = self.mask_token + pick_tokens(self.pos_embed, decoded)
+        x = self.decoder.run_blocks(torch.cat([visible, unknown], dim=1))  # [B,V+M,decoder width]
         x = x[:, seen.shape[1] :]
         return self.decoder.head(self.decoder.norm(x))
 
-    def target(self, cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """cubes [B,M,P] -> (target [B,M,P], mean, deviation [B,M,1,3]), float32: pixels in [0,1]
-        again, then each colour of each cube brought to mean 0 and deviation 1. Predicting 0
-        therefore costs about 1."""
-        x = cubes.float().unflatten(-1, (-1, 3)) * self.rgb[1] + self.rgb[0]  # [B,M,P/3,3]
-        mean = x.mean(dim=-2, keepdim=True)
-        deviation = x.var(dim=-2, keepdim=True).sqrt() + EPS
-        return ((x - mean) / deviation).flatten(-2), mean, deviation
+    def normalised_pixels(self, cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decoder predicts: cubes [B,M,P] -> (target [B,M,P], mean and deviation of the
+        pixels [B,M,1,3]), float32.
+
+        Pixels are brought back to [0,1], then each colour of each cube to mean 0 and deviation 1.
+        So the loss of predicting 0 everywhere is about 1."""
+        mean_of_data, std_of_data = self.mean_and_std
+        pixels = cubes.float().unflatten(-1, (-1, 3)) * std_of_data + mean_of_data  # [B,M,P/3,3]
+        mean = pixels.mean(dim=-2, keepdim=True)
+        deviation = pixels.var(dim=-2, keepdim=True).sqrt() + TARGET_EPS
+        return ((pixels - mean) / deviation).flatten(-2), mean, deviation
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor, mask: Tensor, visible: int | None = None) -> Tensor:
-        """-> [B,3,T,H,W] float32 in [0,1]: the video, its masked cubes replaced by predictions.
+        """The video with its masked cubes replaced by predictions: [B,3,T,H,W] float32 in [0,1].
 
-        Their mean and deviation are borrowed from the truth, which flatters the picture: say so in
-        its caption."""
+        The predictions get the mean and the deviation of the true cubes, which flatters the
+        picture: say so in its caption."""
         cubes = self.encoder.cubes(video)
-        seen, hidden = split_mask(mask, visible)
-        target, mean, deviation = self.target(cubes)
-        prediction = self.decode(self.encoder.encode(cubes, seen), seen, hidden).float()
-        target = target.scatter(1, hidden.expand_as(prediction), prediction)
-        pixels = (target.unflatten(-1, (-1, 3)) * deviation + mean).flatten(-2)
+        seen, masked = split_mask(mask, visible)
+        prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
+        normalised, mean, deviation = self.normalised_pixels(cubes)
+        normalised = normalised.scatter(1, masked.expand_as(prediction), prediction)
+        pixels = (normalised.unflatten(-1, (-1, 3)) * deviation + mean).flatten(-2)
         video = unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"])
         return video.clamp(0, 1)
 
@@ -448,8 +490,11 @@ class VideoMAE(nn.Module):
 
 
 class VideoViT(Encoder):
-    """The classifier in VideoMAE's fine-tuning layout: mean over tokens, fc_norm in place of
-    norm, dropout, head."""
+    """The classifier in the layout of VideoMAE's fine-tuning files: encoder without its final norm,
+    mean over tokens, fc_norm, dropout, head. The arguments are those of `Encoder`, and:
+
+    classes: number of outputs
+    head_dropout: probability of dropout before the head"""
 
     def __init__(
         self,
@@ -465,8 +510,8 @@ class VideoViT(Encoder):
         self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(head_dropout)
-        self.head = Linear(width, classes)
-        # VideoMAE's 0.02 * 0.001: starts from uniform predictions
+        self.head = XavierLinear(width, classes)
+        # VideoMAE's 0.02 * 0.001: training starts from almost uniform predictions.
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -479,9 +524,11 @@ class VideoViT(Encoder):
 
 
 def count_flops(model: VideoMAE, visible: int, decoded: int | None = None) -> tuple[int, int]:
-    """Multiply-adds (the literature's FLOPs) of one clip's forward pass with `visible` tokens
-    encoded and `decoded` others decoded (None: all others), (encoder, decoder), in matrix products:
-    ViT-B's encoder on all 1568 tokens, 180 G."""
+    """The cost of one clip's forward pass, (encoder, decoder), if `visible` tokens are encoded and
+    `decoded` others are decoded (None: all others).
+
+    It counts the multiply-adds of matrix products, which the literature calls FLOPs. The encoder of
+    ViT-B costs 180 G on all 1568 tokens."""
     c = model.config
     if decoded is None:
         decoded = model.num_tokens - visible
@@ -495,24 +542,28 @@ def count_flops(model: VideoMAE, visible: int, decoded: int | None = None) -> tu
 
 
 def block_flops(tokens: int, width: int) -> int:
-    """Multiply-adds of one block: qkv, proj and MLP, and attention's two products."""
+    """Multiply-adds of one block: of qkv, proj and MLP, and of the two products of attention."""
     return 12 * tokens * width**2 + 2 * tokens**2 * width
 
 
 def print_sizes() -> None:
+    from masking import RATIOS, masked_count
+
+    names_of_ratio = {}  # {0.9: ["random", "tube", "flow"], ...}
+    for name, ratio in RATIOS.items():
+        names_of_ratio.setdefault(ratio, []).append(name)
+    columns = [f"{', '.join(names)} {ratio}" for ratio, names in names_of_ratio.items()]
     print(
         "GFLOPs: multiply-adds of a clip's forward pass in pretraining, encoder + decoder "
         "(tokens kept)"
     )
-    ratios = {"random, tube, flow 0.9": 0.9, "motion 0.75": 0.75, "text 0.6": 0.6}
-    print("size  encoder  whole   tokens" + "".join(f"{masks:>25}" for masks in ratios))
+    print("size  encoder  whole   tokens" + "".join(f"{column:>25}" for column in columns))
     for size in SIZES:
         with torch.device("meta"):
             model = VideoMAE(size)
         row = f"{size:5}{millions(model.encoder):7.1f}M{millions(model):7.1f}M{model.num_tokens:7}"
-        t, h, w = model.grid
-        for ratio in ratios.values():
-            kept = t * (h * w - math.floor(ratio * h * w))
+        for ratio in names_of_ratio:
+            kept = model.num_tokens - masked_count(ratio, model.grid)
             encoder, decoder = count_flops(model, kept)
             cost = f"{encoder / 1e9:.3g} + {decoder / 1e9:.3g} ({kept})"
             row += f"{cost:>25}"

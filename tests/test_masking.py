@@ -319,6 +319,11 @@ def test_refusals():
     for ratio in (0, 0.01, 1, 1.5, -0.5):
         with pytest.raises(ValueError, match="mask ratio"):
             make_mask("tube", ratio, 1, (2, 4, 4))
+    noise = torch.rand(1, 32)
+    mask = make_mask("tube", 0.5, 1, (2, 4, 4), noise=noise)  # masks 16 tokens
+    assert masking.some_masked(mask, noise, 16).shape == (1, 16)
+    with pytest.raises(RuntimeError, match="not every row masks 17 tokens"):
+        masking.some_masked(mask, noise, 17)
 
 
 def test_cut_maps_known_answers():
@@ -468,6 +473,12 @@ def rows_and_columns(picture, step=128 + 4):
     return height // step, width // step
 
 
+def last_row(picture, columns=4, step=128 + 4):
+    """The tiles of the last row of a strip, as an array."""
+    width, height = picture.size
+    return np.asarray(picture.crop((width - columns * step, height - step, width, height)))
+
+
 def test_the_preview_draws_every_mask(world, tmp_path):
     import av
 
@@ -531,6 +542,9 @@ def test_the_preview_without_one_of_the_maps(copy):
         "--out",
         "mask.png",
     )
+    run("masking.py", *flags, cwd=copy)
+    with Image.open(copy / "mask.png") as picture:
+        whole = last_row(picture)  # the mask flow
     (copy / "data/val.motion.npy").rename(copy / "elsewhere.motion.npy")
     out = run("masking.py", *flags, cwd=copy)
     assert (
@@ -545,6 +559,8 @@ def test_the_preview_without_one_of_the_maps(copy):
     assert "text: left out" in run("masking.py", *flags, cwd=copy)
     with Image.open(copy / "mask.png") as picture:
         assert rows_and_columns(picture) == (2 + 4, 4)
+        # without the text masks the others draw the same noise
+        assert np.array_equal(last_row(picture), whole)
     (copy / "data/val.csv").write_text("path\nx.mp4\n")
     assert "is of another manifest; make it with: python saliency.py" in run(
         "masking.py", *flags, cwd=copy, fails=True
@@ -676,7 +692,7 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (
             ("--image-size", 8192),
             "--frames 8 --image-size 8192 --patch-size 16: "
-            "drawing that takes 739 GB of memory: ask for less",
+            "drawing that takes 190 GB of memory: ask for less",
         ),
         (
             ("--frames", 10000),
@@ -686,7 +702,7 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (
             ("--image-size", 512, "--patch-size", 1),
             "--frames 8 --image-size 512 --patch-size 1: "
-            "drawing that takes 660 GB of memory: ask for less",
+            "drawing that takes 110 GB of memory: ask for less",
         ),
         (
             ("--out", "nowhere/mask.png"),

@@ -552,6 +552,26 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"num_attention_heads": 4}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     refused("num_attention_heads: file 4", path=tmp_path / "hf")
+    config |= {"num_attention_heads": 2, "decoder_num_attention_heads": 4}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    refused("decoder_num_attention_heads: file 4, model 3", path=tmp_path / "hf")
+    del config["num_attention_heads"]  # then transformers takes 12
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    refused("num_attention_heads: file 12, model 2", path=tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text("[]")
+    refused("its config.json cannot be read", path=tmp_path / "hf")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/model.safetensors.index.json").write_text("{}")
+    refused("its weights are in several files", path=tmp_path / "shards")
+    torch.save(state, file)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", denied)
+        message = refused("cannot be read")
+    assert message == f"{file}: cannot be read (Permission denied)"
 
     assert all(torch.equal(v, mae.state_dict()[k]) for k, v in before.items())
     torch.save({"model": Payload()}, file)
@@ -636,7 +656,7 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     loss = mae(video, mask, decoded=decoded).loss_mae
     barred = mask.scatter(1, decoded, False)  # [B,N]
     cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
-    target, plain = mae.target(cubes)[0], F.scaled_dot_product_attention
+    target, plain = mae.normalised_pixels(cubes)[0], F.scaled_dot_product_attention
     tokens = mae.encoder.encode(cubes, seen)
     order = torch.cat([seen, every], 1)[..., 0]
     monkeypatch.setattr(
@@ -807,7 +827,7 @@ def test_masks_of_unequal_rows_are_refused():
     with pytest.raises(ValueError, match="expected a batch of .3, 4, 32, 32"):
         mae(video[:, :, :2], mask)
     for kwargs in (dict(frames=5), dict(image_size=40)):
-        with pytest.raises(ValueError, match="not multiples"):
+        with pytest.raises(ValueError, match="expected multiples of 2 and 16"):
             VideoMAE("nano", **kwargs)
 
 
@@ -824,7 +844,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
             and a.item() != b.item()
         )
     with torch.autocast("cpu", torch.bfloat16):
-        target = mae.target(patchify(video))[0]
+        target = mae.normalised_pixels(patchify(video))[0]
         nce = mae.contrastive(mae.encode(video, mask), text)
     assert target.dtype == nce.dtype == torch.float32
 
@@ -860,14 +880,14 @@ def test_compiles_to_one_graph_when_told_the_count():
 
 def test_drop_path_grows_linearly_and_keeps_the_mean():
     vit = VideoViT("tiny", classes=3, drop_path=0.4)
-    assert [b.rate for b in vit.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert [b.drop_path for b in vit.blocks] == pytest.approx([0, 0.2, 0.4])
     x = torch.ones(4000, 3, 2)
-    dropped = vit.blocks[2].train().drop_path(x)
+    dropped = vit.blocks[2].train().drop_branch(x)
     kept = dropped[:, 0, 0] > 0
     assert torch.equal(dropped[kept], x[kept] / 0.6) and torch.equal(dropped[~kept], 0 * x[~kept])
     assert kept.float().mean().item() == pytest.approx(0.6, abs=0.03)
-    assert torch.equal(vit.blocks[2].eval().drop_path(x), x)
-    assert torch.equal(vit.blocks[0].train().drop_path(x), x)
+    assert torch.equal(vit.blocks[2].eval().drop_branch(x), x)
+    assert torch.equal(vit.blocks[0].train().drop_branch(x), x)
 
 
 def test_initialisation_is_videomaes():
@@ -1073,9 +1093,11 @@ def test_huggingfaces_pipeline_classifies_a_clip_by_name(tmp_path):
 
 def test_names_that_do_not_fit_the_head_are_refused(tmp_path):
     vit = VideoViT("nano", classes=3)
-    for names in (["a", "b"], ["a", "b", "a"], ["a", "b", "c", "d"]):
-        with pytest.raises(ValueError, match=f"expected 3 different names, found {len(names)}"):
+    for names in (["a", "b"], ["a", "b", "a"], ["a", "b", "c", "d"], ["a", "b", "c", "a"]):
+        with pytest.raises(ValueError) as error:
             save_huggingface(vit, tmp_path / "hf", names)
+        found = f"found {len(names)} names, {len(set(names))} of them different"
+        assert str(error.value) == f"classes: expected 3 different names, {found}"
     assert not (tmp_path / "hf").exists()
 
 
@@ -1128,8 +1150,14 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
     save_huggingface(VideoMAE("nano"), tmp_path / "full")
     for taken in ("file", "full"):
         line = export(tmp_path / "official.pth", tmp_path / taken)
-        assert line == f"--out {tmp_path}/{taken}: is there already; remove it, or write elsewhere"
-    args = {"size": "nano", "frames": 4, "image_size": 32, "text_dim": 512}
+        assert (
+            line == f"--out {tmp_path}/{taken}: already exists; remove it, or choose another folder"
+        )
+    args = {"size": "nano", "frames": 4, "image_size": 32}
+    torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "part.pt")
+    line = export(tmp_path / "part.pt", tmp_path / "hf")
+    assert line == f"--export {tmp_path}/part.pt: not a checkpoint of pretrain.py or finetune.py"
+    args["text_dim"] = 512
     torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "mae.pt")
     assert "Not a directory" in export(tmp_path / "mae.pt", tmp_path / "file/hf")
     line = run("tgm.checkpoints", "--export", tmp_path / "mae.pt", fails=True)

@@ -1,15 +1,18 @@
-"""Checkpoints: reads VideoMAE's official files, Hugging Face's folders and our own; writes our own
-and Hugging Face's folders. Needs model.py; its command line needs the rest of tgm/, too.
+"""Checkpoints: reads VideoMAE's official files, Hugging Face's folders and our own files; writes
+our own files and Hugging Face's folders. Needs model.py; the command needs other files of tgm/.
 
     notes = load_pretrained(model, "videomae.pth")  # a VideoMAE or a VideoViT, of any clip size
-    print(summary_of(notes))                        # encoder loaded; not used: decoder (63 keys)
+    print(summary_of(notes))
+    # encoder loaded; new, as the file has none: contrastive head (2 keys)
     save_checkpoint(path, model=model.state_dict(), args=vars(args))
 
     # a checkpoint of pretrain.py or finetune.py as a folder for Hugging Face's transformers
     python -m tgm.checkpoints --export runs/finetune/best.pt --out hf
 
-Keys are VideoMAE's: "encoder.blocks.0.…", "decoder.blocks.0.…" for the autoencoder, "blocks.0.…"
-for the classifier. Position tables are in no file: the models compute them.
+In this file all keys are those of VideoMAE's pretraining files: "encoder.blocks.0.…",
+"decoder.blocks.0.…". A VideoViT has "blocks.0.…" for the first: its keys get "encoder." when a file
+is read, and lose it again before they are loaded. Position tables are in no file, because the
+models compute them.
 """
 
 import argparse
@@ -28,7 +31,9 @@ from model import EPS, MEAN, STD, VideoMAE, VideoViT
 
 State = dict[str, Tensor]
 
-HF_KEYS = [  # (ours, Hugging Face's); VideoViT's keys with "encoder." before them
+# (ours, Hugging Face's): pieces of keys, replaced from top to bottom. A longer piece comes before
+# one that is a part of it.
+HF_KEYS = [
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
     ("encoder.blocks.", "videomae.encoder.layer."),
     ("encoder.norm.", "videomae.layernorm."),
@@ -42,24 +47,27 @@ HF_KEYS = [  # (ours, Hugging Face's); VideoViT's keys with "encoder." before th
     (".mlp.fc2.", ".output.dense."),
     (".attn.", ".attention.attention."),
 ]
-SPLIT = ("query", "key", "value")  # Hugging Face cuts attn.qkv in these
+SPLIT = ("query", "key", "value")  # Hugging Face's three parts of attn.qkv
 DECODER = ("decoder.", "encoder_to_decoder.", "mask_token")
-CLASSIFIER = ("fc_norm.", "head.")
-PARTS = {  # that a file may lack, or a model leave
+CONTRASTIVE = ("contrastive.",)  # only our own files have it
+# What messages call the parts that a file may lack or a model may leave: beginnings of their keys.
+PARTS = {
     "decoder": DECODER,
-    "contrastive head": ("contrastive.",),
+    "contrastive head": CONTRASTIVE,
     "final norm": ("norm.", "fc_norm."),
     "classifier": ("head.",),
 }
-MOST_PROBLEMS = 8  # listed of a file that does not fit
+MOST_PROBLEMS = 8  # listed in the message about a file that does not fit
+# the values of a Hugging Face configuration that does not give them
+HF_DEFAULT_HEADS = {"num_attention_heads": 12, "decoder_num_attention_heads": 6}
 
 
 # ---- reading a file ------------------------------------------------------------------------------
 
 
 class Ignored:
-    """Stands for numpy's scalars while a checkpoint is opened. VideoMAE's optimiser state holds its
-    learning rates as such; nobody here reads them, so nothing of numpy's has to be let in."""
+    """Takes the place of numpy's numbers while a checkpoint is opened. The optimiser's state in
+    VideoMAE's files has some. Nobody here reads them, so that no code of numpy need be allowed."""
 
     def __init__(self, *_):
         pass
@@ -68,8 +76,9 @@ class Ignored:
         pass
 
 
-SAFE = [  # what torch.load lets in besides tensors: all of it inert
-    argparse.Namespace,  # VideoMAE's flags
+# What torch.load may build besides tensors. None of it can run code of the file's author.
+SAFE = [
+    argparse.Namespace,  # of VideoMAE's flags
     (Ignored, "numpy.dtype"),
     (Ignored, "numpy.core.multiarray.scalar"),  # as numpy 1 calls it
     (Ignored, "numpy._core.multiarray.scalar"),  # as numpy 2 calls it
@@ -77,23 +86,10 @@ SAFE = [  # what torch.load lets in besides tensors: all of it inert
 
 
 def read_checkpoint(path: str | Path) -> State:
-    """File or folder -> {key: tensor} under VideoMAE's names, those of VideoViT with "encoder."
-    before them. ValueError, one line with the file, where there is none that can be read safely."""
+    """File or folder -> {key: tensor}, with keys as at the top of this file. ValueError, one line
+    with the file, if there is no checkpoint that can be read safely."""
     file = weights_file(Path(path))
-    if not file.is_file():
-        raise ValueError(f"{file}: no checkpoint there")
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            with torch.serialization.safe_globals(SAFE):
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("model", state.get("module", state))  # DeepSpeed says "module"
-        state = {key: tensor.detach() for key, tensor in state.items()}
-    except Exception as error:  # garbage makes the parsers raise anything
-        reason = type(error).__name__
-        raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
-    return join_qkv(official_names(state), file)
+    return tensors_of(open_safely(file), file)
 
 
 def weights_file(path: Path) -> Path:
@@ -104,8 +100,46 @@ def weights_file(path: Path) -> Path:
     return path
 
 
+def open_safely(file: Path) -> Any:
+    """Everything that a file holds, without running code from it; ValueError as
+    `read_checkpoint`."""
+    if list(file.glob("*.index.json")):
+        raise ValueError(
+            f"{file}: its weights are in several files, which cannot be read; write them into one "
+            'with transformers: save_pretrained(folder, max_shard_size="100GB")'
+        )
+    if not file.is_file():
+        raise ValueError(f"{file}: no checkpoint there")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged file makes the parsers raise anything
+        reason = type(error).__name__
+        raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
+
+
+def tensors_of(content: Any, file: Path) -> State:
+    """The weights in the content of a file, with keys as at the top of this file; ValueError as
+    `read_checkpoint`."""
+    state = content
+    for key in ("model", "module"):  # DeepSpeed says "module"
+        if isinstance(content, dict) and key in content:
+            state = content[key]
+            break
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{file}: no checkpoint that can be read safely (expected named tensors)")
+    # Parameters would carry their gradients along.
+    state = {key: tensor.detach() for key, tensor in state.items()}
+    return join_qkv(official_names(state), file)
+
+
 def official_names(state: State) -> State:
-    """The tensors of any layout under VideoMAE's names, but query, key and value still apart."""
+    """The tensors of any layout under VideoMAE's names; query, key and value are still
+    separate."""
     if "embeddings.patch_embeddings.projection.weight" in state:  # a bare VideoMAEModel
         state = {"videomae." + key: tensor for key, tensor in state.items()}
     pairs = [(theirs, ours) for ours, theirs in HF_KEYS]
@@ -141,8 +175,8 @@ def join_qkv(state: State, file: Path) -> State:
 
 
 def head_classes(path: str | Path) -> int:
-    """How many classes the classifier in `path` has; ValueError if there is none, or no
-    checkpoint."""
+    """How many classes the classifier in `path` has; ValueError if it has no classifier or cannot
+    be read."""
     head = read_checkpoint(path).get("encoder.head.weight")
     if head is None:
         raise ValueError(f"{path}: holds no classifier")
@@ -150,12 +184,18 @@ def head_classes(path: str | Path) -> int:
 
 
 def saved_args(path: str | Path) -> dict[str, Any]:
-    """The flags that pretrain.py or finetune.py kept in their checkpoint; {} for anybody else's, or
-    none."""
+    """The flags that pretrain.py or finetune.py kept in their checkpoint. {} for any other file,
+    also for one that is missing or damaged: `load_pretrained` tells what is wrong with it."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["args"]
-    except Exception:  # other people's files are load_pretrained's to judge
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
         return {}
+    return args_of(content)
+
+
+def args_of(content: Any) -> dict[str, Any]:
+    """The flags in the content of a file, {} if it has none of ours."""
+    saved = content.get("args") if isinstance(content, dict) else None
     return saved if isinstance(saved, dict) else {}
 
 
@@ -163,35 +203,43 @@ def saved_args(path: str | Path) -> dict[str, Any]:
 
 
 class Fit(NamedTuple):
-    """How a model takes a file."""
+    """How a model takes a file. Parts are given by the beginnings of their keys."""
 
     state: State  # the file's tensors under the model's names
-    optional: Sequence[tuple[str, ...]]  # parts of the model that the file may lack as a whole
-    unused: tuple[str, ...]  # beginnings of keys that the model leaves
+    may_be_missing: Sequence[tuple[str, ...]]  # parts that the file may lack, but only as a whole
+    may_be_unused: tuple[str, ...]  # beginnings of the file's keys that the model may leave
 
 
 def fit_autoencoder(state: State) -> Fit:
-    """How VideoMAE takes a file; keys begin with "encoder." or are the decoder's."""
-    optional = [("contrastive.",), DECODER, ("encoder.norm.",)]  # a bare encoder may lack its norm
+    """How a VideoMAE takes a file:
+
+    pretrained       every key; the decoder or the contrastive head may be missing
+    a bare encoder   as pretrained; the final norm may be missing, too
+    fine-tuned       the encoder, with fc_norm as its final norm, without the classifier. This norm
+                     is our choice: fc_norm was trained on the mean of the tokens."""
+    may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
     fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
-    if fine_tuned:  # fc_norm becomes the final norm
+    if fine_tuned:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
-        return Fit(state, optional, unused=("encoder.head.",))
-    # a pretraining checkpoint, or a bare encoder
-    return Fit(state, optional, unused=())
+        return Fit(state, may_be_missing, may_be_unused=("encoder.head.",))
+    return Fit(state, may_be_missing, may_be_unused=())
 
 
 def fit_classifier(state: State, new_head: bool) -> Fit:
-    """How VideoViT takes a file; keys that are not the decoder's begin with "encoder."."""
+    """How a VideoViT takes a file:
+
+    pretrained                      the encoder without its final norm; fc_norm and head stay new
+    fine-tuned, with new_head       all but the head, which stays new
+    fine-tuned, without new_head    every key"""
     state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
-    pretrained = not any(key.startswith(CLASSIFIER) for key in state)
-    if pretrained:  # fc_norm is new, and the pretraining's norm is left
-        return Fit(state, [CLASSIFIER], unused=("norm.", "contrastive.", *DECODER))
-    if new_head and "head.weight" in state:  # fine-tuned, for other classes
+    norm_and_head = ("fc_norm.", "head.")
+    pretrained = not any(key.startswith(norm_and_head) for key in state)
+    if pretrained:
+        return Fit(state, [norm_and_head], may_be_unused=("norm.", *CONTRASTIVE, *DECODER))
+    if new_head and "head.weight" in state:
         state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-        return Fit(state, [("head.",)], unused=())
-    # fine-tuned, for the same classes
-    return Fit(state, [], unused=())
+        return Fit(state, [("head.",)], may_be_unused=())
+    return Fit(state, [], may_be_unused=())
 
 
 def load_pretrained(
@@ -207,7 +255,14 @@ def load_pretrained(
     Whatever else does not fit raises ValueError, one line with keys and shapes, and nothing is
     loaded."""
     path = Path(path)
-    state = read_checkpoint(path)
+    return load_state(model, read_checkpoint(path), path, new_head)
+
+
+def load_state(
+    model: VideoMAE | VideoViT, state: State, path: Path, new_head: bool = False
+) -> list[str]:
+    """As `load_pretrained`, of tensors that were read from `path` before."""
+    problems = wrong_heads(model, path, state)
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
@@ -215,50 +270,55 @@ def load_pretrained(
     own = model.state_dict()
     missing = [key for key in own if key not in fit.state]
     unused = [key for key in fit.state if key not in own]
-    absent = ()  # the optional parts of which the file has nothing
-    for part in fit.optional:
+    # A part that is only partly in the file is an error.
+    absent_prefixes = ()
+    for part in fit.may_be_missing:
         if not any(key.startswith(part) for key in fit.state):
-            absent += part
+            absent_prefixes += part
 
-    problems = wrong_heads(model, path)
     for key, tensor in fit.state.items():
         if key in own and tensor.shape != own[key].shape:
             problems.append(f"{key}: file {list(tensor.shape)}, model {list(own[key].shape)}")
-    problems += [f"missing {key}" for key in missing if not key.startswith(absent)]
-    problems += [f"unexpected {key}" for key in unused if not key.startswith(fit.unused)]
+    problems += [f"missing {key}" for key in missing if not key.startswith(absent_prefixes)]
+    problems += [f"unexpected {key}" for key in unused if not key.startswith(fit.may_be_unused)]
     if problems:
-        if len(problems) > MOST_PROBLEMS:  # a file of another size: every key
+        if len(problems) > MOST_PROBLEMS:  # in a file of another size every key is wrong
             problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
         raise ValueError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(fit.state, strict=False)
     return [f"missing {key}" for key in missing] + [f"unused {key}" for key in unused]
 
 
-def wrong_heads(model: VideoMAE | VideoViT, folder: Path) -> list[str]:
-    """[what is wrong] if a Hugging Face folder's model has another number of heads, which leaves no
-    trace in the shapes; else []."""
+def wrong_heads(model: VideoMAE | VideoViT, folder: Path, state: State) -> list[str]:
+    """Compares the numbers of heads with the config.json of a Hugging Face folder, since shapes do
+    not show them. Returns the problems; none for a file, which has no config.json."""
     file = folder / "config.json"
     if not file.is_file():
         return []
     try:
-        heads = json.loads(file.read_text()).get("num_attention_heads")
-    except (ValueError, AttributeError):
+        config = HF_DEFAULT_HEADS | json.loads(file.read_text())
+    except (ValueError, TypeError):
         return ["its config.json cannot be read"]
-    if heads in (None, model.config["heads"]):
-        return []
-    return [f"num_attention_heads: file {heads}, model {model.config['heads']}"]
+    expected = {"num_attention_heads": model.config["heads"]}
+    with_decoder = any(key.startswith("decoder.") for key in state)
+    if with_decoder and isinstance(model, VideoMAE):
+        expected["decoder_num_attention_heads"] = model.config["decoder_heads"]
+    problems = []
+    for name, heads in expected.items():
+        if config[name] != heads:
+            problems.append(f"{name}: file {config[name]}, model {heads}")
+    return problems
 
 
 def summary_of(notes: list[str]) -> str:
-    """What `load_pretrained` returned, in words: "encoder loaded; not used: decoder (63 keys)"."""
+    """What `load_pretrained` returned, in words, such as "encoder loaded; not used: classifier (2
+    keys)"."""
     if not notes:
         return "every key loaded"
     counts = {"unused": Counter(), "missing": Counter()}
     for note in notes:
         kind, key = note.split(" ", 1)
-        key = key.removeprefix("encoder.")
-        part = next(name for name, beginnings in PARTS.items() if key.startswith(beginnings))
-        counts[kind][part] += 1
+        counts[kind][part_of(key)] += 1
     sentences = ["encoder loaded"]
     for kind, words in (("unused", "not used"), ("missing", "new, as the file has none")):
         listed = [f"{part} ({number} keys)" for part, number in counts[kind].items()]
@@ -267,22 +327,33 @@ def summary_of(notes: list[str]) -> str:
     return "; ".join(sentences)
 
 
+def part_of(key: str) -> str:
+    """The name in PARTS of the part that a key belongs to."""
+    for name, beginnings in PARTS.items():
+        if key.removeprefix("encoder.").startswith(beginnings):
+            return name
+    raise KeyError(key)
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: Path, **content: Any) -> None:
-    """torch.save(content, path), written aside and renamed: whatever happens, `path` is a whole
-    checkpoint, this one or the last. OSError, with the path and the reason, if it cannot be."""
+    """Write `content` with torch.save into another file beside `path`, then rename that to `path`.
+    So a program that is stopped, or a disk that is full, leaves the last checkpoint whole. (The
+    file is not forced to the disk: a power cut may damage it.) OSError, with the path and the
+    reason, if it cannot be written."""
     temporary = path.with_name(path.name + ".new")
     try:
-        # given the name alone, torch keeps the reason of a failure to itself
+        # Given an open file, not a name, torch passes on why a write failed.
         with open(temporary, "wb") as file:
             torch.save(content, file)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__  # torch's own hides it
+        # torch's own RuntimeError hides the OSError that it came from
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         message = f"cannot be written, the last checkpoint is kept ({cause.strerror})"
@@ -293,18 +364,18 @@ def save_huggingface(
     model: VideoMAE | VideoViT, folder: str | Path, classes: Sequence[str] | None = None
 ) -> None:
     """Write a folder that transformers' from_pretrained opens: config.json, model.safetensors and
-    preprocessor_config.json, which AutoImageProcessor and pipelines want.
+    preprocessor_config.json, which AutoImageProcessor and pipelines need.
 
-    VideoMAE (but its contrastive head) becomes VideoMAEForPreTraining, VideoViT becomes
+    A VideoMAE becomes a VideoMAEForPreTraining and loses its contrastive head; a VideoViT becomes a
     VideoMAEForVideoClassification. classes: the names of a VideoViT's classes, in the order of its
     outputs (None: their numbers); ValueError unless there is one for each.
 
-    transformers fixes the epsilon of decoder.norm and fc_norm at 1e-5, ours is 1e-6: equal outputs
-    need those two set by hand."""
+    transformers fixes the epsilon of decoder.norm and fc_norm at 1e-5, and ours is 1e-6: for equal
+    outputs set those two by hand."""
     folder = Path(folder)
     config = huggingface_config(model)
     if isinstance(model, VideoViT):
-        config |= huggingface_classes(model.head.out_features, classes)
+        config |= huggingface_labels(model.head.out_features, classes)
     processor = huggingface_processor(model.config["image_size"])
     folder.mkdir(parents=True, exist_ok=True)
     state = huggingface_state(model)
@@ -315,9 +386,12 @@ def save_huggingface(
 
 def huggingface_config(model: VideoMAE | VideoViT) -> dict[str, Any]:
     c = model.config
+    architecture = "VideoMAEForPreTraining"
+    if isinstance(model, VideoViT):
+        architecture = "VideoMAEForVideoClassification"
     return {
         "model_type": "videomae",
-        "architectures": ["VideoMAEForPreTraining"],
+        "architectures": [architecture],
         "layer_norm_eps": EPS,
         "use_mean_pooling": isinstance(model, VideoViT),
         "num_frames": c["frames"],
@@ -335,20 +409,24 @@ def huggingface_config(model: VideoMAE | VideoViT) -> dict[str, Any]:
     }
 
 
-def huggingface_classes(outputs: int, classes: Sequence[str] | None) -> dict[str, Any]:
-    """The entries of config.json that a classifier has besides."""
+def huggingface_labels(outputs: int, classes: Sequence[str] | None) -> dict[str, Any]:
+    """The names of the classes, as config.json has them."""
     names = [str(name) for name in (range(outputs) if classes is None else classes)]
-    if len(set(names)) != outputs or len(names) != outputs:
-        raise ValueError(f"classes: expected {outputs} different names, found {len(names)}")
+    different = len(set(names))
+    if len(names) != outputs or different != outputs:
+        raise ValueError(
+            f"classes: expected {outputs} different names, "
+            f"found {len(names)} names, {different} of them different"
+        )
     return {
-        "architectures": ["VideoMAEForVideoClassification"],
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
     }
 
 
 def huggingface_processor(image_size: int) -> dict[str, Any]:
-    """What preprocessor_config.json says: the middle square, normalised as by model.normalize."""
+    """The content of preprocessor_config.json: the middle square of each frame, normalised as by
+    `model.normalize`."""
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,
@@ -365,7 +443,7 @@ def huggingface_processor(image_size: int) -> dict[str, Any]:
 
 
 def huggingface_state(model: VideoMAE | VideoViT) -> State:
-    """The tensors under Hugging Face's names, qkv cut in three."""
+    """The tensors under Hugging Face's names, with qkv cut into three."""
     prefix = "encoder." if isinstance(model, VideoViT) else ""
     state = {}
     for key, tensor in model.state_dict(prefix=prefix).items():
@@ -386,18 +464,22 @@ def huggingface_state(model: VideoMAE | VideoViT) -> State:
 def export(path: str | Path, folder: str | Path) -> VideoMAE | VideoViT:
     """Write the checkpoint `path`, pretrain.py's or finetune.py's, as a Hugging Face folder, and
     return the model. ValueError, one line with the file, if it is neither's."""
-    state = read_checkpoint(path)
-    saved = saved_args(path)
-    if not {"size", "frames", "image_size"} <= saved.keys():
+    file = Path(path)
+    content = open_safely(file)
+    state = tensors_of(content, file)
+    saved = args_of(content)
+    fine_tuned = "encoder.head.weight" in state
+    needed = {"size", "frames", "image_size", "classes" if fine_tuned else "text_dim"}
+    if not needed <= saved.keys():
         raise ValueError(f"{path}: not a checkpoint of pretrain.py or finetune.py")
     shape = {"frames": saved["frames"], "image_size": saved["image_size"]}
-    if "encoder.head.weight" in state:
+    if fine_tuned:
         classes = saved["classes"]
         model = VideoViT(saved["size"], len(classes), **shape)
     else:
         classes = None
         model = VideoMAE(saved["size"], text_dim=saved["text_dim"], **shape)
-    load_pretrained(model, path)
+    load_state(model, state, file)
     save_huggingface(model, folder, classes)
     return model
 
@@ -407,10 +489,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--export", type=Path, required=True, metavar="FILE", help="our checkpoint, to be converted"
+        "--export",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a checkpoint of pretrain.py or finetune.py",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder to write for transformers"
+        "--out", type=Path, required=True, metavar="FOLDER", help="the folder to write"
     )
     return parser.parse_args(argv)
 
@@ -419,16 +505,16 @@ def run(argv: list[str] | None = None) -> None:
     from tgm.run import RunError
 
     args = parse_args(argv)
-    if args.out.is_file() or weights_file(args.out).is_file():
-        raise RunError(f"--out {args.out}: is there already; remove it, or write elsewhere")
+    if weights_file(args.out).is_file():
+        raise RunError(f"--out {args.out}: already exists; remove it, or choose another folder")
     try:
         model = export(args.export, args.out)
     except ValueError as error:
         raise RunError(f"--export {error}") from None
-    opened = "VideoMAEForPreTraining.from_pretrained"
+    how_to_open = "VideoMAEForPreTraining.from_pretrained"
     if isinstance(model, VideoViT):
-        opened = 'pipeline("video-classification", model=...)'
-    print(f"{args.out}: transformers opens it with {opened}")
+        how_to_open = 'pipeline("video-classification", model=...)'
+    print(f"{args.out}: transformers opens it with {how_to_open}")
 
 
 def main(argv: list[str] | None = None) -> None:
