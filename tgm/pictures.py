@@ -1,10 +1,11 @@
-"""Pictures of clips: maps as colours over frames, masked tokens in grey, as one strip or moving.
+"""Pictures of clips, still or moving: maps as colours over the frames, masked tokens in grey.
 
     tiles = draw_tiles(clip, {"text 0.6": mask}, grid, saliency=maps)
     draw_strip(tiles, slices=8, title="a title").save("mask.png")
     write_video("mask.mp4", draw_frames(tiles), fps=5)
 
-A tile is what one row of the picture shows: frames of one clip, float [T, H, W, 3] in [0, 1].
+A tile is what one row of the still picture shows: the frames of a clip with one map or one mask
+drawn over them, float [T, H, W, 3] in [0, 1].
 
 Shapes: T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens.
 """
@@ -26,12 +27,13 @@ from torchvision.utils import flow_to_image, save_image
 from model import VideoMAE, normalize
 from tgm.run import RunError
 
-STILL = (".png", ".jpg", ".jpeg", ".webp", ".pdf")  # endings of pictures
+# what names of files may end in
+STILL = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 MOVING = (".mp4", ".gif", ".mov", ".mkv")
-GREY = 0.55  # of masked tokens
+GREY = 0.55  # brightness of masked tokens
 GAP = 4  # pixels between tiles
-SMALLEST = 14  # pixels of the smallest letters
-COLUMNS = 3  # tiles of a line in moving pictures
+SMALLEST = 14  # size of the smallest letters, in pixels
+COLUMNS = 3  # tiles in a line of a moving picture
 
 Tiles = dict[str, Tensor]
 
@@ -46,12 +48,12 @@ def draw_tiles(
     saliency: Tensor | None = None,
     motion: Tensor | None = None,
 ) -> Tiles:
-    """What a clip, its maps and its masks look like: {name: tile}.
+    """Draws a clip, its maps and its masks: {name: tile}.
 
     clip float [3, T, H, W] in [0, 1]
     masks {name: bool [N]}
     saliency [t, h, w]
-    motion [t, 2, h, w], drawn in the colours of Baker et al. (the hue is the direction)"""
+    motion [t, 2, h, w], drawn in the colours of Baker et al.: the hue shows the direction"""
     frames = clip.permute(1, 2, 3, 0)  # [T, H, W, 3]
     shape = frames.shape[:3]
     tiles = {"clip": frames}
@@ -69,13 +71,13 @@ def draw_tiles(
 
 
 def enlarge(maps: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """One number per token [t, h, w] -> float32, one per pixel: shape (T, H, W)."""
+    """One number per token [t, h, w] -> one number per pixel: float32 of shape (T, H, W)."""
     return F.interpolate(maps.float()[None, None], shape, mode="nearest")[0, 0]
 
 
 def heat(values: Tensor) -> Tensor:
-    """Colours float [..., H, W], scaled to [0, 1] within the picture, from blue over white to red:
-    float [..., H, W, 3]."""
+    """Numbers [..., H, W] -> colours float [..., H, W, 3]: blue for the lowest number of them all,
+    white for the middle of the range, red for the highest."""
     low = values.min()
     high = values.max()
     scaled = (values - low) / (high - low).clamp(min=1e-6)
@@ -86,7 +88,7 @@ def heat(values: Tensor) -> Tensor:
 
 
 def tint(frames: Tensor, colours: Tensor) -> Tensor:
-    """Frames under colours through which they can be seen."""
+    """Lays transparent colours over the frames."""
     return 0.35 * frames + 0.65 * colours
 
 
@@ -94,12 +96,12 @@ def tint(frames: Tensor, colours: Tensor) -> Tensor:
 
 
 def draw_strip(tiles: Tiles, slices: int, title: str) -> Image.Image:
-    """What `draw_tiles` gives as one picture: the title, then one row per tile, its name before it,
-    and one column per token slice (its first frame). The letters grow with the picture."""
+    """Draws tiles as one picture: below the title one row per tile, with its name on the left, and
+    one column per token slice, which shows its first frame."""
     frames, size = tiles["clip"].shape[:2]
     side = tile_side(size)
     step = side + GAP
-    # to be read when the picture is shrunk to a page, too
+    # The letters grow with the picture, so that they can be read when it is shrunk to a page.
     letters = min(max(SMALLEST, slices * step // 55), max(SMALLEST, side // 4))
     font = ImageFont.load_default(size=letters)
     names = {name: wrap(name, font, side, lines=3) for name in tiles}
@@ -120,14 +122,15 @@ def draw_strip(tiles: Tiles, slices: int, title: str) -> Image.Image:
 
 
 def draw_frames(tiles: Tiles) -> list[Image.Image]:
-    """The same as moving pictures: one per frame, three tiles a line, each under its name."""
+    """Draws tiles as the pictures of a video, one per frame: three tiles in a line, each under its
+    name."""
     frames, size = tiles["clip"].shape[:2]
     side = tile_side(size)
     step = side + GAP
     font = ImageFont.load_default(size=max(SMALLEST, side // 9))
     head = math.ceil(1.4 * font.size)
     lines = math.ceil(len(tiles) / COLUMNS)
-    width = COLUMNS * step // 2 * 2  # H.264 wants even sides
+    width = COLUMNS * step // 2 * 2  # H.264 needs even sides
     height = lines * (step + head) // 2 * 2
     names = {name: wrap(name, font, side, lines=1) for name in tiles}
     pictures = []
@@ -144,8 +147,8 @@ def draw_frames(tiles: Tiles) -> list[Image.Image]:
 
 
 def tile_side(size: int) -> int:
-    """The side of the drawn tiles of a clip of `size` pixels: a whole multiple, so that pixels stay
-    sharp, of at least 65 pixels and at most 128, or `size` where that is more."""
+    """The side at which tiles of `size` pixels are drawn: the largest whole multiple up to 128
+    pixels, so that pixels stay sharp, or `size` itself if that is more."""
     return size * max(1, 128 // size)
 
 
@@ -156,8 +159,8 @@ def to_picture(frame: Tensor, side: int) -> Image.Image:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> str:
-    """`text` in at most `lines` lines of at most `width` pixels, joined; what is too long ends in
-    dots."""
+    """Breaks `text` into at most `lines` lines of at most `width` pixels. A text that is too long
+    is cut and ends in dots."""
     text = " ".join(text.split())[:1000]
     for columns in range(min(len(text), int(width)), 0, -1):
         wrapped = textwrap.wrap(text, columns, max_lines=lines, placeholder="…")
@@ -174,7 +177,7 @@ def text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
 
 
 def drawing_bytes(tiles: int, frames: int, slices: int, size: int) -> int:
-    """The memory that so many tiles take, with a strip and moving pictures of them."""
+    """The memory that it takes to draw so many tiles, both as a strip and as a video."""
     floats = 4 * frames * size**2
     pixels = (frames + slices) * tile_side(size) ** 2
     return 3 * tiles * (floats + pixels)
@@ -187,16 +190,16 @@ def require_writable(
     flag: str, path: Path, endings: tuple[str, ...], source: str | None = None
 ) -> None:
     """RunError, naming the flag, unless `path` ends in one of `endings`, can be written, and is not
-    the file `source` that is to be drawn."""
+    `source`, the file that is to be drawn."""
     if path.suffix.lower() not in endings:
         raise RunError(f"{flag} {path}: expected a name that ends in {', '.join(endings)}")
-    there = path.exists()
-    if there and source is not None and Path(source).exists() and path.samefile(source):
+    exists = path.exists()
+    if exists and source is not None and Path(source).exists() and path.samefile(source):
         raise RunError(f"{flag} {path}: is the video that is to be drawn")
     try:
         with open(path, "ab"):
             pass
-        if not there:
+        if not exists:
             path.unlink()
     except OSError as error:
         raise RunError(f"{flag} {path}: cannot be written ({error.strerror})") from None
@@ -204,7 +207,8 @@ def require_writable(
 
 @contextlib.contextmanager
 def saving(flag: str, path: Path) -> Iterator[None]:
-    """RunError, naming the flag, where what happens inside cannot draw or write the file."""
+    """Turns errors of the code inside, which draws and writes `path`, into a RunError that names
+    the flag."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -212,7 +216,7 @@ def saving(flag: str, path: Path) -> Iterator[None]:
 
 
 def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
-    """Writes pictures as a GIF, or as H.264 in the container that the name says."""
+    """Writes pictures as a GIF if the name ends in .gif, else as H.264 video."""
     if Path(path).suffix.lower() == ".gif":
         first, *others = pictures
         first.save(path, save_all=True, append_images=others, loop=0, duration=1000 / fps)

@@ -1,4 +1,5 @@
-"""One row of a manifest, to look at: its middle clip and its stored maps, or why there are none.
+"""Reads what masking.py draws of one row of a manifest: a clip from the middle of the video, and
+the stored maps or the reason why one is missing.
 
     videos = read_rows("data/train.csv", row=3)
     stored = read_stored("data/train.csv", None, videos, row=3, caption=0)
@@ -30,10 +31,10 @@ class Clip(NamedTuple):
 
 
 class Stored(NamedTuple):
-    title: str  # the video's name, and the caption that the saliency is of
+    title: str  # the video's name and the caption to which the saliency belongs
     saliency: Tensor | None  # [S, G, G]
     motion: Tensor | None  # [S, 2, G, G]
-    missing: dict[str, str]  # {"saliency" or "motion": why there is none, and the remedy}
+    missing: dict[str, str]  # {"saliency" or "motion": why it is missing, and the remedy}
 
 
 def read_rows(data: str, row: int) -> Videos:
@@ -45,7 +46,8 @@ def read_rows(data: str, row: int) -> Videos:
 
 
 def read_clip(video: Video, frames: int, stride: int, image_size: int, tubelet: int) -> Clip:
-    """The middle of a video's time and its middle square; RunError if it cannot be read."""
+    """A clip from the middle of the video, cut to its middle square. RunError if it cannot be
+    read."""
     try:
         with VideoReader(video.path) as reader:
             start, end = reader.span(video)
@@ -61,17 +63,18 @@ def read_clip(video: Video, frames: int, stride: int, image_size: int, tubelet: 
 
 
 def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption: int) -> Stored:
-    """The maps that saliency.py stored for a row, of one of its captions.
+    """The maps that saliency.py stored for a row and for one of its captions.
 
-    prefix: PREFIX.saliency.npy and PREFIX.motion.npy are read (None: the manifest's own)
+    prefix: read PREFIX.saliency.npy and PREFIX.motion.npy (None: the manifest's own)
 
-    One kind of map may be missing; RunError or ManifestError if both are, or if one cannot be used.
-    """
+    One kind of map may be missing. RunError or ManifestError if both are missing, or if one cannot
+    be used."""
     prefix = prefix or str(Path(data).with_suffix(""))
     saliency_path = Path(f"{prefix}.saliency.npy")
     motion_path = Path(f"{prefix}.motion.npy")
     title = videos[row].name
-    saliency = motion = None
+    saliency = None
+    motion = None
     missing = {}
     if saliency_path.exists() or not motion_path.exists():
         saliency, text = read_saliency(data, saliency_path, videos, row, caption)
@@ -93,24 +96,25 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
     return Stored(title, saliency, motion, missing)
 
 
-def saliency_commands(data):
+def saliency_commands(data: str) -> str:
     return f"python caption.py --data {data} && python saliency.py --data {data}"
 
 
-def motion_command(data):
+def motion_command(data: str) -> str:
     return f"python saliency.py --data {data} --cue motion"
 
 
 def read_saliency(
     data: str, path: Path, videos: Videos, row: int, caption: int
 ) -> tuple[Tensor, str]:
-    """-> (the saliency of a row for one of its captions [S, G, G], that caption)."""
+    """The saliency of a row for one of its captions, [S, G, G], and that caption."""
     remedy = saliency_commands(data)
     captions_path = arrays.companion(data, "captions.jsonl")
     captions = arrays.read_captions(captions_path, videos, remedy)[row]
     expect = {}
     if path == arrays.companion(data, "saliency.npy"):
-        # a saliency of other captions than these is stale; elsewhere it may be an experiment's
+        # The manifest's own saliency must belong to its captions, or it is out of date. A file in
+        # another place may be of an experiment.
         expect["captions"] = arrays.file_hash(captions_path)
     saliency, _ = arrays.open_array(path, videos, remedy, **expect)
     video = videos[row]
@@ -132,20 +136,20 @@ def read_saliency(
 
 
 def read_motion(data: str, path: Path, videos: Videos, row: int) -> Tensor | None:
-    """The motion field of a row [S, 2, G, G], or None where its row is empty."""
+    """The motion field of a row [S, 2, G, G], or None if the row is empty."""
     motion, _ = arrays.open_array(path, videos, motion_command(data))
     field = torch.from_numpy(motion[row].copy())
     return field if field.isfinite().all() else None
 
 
 def why_uncaptioned(path: Path, row: int) -> str:
-    """The reason that caption.py wrote down for a row without captions."""
+    """The reason that caption.py gave for a row without captions."""
     entry = json.loads(path.read_text(encoding="utf-8").splitlines()[row])
     return entry.get("error", "caption.py found none")
 
 
 def why_unreadable(video: Video) -> str | None:
-    """The reason why a video cannot be read; None if it can."""
+    """The reason why a video cannot be read, or None if it can."""
     try:
         with VideoReader(video.path) as reader:
             reader.read([0])
