@@ -258,15 +258,15 @@ def test_decoding_half_of_the_masked_tokens(copy, monkeypatch, mask):
     half = (*flags, "--decoder-keep", 0.5)
     assert (
         "60 of 144 visible" in (out := run("pretrain.py", *half, "--out", "whole", cwd=copy))
-        and "; 18 reconstructed" in out
+        and "; 42 reconstructed" in out
     )
-    assert set(counts) == {(28, 18)}
+    assert set(counts) == {(60, 42)}
     run("pretrain.py", *half, "--out", "parts", "--max-steps", 3, cwd=copy)
     run("pretrain.py", *half, "--out", "parts", "--resume", "auto", cwd=copy)
     whole, parts = weights(copy / "whole"), weights(copy / "parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     run("pretrain.py", *flags, "--out", "default", cwd=copy)
-    assert counts[-1] == (28, 36)
+    assert counts[-1] == (60, 84)
     run("pretrain.py", *flags, "--decoder-keep", 1, "--out", "one", cwd=copy)
     default, one = weights(copy / "default"), weights(copy / "one")
     assert all(torch.equal(default[key], one[key]) for key in one) and not torch.equal(
