@@ -21,7 +21,7 @@ from PIL import Image
 
 import finetune
 import model as models
-from tgm import evaluation, resume
+from tgm import checkpoints, evaluation, resume
 from tgm.manifest import read_manifest
 from tgm.sampling import Views
 
@@ -144,7 +144,7 @@ def test_a_sample_is_a_function_of_seed_epoch_row_and_repeat(world):
     data[1, 3]
     torch.manual_seed(99)
     assert torch.equal(again[2, 7]["clip"], first["clip"]) and first["label"].tolist() == [7] * 3
-    assert first["clip"].shape == (3, 3, 8, 32, 32) and first["clip"].dtype == torch.uint8
+    assert first["clip"].shape == (3, 3, 8, 48, 48) and first["clip"].dtype == torch.uint8
     assert not torch.equal(first["clip"][0], first["clip"][1]) and not torch.equal(
         data[1, 7]["clip"], first["clip"]
     )
@@ -154,7 +154,7 @@ def test_every_frame_is_augmented_alike(world):
     """Eight copies of one frame stay eight copies of one frame, whatever is done to them."""
     data = clips_of(world, "--erase", 1)
     frames = torch.randint(
-        0, 256, (1, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0, 256, (1, 3, 72, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     ).expand(8, -1, -1, -1)
     seen = []
     for seed in range(20):
@@ -163,8 +163,8 @@ def test_every_frame_is_augmented_alike(world):
         seen.append(clip[:, 0])
     assert len(torch.stack(seen).unique(dim=0)) == 20
     plain = clips_of(world, "--erase", 0, "--rand-augment", 0, 0, "--crop-scale", 1, 1, "--no-flip")
-    square = frames[..., :48]
-    expected = F.interpolate(square.float(), (32, 32), mode="bilinear", antialias=True).transpose(
+    square = frames[..., :72]
+    expected = F.interpolate(square.float(), (48, 48), mode="bilinear", antialias=True).transpose(
         0, 1
     )
     assert (
@@ -319,7 +319,7 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         [video.label for video in read_manifest(world / f"data/{split}.csv")]
         for split in ("train", "val")
     ]
-    assert summary["majority"] in {
+    assert pytest.approx(summary["majority"]) in {
         np.mean([label == common for label in labels[1]])
         for common in set(labels[0])
         if labels[0].count(common) == max(map(labels[0].count, labels[0]))
@@ -680,7 +680,7 @@ def test_others_checkpoints(world, tmp_path):
     torch.manual_seed(0)
     model = models.VideoViT("tiny", classes=3)
     model.head.weight.data.normal_()
-    models.save_huggingface(model, tmp_path / "hf")
+    checkpoints.save_huggingface(model, tmp_path / "hf")
     lines = (world / "data/val.csv").read_text().splitlines()[1:8]
     (tmp_path / "numbers.csv").write_text(
         "path,label\n"
@@ -766,7 +766,7 @@ def test_refusals_name_what_mends(copy):
         "finetune.py", *TINY, "--val", "data/none.csv", cwd=copy, fails=True
     )
     (copy / "data/other.csv").write_text("path,label\nvideos/val/00000.mp4,juggle\n")
-    assert "none of its labels is among the classes grow" in run(
+    assert "none of its labels is among the classes move down" in run(
         "finetune.py", *TINY, "--val", "data/other.csv", cwd=copy, fails=True
     )
     if not torch.cuda.is_available():
@@ -957,7 +957,7 @@ def test_dropout_before_the_head():
     assert set(model.state_dict()) == set(models.VideoViT("tiny", classes=4).state_dict())
     seen = []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    video = torch.randn(64, 3, 8, 32, 32)
+    video = torch.randn(64, 3, 8, 48, 48)
     model.train()
     model(video)
     model.eval()
@@ -1129,7 +1129,7 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
     flags = (*TINY, "--views", 1, 1, "--out", "run")
     run("finetune.py", *flags, "--max-steps", 1, cwd=copy)
     assert (copy / "run/test.json").exists()
-    (copy / "data/bad.csv").write_text("path,label\nnone.mp4,spin\n")
+    (copy / "data/bad.csv").write_text("path,label\nnone.mp4,spin left\n")
     (copy / "data/none.mp4").write_bytes(b"")
     line = run(
         "finetune.py",
@@ -1222,13 +1222,14 @@ def test_the_best_of_several_ranks(copy, ranks):
     (copy / "late.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import model, finetune
+import finetune
+from tgm import checkpoints
 from tgm.run import launch
-save = model.save_checkpoint
+save = checkpoints.save_checkpoint
 def late(path, **content):
     time.sleep(0.5)
     save(path, **content)
-model.save_checkpoint = late
+checkpoints.save_checkpoint = late
 launch(finetune.main)
 """)
     flags = [

@@ -369,8 +369,8 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
             if sampling == "uniform"
             else clip_times(0, 2.4, 10, 8, 2, where)
         )
-        frames = read_frames(folder / "1.mp4", times, 32)
-        for crop in (frames[:, :, :32], frames[:, :, 16:48], frames[:, :, 32:]):
+        frames = read_frames(folder / "1.mp4", times, 48)
+        for crop in (frames[:, :, :48], frames[:, :, 24:72], frames[:, :, 48:]):
             with torch.no_grad():
                 tokens = model.encode(
                     normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None])
@@ -418,13 +418,13 @@ def test_random_views_are_a_pure_function_of_seed_row_and_view(wide, tmp_path):
     videos = read_manifest(folder / "all.csv")
 
     def views(videos, flip=False, augment=20, seed=0):
-        sizes = {"frames": 8, "stride": 2, "image_size": 32}
+        sizes = {"frames": 8, "stride": 2, "image_size": 48}
         return RandomViews(videos, augment=augment, flip=flip, seed=seed, **sizes)
 
     plain, flipped = (views(videos, flip=flip)[1][1] for flip in (False, True))
     fewer = views(videos[1:], augment=2)[0]  # the row counts, not the place in the list
     assert fewer[0] == 1 and torch.equal(fewer[1], plain[:2])
-    assert plain.shape == (20, 3, 8, 32, 32) and plain.dtype == torch.uint8
+    assert plain.shape == (20, 3, 8, 48, 48) and plain.dtype == torch.uint8
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(plain, flipped)]
     assert 3 < sum(mirrored) < 17 and all(
         torch.equal(a, b) for a, b, mirror in zip(plain, flipped, mirrored) if not mirror
@@ -638,7 +638,7 @@ def test_unreadable_unknown_and_few(copy):
     flags = (*UNTRAINED, *FAST, "--attentive", "--clips", 1, "--out", "p")
     lines = (copy / "data/val.csv").read_text().splitlines()
     lines[1] = "missing.mp4" + lines[1][lines[1].index(",") :]
-    lines[2] = lines[2].split(",")[0] + ",fly,bird,a bird"
+    lines[2] = lines[2].split(",")[0] + ",fly,bird,sky,a bird,a bird"
     (copy / "data/val.csv").write_text("\n".join(lines) + "\n")
     out = run("linprobe.py", *flags, cwd=copy)
     assert "classes without a training video count as wrong: fly" in out
