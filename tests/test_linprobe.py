@@ -376,8 +376,8 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
                     normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None])
                 )[0]
             means.append(tokens.mean(0))
-            # (t h w) 4 4 4 -> 2 2 1
-            pooled.append(tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96))
+            # (t h w) 4 6 6 -> 2 2 1
+            pooled.append(tokens.reshape(2, 2, 2, 3, 6, 96).mean((1, 3, 4)).reshape(4, 96))
     features, stored = of(tmp_path, "test.features"), of(tmp_path, "test.tokens")
     assert (features.shape, features.dtype, stored.shape, stored.dtype) == (
         (4, 96),

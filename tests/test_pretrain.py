@@ -19,7 +19,7 @@ from conftest import ENVIRONMENT, ROOT, run
 
 import masking
 import pretrain
-from tgm import resume, sampling
+from tgm import checkpoints, resume, sampling
 
 TINY = (
     "--size",
@@ -715,7 +715,7 @@ def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
     def kill(*_, **__):
         raise Killed
 
-    monkeypatch.setattr(pretrain.models, "save_checkpoint", kill)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", kill)
     with pytest.raises(Killed):
         run("pretrain.py", *TINY, "--out", "run", "--resume", "none", cwd=copy)
     monkeypatch.undo()

@@ -5,7 +5,9 @@ sampling.py, training.py and video.py.
     batches = batches_from(step, loader, schedule)                  training batches without end
 """
 
+import errno
 import multiprocessing
+import sys
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -29,6 +31,20 @@ WORKER_ENDED = (
     "decodes in the run itself and shows where)"
 )
 LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
+
+
+def begin_worker(_):
+    """The worker_init_fn of every loader. Besides the signals it silences a thread of Python's in
+    which tensors wait to be fetched: where it finds too many open files it tries again, and prints
+    a traceback each time. The run says the reason once."""
+    ignore_signals(_)
+    shown = sys.excepthook
+
+    def show(kind, error, traceback):
+        if getattr(error, "errno", None) != errno.EMFILE:
+            shown(kind, error, traceback)
+
+    sys.excepthook = show
 
 
 # ---- lists of items, for stages whose rows stand alone -------------------------------------------
@@ -74,7 +90,7 @@ def make_loader(dataset, batch_size: int, workers: int, **options) -> ListLoader
         batch_size,
         num_workers=workers,
         collate_fn=share,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
         **options,
     )
 
@@ -100,7 +116,7 @@ def make_clip_loader(
         num_workers=workers,
         pin_memory=machine.on_gpu,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
     )
 
 
