@@ -533,7 +533,7 @@ def test_damaged_captioners_are_refused(videos, tmp_path):
     source = ROOT / "data/toy/blip"
     for name, spoil in {
         "shape": lambda folder: (folder / "config.json").write_text(
-            (source / "config.json").read_text().replace('"vocab_size": 21', '"vocab_size": 33')
+            (source / "config.json").read_text().replace('"vocab_size": 19', '"vocab_size": 33')
         ),
         "half": lambda folder: (folder / "model.safetensors").write_bytes(
             (source / "model.safetensors").read_bytes()[:-5000]
