@@ -37,6 +37,13 @@ first of equals; the test set is used once.
              them: 2 V M D bytes per video on disk, by default 0.4 MB for a base model, so 95 GB for
              Kinetics-400.
 
+The contrastive head (tgm/textprobe.py). A checkpoint of pretrain.py that was trained with captions
+is asked two more things of the test videos; a video's embedding is its feature, projected.
+  zero-shot  is its class the most similar of those named in val.classes.npy, which
+             saliency.py --cue classes makes? Top-1 and top-5 of --label-column; no training.
+  retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
+             and the reverse? Recall, chance and the median rank of the first right answer.
+
 Uncertainty. --seeds repetitions differ in split, order and initial weights. The table shows their
 mean accuracy and its 95 % intervals, over seeds (Student's t) and over test videos (bootstrap);
 neither covers another pretraining run. A video that fails is left out of training and counts as
@@ -91,6 +98,7 @@ from tgm.run import (
     torchrun_ranks,
     writing,
 )
+from tgm.textprobe import find_head, print_head, probe_head
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DECAYS = (0.0, 1e-4, 1e-2)
@@ -552,12 +560,16 @@ def main(argv=None):
     if rank > 0 or arrays is None:
         return
     result = probe_all(videos, arrays, encoder.model.config["heads"], args)
+    head = find_head(args.checkpoint)
+    features = arrays["test"]["features"]
+    result |= probe_head(head, features, videos["test"], args.test, seed=args.seed)
     path = args.out / f"{args.label_column.replace('/', '_')}.json"
     aside = path.with_name(path.name + ".new")
     with writing(path):
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
     print_table(result)
+    print_head(result)
 
 
 if __name__ == "__main__":
