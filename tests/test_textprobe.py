@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import toy
+import toy_report
 from conftest import CLIP, run
 
 from tgm.checkpoints import read_checkpoint
@@ -222,6 +223,28 @@ def test_equal_and_permuted_embeddings(own):
     assert result["zero_shot"] == 0 and "  top-1           0.000 (0.167)" in out
     for way in ("video_to_text", "text_to_video"):
         assert result[way]["recall_1"] == 0 and result[way]["median_rank"] > 1
+
+
+def test_the_demos_table(own):
+    """Of known embeddings: the head knows all, and its shuffled outputs about as much as chance."""
+    video = known_features(own)
+    rewrite(own / "data/val.text.npy", video[:, None])
+    of_class = np.array(labels(own))
+    classes = np.stack([video[of_class == number].mean(0) for number in range(6)])
+    rewrite(own / "data/val.classes.npy", classes / np.linalg.norm(classes, axis=1)[:, None])
+    probe(own)
+    rows = list(toy_report.head_rows(own / "data", own / "runs"))
+    assert [row[0] for row in rows] == [
+        "object, top-1",
+        *[
+            f"{way}, recall at {most}"
+            for way in ("video to text", "text to video")
+            for most in (1, 5)
+        ],
+    ]
+    assert [row[1] for row in rows] == [1.0] * 5
+    assert all(row[2] < 0.5 for row in rows) and rows[0][3] == pytest.approx(1 / 6)
+    assert [row[3] for row in rows[1:]] == pytest.approx([1 / 24, 5 / 24] * 2)
 
 
 def test_ties_and_names(own):
