@@ -49,10 +49,10 @@ Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older cod
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
-Classes. Line i of the file --classes is class i; a name should be what the label column calls it.
-Each --prompt, with the name in the place of {}, makes a text of it; the class is the mean of its
-texts, of unit length again. The default is "a video of {}."; --clip-templates takes the 80 prompts
-that CLIP's authors wrote for ImageNet's photos.
+Classes. Line i of the file --classes, from 0, is the name of class i; the label column holds names
+or these numbers. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
+of its texts, of unit length again. The default, "a video of {}.", suits videos; --clip-templates
+takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
@@ -396,6 +396,13 @@ def fill_rows(arrays, cue, items):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def prompt_text(text):
+    """A type for argparse: a text in which {} stands for a name."""
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"expected {{}} where the name goes, found {text!r}")
+    return text
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
@@ -481,13 +488,6 @@ def parse_args(argv=None):
         args.prompt = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     args.prompt = args.prompt or [PROMPT]
     return args
-
-
-def prompt_text(text):
-    """A type for argparse: a text in which {} stands for a name."""
-    if "{}" not in text:
-        raise argparse.ArgumentTypeError(f"expected {{}} where the name goes, found {text!r}")
-    return text
 
 
 @one_line_errors

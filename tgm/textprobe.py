@@ -113,12 +113,14 @@ def probe_head(
 def probe_zero_shot(
     head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels; ManifestError if no array of their names serves."""
+    """Zero-shot accuracy on the labels, which are names of classes or their numbers; ManifestError
+    if no array of names serves."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
     classes, about = open_classes(path, remedy)
     refuse_other_clip(path, head, classes.shape[1], about)
-    number = {name: index for index, name in enumerate(about["names"])}
+    number = {str(index): index for index in range(len(classes))}  # labels may be numbers
+    number |= {name: index for index, name in enumerate(about["names"])}
     unknown = sorted({video.label for video in videos} - set(number))
     labels = np.array([number.get(video.label, -1) for video in videos])
     if (labels < 0).all():
@@ -170,7 +172,7 @@ def print_head(result: dict) -> None:
     mark = " (monitored head)" if result.get("monitored_head") else ""
     if "zero_shot" in result:
         classes = result["zero_shot_classes"]
-        print(f"zero-shot of {classes} classes{mark}")
+        print(f"zero-shot of {classes} classes, chance in brackets{mark}")
         for name, key, most in (("top-1", "zero_shot", 1), ("top-5", "zero_shot_top5", 5)):
             low, high = result[f"{key}_bootstrap"]
             chance = min(1, most / classes)
@@ -178,7 +180,7 @@ def print_head(result: dict) -> None:
             print(f"  {name:<16}{accuracy:<16}95 %, videos: {low:.3f} to {high:.3f}")
     if "video_to_text" in result:
         columns = "".join(f"{f'recall at {most}':<16}" for most in MOST)
-        print(f"{f'retrieval{mark}':<28}{columns}median rank")
+        print(f"{f'retrieval{mark}':<28}{columns}median rank of the first right answer")
         for name, key in (("video to text", "video_to_text"), ("text to video", "text_to_video")):
             ranks = result[key]
             cells = [
