@@ -3,6 +3,7 @@ known answers through the command line, and wrong uses.
 """
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -320,6 +321,9 @@ def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
     )
     path = own / "data/val.classes.json"
     about = json.loads(path.read_text())
+    folder = os.path.relpath(CLIP.removeprefix("local-dir:"), own)  # the same one
+    path.write_text(json.dumps(about | {"clip": f"local-dir:{folder}"}))
+    assert "zero-shot of 6 classes" in probe(own)[0]
     path.write_text(json.dumps(about | {"clip": "ViT-B-16"}))
     assert (
         "no zero-shot: data/val.classes.npy: made with clip ViT-B-16, the checkpoint's head was "

@@ -12,6 +12,7 @@ CLIP's texts. Both measures need an array beside the test manifest: val.classes.
 Shapes: N videos, D width of the encoder, E of CLIP's embeddings, C classes.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from tgm.evaluation import bootstrap
 from tgm.manifest import ManifestError, Video
 from tgm.zeroshot import Ranks, retrieval, zero_shot
 
+FOLDER = "local-dir:"  # how open_clip's name of a folder begins
 MOST = (1, 5, 10)  # recall is counted among so many answers
 CLIP = ("clip", "pretrained", "activation")  # what a .json says of the model that embedded texts
 
@@ -64,6 +66,14 @@ def project(head: TextHead, features: np.ndarray) -> np.ndarray:
     return video / np.linalg.norm(video, axis=1, keepdims=True)
 
 
+def identity(about: dict, key: str) -> str | None:
+    """What a .json says of CLIP; of a folder, where it is, however it is written."""
+    value = about.get(key)
+    if value is not None and value.startswith(FOLDER):
+        return FOLDER + os.path.realpath(value.removeprefix(FOLDER))
+    return value
+
+
 def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> None:
     """ManifestError if an array of texts, `width` wide, is not of the CLIP the head was trained
     with, as far as the text array of its training is still there to tell."""
@@ -72,8 +82,10 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
             f"{path}: has {width} dimensions, the checkpoint's head {len(head.weight)}: "
             "make it with the CLIP of the training"
         )
+    if not head.about:
+        return
     for key in CLIP:
-        if head.about and about.get(key) != head.about.get(key):
+        if identity(about, key) != identity(head.about, key):
             raise ManifestError(
                 f"{path}: made with {key} {about.get(key)}, the checkpoint's head was trained with "
                 f"{head.about.get(key)}: make it with the CLIP of the training"
