@@ -403,6 +403,22 @@ def prompt_text(text):
     return text
 
 
+def add_classes_flags(parser):
+    classes = parser.add_argument_group("--cue classes")
+    classes.add_argument("--classes", metavar="FILE", help="text file: line i is class i's name")
+    prompts = classes.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt",
+        nargs="+",
+        type=prompt_text,
+        metavar="TEXT",
+        help=f"texts with {{}} for the name, whose mean is taken (default: {PROMPT!r})",
+    )
+    prompts.add_argument(
+        "--clip-templates", action="store_true", help="CLIP's 80 prompts for ImageNet"
+    )
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
@@ -454,19 +470,7 @@ def parse_args(argv=None):
         default=5,
         help="frames around a moment that a codec's field averages",
     )
-    classes = parser.add_argument_group("--cue classes")
-    classes.add_argument("--classes", metavar="FILE", help="text file: line i is class i's name")
-    prompts = classes.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt",
-        nargs="+",
-        type=prompt_text,
-        metavar="TEXT",
-        help=f"texts with {{}} for the name, whose mean is taken (default: {PROMPT!r})",
-    )
-    prompts.add_argument(
-        "--clip-templates", action="store_true", help="CLIP's 80 prompts for ImageNet"
-    )
+    add_classes_flags(parser)
     add_run_flags(parser, batch_size=16)
     args = parse_run_flags(parser, argv)
     if args.cue != "motion" and (args.flow or args.flow_weights):

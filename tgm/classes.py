@@ -12,6 +12,7 @@ Shapes: C classes, P prompts, D embedding.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,13 @@ def embed_names(
 ) -> np.ndarray:
     """The mean of a class's texts, which are the prompts with its name in the place of {}: float16
     [C, D], unit length."""
-    texts = [[prompt.replace("{}", name) for prompt in prompts] for name in names]
-    embedded = embed_texts(model, tokenizer, sum(texts, []), device)
-    means = [torch.stack([embedded[text] for text in of_class]).mean(0) for of_class in texts]
+    of_class = {}
+    for name in names:
+        of_class[name] = [prompt.replace("{}", name) for prompt in prompts]
+    embedded = embed_texts(model, tokenizer, chain.from_iterable(of_class.values()), device)
+    means = []
+    for texts in of_class.values():
+        means.append(torch.stack([embedded[text] for text in texts]).mean(0))
     return F.normalize(torch.stack(means), dim=-1).half().numpy()
 
 

@@ -1,6 +1,6 @@
-"""What the contrastive head of a checkpoint of pretrain.py knows of a test set: the class of a video
-without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs the
-rest of tgm/; the mathematics is in zeroshot.py.
+"""What the contrastive head of a checkpoint of pretrain.py knows of a test set: the classes of its
+videos, without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs
+the rest of tgm/; the mathematics is in zeroshot.py.
 
     head = find_head("runs/text/checkpoint.pt")
     result = probe_head(head, features, videos, "data/val.csv")
