@@ -18,8 +18,8 @@ for split in train val; do run caption.py --data data/$split.csv --model data/to
 
 step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv); the codec says what moves"
 clip="--clip local-dir:data/toy/clip --moments 8"
-run saliency.py --data data/train.csv $clip
-for dense in last value self; do run saliency.py --data data/val.csv $clip --dense $dense --out $out/$dense; done
+for split in train val; do run saliency.py --data data/$split.csv $clip; done
+for dense in last value; do run saliency.py --data data/val.csv $clip --dense $dense --out $out/$dense; done
 run saliency.py --data data/train.csv --cue motion --grid 8
 
 step "4/6  Masks: the clip, its saliency, its motion and every mask in one picture, and moving"
@@ -30,6 +30,9 @@ run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --
     --workers 2 --log-every 31 --picture-every 4 --out $out/text --resume auto
 
 step "6/6  Probes: what the frozen features know of action, object and scene; an untrained encoder's as baseline"
+printf '%s\n' circle square triangle cross ring moon > $out/shapes.txt
+run saliency.py --data data/val.csv --cue classes --clip local-dir:data/toy/clip --classes $out/shapes.txt \
+    --prompt "a red {}" "a green {}" "a blue {}" "a yellow {}" "a purple {}" "a white {}"
 for label in label object scene; do
     run linprobe.py --checkpoint $out/text/checkpoint.pt --label-column $label
     run linprobe.py --checkpoint none --size tiny --out $out/untrained --label-column $label

@@ -8,7 +8,7 @@ Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32
 
     # CPU, the toy world: 20 seconds
     python linprobe.py --checkpoint runs/text/checkpoint.pt
-    # its baseline: the same encoder, untrained
+    # its baseline: an untrained encoder (give its --frames, --stride, --image-size, too)
     python linprobe.py --checkpoint none --size tiny
     torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips
@@ -16,37 +16,49 @@ Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32
 
 Features (tgm/features.py) are the mean of the encoder's tokens after its final norm, over V
 unmasked views of a video: --clips clips spread evenly over it times --crops squares along the
-frame's long side. With --augment A a training video has A random views instead (clip, multi-scale
-crop, half of them mirrored), and each epoch of the linear probe draws one of them. Features are
-extracted once: a second run, for another --label-column or after a kill, reads only the videos that
-are missing.
+frame's long side. The views' features are averaged before a probe sees them (finetune.py averages
+the classifier's answers). With --augment A a training video has A random views instead (clip,
+multi-scale crop, half of them mirrored), and each epoch of the linear probe draws one of them.
+Features are extracted once: a second run, for another --label-column or after a kill, reads only
+the videos whose features are missing.
 
-Probes. Their settings are chosen on a tenth of the *training* set that is held out for it, the
-first of equals; the test set is used once.
+Probes: videos -> views -> features -> choose a setting -> train -> test. A setting is chosen on a
+tenth of the *training* set that is held out for it, never on the test set. Of equally good settings
+the first in the list is taken.
   linear     one linear layer on features standardised by training-set statistics; SGD with momentum
              0.9, cosine. --protocol sweep: all learning rates x weight decays in one batched
-             product, then the best again on the whole training set. --protocol videomae: VideoMAE's
-             one published setting, learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or
-             the training set, if it is smaller), 100 epochs of which 10 warm up.
+             product, then the best again on the whole training set. --protocol videomae, made for
+             augmented clips (--augment): VideoMAE's one published setting, learning rate 0.1 x
+             batch / 256, no weight decay, batch 1024 (or the training set, if it is smaller), 100
+             epochs of which 10 warm up.
   knn        the k nearest by cosine vote with weight exp(similarity / 0.07) (Wu et al. 2018, arXiv
              1805.01978); random views are averaged
   attentive  one learned query cross-attends, with the encoder's number of heads, over the
-             layer-normed tokens, then one linear layer: V-JEPA's probe (arXiv 2404.08471) without
-             its MLP block; AdamW, cosine, 20 epochs, the learning rate chosen with the first seed;
-             always on clean views. Each view's tokens are average-pooled to --token-grid, M of
-             them: 2 V M D bytes per video on disk, by default 0.4 MB for a base model, so 95 GB for
-             Kinetics-400.
+             layer-normed tokens, then one linear layer: like V-JEPA's probe (arXiv 2404.08471)
+             without its MLP block; AdamW, cosine, 20 epochs, the learning rate chosen with the
+             first seed; always on clean views. Each view's tokens are average-pooled to
+             --token-grid, M of them: 2 V M D bytes per video on disk, by default 0.4 MB for a base
+             model, so 95 GB for Kinetics-400.
 
-Uncertainty. --seeds repetitions differ in split, order and initial weights. The table shows their
-mean accuracy and its 95 % intervals, over seeds (Student's t) and over test videos (bootstrap);
-neither covers another pretraining run. A video that fails is left out of training and counts as
-wrong in the test set, as does a class without a training video.
+The contrastive head (tgm/textprobe.py). A checkpoint of pretrain.py that was trained with captions
+is asked two more things of the test videos; a video's embedding is its feature, projected.
+  zero-shot  is its class the most similar of those named in val.classes.npy, which
+             saliency.py --cue classes makes? Top-1 and top-5 of --label-column; no training.
+  retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
+             and the reverse? Recall, chance and the median rank of the first right answer.
 
-SIGTERM and Ctrl-C end an extraction after its batch, and the probes at once; the next run goes on
-from the features it finds.
+Uncertainty. --seeds repetitions differ in the held-out split (not the attentive probe's), and in
+order and initial weights (kNN has neither). The table shows their mean accuracy and its 95 %
+intervals, over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
+independent); neither covers another pretraining run, nor another untrained encoder. A video that
+fails is left out of training and counts as wrong in the test set, as does a class without a
+training video.
+
+SIGTERM and Ctrl-C: an extraction stops after the current batch, the probes stop at once. The next
+run uses the features that are there.
 
 Shapes: N videos, N' test videos, V views, A random views, M tokens kept of a view, D width,
-C classes, L settings, S seeds, B batch."""
+C classes, L settings, S seeds, B batch, K neighbours."""
 
 import argparse
 import datetime
@@ -92,10 +104,11 @@ from tgm.run import (
     torchrun_ranks,
     writing,
 )
+from tgm.textprobe import find_head, print_head, probe_head
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DECAYS = (0.0, 1e-4, 1e-2)
-PROTOCOLS = {  # learning rates are for batches of 256; a smaller training set is a single batch
+PROTOCOLS = {
     "sweep": {
         "settings": [{"rate": rate, "decay": decay} for rate in RATES for decay in DECAYS],
         "training": {"epochs": 50, "warmup": 0, "batch": 256},
@@ -110,12 +123,13 @@ ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 # ---- the probes ----------------------------------------------------------------------------------
 # A probe is a function (train, labels, test, settings, seed) -> for each of the L settings the
-# predicted classes of the test videos, [L, N'].
+# predicted classes of the test videos, [L, N']. train and test have a length and can be indexed by
+# rows: tensors, or TokenRows.
 
 
 def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, batch=256):
-    """The linear probe. train [N, A, D], test [N', A', D], whose views are averaged; settings:
-    [{"rate": for batches of 256, "decay": of weights}, ...]."""
+    """The linear probe. train [N, A, D]; test [N', 1 or A, D], averaged over its views; settings:
+    [{"rate": for batches of 256, "decay": of weights and biases}, ...]."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
     train = (train - mean) / deviation
@@ -131,8 +145,8 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
     """Trains one linear layer for each setting as torch.optim.SGD would alone, with momentum 0.9.
 
     features: [N, A, D], of which every epoch draws one of the A views. Returns weights [L, D+1, C],
-    the last row being the bias. The layers are columns of one matrix, so that a step is two matrix
-    products for all of them."""
+    the last row being the bias. The layers are columns of one matrix, first all classes of the
+    first setting, so that a step is two matrix products for all of them."""
     count, views, width = features.shape
     device = features.device
     generator = torch.Generator().manual_seed(seed)
@@ -140,6 +154,7 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
     weight = F.pad(weight, (0, 0, 0, 1))  # [D+1, C], the bias 0
     weight = weight.repeat(1, len(settings)).to(device)  # [D+1, L*C]
     velocity = torch.zeros_like(weight)
+    # rates are given for batches of 256, and grow with the batch; a small training set is one batch
     scale = min(batch, count) / 256
     rate = torch.tensor([setting["rate"] * scale for setting in settings], device=device)
     rate = rate.repeat_interleave(classes)  # [L*C]
@@ -155,6 +170,7 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
             logits = (x @ weight).unflatten(1, (-1, classes))  # [B, L, C]
             # the cross-entropy's gradient by the logits: softmax - target
             error = (logits.softmax(-1) - one_hot[labels[index]]).flatten(1)  # [B, L*C]
+            # in place, as copies of [D+1, L*C] would cost time:
             # velocity = 0.9 * velocity + x.T @ error / B
             velocity.addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
             # velocity = velocity + decay * weight
@@ -174,14 +190,14 @@ def schedule(epoch, epochs, warmup=0):
 
 def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
     """The nearest-neighbour probe. train, test: as in `linear`, all views averaged; settings:
-    [{"k": neighbours}, ...]. The seed changes nothing."""
+    [{"k": neighbours, or all if there are fewer}, ...]. The seed changes nothing."""
     train = F.normalize(train.mean(1), dim=1)
     test = F.normalize(test.mean(1), dim=1)
     most = min(max(setting["k"] for setting in settings), len(train))
     nearest = [(chunk @ train.T).topk(most, dim=1) for chunk in test.split(256)]
     similarity = torch.cat([found.values for found in nearest])  # [N', K], the nearest first
     label = labels[torch.cat([found.indices for found in nearest])]
-    weight = ((similarity - 1) / temperature).exp()
+    weight = ((similarity - 1) / temperature).exp()  # - 1: at most 1; it changes no vote
     predicted = []
     for setting in settings:
         k = setting["k"]
@@ -192,9 +208,10 @@ def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
 
 
 class AttentiveProbe(torch.nn.Module):
-    """tokens [B, M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then a
-    linear layer. What another linear map absorbs is left out: the norm's scale and shift, biases of
-    keys and values, an output projection."""
+    """tokens [B, V*M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then
+    a linear layer. Left out is what would not add to what it can express: a bias of keys cancels in
+    the softmax; the norm's scale and shift, a bias of values and an output projection merge into
+    key, value or head."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
@@ -208,10 +225,11 @@ class AttentiveProbe(torch.nn.Module):
         heads = len(self.query)
         key = self.key.weight.unflatten(0, (heads, -1))  # [heads, D / heads, D]
         value = self.value.weight.unflatten(0, (heads, -1))
-        # With one query no token needs a key or a value of its own: q . Kx = K'q . x, and the mean
-        # of Vx is V of the mean.
+        # With one query no token needs a key or a value of its own: the product of q and Kx is that
+        # of K^T q and x, and the weighted mean of Vx is V of the weighted mean of x.
         query = (self.query @ key).squeeze(1) / key.shape[1] ** 0.5  # [heads, D]
-        pooled = (tokens @ query.T).softmax(1).mT @ tokens  # [B, heads, D]
+        attention = (tokens @ query.T).softmax(1)  # [B, V*M, heads]
+        pooled = attention.mT @ tokens  # [B, heads, D]
         return self.head((value @ pooled.unsqueeze(-1)).flatten(1))
 
 
@@ -222,6 +240,7 @@ def attentive(train, labels, test, settings, seed, *, classes, heads, epochs=20,
     probes = []
     optimizers = []
     for _ in settings:
+        # all settings start alike, and the order of batches does not depend on their number
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)
@@ -264,7 +283,7 @@ def choose(probe, train, labels, settings, seed):
 def repeat(name, probe, settings, train, test, *, labels, truth, seeds, choose_once=False):
     """Chooses a setting, trains and tests with each seed -> the probe's entries of the result.
 
-    labels [N], truth [N']: the classes; -1 in truth where any answer is wrong. choose_once: all
+    labels [N], truth [N']: the classes; -1 in truth where no answer can be right. choose_once: all
     seeds use the first seed's setting, for a probe that takes long to train."""
     correct = []
     chosen = []
@@ -276,13 +295,14 @@ def repeat(name, probe, settings, train, test, *, labels, truth, seeds, choose_o
         chosen.append(setting)
         predicted = probe(train, labels, test, [setting], seed)[0]  # [N']
         correct.append((predicted == truth).double().cpu().numpy())
-    of_seed = np.mean(correct, axis=1).tolist()  # [S]
-    of_video = np.mean(correct, axis=0)  # [N']
+    correct = np.stack(correct)  # [S, N']
+    seed_accuracy = correct.mean(1).tolist()
+    video_accuracy = correct.mean(0)
     return {
-        name: float(of_video.mean()),
-        f"{name}_seeds": of_seed,
-        f"{name}_interval": t_interval(of_seed),
-        f"{name}_bootstrap": bootstrap(of_video, seed=seeds[0]),
+        name: float(video_accuracy.mean()),
+        f"{name}_seeds": seed_accuracy,
+        f"{name}_interval": t_interval(seed_accuracy),
+        f"{name}_bootstrap": bootstrap(video_accuracy, seed=seeds[0]),
         f"{name}_chosen": chosen,
     }
 
@@ -333,18 +353,18 @@ def probe_all(videos, arrays, heads, args):
     training = protocol["training"]
     if args.epochs is not None:
         training = training | {"epochs": args.epochs}
-    probe = partial(linear, classes=len(names), **training)
-    result |= measure("linear", probe, protocol["settings"], train, test)
+    linear_probe = partial(linear, classes=len(names), **training)
+    result |= measure("linear", linear_probe, protocol["settings"], train, test)
 
-    probe = partial(knn, classes=len(names))
-    result |= measure("knn", probe, [{"k": k} for k in args.k], train, test)
+    knn_probe = partial(knn, classes=len(names))
+    result |= measure("knn", knn_probe, [{"k": k} for k in args.k], train, test)
 
     if args.attentive:
-        train = TokenRows(arrays["train"]["tokens"], rows)
-        test = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
+        train_tokens = TokenRows(arrays["train"]["tokens"], rows)
+        test_tokens = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
         probe = partial(attentive, classes=len(names), heads=heads)
         settings = [{"rate": rate} for rate in ATTENTIVE_RATES]
-        result |= measure("attentive", probe, settings, train, test, choose_once=True)
+        result |= measure("attentive", probe, settings, train_tokens, test_tokens, choose_once=True)
     return result
 
 
@@ -354,11 +374,10 @@ def print_table(result):
     for name in ("linear", "knn", "attentive"):
         if name not in result:
             continue
-        chosen = []
+        chosen = {}  # of equal ones one
         for setting in result[f"{name}_chosen"]:
             words = " ".join(f"{key} {value:g}" for key, value in setting.items())
-            if words not in chosen:
-                chosen.append(words)
+            chosen[words] = None
         seeds = interval_text(result[f"{name}_interval"])
         videos = interval_text(result[f"{name}_bootstrap"])
         lines.append((name, f"{result[name]:.3f}", seeds, videos, " | ".join(chosen)))
@@ -372,6 +391,8 @@ def interval_text(bounds):
     if bounds is None:
         return "one seed"
     low, high = bounds
+    if low == high:  # such as of a probe without chance: no certainty
+        return f"always {low:.3f}"
     return f"{low:.3f} to {high:.3f}"
 
 
@@ -491,7 +512,7 @@ def parse_args(argv=None):
     run.add_argument(
         "--max-steps",
         type=positive_int,
-        help="end after this many batches, for a trial; the next run goes on",
+        help="end a pass after this many batches, for a trial; the next run goes on",
     )
     run.add_argument(
         "--resume", choices=("auto", "none"), default="auto", help="none: extract again"
@@ -510,7 +531,8 @@ def main(argv=None):
     videos = read_videos(args)
     rank, ranks, local_rank = torchrun_ranks()
     args.device, _ = choose_device(args.device, local_rank)
-    if ranks > 1:  # ranks only wait for one another, after work of very different length
+    if ranks > 1:
+        # no gradients are exchanged: gloo serves; a rank may wait very long for the slowest
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
     encoder = load_encoder(
         args.checkpoint,
@@ -536,7 +558,7 @@ def main(argv=None):
     )
     make_folder(args.out)
     if rank == 0:
-        hold(args.out / "features")
+        hold(args.out / "features")  # one run at a time writes into the folder
     arrays = extract_all(
         encoder,
         plan,
@@ -553,12 +575,16 @@ def main(argv=None):
     if rank > 0 or arrays is None:
         return
     result = probe_all(videos, arrays, encoder.model.config["heads"], args)
+    head = find_head(args.checkpoint)
+    features = arrays["test"]["features"]
+    result |= probe_head(head, features, videos["test"], args.test, seed=args.seed)
     path = args.out / f"{args.label_column.replace('/', '_')}.json"
     aside = path.with_name(path.name + ".new")
     with writing(path):
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
     print_table(result)
+    print_head(result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Stage 2: saliency. Which patches of a video does a caption mean, or how does each patch move?
+And the names of classes, embedded as the captions are.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -9,8 +10,10 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               squashed to a square
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and
                               heights per second
+        train.classes.npy     with --cue classes: [C, D] float16, unit length: text embeddings of
+                              class names, for linprobe.py's zero-shot lines
         a .json beside each array: model, its activation, flags, and hashes of the manifest's rows
-                              and of the captions
+                              and of the captions; the classes' names
 
     # CPU, the toy world: about 60 videos/s
     python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
@@ -21,6 +24,8 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
     # no model: about as fast as decoding
     python saliency.py --data data/train.csv --cue motion
     torchrun --nproc_per_node=8 saliency.py --data data/train.csv --cue motion --flow raft
+    # no videos: seconds
+    python saliency.py --data data/val.csv --cue classes --classes names.txt
 
 Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained
 for is its class token; what its patch tokens say is a by-product, and how they are read matters
@@ -44,14 +49,21 @@ Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older cod
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
+Classes. Line i of the file --classes, from 0, is the name of class i; the label column holds names
+or these numbers. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
+of its texts, of unit length again. The default, "a video of {}.", suits videos; --clip-templates
+takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
+
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
 caption; training leaves it out. Where rows were added at the manifest's end, `--extend` keeps those
 that there are (after caption.py --extend). SIGTERM and Ctrl-C end it by that signal after the batch
 in hand.
-Shapes: N videos, K captions, S moments, G grid, D embedding, B batch, L = 1 + G*G tokens, W width.
+Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B batch, L = 1 + G*G
+tokens, W width.
 """
 
+import argparse
 import math
 import os
 from functools import partial
@@ -75,6 +87,7 @@ from tgm.arrays import (
     read_captions,
     refuse_foreign_array,
 )
+from tgm.classes import claim_classes, embed_names, read_names, write_classes
 from tgm.clip import activation_of, embed_texts, load_clip
 from tgm.flags import Parser, add_video_flags, frame_count, grid_size, pixel_count, positive
 from tgm.manifest import ManifestError, require_files
@@ -90,7 +103,12 @@ from tgm.run import RunError, launch, make_folder, one_line_errors, part_of_rank
 from tgm.video import VideoReader, segment_midpoints
 
 DENSE = ("last", "value", "self")
-KINDS = {"text": ("text", "saliency"), "motion": ("motion",)}  # arrays of each cue
+KINDS = {  # arrays of each cue
+    "text": ("text", "saliency"),
+    "motion": ("motion",),
+    "classes": ("classes",),
+}
+PROMPT = "a video of {}."
 
 
 class Output(NamedTuple):
@@ -164,6 +182,21 @@ def read_moments(video, moments, size, timeout):
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
+def autocast(machine):
+    """Half precision on a GPU."""
+    device = machine.device.type
+    return torch.autocast(device, machine.dtype, enabled=device != "cpu")
+
+
+def clip_settings(args, model):
+    """What the .json of an array says of CLIP."""
+    return {
+        "clip": args.clip,
+        "pretrained": None if ":" in args.clip else args.pretrained,
+        "activation": activation_of(model),
+    }
+
+
 class TextCue:
     """How well every patch fits each caption of its video.
 
@@ -185,10 +218,7 @@ class TextCue:
         self.dense = args.dense
         self.moments = args.moments or 16
         self.device = machine.device
-        self.autocast = torch.autocast(
-            machine.device.type, machine.dtype, enabled=machine.device.type != "cpu"
-        )
-
+        self.autocast = autocast(machine)
         model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, machine.device)
         texts = list(chain.from_iterable(self.captions))
         with self.autocast:
@@ -206,11 +236,7 @@ class TextCue:
 
         count = max(len(of_video) for of_video in self.captions)
         width = len(self.embedded[texts[0]])
-        settings = {
-            "clip": args.clip,
-            "pretrained": None if ":" in args.clip else args.pretrained,
-            "activation": activation_of(model),
-        }
+        settings = clip_settings(args, model)
         of_maps = {"dense": args.dense, "moments": self.moments, "image_size": size[0]}
         self.outputs = [
             Output("text", (count, width), settings),
@@ -317,19 +343,36 @@ class MotionCue:
             yield item.video.row, [field]
 
 
+# ---- classes: CLIP's texts alone -----------------------------------------------------------------
+
+
+def make_classes(args, path, machine):
+    """--cue classes. For one process; it reads no videos."""
+    names = read_names(args.classes)
+    model, tokenizer = load_clip(args.clip, args.pretrained, None, machine.device)
+    settings = clip_settings(args, model)
+    settings |= {"prompts": args.prompt, "classes": file_hash(args.classes), "names": names}
+    if claim_classes(path, settings, args.resume):
+        with autocast(machine):
+            array = embed_names(model, tokenizer, names, args.prompt, machine.device)
+        write_classes(path, array, settings)
+    print(f"{path}: {len(names)} classes, {len(args.prompt)} prompts, {args.clip}")
+
+
 # ---- the pass over the videos --------------------------------------------------------------------
 
 
 def check_places(args, videos, prefix):
-    """Before models are loaded: RunError or ManifestError where no video is there, nothing can be
-    written, or files to write are there that are not ours."""
+    """Before models are loaded: RunError or ManifestError where no video is there that is to be
+    read, nothing can be written, or files to write are there that are not ours."""
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(args.out, Path(args.data).stem)
         raise RunError(
             f"--out {args.out}: is a folder; give what the files' names begin with, such as "
             f"--out {example}"
         )
-    require_files(videos, args.data)
+    if args.cue != "classes":
+        require_files(videos, args.data)
     make_folder(Path(prefix).parent)
     for kind in KINDS[args.cue]:
         refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
@@ -353,6 +396,29 @@ def fill_rows(arrays, cue, items):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def prompt_text(text):
+    """A type for argparse: a text in which {} stands for a name."""
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"expected {{}} where the name goes, found {text!r}")
+    return text
+
+
+def add_classes_flags(parser):
+    classes = parser.add_argument_group("--cue classes")
+    classes.add_argument("--classes", metavar="FILE", help="text file: line i is class i's name")
+    prompts = classes.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt",
+        nargs="+",
+        type=prompt_text,
+        metavar="TEXT",
+        help=f"texts with {{}} for the name, whose mean is taken (default: {PROMPT!r})",
+    )
+    prompts.add_argument(
+        "--clip-templates", action="store_true", help="CLIP's 80 prompts for ImageNet"
+    )
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--data", default="data/train.csv", help="the manifest")
@@ -371,18 +437,19 @@ def parse_args(argv=None):
         type=pixel_count,
         help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)",
     )
-    text = parser.add_argument_group("--cue text")
-    text.add_argument(
-        "--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)"
-    )
-    text.add_argument(
+    clip = parser.add_argument_group("--cue text and --cue classes")
+    clip.add_argument(
         "--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME"
     )
-    text.add_argument(
+    clip.add_argument(
         "--pretrained",
         default="openai",
         help="open_clip's tag of the weights, or a file, for which the name of --clip says the "
         "activation (ViT-B-16-quickgelu for OpenAI's own)",
+    )
+    text = parser.add_argument_group("--cue text")
+    text.add_argument(
+        "--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)"
     )
     text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
     field = parser.add_argument_group("--cue motion")
@@ -403,12 +470,27 @@ def parse_args(argv=None):
         default=5,
         help="frames around a moment that a codec's field averages",
     )
+    add_classes_flags(parser)
     add_run_flags(parser, batch_size=16)
     args = parse_run_flags(parser, argv)
-    if args.cue == "text" and (args.flow or args.flow_weights):
+    if args.cue != "motion" and (args.flow or args.flow_weights):
         parser.error("--flow and --flow-weights are for --cue motion")
     if args.flow_weights and args.flow != "raft":
         parser.error("--flow-weights is for --flow raft")
+    if args.cue == "classes":
+        if args.classes is None:
+            parser.error("--cue classes needs --classes FILE, a class name per line")
+        if args.captions or args.moments or args.image_size or args.extend:
+            parser.error(
+                "--captions, --moments, --image-size and --extend are not for --cue classes"
+            )
+    elif args.classes or args.prompt or args.clip_templates:
+        parser.error("--classes, --prompt and --clip-templates are for --cue classes")
+    if args.clip_templates:
+        import open_clip
+
+        args.prompt = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    args.prompt = args.prompt or [PROMPT]
     return args
 
 
@@ -421,6 +503,11 @@ def main(argv=None):
     prefix = args.out or Path(args.data).with_suffix("")
     if machine.rank == 0:
         check_places(args, videos, prefix)
+    if args.cue == "classes":
+        if machine.rank == 0:
+            make_classes(args, Path(f"{prefix}.classes.npy"), machine)
+        leave_ranks()
+        return
     cue = TextCue(args, videos, machine) if args.cue == "text" else MotionCue(args, videos, machine)
 
     resume = "extend" if args.extend else args.resume

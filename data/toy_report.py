@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import toy
 
+from tgm.manifest import read_manifest
+from tgm.textprobe import find_head, probe_head
+
 TOLERANCE = 2  # pixels about a patch's centre that count as pointed at
 LABELS = {"label": "action", "object": "object", "scene": "scene"}
 
@@ -87,8 +90,9 @@ def print_table(head, rows):
 
 def saliency_rows(folder, runs):
     actor, bystander = np.load(folder / "val.masks.npy"), np.load(folder / "val.bystander.npy")
-    for dense in ("last", "value", "self"):
-        maps = np.load(runs / f"{dense}.saliency.npy")
+    of = {"last": runs / "last", "value": runs / "value", "self": folder / "val"}
+    for dense, prefix in of.items():
+        maps = np.load(f"{prefix}.saliency.npy")
         pointing, auc, chance = score_saliency(maps, actor)
         yield f"--dense {dense}", pointing, score_saliency(maps, bystander)[0], auc
     yield "chance", chance, score_saliency(maps, bystander)[2], 0.5
@@ -105,6 +109,24 @@ def probe_rows(folder, runs):
             yield f"{name}, {probe}", trained[probe], untrained[probe], *floors
 
 
+def head_rows(folder, runs):
+    """The pretrained encoder's text head, the same head with its outputs shuffled, and chance."""
+    result = json.loads((runs / "text/probe/object.json").read_text())
+    head = find_head(runs / "text/checkpoint.pt")
+    shuffled = head._replace(weight=np.random.default_rng(0).permutation(head.weight))
+    features = np.load(runs / "text/probe/test.features.npy")
+    manifest = folder / "val.csv"
+    videos = read_manifest(manifest, label_column="object")
+    floor = probe_head(shuffled, features, videos, manifest)
+    ways = {"video to text": "video_to_text", "text to video": "text_to_video"}
+    yield "object, top-1", result["zero_shot"], floor["zero_shot"], 1 / result["zero_shot_classes"]
+    for name, way in ways.items():
+        for most in (1, 5):
+            key = f"recall_{most}"
+            chance = result[way][f"chance_{most}"]
+            yield f"{name}, recall at {most}", result[way][key], floor[way][key], chance
+
+
 def report(folder, runs):
     """Prints the tables. folder: the toy world's; runs: what demo.sh made."""
     print(f"Captions: {caption_match(folder):.3f} of val.csv's are the true ones, word for word.\n")
@@ -116,4 +138,7 @@ def report(folder, runs):
     print_table(("loss", "first logged", "last"), rows)
     floors = "majority", "colour alone", "scene alone"
     print_table(("probe, on val.csv", "pretrained", "untrained", *floors), probe_rows(folder, runs))
+    print_table(
+        ("text head, on val.csv", "pretrained", "shuffled", "chance"), head_rows(folder, runs)
+    )
     print("pictures:", *sorted(str(path) for path in Path(runs).rglob("*.png")), sep="\n  ")

@@ -48,6 +48,22 @@ STAGES = {
         "--out",
         "out/four",
     ),
+    "classes": (
+        "saliency",
+        "--data",
+        "data/four.csv",
+        "--cue",
+        "classes",
+        "--classes",
+        "data/names.txt",
+        "--clip",
+        CLIP,
+        *SHORT,
+        "--resume",
+        "none",
+        "--out",
+        "out/four",
+    ),
     "motion": (
         "saliency",
         "--data",
@@ -144,6 +160,7 @@ def four(world, tmp_path_factory):
     (folder / "data/videos").symlink_to(world / "data/videos")
     lines = (world / "data/train.csv").read_text().splitlines()
     (folder / "data/four.csv").write_text("\n".join(lines[:5]) + "\n")
+    (folder / "data/names.txt").write_text("circle\nring\n")
     run("caption.py", "--data", "data/four.csv", "--model", BLIP, "--workers", 0, cwd=folder)
     run(
         "saliency.py",
@@ -310,6 +327,7 @@ WRONG = [
         for stage in (
             "caption",
             "saliency",
+            "classes",
             "motion",
             "masking",
             "pretrain",
@@ -326,7 +344,7 @@ WRONG = [
     ],
     *[
         (stage, "--out", path)
-        for stage in ("caption", "saliency", "motion")
+        for stage in ("caption", "saliency", "classes", "motion")
         for path in ("data/four.csv/x.jsonl", "/proc/x.jsonl")
     ],
     *[
@@ -344,7 +362,15 @@ WRONG = [
     *[("caption", "--out", path) for path in ("data/four.csv", "data/four.text.npy", "data")],
     *[
         (stage, "--device", name)
-        for stage in ("caption", "saliency", "motion", "pretrain", "finetune", "linprobe")
+        for stage in (
+            "caption",
+            "saliency",
+            "classes",
+            "motion",
+            "pretrain",
+            "finetune",
+            "linprobe",
+        )
         for name in ("foo", "mps", "cuda", "cuda:7")
     ],
     *[
@@ -359,7 +385,11 @@ WRONG = [
     ("saliency", "--captions", "data"),
     ("saliency", "--captions", "data/four.csv"),
     ("saliency", "--captions", "data/four.text.npy"),
-    ("saliency", "--clip", "local-dir:nowhere"),
+    *[
+        ("classes", "--classes", path)
+        for path in ("missing.txt", "data", "data/four.csv/names.txt", "data/four.text.npy")
+    ],
+    *[(stage, "--clip", "local-dir:nowhere") for stage in ("saliency", "classes")],
     ("saliency", "--clip", "nowhere"),
     ("motion", "--flow", "raft", "--flow-weights", "missing.pth"),
     ("motion", "--flow", "raft", "--flow-weights", "data"),

@@ -347,6 +347,8 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
     run(
         "linprobe.py",
         *flags,
+        "--image-size",
+        32,
         "--clips",
         2,
         "--crops",
@@ -362,7 +364,7 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
         tmp_path,
     )
     torch.manual_seed(0)
-    model, means, pooled = VideoMAE("tiny").eval(), [], []
+    model, means, pooled = VideoMAE("tiny", image_size=32).eval(), [], []
     for where in {"dense": (0, 1), "uniform": (0, 0.5)}[sampling]:  # of the room; of each part
         times = (
             uniform_times(0, 2.4, 10, 8, where)
@@ -638,7 +640,7 @@ def test_unreadable_unknown_and_few(copy):
     flags = (*UNTRAINED, *FAST, "--attentive", "--clips", 1, "--out", "p")
     lines = (copy / "data/val.csv").read_text().splitlines()
     lines[1] = "missing.mp4" + lines[1][lines[1].index(",") :]
-    lines[2] = lines[2].split(",")[0] + ",fly,bird,sky,a bird,a bird"
+    lines[2] = lines[2].split(",")[0] + ",fly,bird,sea,a bird,a fish"
     (copy / "data/val.csv").write_text("\n".join(lines) + "\n")
     out = run("linprobe.py", *flags, cwd=copy)
     assert "classes without a training video count as wrong: fly" in out

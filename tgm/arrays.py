@@ -150,7 +150,7 @@ def refuse_foreign_array(path: Path) -> None:
 def is_about(path: Path) -> bool:
     """Whether this is a .json that tells what an array or captions were made of."""
     about = json.loads(path.read_text(encoding="utf-8"))
-    return isinstance(about, dict) and "manifest" in about
+    return isinstance(about, dict) and ("manifest" in about or "prompts" in about)
 
 
 def is_array(path: Path) -> bool:

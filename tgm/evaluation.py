@@ -1,8 +1,8 @@
 """Testing a classifier of videos: several views of each, every video counted once; accuracies with
-intervals, and their files. Needs model.py, and manifest.py, run.py and sampling.py of this folder.
+intervals, written to files. Needs model.py; of this folder manifest.py, run.py and sampling.py.
 
     views = Views(videos, frames=16, image_size=224, stride=4, clips=5, crops=3)
-    probabilities = predict(model, views, classes=400, ...)      [N, C], the same on every rank
+    probabilities = predict(model, views, classes=400, device=device, autocast=autocast)    [N, C]
     result = score(probabilities, labels, classes=400)                     top-1, top-5, ...
 
 Shapes: N videos, V views of each (clips x crops), B videos per batch, C classes.
@@ -27,7 +27,7 @@ from tgm.loading import make_loader, patient
 from tgm.run import RunError, part_of_rank, writing
 from tgm.sampling import Views
 
-SAID = 3  # so many videos that cannot be read are named
+NAMED_FAILURES = 3  # at most so many videos that cannot be read are named, on each rank
 T975 = (  # Student's t at 0.975, for 1 to 30 degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -52,7 +52,7 @@ def predict(
     NaN for a video that cannot be read.
 
     views: of all N videos of a manifest; each rank reads its part. autocast: the context in which
-    the model runs. batch_size: views per batch and rank, but at least those of one video. RunError
+    the model runs. batch_size: views per batch and rank, but never fewer than one video's. RunError
     if no video can be read."""
     per_video = views.clips * views.crops
     mine = part_of_rank(range(len(views)), rank, ranks)
@@ -84,7 +84,7 @@ def predict(
             bar.update(len(items))
     model.train()
 
-    # Each row was filled by one rank and is 0 on the others.
+    # Each row was filled by one rank and is 0 on the others; NaN survives the sum.
     unreadable = torch.tensor(float(len(reasons)), device=device)
     if ranks > 1:
         for tensor in (probabilities, counted, unreadable):
@@ -96,10 +96,10 @@ def predict(
             f"none of the {len(views)} videos to be tested can be read: {first}: "
             "are the paths right (--root)?"
         )
-    for reason in reasons[:SAID]:
+    for reason in reasons[:NAMED_FAILURES]:
         print(f"counted as wrong: {reason}", file=sys.stderr)
-    if len(reasons) > SAID:
-        print(f"counted as wrong: {len(reasons) - SAID} more", file=sys.stderr)
+    if len(reasons) > NAMED_FAILURES:
+        print(f"counted as wrong: {len(reasons) - NAMED_FAILURES} more", file=sys.stderr)
     return probabilities.cpu()
 
 
@@ -107,15 +107,17 @@ def score(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> di
     """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class).
 
     Returns top1, top5, mean_class (the mean over the classes present), per_class [C] (NaN if
-    absent), confusion [C, C] (true, predicted) and correct [N]. A row of NaN is wrong."""
+    absent), confusion [C, C] (true, predicted) and correct [N]. A row of NaN is wrong, and not in
+    confusion; a label of -1 is wrong in top1 and top5, and in none of the classes' numbers."""
     readable = ~probabilities.isnan().any(1)
     ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices  # best class first
-    hit = (ranked == labels[:, None]) & readable[:, None]  # [N, 5]
+    hit = (ranked == labels[:, None]) & readable[:, None]  # [N, 5, or C if there are fewer]
     correct = hit[:, 0]
-    of_class = torch.bincount(labels[labels >= 0], minlength=classes)
-    per_class = torch.bincount(labels[correct], minlength=classes) / of_class  # 0 / 0 is NaN
-    known = readable & (labels >= 0)
-    pairs = labels[known] * classes + ranked[known, 0]
+    # a correct video has a label of 0 or more
+    videos_of_class = torch.bincount(labels[labels >= 0], minlength=classes)
+    per_class = torch.bincount(labels[correct], minlength=classes) / videos_of_class  # 0 / 0: NaN
+    usable = readable & (labels >= 0)
+    pairs = labels[usable] * classes + ranked[usable, 0]
     confusion = torch.bincount(pairs, minlength=classes**2).unflatten(0, (classes, classes))
     return {
         "top1": correct.float().mean().item(),
@@ -128,7 +130,7 @@ def score(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> di
 
 
 def bootstrap(correct: Sequence[float], resamples: int = 2000, seed: int = 0) -> list[float]:
-    """The 95 % percentile interval of the mean of correct [N], over resampled test sets: [low,
+    """The 95 % percentile interval of the mean of `correct` [N], over resampled test sets: [low,
     high]."""
     correct = np.asarray(correct, float)
     rng = np.random.default_rng(seed)
@@ -145,7 +147,7 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     if len(values) < 2:
         return None
     mean = float(np.mean(values))
-    freedom = min(len(values) - 1, len(T975))
+    freedom = min(len(values) - 1, len(T975))  # above 30: the value for 30, slightly too wide
     margin = T975[freedom - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
     return [float(mean - margin), float(mean + margin)]
 
@@ -175,14 +177,14 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: Sequence[str]) ->
             ImageDraw.Draw(sideways).text((0, 0), name[:28], fill="black")
             picture.paste(sideways.rotate(90, expand=True), (middle, 14))
     outline = "lightgrey" if named else None
-    for (true, predicted), dark in np.ndenumerate(share):
+    for (true, predicted), part in np.ndenumerate(share):
         x = margin + predicted * cell
         y = margin + true * cell
-        colour = tuple(round(255 - dark * (255 - darkest)) for darkest in (20, 60, 130))
+        colour = tuple(round(255 - part * (255 - darkest)) for darkest in (20, 60, 130))
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=outline)
         count = int(confusion[true, predicted])
         if counted and count > 0:
-            ink = "white" if dark > 0.5 else "black"
+            ink = "white" if part > 0.5 else "black"
             draw.text((x + 4, y + cell // 2 - 6), str(count), fill=ink)
     picture.save(path)
 
@@ -199,10 +201,10 @@ def write_test(
     """Writes test.json, per_class.csv and confusion.png to the folder `out`; returns what test.json
     holds.
 
-    result: of `score`. names: of the classes. about: more entries of test.json. Its "majority" is
+    result: of `score`. names: of the classes. about: more entries of test.json, whose "majority" is
     the accuracy of always saying the most frequent class of the training labels (of the test labels
     where they are not given). RunError if a file cannot be written."""
-    known = labels[labels >= 0] if train_labels is None else train_labels
+    floor_labels = labels[labels >= 0] if train_labels is None else train_labels
     summary = about | {
         "videos": len(labels),
         "unreadable": int(probabilities.isnan().any(1).sum()),
@@ -210,7 +212,7 @@ def write_test(
         "top1_bootstrap": bootstrap(result["correct"]),
         "top5": result["top5"],
         "mean_class": result["mean_class"],
-        "majority": (labels == known.mode().values).float().mean().item(),
+        "majority": (labels == floor_labels.mode().values).float().mean().item(),
     }
     path = out / "per_class.csv"
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
@@ -222,6 +224,6 @@ def write_test(
             writer.writerow((name, int((labels == number).sum()), text))
     with writing(out / "confusion.png"):
         draw_confusion(out / "confusion.png", result["confusion"], names)
-    with writing(out / "test.json"):  # last: where it is, the test is done
+    with writing(out / "test.json"):  # last: where it is, the others are complete
         (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -1,5 +1,5 @@
 """Frozen features on disk: what an encoder makes of each video, extracted once, one row per video.
-Needs model.py, and arrays.py, manifest.py, run.py, sampling.py and video.py of this folder.
+Needs model.py; of this folder arrays.py, manifest.py, run.py, sampling.py and video.py.
 
     encoder = load_encoder("runs/text/checkpoint.pt")
     plan = plan_extractions(encoder, {"train": videos, "test": others}, clips=2)
@@ -67,8 +67,9 @@ def load_encoder(
 ) -> FrozenEncoder:
     """Loads the encoder of a checkpoint, a file or a folder; "none": an untrained one, of `seed`.
 
-    Settings that are None are those that a checkpoint of ours was trained with, else the model's
-    defaults. RunError if there is no such file, or if it does not fit."""
+    A setting that is None is taken from the checkpoint if pretrain.py or finetune.py wrote it,
+    otherwise from the model's defaults. Seeds torch's global generator. RunError if there is no
+    such file, or if it does not fit."""
     path = Path(checkpoint)
     untrained = checkpoint == "none"
     file = checkpoints.weights_file(path)
@@ -83,6 +84,7 @@ def load_encoder(
     image_size = image_size or saved.get("image_size")
     torch.manual_seed(seed)
     try:
+        # text_dim: only so that a checkpoint's contrastive head fits
         model = models.VideoMAE(size, frames, image_size, text_dim=saved.get("text_dim", 512))
         if not untrained:
             checkpoints.load_pretrained(model, path)
@@ -137,6 +139,7 @@ class RandomViews(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         video = self.videos[index]
+        # epoch 0: features are extracted once
         seeds = [repeat_seed(self.seed, 0, video.row, view) for view in range(self.augment)]
         try:
             clips = self.read_clips(video, seeds)
@@ -154,14 +157,14 @@ class RandomViews(Dataset):
         return torch.from_numpy(frames).permute(0, 3, 1, 2).split(self.frames)
 
     def random_times(self, start: float, end: float, fps: float, seed: int) -> np.ndarray:
-        where = np.random.default_rng(seed).random(self.frames)
+        places = np.random.default_rng(seed).random(self.frames)  # 0 to 1; a clip needs only one
         if self.sampling == "uniform":
-            return uniform_times(start, end, fps, self.frames, where)
-        return clip_times(start, end, fps, self.frames, self.stride, where[0])
+            return uniform_times(start, end, fps, self.frames, places)
+        return clip_times(start, end, fps, self.frames, self.stride, places[0])
 
     def crop(self, clip: torch.Tensor, seed: int) -> torch.Tensor:
         """A random crop of a clip [T, 3, H, W] -> [3, T, size, size]."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # multi_scale_crop draws from the global generator
             torch.default_generator.manual_seed(seed)
             box = multi_scale_crop(*clip.shape[-2:])
             mirror = self.flip and bool(torch.rand(()) < 0.5)
@@ -196,47 +199,49 @@ def plan_extractions(
     token_grid: Sequence[int] | None = None,
     timeout: float = TIMEOUT,
 ) -> list[Extraction]:
-    """What has to be extracted of {"train": videos, "test": videos}, in order.
+    """The passes over {"train": videos, "test": videos}, in the order in which they are made.
 
     Each video has clips x crops clean views. With augment > 0 the training set's features are of
     that many random views instead, but its tokens are not. tokens: keeps tokens, too. token_grid:
     None for all moments and 4 x 4 places, or as many as there are; RunError if the encoder has
     fewer tokens than that."""
     time, height, width = encoder.model.grid
+    # moments tell motion; of the places, which cost disk, few suffice
     token_grid = list(token_grid or (time, min(height, 4), min(width, 4)))
     if any(kept > full for kept, full in zip(token_grid, encoder.model.grid, strict=True)):
         raise RunError(
             f"--token-grid {token_grid}: expected numbers from 1 to {list(encoder.model.grid)}, "
             "the encoder's grid"
         )
-    clip = {
+    clip_settings = {
         "frames": encoder.frames,
         "stride": encoder.stride,
         "image_size": encoder.image_size,
         "sampling": sampling,
     }
-    clean = clip | {"clips": clips, "crops": crops}
+    clean_settings = clip_settings | {"clips": clips, "crops": crops}
     channels = encoder.model.config["width"]
     rows = {"features": (channels,)}
     if tokens:
         rows["tokens"] = (clips * crops * math.prod(token_grid), channels)
-    settings = clean | {"token_grid": token_grid}
+    settings = clean_settings | {"token_grid": token_grid}
     plan = []
     for split in ("train", "test"):
-        views = Views(videos[split], **clean, timeout=timeout)
+        views = Views(videos[split], **clean_settings, timeout=timeout)
         plan.append(Extraction(split, videos[split], views, settings, rows, token_grid))
     if augment == 0:
         return plan
 
     train, test = plan
-    random = clip | {"augment": augment, "flip": flip, "seed": seed}
+    random_settings = clip_settings | {"augment": augment, "flip": flip, "seed": seed}
     augmented = train._replace(
-        views=RandomViews(videos["train"], **random, timeout=timeout),
-        settings=random,
+        views=RandomViews(videos["train"], **random_settings, timeout=timeout),
+        settings=random_settings,
         rows={"features": (augment, channels)},
     )
     if not tokens:
         return [augmented, test]
+    # features of random views and tokens of clean ones: two passes over the training set
     return [augmented, train._replace(rows={"tokens": rows["tokens"]}), test]
 
 
@@ -265,7 +270,7 @@ def extract_all(
     for extraction in plan:
         arrays = open_features(encoder, extraction, folder, again, rank)
         todo = np.flatnonzero(~complete_rows(arrays)).tolist()
-        wait_for_ranks()  # a rank that wrote before others have looked would change their parts
+        wait_for_ranks()  # all ranks must make the same list before any of them fills rows
         mine = part_of_rank(todo, rank, ranks)
         left = len(mine)
         views = Subset(extraction.views, mine)
@@ -274,13 +279,13 @@ def extract_all(
         quiet = rank > 0 or not mine
         batches = tqdm(patient(loader), title, total=len(loader), unit="batch", disable=quiet)
         for number, items in enumerate(batches):
-            if number == max_steps or stop.name:
+            if number == max_steps or stop.name:  # max_steps None: never
                 break
             encode_batch(encoder, items, arrays, extraction.token_grid)
             left -= len(items)
         for array in arrays.values():
             array.flush()
-        left = sum_over_ranks(left)  # every rank is here
+        left = sum_over_ranks(left)  # every rank must get here
         if stop.agreed():
             if rank == 0:
                 print(f"{stop.name}: stopped; run it again to go on")
@@ -307,8 +312,8 @@ def open_features(
     videos = extraction.videos
     about = {
         "manifest": manifest_hash(videos),
-        "root": os.path.realpath(videos.folder),  # equal paths elsewhere are other videos,
-        "files": file_sizes(videos),  # and so are files that were replaced
+        "root": os.path.realpath(videos.folder),  # equal paths under another root: other videos
+        "files": file_sizes(videos),  # a file of another size is another video
         "checkpoint": encoder.identity,
         "size": encoder.size,
     }
@@ -318,7 +323,8 @@ def open_features(
         path = folder / f"{extraction.split}.{kind}.npy"
         shape = (len(videos), *row)
         if rank == 0:
-            same = read_about(path.with_suffix(".json")) == about | {"shape": list(shape)}
+            expected = about | {"shape": list(shape)}  # create_array adds the shape
+            same = read_about(path.with_suffix(".json")) == expected
             if again or not same or not path.exists():
                 dtype = np.float32 if kind == "features" else np.float16
                 create_array(path, shape, dtype, about)
@@ -328,8 +334,9 @@ def open_features(
 
 
 def complete_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Which rows all of the arrays [N, ...] have, bool [N]. A kill may leave half of a row; its
-    last number is the last to be written."""
+    """True where the rows of all arrays [N, ...] are complete, bool [N]. A killed process may leave
+    half of a row; a row is written front to back, so its last number shows that all of it is there.
+    """
     complete = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]
@@ -358,18 +365,19 @@ def encode_batch(
     model = encoder.model
     device = encoder.device
     on_gpu = device.type == "cuda"
-    half = torch.bfloat16
+    low_precision = torch.bfloat16
     if on_gpu and not torch.cuda.is_bf16_supported():
-        half = torch.float16
-    with torch.autocast(device.type, half, enabled=on_gpu):
+        low_precision = torch.float16
+    with torch.autocast(device.type, low_precision, enabled=on_gpu):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
         tokens = model.encode(video)  # [B*V, t*h*w, D]
     volume = tokens.float().mT.unflatten(-1, model.grid)  # [B*V, D, t, h, w]
     for kind, array in arrays.items():
         grid = (1, 1, 1) if kind == "features" else tuple(token_grid)
         pooled = F.adaptive_avg_pool3d(volume, grid).flatten(2).mT  # [B*V, 1 or M, D]
-        pooled = pooled.unflatten(0, (len(rows), -1)).flatten(1, 2)  # [B, V or V*M, D]
-        if array.ndim == 2:  # one feature per video
+        pooled = pooled.reshape(len(rows), -1, pooled.shape[-1])  # [B, V or V*M, D]
+        # features of clean views are averaged, [N, D]; those of random views stay apart, [N, A, D]
+        if array.ndim == 2:
             pooled = pooled.mean(1)  # [B, D]
         array[rows] = pooled.cpu().numpy()
 

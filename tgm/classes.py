@@ -1,0 +1,106 @@
+"""Names of classes as texts: PREFIX.classes.npy, which saliency.py --cue classes writes and with
+which linprobe.py compares videos. Needs arrays.py, clip.py, manifest.py and run.py.
+
+    names = read_names("data/val.objects.txt")
+    array = embed_names(model, tokenizer, names, ["a video of {}."], device)   float16 [C, D]
+    classes, about = open_classes("data/val.classes.npy")                      float32 [C, D]
+
+Row i is line i of the file of names. The .json beside the array holds the names, a hash of their
+file, the prompts, and what else embedded them.
+
+Shapes: C classes, P prompts, D embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tgm.arrays import (
+    create_array,
+    hold,
+    is_held,
+    load_array,
+    make_it_with,
+    read_about,
+    refuse_foreign_array,
+    refuse_other_origin,
+)
+from tgm.clip import embed_texts
+from tgm.manifest import ManifestError
+from tgm.run import RunError
+
+
+def read_names(path: str | Path) -> list[str]:
+    """The lines of a text file, stripped; blank lines may stand at its end. RunError for a file
+    that cannot be read, one without names, and an empty or repeated name."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except OSError as error:
+        raise RunError(f"--classes {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
+    number_of = {}
+    for number, line in enumerate(lines or [""], 1):
+        name = line.strip()
+        if not name:
+            raise RunError(f"--classes {path}:{number}: expected a class name, found none")
+        if name in number_of:
+            raise RunError(
+                f"--classes {path}:{number}: {name!r} is in line {number_of[name]} already"
+            )
+        number_of[name] = number
+    return list(number_of)
+
+
+def embed_names(
+    model: torch.nn.Module,
+    tokenizer: Callable,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    device: torch.device | str,
+) -> np.ndarray:
+    """The mean of a class's texts, which are the prompts with its name in the place of {}: float16
+    [C, D], unit length."""
+    of_class = {}
+    for name in names:
+        of_class[name] = [prompt.replace("{}", name) for prompt in prompts]
+    embedded = embed_texts(model, tokenizer, chain.from_iterable(of_class.values()), device)
+    means = []
+    for texts in of_class.values():
+        means.append(torch.stack([embedded[text] for text in texts]).mean(0))
+    return F.normalize(torch.stack(means), dim=-1).half().numpy()
+
+
+def claim_classes(path: Path, settings: dict, resume: str) -> bool:
+    """Whether the array is still to be made at `path`; holds its lock. ManifestError where a file
+    that is not ours stands there or, unless resume is "none", an array of other settings."""
+    refuse_foreign_array(path)
+    hold(path)
+    about = read_about(path.with_suffix(".json"))
+    if resume == "none" or about is None or not path.exists():
+        return True
+    refuse_other_origin(path, (), about, settings, is_made=bool)
+    return False
+
+
+def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
+    """Writes the array that `claim_classes` asked for, and its .json."""
+    # an array without its .json is not an array: a kill leaves no array with another's settings
+    path.with_suffix(".json").unlink(missing_ok=True)
+    create_array(path, array.shape, array.dtype, settings, head=array)
+
+
+def open_classes(path: Path, remedy: str) -> tuple[np.ndarray, dict]:
+    """The embeddings, float32 [C, D], and what the .json says, its "names" among it. ManifestError,
+    ending in "make it with: {remedy}", where there is no such array or a damaged one."""
+    if is_held(path):
+        raise ManifestError(f"{path}: another process is writing it: wait for its end")
+    array, about = load_array(path, remedy)
+    names = about.get("names", ())
+    if array.ndim != 2 or about.get("shape") != list(array.shape) or len(names) != len(array):
+        raise make_it_with(path, "is no array of classes, or damaged", f"{remedy} --resume none")
+    return array.astype(np.float32), about

@@ -1,0 +1,203 @@
+"""What the contrastive head of a checkpoint of pretrain.py knows of a test set: the classes of its
+videos, without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs
+the rest of tgm/; the mathematics is in zeroshot.py.
+
+    head = find_head("runs/text/checkpoint.pt")
+    result = probe_head(head, features, videos, "data/val.csv")
+    print_head(result)
+
+A video's embedding is the head's projection of its feature, the mean of its tokens, in the space of
+CLIP's texts. Both measures need an array beside the test manifest: val.classes.npy, val.text.npy.
+
+Shapes: N videos, D width of the encoder, E of CLIP's embeddings, C classes.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array, read_about
+from tgm.checkpoints import read_checkpoint, saved_args
+from tgm.classes import open_classes
+from tgm.evaluation import bootstrap
+from tgm.manifest import ManifestError, Video
+from tgm.zeroshot import Ranks, retrieval, zero_shot
+
+FOLDER = "local-dir:"  # how open_clip's name of a folder begins
+MOST = (1, 5, 10)  # recall is counted among so many answers
+CLIP = ("clip", "pretrained", "activation")  # what a .json says of the model that embedded texts
+
+
+class TextHead(NamedTuple):
+    """A contrastive head that was trained with captions."""
+
+    weight: np.ndarray  # float32 [E, D]
+    monitored: bool  # trained with --nce-weight 0, on an encoder that never saw its gradient
+    about: dict  # the .json of the text array it was trained with; {} if that is gone
+
+
+def find_head(checkpoint: str | Path) -> TextHead | None:
+    """The head of a checkpoint; None if there is none that was trained with captions: an untrained
+    encoder ("none"), other people's files, a pretraining without text."""
+    saved = saved_args(checkpoint)
+    if "nce_weight" not in saved:
+        return None
+    for path, digest in saved.get("identity", {}).items():
+        if path.endswith(".text.npy") and digest is not None:
+            weight = read_checkpoint(checkpoint)["contrastive.proj.weight"].float().numpy()
+            return TextHead(weight, saved["nce_weight"] == 0, text_about(path, digest))
+    return None
+
+
+def text_about(path: str, digest: str) -> dict:
+    """What the .json of a text array says, if it still has the hash `digest`, else {}."""
+    path = Path(path).with_suffix(".json")
+    if not path.is_file() or file_hash(path) != digest:
+        return {}
+    return read_about(path) or {}
+
+
+def project(head: TextHead, features: np.ndarray) -> np.ndarray:
+    """features [N, D] -> unit vectors [N, E]; NaN for a video that could not be read."""
+    video = np.asarray(features, np.float32) @ head.weight.T
+    return video / np.linalg.norm(video, axis=1, keepdims=True)
+
+
+def identity(about: dict, key: str) -> str | None:
+    """What a .json says of CLIP; of a folder, where it is, however it is written."""
+    value = about.get(key)
+    if value is not None and value.startswith(FOLDER):
+        return FOLDER + os.path.realpath(value.removeprefix(FOLDER))
+    return value
+
+
+def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> None:
+    """ManifestError if an array of texts, `width` wide, is not of the CLIP the head was trained
+    with, as far as the text array of its training is still there to tell."""
+    if width != len(head.weight):
+        raise ManifestError(
+            f"{path}: has {width} dimensions, the checkpoint's head {len(head.weight)}: "
+            "make it with the CLIP of the training"
+        )
+    if not head.about:
+        return
+    for key in CLIP:
+        if identity(about, key) != identity(head.about, key):
+            raise ManifestError(
+                f"{path}: made with {key} {about.get(key)}, the checkpoint's head was trained with "
+                f"{head.about.get(key)}: make it with the CLIP of the training"
+            )
+
+
+# ---- the two measures ----------------------------------------------------------------------------
+
+
+def probe_head(
+    head: TextHead | None,
+    features: np.ndarray,
+    videos: Sequence[Video],
+    manifest: str | Path,
+    seed: int = 0,
+) -> dict:
+    """Entries for the result of a probe, without those of a measure that cannot be taken; prints in
+    one line why not.
+
+    features: [N, D] of the test videos; manifest: theirs, beside which the arrays of texts stand"""
+    if head is None:
+        print("no zero-shot, no retrieval: the checkpoint has no head that captions trained")
+        return {}
+    video = project(head, features)
+    result = {"monitored_head": head.monitored}
+    try:
+        result |= probe_zero_shot(head, video, videos, manifest, seed)
+    except ManifestError as error:
+        print(f"no zero-shot: {error}")
+    try:
+        result |= probe_retrieval(head, video, videos, manifest)
+    except ManifestError as error:
+        print(f"no retrieval: {error}")
+    return result
+
+
+def probe_zero_shot(
+    head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
+) -> dict:
+    """Zero-shot accuracy on the labels, which are names of classes or their numbers; ManifestError
+    if no array of names serves."""
+    path = companion(manifest, "classes.npy")
+    remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
+    classes, about = open_classes(path, remedy)
+    refuse_other_clip(path, head, classes.shape[1], about)
+    number = {str(index): index for index in range(len(classes))}  # labels may be numbers
+    number |= {name: index for index, name in enumerate(about["names"])}
+    unknown = sorted({video.label for video in videos} - set(number))
+    labels = np.array([number.get(video.label, -1) for video in videos])
+    if (labels < 0).all():
+        raise ManifestError(f"{path}: none of the labels is among its names")
+    if unknown:
+        print(f"{path}: labels without a name there count as wrong: {', '.join(unknown)}")
+    correct = zero_shot(video, classes, labels)  # [N, 5]
+    return {
+        "zero_shot": float(correct[:, 0].mean()),
+        "zero_shot_bootstrap": bootstrap(correct[:, 0], seed=seed),
+        "zero_shot_top5": float(correct[:, -1].mean()),
+        "zero_shot_top5_bootstrap": bootstrap(correct[:, -1], seed=seed),
+        "zero_shot_classes": len(classes),
+    }
+
+
+def probe_retrieval(
+    head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path
+) -> dict:
+    """Retrieval over the captions; ManifestError if no array of them serves."""
+    path = companion(manifest, "text.npy")
+    remedy = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
+    captions = companion(manifest, "captions.jsonl")  # if they were remade, the array is stale
+    expect = {"captions": file_hash(captions)} if captions.exists() else {}
+    text, about = open_array(path, videos, remedy, **expect)
+    refuse_other_clip(path, head, text.shape[-1], about)
+    there = filled(text)
+    if not there.any():
+        raise ManifestError(f"{path}: no row of it is made; make it with: {remedy}")
+    if not there.all():
+        print(describe_gaps(path, there))
+    to_text, to_video = retrieval(video, np.asarray(text, np.float32))
+    return {"video_to_text": summary(to_text), "text_to_video": summary(to_video)}
+
+
+def summary(ranks: Ranks) -> dict:
+    """Recall, its chance and the median rank, for the result's .json."""
+    median = ranks.median()
+    entries = {"queries": len(ranks.ranks), "answers": ranks.answers}
+    for most in MOST:
+        entries[f"recall_{most}"] = ranks.recall(most)
+        entries[f"chance_{most}"] = ranks.chance(most)
+    entries["median_rank"] = median if np.isfinite(median) else None
+    return entries
+
+
+def print_head(result: dict) -> None:
+    """The lines of a table, chance in brackets."""
+    mark = " (monitored head)" if result.get("monitored_head") else ""
+    if "zero_shot" in result:
+        classes = result["zero_shot_classes"]
+        print(f"zero-shot of {classes} classes, chance in brackets{mark}")
+        for name, key, most in (("top-1", "zero_shot", 1), ("top-5", "zero_shot_top5", 5)):
+            low, high = result[f"{key}_bootstrap"]
+            chance = min(1, most / classes)
+            accuracy = f"{result[key]:.3f} ({chance:.3f})"
+            print(f"  {name:<16}{accuracy:<16}95 %, videos: {low:.3f} to {high:.3f}")
+    if "video_to_text" in result:
+        columns = "".join(f"{f'recall at {most}':<16}" for most in MOST)
+        print(f"{f'retrieval{mark}':<28}{columns}median rank of the first right answer")
+        for name, key in (("video to text", "video_to_text"), ("text to video", "text_to_video")):
+            ranks = result[key]
+            cells = [
+                f"{ranks[f'recall_{most}']:.3f} ({ranks[f'chance_{most}']:.3f})" for most in MOST
+            ]
+            median = "none" if ranks["median_rank"] is None else f"{ranks['median_rank']:g}"
+            columns = "".join(f"{cell:<16}" for cell in cells)
+            print(f"  {name:<26}{columns}{median} of {ranks['answers']}")
