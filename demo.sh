@@ -23,7 +23,7 @@ for dense in last value; do run saliency.py --data data/val.csv $clip --dense $d
 run saliency.py --data data/train.csv --cue motion --grid 8
 
 step "4/6  Masks: the clip, its saliency, its motion and every mask in one picture, and moving"
-run masking.py --row 2 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif
+run masking.py --row 4 --frames 16 --stride 1 --image-size 64 --patch-size 8 --out $out/masks.png --video $out/masks.gif
 
 step "5/6  Pretraining: a tiny video MAE whose text-guided masks hide what the caption names"
 run pretrain.py --mask text --size tiny --repeat 4 --batch-size 32 --epochs 8 --warmup-epochs 1 --blr 2.4e-2 \
