@@ -371,15 +371,15 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
             if sampling == "uniform"
             else clip_times(0, 2.4, 10, 8, 2, where)
         )
-        frames = read_frames(folder / "1.mp4", times, 48)
-        for crop in (frames[:, :, :48], frames[:, :, 24:72], frames[:, :, 48:]):
+        frames = read_frames(folder / "1.mp4", times, 32)
+        for crop in (frames[:, :, :32], frames[:, :, 16:48], frames[:, :, 32:]):
             with torch.no_grad():
                 tokens = model.encode(
                     normalize(torch.from_numpy(crop.copy()).permute(3, 0, 1, 2)[None])
                 )[0]
             means.append(tokens.mean(0))
-            # (t h w) 4 6 6 -> 2 2 1
-            pooled.append(tokens.reshape(2, 2, 2, 3, 6, 96).mean((1, 3, 4)).reshape(4, 96))
+            # (t h w) 4 4 4 -> 2 2 1
+            pooled.append(tokens.reshape(2, 2, 2, 2, 4, 96).mean((1, 3, 4)).reshape(4, 96))
     features, stored = of(tmp_path, "test.features"), of(tmp_path, "test.tokens")
     assert (features.shape, features.dtype, stored.shape, stored.dtype) == (
         (4, 96),
