@@ -118,7 +118,7 @@ def train(state, loader, val, schedule, machine, stop, args):
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
-        lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
+        lr = learning_rate(state.step, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr
         losses = []
@@ -234,13 +234,13 @@ def make_mix(mixup, cutmix, classes):
     return mix
 
 
-def learning_rate(step, lr, warmup, total, floor):
-    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the
-    step."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
+def learning_rate(steps_done, lr, warmup, total, floor):
+    """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
+    cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
+    if steps_done < warmup:
+        return min(lr, lr * (steps_done + 1) / warmup)
     floor = min(floor, lr)
-    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    angle = math.pi * (steps_done - warmup) / max(1, total - warmup)
     return floor + (lr - floor) * 0.5 * (1 + math.cos(angle))
 
 
@@ -275,13 +275,14 @@ def make_optimizer(model, lr, layer_decay, weight_decay):
     return torch.optim.AdamW(ordered, lr=lr, betas=(0.9, 0.999), fused=True)
 
 
-def layer_table(optimizer, depth):
-    """The learning rates as text, a line per layer."""
+def layer_table(optimizer, depth, lr):
+    """The highest learning rate of each layer as text, a line per layer. lr: the head's."""
     names = ["patch embedding", *(f"block {i}" for i in range(depth)), "norm and head"]
     rates = {}
     counts = dict.fromkeys(range(depth + 2), 0)
     for group in optimizer.param_groups:
-        rates[group["layer"]] = group["lr"]
+        # not group["lr"], which in a resumed run is that of the last step
+        rates[group["layer"]] = group["scale"] * lr
         counts[group["layer"]] += sum(parameter.numel() for parameter in group["params"])
     lines = []
     for layer, name in enumerate(names):
@@ -618,7 +619,7 @@ def fine_tune(args, model, splits, machine, stop):
         f"data         {args.data}: {len(videos)} videos; {args.val}: {len(splits['val'][0])}"
     )
     machine.say(schedule.about(args.blr, args.min_blr, state.step, state.begun_for))
-    machine.say(layer_table(state.optimizer, model.config["depth"]))
+    machine.say(layer_table(state.optimizer, model.config["depth"], args.lr))
     if machine.rank == 0:
         resume.take_folder(out, args.resume, vars(args), state.step)
         if state.step < schedule.last_step:
