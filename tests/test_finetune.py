@@ -861,7 +861,7 @@ def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
     clips = torch.arange(8.0).view(8, 1, 1, 1, 1, 1).expand(8, 2, 3, 2, 16, 16)
     labels = torch.arange(8)[:, None].expand(8, 2)
     mix = finetune.make_mix(mixup, cutmix, 8)
-    flat, own = finetune.flatten_repeats(clips), finetune.flatten_repeats(labels)
+    flat, own = finetune.repeats_first(clips), finetune.repeats_first(labels)
     assert flat.shape == (16, 3, 2, 16, 16) and torch.equal(flat[:, 0, 0, 0, 0], own.float())
     for _ in range(20):
         mixed, targets = mix(flat.clone(), own)

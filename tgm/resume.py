@@ -29,8 +29,8 @@ from tgm import checkpoints
 from tgm.arrays import hold
 from tgm.run import RunError, give_up_together, make_folder, writing
 
-# What may differ from the checkpoint: how a run is carried out, up to where, and where it writes. The
-# batch size and the number of ranks are among it because the identity holds their product, the
+# What may differ from the checkpoint: how a run is carried out, up to where, and where it writes.
+# The batch size and the number of ranks are among it because the identity holds their product, the
 # learning rate because it follows from other flags, the identity because it is compared apart.
 MAY_CHANGE = {
     "workers", "device", "compile", "checkpointing", "video_timeout", "max_bad", "max_steps",

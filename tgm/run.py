@@ -263,8 +263,8 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """Handles SIGTERM, which schedulers send, and Ctrl-C from the moment this is made: the run saves
-    and ends, on all ranks at the same step.
+    """Handles SIGTERM, which schedulers send, and Ctrl-C, from the moment this is made: the run
+    saves and ends, on all ranks at the same step.
 
         first signal        It is noted: `name` is its name from then on, None before. A message
                             with `then` says what happens next. The run has GRACE seconds to reach

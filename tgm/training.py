@@ -110,9 +110,8 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 class Schedule(NamedTuple):
-    """How many steps a run has, and of how many videos. An epoch is one pass over the videos;
-    the rest that fills no step is left out; which videos these are differs
-    from epoch to epoch."""
+    """How many steps a run has, and of how many videos. An epoch is one pass over the videos.
+    The rest that fills no step is left out; which videos these are differs from epoch to epoch."""
 
     videos: int  # in an epoch
     batch_size: int  # videos per rank and batch
