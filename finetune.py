@@ -50,8 +50,8 @@ is counted once, whatever the number of ranks, and one that cannot be read count
 What differs from VideoMAE's fine-tuning:
     RandAugment    The operations are torchvision's: Identity is one of them, Invert and
                    SolarizeAdd are not. The magnitude is constant; theirs varies (deviation
-                   0.5 of 10).                   Ours is bilinear and comes after the crop; theirs is bicubic and comes
-                   before it.
+                   0.5 of 10). Ours is bilinear and comes after the crop; theirs is bicubic and
+                   comes before it.
     erasing        The noise in a box is the same in every frame; theirs is drawn for each.
     crops          They are scaled down with antialiasing.
     mixing         A clip is mixed with the one before it in the batch; theirs with the one at the
@@ -226,8 +226,8 @@ def repeats_first(x):
 
 def make_mix(mixup, cutmix, classes):
     """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
-    above 0: clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed with its
-    neighbour in the batch."""
+    above 0: clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed
+    with its neighbour in the batch."""
     kinds = []
     if mixup > 0:
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import UserDict
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -807,9 +808,6 @@ def test_errors_as_the_libraries_raise_them_are_one_line():
         assert end.value.code.startswith(line) and "\n" not in end.value.code
 
 
-# ---- folders, logs, resuming ---------------------------------------------------------------------
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -835,7 +833,8 @@ def make_log(folder, amp):
         warmup_epochs=0,
         max_steps=None,
     )
-    return training.TrainingLog(folder, [], 0.0, schedule, training.Machine("cpu", amp), 0)
+    videos = [SimpleNamespace(name="a.mp4")]
+    return training.TrainingLog(folder, videos, 0.0, schedule, training.Machine("cpu", amp), 0)
 
 
 def log_steps(log, first, norms):
@@ -862,6 +861,9 @@ def test_without_fp16_the_first_gradient_that_is_not_finite_ends_the_run(tmp_pat
     log_steps(log, 1, [2.0])
     with pytest.raises(run.RunError, match="step 3: the loss or its gradient is not finite"):
         log_steps(log, 2, [2.0, math.inf])
+
+
+# ---- folders, logs, resuming ---------------------------------------------------------------------
 
 
 def test_folders_are_made_and_tried(tmp_path):
