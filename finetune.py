@@ -13,55 +13,60 @@ Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --va
     torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
 
-Recipes for ViT-B on eight GPUs. Learning rates are scaled as VideoMAE's (run_class_finetuning.py):
-lr = blr x videos / 256, with videos = batch size x accum x ranks of a step, whatever --repeat; so
-is the floor at which it ends, min-blr. With fewer GPUs raise --accum by as much. VideoMAE's scripts
-(scripts/DATA/.../finetune.sh) say "videos x samples of each":
+Recipes for ViT-B on eight GPUs, after VideoMAE's scripts (scripts/DATA/.../finetune.sh). Learning
+rates are scaled as in its run_class_finetuning.py: lr = blr x videos / 256, where videos = batch
+size x accum x ranks, whatever --repeat is; the floor, where the rate ends, is min-blr x videos /
+256. With fewer GPUs raise --accum by as much. "384 x 2" stands for 384 videos per step with 2
+samples of each (--repeat 2, the default).
 
-    Kinetics-400            --accum 3 --epochs 75 --blr 5e-4 --views 5 3
-        epoch_1600: 384 x 2 (64 GPUs of 6), lr 5e-4, 75 epochs: lr 7.5e-4, floor 1.5e-6. ViT-S: the
-            same, 150 epochs;
-        ViT-L: 128 x 2, lr 2e-3, 35 epochs (--accum 1: lr 1e-3)
-        FINETUNE.md: 512 x 1, lr 1e-3, 100 epochs: --accum 4 --repeat 1 --epochs 100 --blr 1e-3, lr
-            2e-3, floor 2e-6
-    Something-Something v2  --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip
-                            --views 2 3
-        epoch_2400: 384 x 2, lr 5e-4, 30 epochs: lr 7.5e-4, floor 1.5e-6
-        epoch_800: 512 x 1, lr 5e-4, 50 epochs: --accum 4 --repeat 1 --epochs 50, lr 1e-3, floor
-            2e-6
-    UCF101                  --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2
-                            --head-dropout 0.5 --views 5 3
-        epoch_3200: 128 x 2 (8 GPUs of 16): lr 2.5e-4, floor 5e-6
-    HMDB51                  as UCF101 (ours: there is no script)
-    Diving48                --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
-                            (ours: it tells left from right)
+    Kinetics-400 (VideoMAE's epoch_1600: 384 x 2)                       lr 7.5e-4, floor 1.5e-6
+        --accum 3 --epochs 75 --blr 5e-4 --views 5 3
+        for ViT-S 150 epochs; for ViT-L 128 x 2: --accum 1 --epochs 35 --blr 2e-3, lr 1e-3
+    Kinetics-400 (VideoMAE's FINETUNE.md: 512 x 1)                      lr 2e-3, floor 2e-6
+        --accum 4 --repeat 1 --epochs 100 --blr 1e-3 --views 5 3
+    Something-Something v2 (VideoMAE's epoch_2400: 384 x 2)             lr 7.5e-4, floor 1.5e-6
+        --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+    Something-Something v2 (VideoMAE's epoch_800: 512 x 1)              lr 1e-3, floor 2e-6
+        --accum 4 --repeat 1 --epochs 50 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+    UCF101 (VideoMAE's epoch_3200: 128 x 2)                             lr 2.5e-4, floor 5e-6
+        --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2
+        --head-dropout 0.5 --views 5 3
+    HMDB51 (ours: VideoMAE has no script)                               lr 2.5e-4, floor 5e-6
+        the flags of UCF101
+    Diving48 (ours: mirroring would mix up left and right)              lr 2.5e-4, floor 5e-7
+        --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
 
 Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and
-changed by RandAugment and random erasing, alike in every frame; batches are mixed by mixup or
-cutmix, each clip with one of another video. The learning rate falls by --layer-decay from layer to
-layer towards the input. An epoch is one pass over the videos; --repeat R takes R samples of each
-decoded clip. --val is looked at after every epoch with one view; the result is --test's (without it
---val's), with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was
-chosen on what it is tested on, and last is the honest figure: it is the default. Every test video
+changed by RandAugment and random erasing, alike in every frame. Batches are mixed by mixup or
+cutmix, each clip with one of another video (with --batch-size 1, of the same video). The learning
+rate falls by --layer-decay from layer to layer towards the input. An epoch is one pass over the
+videos; --repeat R takes R samples of each decoded clip.
+
+--val is tested after every epoch with one view. The result is that of --test (without it --val),
+with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
+the same videos; the last epoch (--use last, the default) is the unbiased result. Every test video
 is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
 
 What differs from VideoMAE's fine-tuning:
-    RandAugment    torchvision's operations: Identity is one of them, Invert and SolarizeAdd are
-                   not; one magnitude, theirs varies (a deviation of 0.5 of 10); bilinear, theirs
-                   bicubic; after the crop, theirs before it
-    erasing        the noise in a box is the same in every frame, theirs is drawn for each
-    crops          are scaled down with antialiasing
-    mixing         a clip with the one before it in the batch, theirs with the one as far from the
-                   batch's other end
-    dense clips    in training --stride frames apart, theirs stride x T / (T - 1)
-    warm-up        from lr / steps, theirs from 0
-    validation     the middle clip, theirs a random one
-    precision      bf16 where there is bf16, theirs fp16
+    RandAugment    The operations are torchvision's: Identity is one of them, Invert and
+                   SolarizeAdd are not. The magnitude is constant; theirs varies (deviation
+                   0.5 of 10). Ours is bilinear and comes after the crop; theirs is bicubic and
+                   comes before it.
+    erasing        The noise in a box is the same in every frame; theirs is drawn for each.
+    crops          They are scaled down with antialiasing.
+    mixing         A clip is mixed with the one before it in the batch; theirs with the one at the
+                   same distance from the batch's other end.
+    dense clips    Training frames are --stride apart; theirs are stride x T / (T - 1) apart.
+    warm-up        It begins at lr / steps; theirs begins at 0.
+    validation     It takes the middle clip; theirs takes a random one.
+    precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
 it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, with the
 flags that the run was begun with. Free to change are the flags of MAY_CHANGE; --epochs, upwards;
-and --batch-size, --accum and the number of ranks, if their product stays.
+and --batch-size, --accum and the number of ranks, if their product stays. Those three change which
+clips are mixed and what drop path drops, because each rank draws that for each accumulated batch:
+the weights are the same, to rounding, only with --mixup 0 --cutmix 0 --drop-path 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -89,7 +94,10 @@ from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
-# flags that do not change what is learnt, but for rounding; the classes follow from the labels
+# What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
+# and use concern the test alone; the classes follow from the labels. accum, like the batch size and
+# the number of ranks, leaves the videos of a step as they are, because the identity holds their
+# product, but it changes what mixup, cutmix and drop path draw.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
 
@@ -113,19 +121,20 @@ def train(state, loader, val, schedule, machine, stop, args):
     videos = loader.dataset.videos
     log = TrainingLog(out, videos, args.max_bad, schedule, machine, state.step)
     if schedule.ends_epoch(state.step) and state.validated != state.step:
-        validate(state, val, log, machine, args)  # a run that was ended between saving and this
+        # the checkpoint is saved before it is validated: a kill may have come in between
+        validate(state, val, log, machine, args)
     stop.after_step()
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
-        lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
+        lr = learning_rate(state.step, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr
         losses = []
         for part in range(args.accum):
             batch = log.fetch(batches)
-            clips = flatten_repeats(batch["clip"].to(machine.device, non_blocking=True))
-            labels = flatten_repeats(batch["label"].to(machine.device, non_blocking=True))
+            clips = repeats_first(batch["clip"].to(machine.device, non_blocking=True))
+            labels = repeats_first(batch["label"].to(machine.device, non_blocking=True))
             # mixing and drop path are the same in a resumed run
             torch.manual_seed(repeat_seed(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
@@ -174,6 +183,7 @@ def validate(state, val, log, machine, args):
     names = ["checkpoint.pt"]
     if result["top1"] > state.best:
         state.best = result["top1"]
+        # in this order: after a kill in between, the run validates again
         names = ["best.pt", "checkpoint.pt"]
     state.validated = state.step
     if machine.rank == 0:
@@ -208,39 +218,40 @@ def predict(model, videos, views, machine, args):
     )
 
 
-def flatten_repeats(x):
+def repeats_first(x):
     """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that
     neighbours are of different videos."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def make_mix(mixup, cutmix, classes):
-    """Mixup or cutmix of a batch, half and half if both have an alpha above 0 (torchvision's):
-    clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed with its
-    neighbour in the batch."""
+    """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
+    above 0: clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed
+    with its neighbour in the batch."""
     kinds = []
     if mixup > 0:
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))
     if cutmix > 0:
         kinds.append(v2.CutMix(alpha=cutmix, num_classes=classes))
-    mix_by_one = v2.RandomChoice(kinds) if kinds else None
+    mixer = v2.RandomChoice(kinds) if kinds else None
 
     def mix(clips, labels):
-        if mix_by_one is None:
+        if mixer is None:
             return clips, F.one_hot(labels, classes).float()
-        videos, targets = mix_by_one(tv_tensors.Video(clips.transpose(1, 2)), labels)
+        # torchvision mixes [B, T, 3, H, W], and wants to be told that these are videos
+        videos, targets = mixer(tv_tensors.Video(clips.transpose(1, 2)), labels)
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
 
     return mix
 
 
-def learning_rate(step, lr, warmup, total, floor):
-    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the
-    step."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
+def learning_rate(steps_done, lr, warmup, total, floor):
+    """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
+    cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
+    if steps_done < warmup:
+        return min(lr, lr * (steps_done + 1) / warmup)
     floor = min(floor, lr)
-    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    angle = math.pi * (steps_done - warmup) / max(1, total - warmup)
     return floor + (lr - floor) * 0.5 * (1 + math.cos(angle))
 
 
@@ -275,13 +286,14 @@ def make_optimizer(model, lr, layer_decay, weight_decay):
     return torch.optim.AdamW(ordered, lr=lr, betas=(0.9, 0.999), fused=True)
 
 
-def layer_table(optimizer, depth):
-    """The learning rates as text, a line per layer."""
+def layer_table(optimizer, depth, lr):
+    """The highest learning rate of each layer as text, a line per layer. lr: the head's."""
     names = ["patch embedding", *(f"block {i}" for i in range(depth)), "norm and head"]
     rates = {}
     counts = dict.fromkeys(range(depth + 2), 0)
     for group in optimizer.param_groups:
-        rates[group["layer"]] = group["lr"]
+        # not group["lr"], which in a resumed run is that of the last step
+        rates[group["layer"]] = group["scale"] * lr
         counts[group["layer"]] += sum(parameter.numel() for parameter in group["params"])
     lines = []
     for layer, name in enumerate(names):
@@ -293,15 +305,15 @@ def layer_table(optimizer, depth):
 
 
 class EraseWithNoise(v2.RandomErasing):
-    """Torchvision's with value="random", which is normal noise for normalised pixels; here for
-    those of uint8."""
+    """torchvision's random erasing with value="random", whose normal noise is meant for normalised
+    pixels; here it is scaled to those of uint8."""
 
     def __init__(self, probability):
         super().__init__(probability, value="random")
 
     def make_params(self, flat_inputs):
         params = super().make_params(flat_inputs)
-        if params["v"] is not None:
+        if params["v"] is not None:  # the noise; None where nothing is erased
             mean = torch.tensor(models.MEAN)[:, None, None]
             deviation = torch.tensor(models.STD)[:, None, None]
             noise = 255 * (mean + deviation * params["v"])  # [3, h, w]
@@ -344,7 +356,7 @@ class Clips(TrainingClips):
         operations, magnitude = rand_augment
         bilinear = TF.InterpolationMode.BILINEAR
         operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
-        # as VideoMAE's rand-m7-n4: each operation with probability 0.5
+        # as VideoMAE's rand-m7-n4: each operation with probability 0.5, magnitude 7/10 = 21/30
         self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
         self.erase = EraseWithNoise(erase)
 
@@ -444,7 +456,7 @@ def parse_args(argv=None):
     parser = flags.Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="training manifest")
-    data.add_argument("--val", default="data/val.csv", help="manifest looked at after every epoch")
+    data.add_argument("--val", default="data/val.csv", help="manifest tested after every epoch")
     data.add_argument("--test", help="manifest of the final test (default: --val)")
     data.add_argument("--label-column", default="label", help="column that holds the label")
     flags.add_video_flags(data)
@@ -517,8 +529,9 @@ def parse_args(argv=None):
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def open_splits(args):
-    """{"train", "val", "test": (videos, labels)}; the classes' names become those of args."""
+def open_splits(args, machine):
+    """-> {"train", "val", "test": (videos, labels)}; "test" alone with --test-only. Sets
+    args.classes, the classes' names."""
     manifests = {"train": args.data, "val": args.val, "test": args.test or args.val}
     saved = checkpoints.saved_args(args.checkpoint)
     args.classes = None
@@ -537,7 +550,7 @@ def open_splits(args):
     if "train" in splits:
         seen = shared_rows(splits["train"][0], splits["test"][0])
         if seen > 0:
-            print(
+            machine.say(
                 f"note: {seen} of {len(splits['test'][0])} test videos are training videos, too: "
                 "the accuracy will flatter"
             )
@@ -545,8 +558,8 @@ def open_splits(args):
 
 
 def make_model(args, machine):
-    """The classifier, on its device. What the flags leave open is taken from the checkpoint, and
-    becomes that of args."""
+    """The classifier, on its device. Where the flags leave args.size, frames, image_size and stride
+    open, fills them from the checkpoint."""
     saved = checkpoints.saved_args(args.checkpoint)
     args.size = args.size or saved.get("size", "base")
     torch.manual_seed(args.seed)
@@ -618,7 +631,7 @@ def fine_tune(args, model, splits, machine, stop):
         f"data         {args.data}: {len(videos)} videos; {args.val}: {len(splits['val'][0])}"
     )
     machine.say(schedule.about(args.blr, args.min_blr, state.step, state.begun_for))
-    machine.say(layer_table(state.optimizer, model.config["depth"]))
+    machine.say(layer_table(state.optimizer, model.config["depth"], args.lr))
     if machine.rank == 0:
         resume.take_folder(out, args.resume, vars(args), state.step)
         if state.step < schedule.last_step:
@@ -631,7 +644,7 @@ def fine_tune(args, model, splits, machine, stop):
 
     if args.use == "last":
         return out / "checkpoint.pt"
-    wait_for_ranks()  # rank 0 has written best.pt
+    wait_for_ranks()  # until rank 0 has written best.pt
     with checks.one_reason(args.data):
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
@@ -672,8 +685,11 @@ def main(argv=None):
     args = parse_args(argv)
     machine = Machine(args.device, args.amp)
     args.amp = machine.amp
-    with checks.one_reason(args.test or args.val if args.test_only else args.data):
-        splits = open_splits(args)
+    manifest = args.data
+    if args.test_only:
+        manifest = args.test or args.val
+    with checks.one_reason(manifest):
+        splits = open_splits(args, machine)
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)

@@ -15,13 +15,13 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         pretrain.py --mask text
 
-The training step stands in the loop of `train`, the first function below. The loss is VideoMAE's
-mean squared error on masked cubes (about 1.0 for the trivial prediction) plus --nce-weight times a
-symmetric InfoNCE between the mean visible token and the caption. Its negatives are the other videos
-of the batch, over all ranks. With --accum they are those of one of the accumulated batches, so for
-this loss, unlike the other, accumulating is not the same as a larger batch. With weight 0 the
-contrastive loss is only monitored: its head trains on detached features and the encoder is
-untouched (the paper's figure 4).
+The training step is in the loop of `train`, the first function below. The loss is VideoMAE's
+mean squared error on masked cubes (predicting each cube's mean gives about 1.0) plus --nce-weight
+times a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the
+other videos of the batch, over all ranks. With --accum they are those of one of the accumulated
+batches, so for this loss, unlike the other, accumulating is not the same as a larger batch. With
+weight 0 the contrastive loss is only monitored: its head trains on detached features and the
+encoder is untouched (figure 4 of the TGM paper).
 
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
 its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
@@ -55,7 +55,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional as TF
 
 import masking
 import model as models
@@ -65,7 +64,7 @@ from tgm.loading import batches_from, make_clip_loader
 from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.pictures import draw_reconstruction
 from tgm.run import StopSignal, launch, one_line_errors, reason_of
-from tgm.sampling import TrainingClips, clip_times, multi_scale_crop, repeat_seed
+from tgm.sampling import TrainingClips, clip_times, multi_scale_crop, repeat_seed, resized_crop
 from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
@@ -84,13 +83,14 @@ def train(state, loader, schedule, machine, args):
     scaler = state.scaler
     wrapped = machine.wrap(model)
     visible, masked, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
-    nce_weight = args.nce_weight
-    clipped = list(model.parameters())
+    loss_weight = args.nce_weight
+    to_clip = list(model.parameters())
     if args.nce_weight == 0:
-        # The contrastive loss is its head's alone, and trains it at full weight. The head has no
-        # part in the gradient's norm: through it, it would touch the encoder.
-        nce_weight = 1.0
-        clipped = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
+        # Monitored: only the contrastive head gets the gradient of its loss, at full weight. The
+        # head has no part in the gradient's norm, because clipping would let it change the
+        # encoder's steps.
+        loss_weight = 1.0
+        to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
     min_lr = MIN_BLR * schedule.videos_per_step / 256
     clips = loader.dataset
@@ -101,7 +101,7 @@ def train(state, loader, schedule, machine, args):
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
-        lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
+        lr = learning_rate(state.step, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = []
@@ -119,11 +119,11 @@ def train(state, loader, schedule, machine, args):
                     )
                 if loss_nce is None:  # there are no captions
                     loss_nce = torch.zeros_like(loss_mae)
-                loss = loss_mae + nce_weight * loss_nce
+                loss = loss_mae + loss_weight * loss_nce
                 scaler.scale(loss / args.accum).backward()
             losses.append(torch.stack([loss_mae.detach(), loss_nce.detach()]))
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(clipped, largest_norm)
+        norm = torch.nn.utils.clip_grad_norm_(to_clip, largest_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -149,7 +149,8 @@ def train(state, loader, schedule, machine, args):
 
 
 def flatten_repeats(batch, device):
-    """{name: [B, R, ...]} -> {name: [B*R, ...]} on the device; what has no repeats is left out."""
+    """{name: [B, R, ...]} -> {name: [B*R, ...]} on the device. "failed", which is [B], is for the
+    log alone and left out."""
     return {
         name: value.to(device, non_blocking=True).flatten(0, 1)
         for name, value in batch.items()
@@ -191,13 +192,13 @@ def count_tokens(grid, ratio, keep):
     return math.prod(grid) - masked, masked, decoded
 
 
-def learning_rate(step, lr, warmup, total, floor):
-    """Linear warm-up, then half a cosine down to `floor` (never above lr): a pure function of the
-    step."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
+def learning_rate(steps_done, lr, warmup, total, floor):
+    """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
+    cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
+    if steps_done < warmup:
+        return min(lr, lr * (steps_done + 1) / warmup)
     floor = min(floor, lr)
-    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    angle = math.pi * (steps_done - warmup) / max(1, total - warmup)
     return floor + (lr - floor) * 0.5 * (1 + math.cos(angle))
 
 
@@ -281,14 +282,13 @@ class Clips(TrainingClips):
         randomness comes from `seed`."""
         height, width = frames.shape[-2:]
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed also asks for accelerators: 0.5 ms where there are none
+            # torch.manual_seed would seed GPUs, too, which costs 0.5 ms per sample
             torch.default_generator.manual_seed(seed)
             top, left, h, w = multi_scale_crop(height, width)
             flip = self.flip and bool(torch.rand(()) < 0.5)
             noise = torch.rand(math.prod(self.grid))
             choice = torch.rand(()).item()
-        size = [self.image_size, self.image_size]
-        clip = TF.resized_crop(frames, top, left, h, w, size, antialias=True)
+        clip = resized_crop(frames, (top, left, h, w), self.image_size)
         if flip:
             clip = clip.flip(-1)
         box = [left / width, top / height, (left + w) / width, (top + h) / height]
@@ -301,13 +301,10 @@ class Clips(TrainingClips):
         return view | self.guides(row, choice)
 
     def guides(self, row, choice):
-        """What guides this sample: a caption's embedding and saliency, the motion. choice, in
-        [0, 1): which caption."""
+        """The arrays' part of a sample, as far as the method uses them: the embedding and the
+        saliency of one caption, and the motion. choice, in [0, 1): which caption."""
         guides = {}
-        of_captions = self.text if self.saliency is None else self.saliency
-        if of_captions is not None:
-            firsts = of_captions[row].reshape(len(of_captions[row]), -1)[:, 0]
-            caption = int(choice * np.count_nonzero(~np.isnan(firsts)))  # NaN: no caption there
+        caption = int(choice * self.count_captions(row))
         if self.text is not None:
             guides["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))  # [D]
         if self.saliency is not None:
@@ -319,6 +316,15 @@ class Clips(TrainingClips):
                 path = self.videos[row].path
                 raise VideoError(f"{path}: its {kind} has numbers that are not finite")
         return guides
+
+    def count_captions(self, row):
+        """The number of captions of a video, 0 without captions. Text and saliency hold them in the
+        same order, and NaN after the last one."""
+        array = self.text if self.saliency is None else self.saliency
+        if array is None:
+            return 0
+        firsts = array[row].reshape(array.shape[1], -1)[:, 0]  # one number per caption
+        return np.count_nonzero(~np.isnan(firsts))
 
 
 def make_clips(videos, rows, grid, arrays, args):
@@ -346,23 +352,24 @@ def open_data(manifest, mask, nce_weight, root=None, companions=None):
     ManifestError where a file is missing or is not of this manifest."""
     videos = read_manifest(manifest, root)
     prefix = companions or Path(manifest).with_suffix("")
-    need = masking.NEEDS[mask]
-    mend = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
+    needed = masking.NEEDS[mask]
+    command = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")
-    expect = {}
+    expected = {}
     if captions.exists() and not companions:  # if they were made again, the arrays are stale
-        expect = {"captions": file_hash(captions)}
+        expected = {"captions": file_hash(captions)}
     arrays = {"text": None, "saliency": None, "motion": None}
-    if need == "saliency":
-        arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, mend, **expect)
-    if need == "motion":
-        mend_motion = f"python saliency.py --data {manifest} --cue motion"
-        arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, mend_motion)
-    if nce_weight > 0 or Path(f"{prefix}.text.npy").exists():
+    if needed == "saliency":
+        arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, command, **expected)
+    if needed == "motion":
+        motion_command = f"python saliency.py --data {manifest} --cue motion"
+        arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, motion_command)
+    text = Path(f"{prefix}.text.npy")
+    if nce_weight > 0 or text.exists():  # with weight 0 it is used if it is there
         try:
-            arrays["text"], _ = open_array(f"{prefix}.text.npy", videos, mend, **expect)
+            arrays["text"], _ = open_array(text, videos, command, **expected)
         except ManifestError as error:
-            if need == "saliency" or nce_weight == 0:
+            if needed == "saliency" or nce_weight == 0:
                 raise
             raise ManifestError(f"{error}; or train without captions: --nce-weight 0") from None
 
@@ -526,7 +533,7 @@ def main(argv=None):
             args.data, args.mask, args.nce_weight, args.root, args.companions
         )
         model = make_model(args, arrays["text"])
-        count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
+        count_tokens(model.grid, args.mask_ratio, args.decoder_keep)  # refuses what is impossible
     trial = "" if machine.on_gpu or args.size == "tiny" else "--size tiny "
     checks.refuse_few(args.data, len(rows), args.batch_size, args.accum, args.ranks, trial)
     checks.refuse_missing(args.data, videos, rows, args.root, args.max_bad)

@@ -184,6 +184,17 @@ def test_multi_scale_crops_lie_at_thirteen_places():
         assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
 
 
+@pytest.mark.parametrize("height, width, size", [(40, 60, 16), (90, 50, 112), (33, 64, 33)])
+def test_a_resized_crop_is_torchvisions(height, width, size):
+    from torchvision.transforms.v2 import functional
+
+    torch.manual_seed(0)
+    frames = torch.randint(256, (4, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for box in [(3, 5, 30, 21), (0, 0, 33, 33), (0, 0, height, width)]:
+        theirs = functional.resized_crop(frames, *box, [size, size], antialias=True)
+        assert torch.equal(sampling.resized_crop(frames, box, size), theirs)
+
+
 def test_few_failures_are_said_and_none_where_all_fail(capsys):
     class Some(sampling.TrainingClips):
         def sample(self, epoch, row, rng):

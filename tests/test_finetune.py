@@ -77,7 +77,9 @@ def test_layer_wise_decay():
         rate = next(rate for start, rate in expected.items() if name.startswith(start))
         still = name.endswith("bias") or "norm" in name
         assert found[id(parameter)] == (rate, 0.0 if still else 0.05), name
-    lines = finetune.layer_table(optimizer, 3).splitlines()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-9  # as in a run that is resumed near its end
+    lines = finetune.layer_table(optimizer, 3, 1.0).splitlines()
     assert [line.split("lr")[0].strip() for line in lines] == [
         "patch embedding",
         "block 0",
@@ -92,9 +94,9 @@ def test_learning_rate_is_that_of_pretraining():
     import pretrain
 
     for step in (0, 3, 10, 50, 99):
-        assert finetune.learning_rate(step, 0.1, 10, 100, 1e-5) == pretrain.learning_rate(
-            step, 0.1, 10, 100, 1e-5
-        )
+        for warmup in (10, 3.5):
+            rate = finetune.learning_rate(step, 0.1, warmup, 100, 1e-5)
+            assert rate == pretrain.learning_rate(step, 0.1, warmup, 100, 1e-5) <= 0.1
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0), (0.8, 1.0)])
@@ -858,7 +860,7 @@ def test_repeats_are_mixed_with_other_videos(mixup, cutmix):
     clips = torch.arange(8.0).view(8, 1, 1, 1, 1, 1).expand(8, 2, 3, 2, 16, 16)
     labels = torch.arange(8)[:, None].expand(8, 2)
     mix = finetune.make_mix(mixup, cutmix, 8)
-    flat, own = finetune.flatten_repeats(clips), finetune.flatten_repeats(labels)
+    flat, own = finetune.repeats_first(clips), finetune.repeats_first(labels)
     assert flat.shape == (16, 3, 2, 16, 16) and torch.equal(flat[:, 0, 0, 0, 0], own.float())
     for _ in range(20):
         mixed, targets = mix(flat.clone(), own)

@@ -59,6 +59,26 @@ def test_learning_rate():
     assert pretrain.learning_rate(0, 1.0, 0, 10, floor=0.2) == 1.0
 
 
+@pytest.mark.parametrize("warmup", [0.5, 2.5, 10 / 3])
+def test_a_warm_up_of_a_fraction_of_a_step_stays_at_the_peak(warmup):
+    rates = [pretrain.learning_rate(step, 1e-3, warmup, 20, floor=0.0) for step in range(20)]
+    assert max(rates) <= 1e-3 and rates[0] == min(1e-3, 1e-3 / warmup)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_neither_pretraining_nor_probing_imports_torchvision():
+    """It would cost each of their processes more than a second at the start."""
+    code = (
+        "import sys, linprobe, pretrain; "
+        "print({'torchvision', 'torch._dynamo'} & sys.modules.keys() or 'none')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "none\n", done.stderr
+
+
 def test_ranks_side_by_side_are_the_global_batch():
     rows = np.arange(100, 137)
     one = list(sampling.EpochBatches(rows, 12, 3, seed=4, rank=0, ranks=1))

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections import UserDict
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from tgm import flags, loading, resume, run
+from tgm import flags, loading, resume, run, training
 from tgm.manifest import ManifestError
 
 FORK = multiprocessing.get_context("fork")
@@ -805,6 +806,61 @@ def test_errors_as_the_libraries_raise_them_are_one_line():
                 )
             )()
         assert end.value.code.startswith(line) and "\n" not in end.value.code
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_emulated_bf16_is_not_taken_for_bf16(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    only_emulated = lambda including_emulation=True: including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", only_emulated)
+    assert training.choose_precision("auto", gpu) == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert training.choose_precision("auto", gpu) == "bf16"
+    assert training.choose_precision("auto", torch.device("cpu")) == "off"
+    assert training.choose_precision("bf16", gpu) == "bf16"
+
+
+def make_log(folder, amp):
+    schedule = training.Schedule(
+        videos=200,
+        batch_size=1,
+        repeat=1,
+        accum=1,
+        ranks=1,
+        epochs=1,
+        warmup_epochs=0,
+        max_steps=None,
+    )
+    videos = [SimpleNamespace(name="a.mp4")]
+    return training.TrainingLog(folder, videos, 0.0, schedule, training.Machine("cpu", amp), 0)
+
+
+def log_steps(log, first, norms):
+    """One logged window: a step for each norm."""
+    for norm in norms:
+        log.fetch(iter([{"row": torch.tensor([0]), "failed": torch.tensor([-1])}]))
+        log.add(torch.tensor(norm), loss=torch.tensor(1.0))
+    log.write_step(first + len(norms) - 1, 1e-3)
+
+
+def test_fp16_ends_where_no_gradient_is_finite_any_more(tmp_path):
+    log = make_log(tmp_path, "fp16")
+    log_steps(log, 1, [math.inf] * 39 + [2.0])  # the scale is found
+    log_steps(log, 41, [2.0, 4.0])
+    log_steps(log, 43, [math.nan] * 39)
+    with pytest.raises(run.RunError, match="fp16: the gradients of the last 40 steps are not fin"):
+        log_steps(log, 82, [math.inf])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] for line in lines] == [None, 3.0, None]  # all of it JSON
+
+
+def test_without_fp16_the_first_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    log = make_log(tmp_path, "off")
+    log_steps(log, 1, [2.0])
+    with pytest.raises(run.RunError, match="step 3: the loss or its gradient is not finite"):
+        log_steps(log, 2, [2.0, math.inf])
 
 
 # ---- folders, logs, resuming ---------------------------------------------------------------------

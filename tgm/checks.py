@@ -15,13 +15,13 @@ from model import SIZES, VideoMAE, count_flops
 from tgm.manifest import ManifestError
 from tgm.run import RunError
 
-LOOKED_FOR = 256  # so many videos, evenly from all, are looked for
+LOOKED_FOR = 256  # about this many videos, evenly from all, are looked for
 
 
 @contextlib.contextmanager
 def one_reason(manifest: str):
-    """RunError where what happens inside finds data or a checkpoint that does not fit. If there is
-    no manifest, the toy world is named."""
+    """If a ManifestError or a ValueError is raised inside, raises RunError with its text, which
+    names the toy world if there is no manifest."""
     try:
         yield
     except (ManifestError, ValueError) as error:
@@ -39,7 +39,7 @@ def refuse_gigabytes(
     pixels = pixels or config["image_size"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
-    batch = ranks * batch_size * repeat * 3 * frames * pixels**2  # uint8
+    batch = ranks * batch_size * repeat * 3 * frames * pixels**2  # uint8: one byte per number
     if batch > memory:
         raise RunError(
             f"one batch is {batch / 1e9:.0f} GB of pixels ({ranks} ranks x {batch_size} "
@@ -47,7 +47,7 @@ def refuse_gigabytes(
             f"{memory / 1e9:.0f} GB: lower --batch-size, --repeat, --frames or --image-size"
         )
     tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
-    # sines and cosines in float64, and the table that they are put into
+    # three float64 arrays: sines, cosines, and the table that holds both
     table = 3 * 8 * tokens * config["width"]
     if table > memory:
         raise RunError(
@@ -69,7 +69,8 @@ def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float
 
 
 def refuse_few(manifest: str, usable: int, batch_size: int, accum: int, ranks: int, trial=""):
-    """RunError if the usable videos fill no step. trial: flags to name besides, for a trial."""
+    """RunError if the usable videos fill no step. trial: more flags for the trial run that the
+    message suggests."""
     if usable >= batch_size * accum * ranks:
         return
     reason = (
@@ -79,7 +80,7 @@ def refuse_few(manifest: str, usable: int, batch_size: int, accum: int, ranks: i
     if usable < ranks:
         raise RunError(f"{reason}: start fewer ranks (--nproc_per_node), or add videos")
     batch = 1
-    while batch * 8 * ranks <= usable:  # at least four steps per epoch
+    while 4 * (2 * batch) * ranks <= usable:  # doubled, it leaves at least four steps per epoch
         batch *= 2
     raise RunError(
         f"{reason}: lower --batch-size or --accum; for a trial: {trial}--batch-size {batch} "

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import model as models
@@ -39,7 +38,14 @@ from tgm.run import (
     sum_over_ranks,
     wait_for_ranks,
 )
-from tgm.sampling import Views, clip_times, multi_scale_crop, repeat_seed, uniform_times
+from tgm.sampling import (
+    Views,
+    clip_times,
+    multi_scale_crop,
+    repeat_seed,
+    resized_crop,
+    uniform_times,
+)
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
 
@@ -168,7 +174,7 @@ class RandomViews(Dataset):
             torch.default_generator.manual_seed(seed)
             box = multi_scale_crop(*clip.shape[-2:])
             mirror = self.flip and bool(torch.rand(()) < 0.5)
-        clip = TF.resized_crop(clip, *box, [self.image_size, self.image_size], antialias=True)
+        clip = resized_crop(clip, box, self.image_size)
         if mirror:
             clip = clip.flip(-1)
         return clip.transpose(0, 1)
@@ -366,7 +372,7 @@ def encode_batch(
     device = encoder.device
     on_gpu = device.type == "cuda"
     low_precision = torch.bfloat16
-    if on_gpu and not torch.cuda.is_bf16_supported():
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         low_precision = torch.float16
     with torch.autocast(device.type, low_precision, enabled=on_gpu):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]

@@ -9,7 +9,7 @@ from tgm.manifest import ManifestError, Videos, manifest_hash, read_manifest, re
 
 
 def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
-    """The videos of a manifest; ManifestError if one has no label, or none has a file."""
+    """The videos of a manifest; ManifestError if a video has no label, or if no file exists."""
     videos = read_manifest(manifest, root, column)
     require_files(videos, manifest)
     for video in videos:
@@ -24,23 +24,24 @@ def class_names(videos: Videos) -> list[str]:
 
 
 def class_order(name: str):
-    """The sorting key of `class_names`."""
+    """The sorting key of `class_names`, by which "10" follows "9"; the third entry orders "1" and
+    "01"."""
     if name.isdecimal():
         return 0, int(name), name
     return 1, 0, name
 
 
 def number_labels(manifest: str, videos: Videos, names: list[str]) -> torch.Tensor:
-    """The place of each video's label among the classes' names, -1 if it is not there: LongTensor
-    [videos]. ManifestError if none is there."""
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = torch.tensor([numbers.get(video.label, -1) for video in videos])
-    unknown = sorted({video.label for video in videos} - numbers.keys())
+    """The class number of each video, its label's place among the names; -1 if it is not there:
+    LongTensor [videos]. ManifestError if no label is there."""
+    class_of = {name: number for number, name in enumerate(names)}
+    labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():
         known = ", ".join(names[:8])
         if len(names) > 8:
             known += ", ..."
         raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
+    unknown = sorted({video.label for video in videos} - class_of.keys())
     if unknown:
         print(
             f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "

@@ -96,7 +96,7 @@ def join_machine(device: str) -> Machine:
     chosen, _ = choose_device(device, local_rank)
     if chosen.type == "cpu":
         dtype = torch.float32
-    elif torch.cuda.is_bf16_supported():
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
         dtype = torch.bfloat16
     else:
         dtype = torch.float16

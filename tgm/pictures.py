@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import flow_to_image, save_image
 
 from model import VideoMAE, normalize
 from tgm.run import RunError
@@ -60,6 +59,8 @@ def draw_tiles(
     if saliency is not None:
         tiles["saliency"] = tint(frames, heat(enlarge(saliency, shape)))
     if motion is not None:
+        from torchvision.utils import flow_to_image  # here: importing it takes a second
+
         colours = flow_to_image(motion.float()) / 255  # [t, 3, h, w]
         colours = [enlarge(colour, shape) for colour in colours.unbind(1)]
         tiles["motion"] = tint(frames, torch.stack(colours, dim=-1))
@@ -240,6 +241,8 @@ def draw_reconstruction(path: Path, model: VideoMAE, clips, mask, autocast):
     mean and deviation, which flatters the picture.
 
     clips: uint8 [B, 3, T, H, W]; mask: bool [B, N]"""
+    from torchvision.utils import save_image  # here: importing it takes a second
+
     with autocast:
         made = model.reconstruct(normalize(clips), mask)[:1]  # [1, 3, T, H, W], 0 to 1
     true = clips[:1] / 255

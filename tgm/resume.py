@@ -1,11 +1,10 @@
-"""The folder of a training run: its checkpoint, its flags and its log; and going on with a run.
-Needs arrays.py, run.py and the repository's
-model.py.
+"""The folder of a training run: its checkpoint, its flags and its log; and resuming a run. Needs
+arrays.py, run.py and the repository's model.py.
 
     saved = find_run(out, args.resume, vars(args), MAY_CHANGE)      None: a run that begins
     state = TrainingState(model, optimizer, scaler, step=0)
     if saved: state.restore(saved)
-    refuse_unequal_ranks(state.step, vars(args))
+    refuse_unequal_ranks(state.step, vars(args))                    all ranks have read by then
     take_folder(out, args.resume, vars(args), state.step)           rank 0
     ...
     state.save(out / "checkpoint.pt", vars(args))                   rank 0
@@ -30,8 +29,9 @@ from tgm import checkpoints
 from tgm.arrays import hold
 from tgm.run import RunError, give_up_together, make_folder, writing
 
-# Flags of training that do not change what is learnt. The batch size and the number of ranks are
-# among them because the identity holds their product.
+# What may differ from the checkpoint: how a run is carried out, up to where, and where it writes.
+# The batch size and the number of ranks are among it because the identity holds their product, the
+# learning rate because it follows from other flags, the identity because it is compared apart.
 MAY_CHANGE = {
     "workers", "device", "compile", "checkpointing", "video_timeout", "max_bad", "max_steps",
     "log_every", "save_every", "out", "resume", "batch_size", "ranks", "lr", "identity",
@@ -63,7 +63,7 @@ class TrainingState:
         """Takes over the contents of a checkpoint."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where the run began in another precision
+        if saved["scaler"]:  # empty if it was saved without fp16
             self.scaler.load_state_dict(saved["scaler"])
         for name in self.names:
             setattr(self, name, saved[name])
@@ -117,7 +117,7 @@ def refuse_changes(path: Path, before: dict, now: dict, may_change: set):
         may_change = may_change | {"epochs"}
     changed = []
     for name, value in now.items():
-        if name in may_change or name not in before:
+        if name in may_change or name not in before:  # older checkpoints have fewer flags
             continue
         if as_json(before[name]) != as_json(value):
             changed.append(f"--{name.replace('_', '-')} was {before[name]}, is {value}")

@@ -263,18 +263,23 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """SIGTERM, as a scheduler sends it, and Ctrl-C, from the moment this is made: the run saves and
-    ends, on all ranks at the same step. `then` says what happens next; it is printed when the
-    signal comes.
+    """Handles SIGTERM, which schedulers send, and Ctrl-C, from the moment this is made: the run
+    saves and ends, on all ranks at the same step.
 
-    The first signal is noted (`name` is not None from then on). The run has GRACE seconds to reach
-    `agreed` or `end`, and after `agreed` again as many to save; a run that is stuck ends then, and
-    by a second signal at once, both without saving. The same signal often comes twice within
-    milliseconds, so for SAME_SIGNAL seconds a second one is not one. After `at_once` there is
-    nothing left to save, and the first signal ends the run; `after_step` takes that back.
+        first signal        It is noted: `name` is its name from then on, None before. A message
+                            with `then` says what happens next. The run has GRACE seconds to reach
+                            `agreed` or `end`, and after `agreed` GRACE seconds to save.
+        within SAME_SIGNAL  A second signal is ignored: the same one often comes twice, from a
+        seconds             scheduler and through torchrun.
+        later               A second signal ends the run without saving.
+        no progress         After GRACE seconds the run ends without saving.
+        after at_once()     There is nothing left to save: the first signal ends the run.
+        after after_step()  Signals are noted again.
 
-    All this happens in Python, between two of its instructions: a rank must wait for others by
-    `wait_for_ranks`."""
+    Python runs these handlers only between its own instructions, so none runs while a rank waits
+    inside torch for the others. `agreed` and `wait_for_ranks` wait in Python. Not covered are the
+    averaging of gradients and of logged values, and the exchange of Python objects: a rank that is
+    stuck there is ended by SIGKILL or by torch's own timeout."""
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from tgm.video import TIMEOUT, VideoError, VideoReader
@@ -106,6 +107,16 @@ def multi_scale_crop(height, width):
     w = int(min(height, width) * b)
     down, right = PLACES[torch.randint(len(PLACES), ()).item()]
     return down * ((height - h) // 4), right * ((width - w) // 4), h, w
+
+
+def resized_crop(frames, box, size):
+    """Cuts a box out of frames and scales it to a square: uint8 [T, 3, H, W] -> [T, 3, size, size].
+
+    box: top, left, height, width in pixels. These are the pixels of torchvision's resized_crop on a
+    CPU, whose import would cost every process of a stage more than a second."""
+    top, left, height, width = box
+    cut = frames[..., top : top + height, left : left + width]
+    return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)
 
 
 class TrainingClips(Dataset):

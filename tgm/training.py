@@ -16,6 +16,7 @@ Shapes: L losses, N steps since the last log line.
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,10 @@ from tgm.run import (
     writing,
 )
 
-NAMED = 20  # so many videos that cannot be read are named
+MOST_NAMED = 20  # videos that a message names, of those that cannot be read
+# Steps that fp16's scaler may skip in a row. It halves its scale, at first 2^16, with each of them,
+# so a gradient that is still not finite is not so because of the scale.
+MOST_SKIPPED = 40
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -99,15 +103,15 @@ def choose_precision(asked: str, device: torch.device) -> str:
         return asked
     if device.type != "cuda":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # ---- the schedule --------------------------------------------------------------------------------
 
 
 class Schedule(NamedTuple):
-    """How many steps a run has, and of how many videos. An epoch is one pass over the videos;
-    those that fill no step are left out, others in each epoch."""
+    """How many steps a run has, and of how many videos. An epoch is one pass over the videos.
+    The rest that fills no step is left out; which videos these are differs from epoch to epoch."""
 
     videos: int  # in an epoch
     batch_size: int  # videos per rank and batch
@@ -197,7 +201,10 @@ class TrainingLog:
 
     It ends the run, on all ranks with one line, where a loss or a gradient is not finite, or where
     too many videos cannot be read. fp16's scaler finds infinite gradients itself and skips their
-    steps, so with it only the losses are looked at."""
+    steps, so with it only the losses are looked at, and the run ends where MOST_SKIPPED steps in a
+    row were skipped.
+
+    The steps since the last line are called the window."""
 
     def __init__(
         self, out: Path, videos, max_bad: float, schedule: Schedule, machine: Machine, start: int
@@ -210,15 +217,18 @@ class TrainingLog:
         self.schedule = schedule
         self.machine = machine
         self.failed = set()  # rows that could not be read, of all ranks
+        self.names = []  # of the losses that are computed
+        self.missing = {}  # {name: None} of the other losses
+        self.skipped = 0  # the last steps, if their gradient was not finite
         self._begin_after(start)
 
     def _begin_after(self, step: int):
-        self.last = step  # of the last line
+        self.last = step  # the step of the last line
         self.began = None  # when the first batch was asked for, seconds
         self.waited = 0.0  # seconds
         self.newly_failed = set()  # rows, of this rank
-        self.rows = []  # of each step
-        self.window = []  # of each step [L + 1], on the device: its losses, its gradient's norm
+        self.rows = []  # for each step since: the rows of its batches, a set
+        self.window = []  # for each step since: its losses and its norm, [L + 1], on the device
 
     def fetch(self, batches) -> dict:
         """The next batch. The wait for it and its videos that failed are counted."""
@@ -243,7 +253,7 @@ class TrainingLog:
     def write_step(self, step: int, lr: float):
         """Writes a line on the steps since the last one: means over them and over the ranks, all of
         which must call this. Ends the run if it must end: see the class."""
-        *losses, norm = self._means(step)
+        *losses, norm = self._reduce_and_check()
         seconds = (time.time() - self.began) / len(self.window)
         self.write(
             step=step,
@@ -251,7 +261,7 @@ class TrainingLog:
             **dict(zip(self.names, losses, strict=True)),
             **self.missing,
             lr=lr,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,  # JSON has no number for infinity
             data_ms=1000 * self.waited / len(self.window),
             step_ms=1000 * seconds,
             clips_per_s=self.schedule.samples_per_step / seconds,
@@ -268,26 +278,33 @@ class TrainingLog:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _means(self, step: int) -> list[float]:
-        stats = torch.stack(self.window)  # [N, L + 1]
-        judged = stats[:, :-1] if self.machine.amp == "fp16" else stats
-        finite = judged.isfinite().all(1)
-        problems = torch.tensor([len(self.newly_failed - self.failed), 0.0], device=stats.device)
-        problems[1] = (~finite).any()
-        stats = torch.cat([stats.mean(0), problems])
+    def _reduce_and_check(self) -> list[float]:
+        """-> the means of the losses and of the norm, over the window and the ranks. Ends the run
+        if it must end."""
+        window = torch.stack(self.window)  # [N, L + 1]
+        finite = window.isfinite()
+        with_fp16 = self.machine.amp == "fp16"
+        good = finite[:, :-1].all(1) if with_fp16 else finite.all(1)  # [N]
+        newly_failed = len(self.newly_failed - self.failed)
+        problems = torch.tensor([newly_failed, 0.0], device=window.device)
+        problems[1] = (~good).any()
+        totals = torch.cat([window.mean(0), problems])
         if self.machine.ranks > 1:
-            dist.all_reduce(stats)
-        *sums, failed, broken = stats.tolist()  # the one place where the CPU waits for the GPU
+            dist.all_reduce(totals)
+        *sums, failed, broken = totals.tolist()  # the one place where the CPU waits for the GPU
         if broken > 0:
-            self._give_up_on_values(finite.tolist())
+            self._give_up_on_values(good.tolist())
         if failed > 0:
             self._count_failed()
+        if with_fp16:
+            self._count_skipped(finite[:, -1].tolist())
         return [value / self.machine.ranks for value in sums]
 
     def _give_up_on_values(self, finite: list[bool]):
         """Names the first step of any rank whose loss or gradient is not finite, and its videos."""
         bad = {self.last + 1 + i for i, is_finite in enumerate(finite) if not is_finite}
         first = min(union_over_ranks(bad))
+        # a rank whose own values are finite has no videos to name
         rows = self.rows[first - self.last - 1] if first in bad else set()
         names = ", ".join(self.videos[row].name for row in sorted(union_over_ranks(rows)))
         give_up_together(
@@ -295,10 +312,21 @@ class TrainingLog:
             f"Its batch: {names}"
         )
 
+    def _count_skipped(self, finite: list[bool]):
+        """Ends the run after too many skipped steps. finite: whether each step's norm was, the same
+        on every rank, because their gradients are."""
+        for is_finite in finite:
+            self.skipped = 0 if is_finite else self.skipped + 1
+        if self.skipped >= MOST_SKIPPED:
+            give_up_together(
+                f"fp16: the gradients of the last {self.skipped} steps are not finite, so nothing "
+                "is learnt; the last checkpoint is kept. Lower --blr, or use --amp bf16 or off"
+            )
+
     def _count_failed(self):
         self.failed |= union_over_ranks(self.newly_failed)
         if len(self.failed) > self.max_bad * self.schedule.videos:
-            names = ", ".join(self.videos[row].name for row in sorted(self.failed)[:NAMED])
+            names = ", ".join(self.videos[row].name for row in sorted(self.failed)[:MOST_NAMED])
             give_up_together(
                 f"{len(self.failed)} of {self.schedule.videos} videos cannot be read, "
                 f"more than --max-bad {self.max_bad}: {names}"
