@@ -1,8 +1,10 @@
 """experiments/bench.py: honest arithmetic, alternating order, sides that compute the same, and
 tables that land where they belong. The speeds themselves are not tested."""
 
+import importlib
 import json
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import bench
@@ -85,10 +87,7 @@ def test_refusals_and_what_is_missing(capsys):
         bench.parse_args(["decode", "speed"])
     assert "no section speed" in capsys.readouterr().err
     assert "soak" not in bench.parse_args([]).sections
-
-    def trial():
-        import a_peer_that_is_not_there
-
+    trial = partial(importlib.import_module, "a_peer_that_is_not_there")
     row = measure.missing("work", "peer", trial)
     assert row["ratio"] == "not installed (ModuleNotFoundError)"
 
