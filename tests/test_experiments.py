@@ -1,5 +1,7 @@
 """The measurements of experiments/: known answers, and that the scripts print their tables."""
 
+import re
+
 import masks
 import numpy as np
 import pytest
@@ -36,26 +38,22 @@ def test_the_true_field_has_no_error(scenes):
 def test_share_and_constancy_of_known_masks(scenes):
     everything = torch.ones(40, 512, dtype=torch.bool)
     nothing = torch.zeros(40, 512, dtype=torch.bool)
-    for thing in (0, 1):
-        assert (masks.hidden_share(everything, scenes, thing) == 1).all()
-        assert (masks.hidden_share(nothing, scenes, thing) == 0).all()
     left = nothing.view(40, 8, 8, 8).clone()
     left[..., :4] = True
     for thing in (0, 1):
         true = np.stack([toy.render(sc, np.arange(16) / 10)[1][thing] for sc in scenes])
+        seen = masks.render_things(scenes)[:, thing]
+        assert (masks.hidden_share(everything, seen) == 1).all()
+        assert (masks.hidden_share(nothing, seen) == 0).all()
         assert np.allclose(
-            masks.hidden_share(left.flatten(1), scenes, thing),
+            masks.hidden_share(left.flatten(1), seen),
             true[..., :32].sum((1, 2, 3)) / true.sum((1, 2, 3)),
         )
-    assert (masks.constancy(nothing, scenes) == 1).all() and np.isnan(
-        masks.constancy(everything, scenes)
-    ).all()
+    assert (masks.constancy(nothing, scenes) == 1).all()
+    assert np.isnan(masks.constancy(everything, scenes)).all()
     alternate = nothing.view(40, 8, 64).clone()
-    alternate[:, ::2] = (
-        # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see
-        # nothing
-        True
-    )
+    # every other slice sees all, the rest nothing: of 28 pairs 6 agree, 16 do not, 6 see nothing
+    alternate[:, ::2] = True
     assert np.allclose(masks.constancy(alternate.flatten(1), scenes), 6 / 22)
 
 
@@ -80,29 +78,27 @@ def test_the_true_field_explains_the_pictures(tmp_path):
 
 
 def test_the_tables(world):
-    out = run(
-        "experiments/masks.py", "--data", "data/val.csv", "--field", "again=data/val", cwd=world
-    )
-    assert out.count("| codec | ") == out.count("| again | ") == 2
+    data = ("--data", "data/val.csv")
+    out = run("experiments/masks.py", *data, "--field", "again=data/val", cwd=world)
+    assert out.count("| beside the manifest | ") == out.count("| again | ") == 2
     assert len([line for line in out.splitlines() if line.startswith("| 0.75 | motion")]) == 4
-    share = {
-        line.split(" | ")[1]: float(line.split(" | ")[2])
-        for line in out.splitlines()
-        if line.startswith("| 0.6 | ")
-    }
-    assert share["tube"] < 0.9  # the last table's
-    assert "| beside the manifest | 24 of 24 |" in run(
-        "experiments/masks.py", "--warp", "--data", "data/val.csv", cwd=world
+    actor, bystander = (
+        {name: float(value) for name, value in re.findall(r"\| 0.6 \| (\S+) \| (\S+)", table)}
+        for table in out.split("### ")[2:4]
     )
-    assert "make it with: python saliency.py" in run(
-        "experiments/masks.py",
-        "--data",
-        "data/val.csv",
-        "--field",
-        "x=nowhere",
-        cwd=world,
-        fails=True,
+    assert actor.keys() == bystander.keys() == set(masks.masking.MASKS)
+    assert actor["tube"] < 0.9
+    assert actor["text"] > actor["tube"] > actor["text-inverse"]
+    assert bystander["text"] < actor["text"]
+    out = run("experiments/masks.py", "--warp", *data, cwd=world)
+    assert "| beside the manifest | 24 of 24 |" in out
+
+
+def test_refusals(world):
+    data = ("--data", "data/val.csv")
+    line = run("experiments/masks.py", *data, "--field", "x=nowhere", cwd=world, fails=True)
+    assert line.endswith(
+        "make it with: python saliency.py --data data/val.csv --cue motion --grid 8"
     )
-    assert "is not the toy world's train split" in run(
-        "experiments/masks.py", "--data", "data/val.csv", "--split", "train", cwd=world, fails=True
-    )
+    line = run("experiments/masks.py", "--data", "data/train.csv", cwd=world, fails=True)
+    assert line == "data/train.csv: is not the val.csv that data/toy.py writes with seed 0"
