@@ -15,6 +15,7 @@ Shapes: L losses, N steps since the last log line.
 """
 
 import contextlib
+import datetime
 import json
 import time
 from pathlib import Path
@@ -36,6 +37,9 @@ from tgm.run import (
 )
 
 NAMED = 20  # so many videos that cannot be read are named
+# how long a rank waits for the others: a test of many videos, or a checkpoint on a slow disk, may
+# keep one of them for longer than NCCL's ten minutes
+LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -70,7 +74,7 @@ class Machine:
     def join(self):
         """Connects the ranks."""
         if self.ranks > 1:
-            join_ranks("nccl" if self.on_gpu else "gloo")
+            join_ranks("nccl" if self.on_gpu else "gloo", timeout=LONGEST_WAIT)
 
     def leave(self):
         """Disconnects the ranks, when all have come here. Until then none may end: torchrun ends
@@ -99,7 +103,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
         return asked
     if device.type != "cuda":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # ---- the schedule --------------------------------------------------------------------------------
