@@ -163,8 +163,9 @@ class Runner:
             raise RuntimeError(f"{script}: {log.read_text().strip().splitlines()[-1]} ({log})")
 
 
-def prepare(runner):
-    """Makes the toy world, its captions, and the maps of all masks, where they are missing."""
+def prepare(runner, cells):
+    """Makes the toy world, its captions, and the maps of these cells' masks, where they are
+    missing."""
     log = OUT / "prepare.txt"
     data = "data/train.csv"
     clip = ("--clip", f"local-dir:{ROOT}/data/toy/clip", "--moments", 8)
@@ -174,8 +175,9 @@ def prepare(runner):
     runner.run("caption.py", "--data", data, "--model", f"{ROOT}/data/toy/blip", log=log)
     runner.run("saliency.py", "--data", data, *clip, log=log)
     runner.run("saliency.py", "--data", data, "--cue", "motion", "--grid", 8, log=log)
+    needed = {cell.source for cell in cells}
     for source in SOURCES:
-        if not (OUT / f"maps/{source}.text.npy").exists():
+        if source in needed and not (OUT / f"maps/{source}.text.npy").exists():
             runner.run(
                 "experiments/controls.py",
                 source,
@@ -187,8 +189,9 @@ def prepare(runner):
             )
 
 
-def run_cell(runner, cell):
-    """Pretrains and probes -> the cell's line of runs.csv, {column: value}."""
+def run_cell(runner, cell, workers=0):
+    """Pretrains and probes -> the cell's line of runs.csv, {column: value}. workers: of each
+    stage's loader."""
     began = time.time()
     folder = OUT / cell.name
     log = folder / "log.txt"
@@ -200,7 +203,7 @@ def run_cell(runner, cell):
         flags += ["--epochs", cell.epochs, "--seed", cell.seed, "--picture-every", 0]
         if cell.source != "own":
             flags += ["--companions", OUT / "maps" / cell.source]
-        flags += ["--workers", 0, "--log-every", 50, "--resume", "auto", "--out", folder]
+        flags += ["--workers", workers, "--log-every", 50, "--resume", "auto", "--out", folder]
         runner.run("pretrain.py", *shlex.split(PRETRAIN), *flags, log=log)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         tail = [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
@@ -209,7 +212,7 @@ def run_cell(runner, cell):
         result["steps"] = lines[-1]["step"]
     for name, column in LABELS.items():
         flags = ["--checkpoint", checkpoint, "--label-column", column, "--seed", cell.seed]
-        flags += ["--workers", 0, "--out", folder / "probe"]
+        flags += ["--workers", workers, "--out", folder / "probe"]
         runner.run("linprobe.py", *shlex.split(PROBE), *flags, log=log)
         found = json.loads((folder / f"probe/{column}.json").read_text())
         for probe in PROBES:
@@ -223,11 +226,11 @@ def run_cell(runner, cell):
     return result
 
 
-def read_runs():
+def read_runs(path=RESULTS):
     """{name: line} of runs.csv; numbers are floats."""
-    if not RESULTS.exists():
+    if not path.exists():
         return {}
-    with open(RESULTS, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return {
             line["name"]: {key: number(text) for key, text in line.items()}
             for line in csv.DictReader(file)
@@ -241,18 +244,18 @@ def number(text):
         return text
 
 
-def add_run(result):
+def add_run(result, path):
     """Adds a line to runs.csv; the file is whole at any time."""
-    runs = read_runs() | {result["name"]: result}
+    runs = read_runs(path) | {result["name"]: result}
     columns = dict.fromkeys(key for run in runs.values() for key in run)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    aside = RESULTS.with_suffix(".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
     with open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         for run in runs.values():
             writer.writerow({key: shown(value) for key, value in run.items()})
-    aside.replace(RESULTS)
+    aside.replace(path)
 
 
 def shown(value):
@@ -267,6 +270,15 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="decoding processes of each cell: raise it where a GPU waits for the CPU",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="file of finished cells, such as a GPU's"
+    )
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, as --list has them")
     parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
     parser.add_argument("--report", action="store_true", help="write the tables, run nothing")
@@ -285,9 +297,9 @@ def main(argv=None):
     if args.report:
         import report
 
-        report.write(read_runs(), plan(), questions())
+        report.write(read_runs(args.results), plan(), questions())
         return
-    done = read_runs()
+    done = read_runs(args.results)
     missing = [cell for cell in cells if cell.name not in done]
     if args.list:
         for cell in cells:
@@ -299,22 +311,22 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
     try:
-        prepare(runner)
-        run_cells(runner, missing, args.jobs)
+        prepare(runner, missing)
+        run_cells(runner, missing, args)
     except Stopped:
         sys.exit("stopped: the same command goes on")
     except RuntimeError as error:
         sys.exit(str(error))
 
 
-def run_cells(runner, cells, jobs):
+def run_cells(runner, cells, args):
     """Runs cells side by side and adds each to runs.csv. RuntimeError names those that failed."""
     lock = threading.Lock()
     failed = []
 
     def work(cell):
         try:
-            result = run_cell(runner, cell)
+            result = run_cell(runner, cell, args.workers)
         except Stopped:
             return
         except RuntimeError as error:
@@ -322,10 +334,10 @@ def run_cells(runner, cells, jobs):
             failed.append(cell.name)
             return
         with lock:
-            add_run(result)
+            add_run(result, args.results)
             print(f"{cell.name}: {result['seconds']} seconds", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, cells))
     if runner.stopped.is_set():
         raise Stopped

@@ -26,16 +26,37 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),
+    # what is there already stays: packages may have been installed to a folder
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
+GPU_TESTS_ON_CPU = os.environ.get("TGM_GPU_TESTS") == "cpu"
 os.environ.update(ENVIRONMENT)
 
 
+def pytest_configure(config):
+    """Shows the GPU again where its own tests are asked for: see test_gpu.py."""
+    if config.getoption("-m") == "gpu" and not GPU_TESTS_ON_CPU:
+        for environment in (os.environ, ENVIRONMENT):
+            del environment["CUDA_VISIBLE_DEVICES"]
+            if GPUS is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = GPUS
+
+
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.getoption("-m"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+    asked = config.getoption("-m")
+    if "slow" not in asked:
+        skip(items, "slow", "slow: pytest -m slow")
+    if asked != "gpu":
+        skip(items, "gpu", "gpu: pytest -m gpu")
+    elif not GPU_TESTS_ON_CPU and not torch.cuda.is_available():
+        skip(items, "gpu", "no GPU that torch can use; TGM_GPU_TESTS=cpu tries them on a CPU")
+
+
+def skip(items, marker, reason):
+    for item in items:
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def run(script, *args, cwd=".", ranks=1, fails=False, process=False):

@@ -156,7 +156,7 @@ def test_a_cell_is_a_pretraining_run_and_nine_probes(copy, monkeypatch):
     assert "loss_mae" not in untrained and 0 <= untrained["object_knn"] <= 1
 
 
-def fake_cell(runner, cell):
+def fake_cell(runner, cell, workers):
     """Stands for study.run_cell."""
     runner.run("sleep.py", 0.2, log=study.OUT / f"{cell.name}.txt")
     return {"name": cell.name, "seconds": 1, "object_knn": 0.25}
@@ -172,7 +172,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "runs.csv")
     monkeypatch.setattr(study, "plan", lambda: [study.Cell("tube", 0.6, seed=i) for i in range(5)])
-    monkeypatch.setattr(study, "prepare", lambda runner: None)
+    monkeypatch.setattr(study, "prepare", lambda runner, cells: None)
     monkeypatch.setattr(study, "run_cell", fake_cell)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield tmp_path
@@ -204,10 +204,10 @@ def test_a_study_that_is_stopped_goes_on(fake, capsys):
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(fake, monkeypatch, capsys):
-    def failing(runner, cell):
+    def failing(runner, cell, workers):
         if cell.seed == 1:
             runner.run("sleep.py", 0.0, log=study.OUT / f"{cell.name}.txt")
-        return fake_cell(runner, cell)
+        return fake_cell(runner, cell, workers)
 
     monkeypatch.setattr(study, "run_cell", failing)
     with pytest.raises(SystemExit, match="1 cells failed: tube-0.6-nce0-seed1"):

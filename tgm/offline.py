@@ -94,6 +94,8 @@ def join_machine(device: str) -> Machine:
     """Joins the other ranks, if torchrun started any. device: as --device names it."""
     rank, ranks, local_rank = torchrun_ranks()
     chosen, _ = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # else each rank holds memory of the first GPU, too
     if chosen.type == "cpu":
         dtype = torch.float32
     elif torch.cuda.is_bf16_supported(including_emulation=False):

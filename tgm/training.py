@@ -15,6 +15,7 @@ Shapes: L losses, N steps since the last log line.
 """
 
 import contextlib
+import datetime
 import json
 import math
 import time
@@ -40,6 +41,9 @@ MOST_NAMED = 20  # videos that a message names, of those that cannot be read
 # Steps that fp16's scaler may skip in a row. It halves its scale, at first 2^16, with each of them,
 # so a gradient that is still not finite is not so because of the scale.
 MOST_SKIPPED = 40
+# how long a rank waits for the others: a test of many videos, or a checkpoint on a slow disk, may
+# keep one of them for longer than NCCL's ten minutes
+LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ class Machine:
     def join(self):
         """Connects the ranks."""
         if self.ranks > 1:
-            join_ranks("nccl" if self.on_gpu else "gloo")
+            join_ranks("nccl" if self.on_gpu else "gloo", timeout=LONGEST_WAIT)
 
     def leave(self):
         """Disconnects the ranks, when all have come here. Until then none may end: torchrun ends
