@@ -6,7 +6,7 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step)
         reconstruction_*.png
 
     # CPU, toy world: 5 minutes
-    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 8e-3
+    python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2.4e-2
     # one GPU, ViT-B
     python pretrain.py --mask text
     # eight GPUs
