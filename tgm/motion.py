@@ -14,8 +14,7 @@ cell of a G x G grid over the displayed frame. Codec vectors were chosen to save
 true: on flat areas they say little, and along an edge only the part across it is right. So a
 moment's field averages every vector in a window of a few frames, weighted by area and by time
 spanned (total displacement over total time), on a grid twice as fine as asked for; a 3 x 3 median
-takes outliers away, and then 2 x 2 cells become one. experiments/MASKS.md says what each of these
-gave.
+takes outliers away, and then 2 x 2 cells become one. experiments/MASKS.md compares windows.
 
 A vector may mean any of several earlier pictures, and libav tells its direction in time but not
 which one: `video.py` takes the nearest. So where the encoder had a choice (`refs` above 1) some
