@@ -152,7 +152,7 @@ def test_the_blip2_family(copy):
 def test_labels_as_captions(copy):
     run("caption.py", "--labels", "--label-column", "caption", cwd=copy)
     assert entries(copy)[3]["captions"] == [
-        (copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]
+        (copy / "data/train.csv").read_text().splitlines()[4].split(",")[4]
     ]
     (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
     (copy / "names.txt").write_text("a dog\na cat\n")
