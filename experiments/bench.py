@@ -1,10 +1,10 @@
 """How fast: against peers in the same run, pair by pair (ours peer, peer ours, ...); how cost
 grows; and what that means on paper.
 
-    python experiments/bench.py                          every section but soak and gpu: about 25 minutes on two CPU cores
+    python experiments/bench.py                          every section but soak: about 25 minutes on two CPU cores
     python experiments/bench.py decode sample --repeats 80 --videos my.csv
     python experiments/bench.py soak                     20,000 clips through the loader: half an hour
-    python experiments/bench.py step overhead saliency captions gpu paper        on a GPU
+    python experiments/bench.py step overhead saliency captions paper            on a GPU; experiments/gpu.py measures what only one shows
 
 Reads   H.264 videos of 64 frames or more: a manifest or a folder, by default
         ../shared/videos/clips.csv; where there is none, ten made on the spot from the toy world. Models are full-size with random weights, which are as slow as trained ones.
@@ -63,7 +63,6 @@ from tgm.video import VideoReader
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, as their maker states
 SIZES = {
     "up to 256": range(0, 257),
     "257 to 360": range(257, 361),
@@ -669,50 +668,6 @@ def soak(args, temporary):
     return rows
 
 
-def gpu(args, temporary):
-    """Compiled training steps in bf16, tube masks: the fastest batch and the largest, by
-    doubling.
-    """
-    if not ON_GPU:
-        return [{"ViT": "not measured: no GPU"}]
-    peak = next(
-        (value for name, value in PEAK.items() if name in torch.cuda.get_device_name()), None
-    )
-    rows = []
-    for size, ratio in (("base", 0.9), ("base", 0.6), ("large", 0.9), ("large", 0.6)):
-        row = {"ViT": size, "mask": ratio, "clips/s": 0.0}
-        for batch in (2**power for power in range(4, 13)):
-            model = training = None
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                model, data = models.VideoMAE(size).to(DEVICE), random_batch(batch)
-                model.contrastive.requires_grad_(False)
-                model.compile()
-                visible = model.num_tokens - masking.masked_count(ratio, model.grid)
-                mask = masking.make_mask("tube", ratio, batch, model.grid, noise=data["noise"])
-                training = train_step(
-                    model,
-                    lambda: model(models.normalize(data["clip"]), mask, visible=visible).loss_mae,
-                    "bf16",
-                )
-                clips = batch / float(
-                    np.median(pairs(training, lambda i: None, args.steps, warmup=3)[0])
-                )
-            except torch.cuda.OutOfMemoryError:
-                break
-            if clips > row["clips/s"]:
-                row |= {"clips/s": clips, "at batch": batch}
-                row["of the peak"] = (
-                    6 * sum(models.count_flops(model, visible)) * clips / peak
-                    if peak
-                    else "unknown GPU"
-                )
-            row |= {"largest batch": batch, "its MB": torch.cuda.max_memory_allocated() / 1e6}
-        rows.append(row)
-    return rows
-
-
 def paper(args, temporary):
     """Disk and FLOPs are exact. Hours assume GPUs of 312 TFLOP/s (A100, bf16), of which training
     and CLIP get 40 % and BLIP 20 %: assumed, not measured. Cores come from the sections sample and
@@ -793,7 +748,6 @@ SECTIONS = {
     "growth": (growth, 0),
     "paper": (paper, 0),
     "soak": (soak, 1),
-    "gpu": (gpu, 0),
 }
 
 
@@ -882,7 +836,7 @@ def parse_args(argv=None):
         "sections",
         nargs="*",
         metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)} (default: all but soak and gpu)",
+        help=f"of {', '.join(SECTIONS)} (default: all but soak)",
     )
     parser.add_argument(
         "--videos",
@@ -916,7 +870,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"no section {', '.join(unknown)}: one of {', '.join(SECTIONS)}")
-    args.sections = args.sections or [name for name in SECTIONS if name not in ("soak", "gpu")]
+    args.sections = args.sections or [name for name in SECTIONS if name != "soak"]
     return args
 
 

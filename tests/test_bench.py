@@ -9,7 +9,6 @@ import bench
 import numpy as np
 import peers
 import pytest
-import torch
 from conftest import run
 
 
@@ -203,12 +202,10 @@ def test_the_loaders_clips_are_counted_and_manifests_weighed(videos, tmp_path):
     assert bench.manifest_cost(tmp_path / "rows.csv")[0] == 7 and bench.resident() > 50
 
 
-def test_refusals_and_what_is_missing(capsys, tmp_path):
+def test_refusals_and_what_is_missing(capsys):
     with pytest.raises(SystemExit):
         bench.parse_args(["decode", "speed"])
     assert "no section speed" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert bench.gpu(bench.parse_args([]), tmp_path) == [{"ViT": "not measured: no GPU"}]
     assert "soak" not in bench.parse_args([]).sections
     missing = bench.missing(
         "work", "peer", lambda: bench.importlib.import_module("a_peer_that_is_not_there")
