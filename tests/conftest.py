@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
 
 def skip(items, marker, reason):
     for item in items:
-        if marker in item.keywords:
+        if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from tgm import flags, loading, resume, run, training
+from tgm import flags, loading, offline, resume, run, training
 from tgm.manifest import ManifestError
 
 FORK = multiprocessing.get_context("fork")
@@ -193,6 +193,36 @@ def test_devices(monkeypatch):
         run.choose_device("cuda:7")
     with pytest.raises(run.RunError, match="^--device auto: rank 2 wants cuda:2, found 2 GPUs$"):
         run.choose_device("auto", 2)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_that_only_emulates_bf16_takes_fp16(monkeypatch, has_bf16):
+    def supported(including_emulation=True):
+        return has_bf16 or including_emulation
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(offline, "choose_device", lambda *_: (torch.device("cuda", 1), "as asked"))
+    expected = "bf16" if has_bf16 else "fp16"
+    assert training.choose_precision("auto", torch.device("cuda", 1)) == expected
+    assert training.choose_precision("off", torch.device("cuda", 1)) == "off"
+    machine = offline.join_machine("cuda:1")
+    assert machine.dtype == (torch.bfloat16 if has_bf16 else torch.float16)
+    assert chosen == [torch.device("cuda", 1)]  # before its memory is used
+
+
+def test_ranks_wait_longer_than_nccl_would(monkeypatch):
+    joined = []
+
+    def join_ranks(backend, **options):
+        joined.append((backend, options))
+
+    monkeypatch.setattr(training, "join_ranks", join_ranks)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    training.Machine("cpu", "off").join()
+    assert joined == [("gloo", {"timeout": training.LONGEST_WAIT})]
+    assert training.LONGEST_WAIT.total_seconds() == 7200
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

@@ -91,7 +91,11 @@ class Machine:
         """The model whose gradients are averaged over the ranks."""
         if self.ranks == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.on_gpu else None)
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.on_gpu else None,
+            broadcast_buffers=False,  # tables of positions, which never change
+        )
 
     def accumulate(self, wrapped: nn.Module, is_last: bool):
         """The context of one of the batches of a step: only in the last one are gradients averaged
