@@ -181,7 +181,7 @@ def read_classes(path):
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
 
@@ -193,7 +193,7 @@ def label_captions(videos, classes):
     for video in videos:
         text = video.label
         if classes is not None and text is not None:
-            if not text.isdigit() or int(text) >= len(classes):
+            if not text.isdecimal() or int(text) >= len(classes):
                 raise RunError(
                     f"{video.name}: label {text!r} is not a line of --classes, "
                     f"0 to {len(classes) - 1}"

@@ -517,7 +517,8 @@ def main(argv=None):
             ensure_array(path, videos, output.shape, output.settings, resume, cue.caption_path)
     wait_for_ranks()
     arrays = [open_rows(path) for path in paths]
-    there = filled(arrays[-1])  # of a row, it is written last
+    # one of the arrays may have been removed and begun again
+    there = np.logical_and.reduce([filled(array) for array in arrays])
     # until all have read: the rows that one of them fills would change the others' parts
     wait_for_ranks()
 

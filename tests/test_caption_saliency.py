@@ -351,3 +351,33 @@ def test_the_full_size_towers_patches():
     assert tuple(model.visual.grid_size) == (14, 14)
     with pytest.raises(RunError, match="plain vision transformer"):
         saliency.load_clip("RN50", None, None, "cpu")
+
+
+def test_a_removed_array_is_made_again(copy):
+    """The text embeddings alone were deleted: no row stays empty beside the finished maps."""
+    flags = ("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0)
+    before = np.load(copy / "data/train.text.npy")
+    (copy / "data/train.text.npy").unlink()
+    assert "32 of 32 videos" in run(*flags, cwd=copy)
+    assert np.array_equal(np.load(copy / "data/train.text.npy"), before)
+
+
+def test_the_last_reason_of_a_failure_is_kept(copy):
+    (copy / "few.csv").write_text("path\ndata/videos/train/00000.mp4\nbad.mp4\n")
+    flags = ("caption.py", "--data", "few.csv", "--model", BLIP, "--workers", 0)
+    run(*flags, cwd=copy)
+    assert "No such file" in (copy / "few.captions.jsonl").read_text().splitlines()[1]
+    (copy / "bad.mp4").write_bytes(b"no video at all")
+    run(*flags, cwd=copy)
+    assert "Invalid data" in (copy / "few.captions.jsonl").read_text().splitlines()[1]
+
+
+def test_class_names_may_begin_with_a_mark_and_labels_are_decimal(copy):
+    (copy / "ids.csv").write_text("path,label\na.mp4,0\n")
+    (copy / "names.txt").write_text("a dog\n", encoding="utf-8-sig")
+    flags = ("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt")
+    run(*flags, cwd=copy)
+    line = (copy / "ids.captions.jsonl").read_text()
+    assert json.loads(line)["captions"] == ["a dog"]
+    (copy / "ids.csv").write_text("path,label\na.mp4,\u00b2\n", encoding="utf-8")
+    assert "is not a line of --classes" in run(*flags, cwd=copy, fails=True)

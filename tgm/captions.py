@@ -102,13 +102,14 @@ class CaptionFile:
 
     def entries(self) -> dict[int, dict]:
         """The entries that are of this manifest, by row. Captions of any attempt win over a
-        failure.
+        failure, and a later failure over an earlier one.
         """
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
                 continue
-            if entry["captions"] or row not in entries:
+            known = entries.get(row)
+            if known is None or entry["captions"] or not known["captions"]:
                 entries[row] = entry
         return entries
 
