@@ -359,7 +359,7 @@ def encode_batch(
     device = encoder.device
     on_gpu = device.type == "cuda"
     half = torch.bfloat16
-    if on_gpu and not torch.cuda.is_bf16_supported():
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
     with torch.autocast(device.type, half, enabled=on_gpu):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]

@@ -99,7 +99,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
         return asked
     if device.type != "cuda":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # ---- the schedule --------------------------------------------------------------------------------
