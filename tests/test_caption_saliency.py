@@ -2,6 +2,7 @@
 refusals.
 """
 
+import csv
 import json
 
 import numpy as np
@@ -152,9 +153,9 @@ def test_the_blip2_family(copy):
 def test_labels_as_captions(copy):
     flags = ("--labels", "--label-column", "caption")
     run("caption.py", *flags, "--resume", "none", cwd=copy)
-    assert entries(copy)[3]["captions"] == [
-        (copy / "data/train.csv").read_text().splitlines()[4].split(",")[3]
-    ]
+    with open(copy / "data/train.csv", newline="") as file:
+        row = list(csv.DictReader(file))[3]
+    assert entries(copy)[3]["captions"] == [row["caption"]]
     (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
     (copy / "names.txt").write_text("a dog\na cat\n")
     run("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
