@@ -1,4 +1,4 @@
-"""Stage 1: captions. An off-the-shelf image captioner describes key frames of every video, once.
+"""Stage 1: captions. An off-the-shelf image captioner describes a few frames of every video.
 
 Reads   a manifest (train.csv) and its videos
 Writes  train.captions.jsonl, one object per video, in the manifest's order:
@@ -21,13 +21,14 @@ three captions; pretraining draws one at random per sample. The model is a name 
 hub, or a folder. BLIP, BLIP-2 (with OPT or T5) and GIT were tried, at small sizes with random
 weights, with and without `--prompt`. Other image-to-text models of `transformers` may work: every
 model has to caption a blank image before any video is opened. No remote code is run. With
-`--labels` the caption is the label itself (a class number becomes text through `--classes`).
+`--labels` the caption is the label itself (a class number becomes text through `--classes`);
+captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again. Each rank
 appends to a part file of its own; when all are done rank 0 joins them. Where rows were added at the
-manifest's end, `--extend` describes those alone. SIGTERM and Ctrl-C end it by that signal after the
-batch in hand. Captions of other rows, times, models or videos are refused (tgm/manifest.py says how
-replaced videos are noticed)."""
+manifest's end, `--extend` describes those alone. SIGTERM and Ctrl-C finish the current batch first;
+the exit status is the signal's. Captions made with other settings, or of other rows or videos, are
+refused (tgm/manifest.py says how replaced videos are noticed)."""
 
 import os
 from functools import partial
@@ -61,12 +62,12 @@ from tgm.run import (
 )
 from tgm.video import VideoReader, segment_midpoints
 
-TRIED = "tried to work: BLIP, BLIP-2 with OPT or T5, GIT"
+TESTED = "tested with: BLIP, BLIP-2 with OPT or T5, GIT"
 
 # ---- frames and their captions -------------------------------------------------------------------
 
 
-def read_key_frames(video, frames, processor, prompt, timeout):
+def read_inputs(video, frames, processor, prompt, timeout):
     """The model's inputs for `frames` frames of a video: a mapping of tensors [K, ...]."""
     with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
@@ -82,9 +83,9 @@ def model_inputs(processor, images, prompt):
         return processor(images=list(images), return_tensors="pt")
     inputs = processor(images=list(images), text=[prompt] * len(images), return_tensors="pt")
     if isinstance(processor, GitProcessor):
-        inputs.pop("token_type_ids", None)  # a tokenizer's habit: GIT has none
+        inputs.pop("token_type_ids", None)  # its tokenizer makes them, its model refuses them
         for key in ("input_ids", "attention_mask"):
-            # without the token that ends a text: the caption goes on from here
+            # Without [SEP], which ends a text: the caption goes on from here. BLIP drops it itself.
             inputs[key] = inputs[key][:, :-1]
     return inputs
 
@@ -93,17 +94,19 @@ def model_inputs(processor, images, prompt):
 def describe(model, processor, items, device, dtype, beams, max_tokens):
     """Captions of a batch of videos: a list of K strings for each.
 
-    items: (video, its inputs for the model, None); beams: of the beam search, 1 is greedy
+    items: as Item, (video, what `model_inputs` made of its K frames, None); beams: of the beam
+    search, 1 is greedy
     """
     inputs = {}
     for key in items[0][1]:
-        value = torch.cat([inputs_of[key] for _, inputs_of, _ in items]).to(device)
+        value = torch.cat([tensors[key] for _, tensors, _ in items]).to(device)
+        # the numbers of tokens stay integers
         inputs[key] = value.to(dtype) if value.is_floating_point() else value
     tokens = model.generate(**inputs, max_new_tokens=max_tokens, num_beams=beams, do_sample=False)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    texts = [" ".join(text.split()) for text in texts]
-    each = len(texts) // len(items)
-    return [texts[first : first + each] for first in range(0, len(texts), each)]
+    texts = [" ".join(text.split()) for text in texts]  # no line breaks, no double spaces
+    per_video = len(texts) // len(items)  # K
+    return [texts[first : first + per_video] for first in range(0, len(texts), per_video)]
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -122,14 +125,16 @@ def load_model(name, device, dtype):
     transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()
     try:
         with quiet_libraries():
-            # One small file first: without a network its retries take half a minute, those of all
-            # files several.
+            # The small configuration first: without a network every file is tried again and again,
+            # which takes half a minute for one, and minutes for all.
             transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
-        missing = sorted(report["missing_keys"])  # without those that are tied to others
+        missing = sorted(
+            report["missing_keys"]
+        )  # weights that are shared with another layer do not count
         model = model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -141,12 +146,12 @@ def load_model(name, device, dtype):
     if missing:
         raise RunError(
             f"--model {name}: {len(missing)} of its weights are not in its files, such as "
-            f"{missing[0]}: what it says would be noise ({TRIED})"
+            f"{missing[0]}: what it says would be noise ({TESTED})"
         )
     return model.eval(), processor
 
 
-def try_model(name, model, processor, prompt, describe_items):
+def check_model(name, model, processor, prompt, describe_items):
     """Captions two blank images, one wide and one tall, as videos will be; RunError if it fails.
 
     describe_items(items): `describe` with this model
@@ -164,9 +169,9 @@ def try_model(name, model, processor, prompt, describe_items):
         flags = f"--prompt {prompt!r}" if prompt else "without --prompt"
         raise RunError(
             f"--model {name}: {type(model).__name__}, {flags}, cannot caption a blank image: "
-            f"{reason_of(error)} ({TRIED})"
+            f"{reason_of(error)} ({TESTED})"
         ) from None
-    if [len(of_item) for of_item in texts] != [1, 1]:
+    if [len(captions) for captions in texts] != [1, 1]:  # an item is one image here
         raise RunError(
             f"--model {name}: {type(model).__name__} gives {texts} for two blank images, expected "
             "one text for each"
@@ -181,39 +186,44 @@ def read_classes(path):
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig") as file:  # -sig: Excel writes a byte order mark
+            return [line.rstrip("\n") for line in file]
     except UnicodeDecodeError:
         raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
 
 
 def label_captions(videos, classes):
-    """{row: entry} with one caption per video: its label, or the line of `classes` that its integer
-    label names."""
-    entries = {}
+    """Entries with one caption per video: its label i, or classes[i], counted from 0."""
+    entries = []
     for video in videos:
-        text = video.label
-        if classes is not None and text is not None:
-            if not text.isdecimal() or int(text) >= len(classes):
+        caption = video.label
+        if classes is not None and caption is not None:
+            # isdecimal, not isdigit: that is true of "²" as well, which int() refuses
+            if not caption.isdecimal() or int(caption) >= len(classes):
                 raise RunError(
-                    f"{video.name}: label {text!r} is not a line of --classes, "
+                    f"{video.name}: label {caption!r} is not a line of --classes, "
                     f"0 to {len(classes) - 1}"
                 )
-            text = classes[int(text)]
-        if not text:
+            caption = classes[int(caption)]
+        if not caption:
             raise RunError(
                 f"{video.name}: has no label to use as its caption "
                 "(--label-column picks another column)"
             )
-        entries[video.row] = make_entry(video, [text])
+        entries.append(make_entry(video, [caption]))
     return entries
 
 
-def write_labels(captions, classes):
-    """Captions without a model, always from the start."""
+def write_labels(captions, classes, resume):
+    """Captions without a model, always from the start. A model's captions, which may have taken
+    hours, are replaced only with --resume none."""
     captions.claim("none", extend=False)
+    if resume != "none":
+        captions.refuse_to_replace()
     entries = label_captions(captions.videos, classes)  # may fail: before anything is removed
-    captions.begin("none", of_videos=False)
-    captions.join(entries)
+    captions.begin("none", note_sizes=False)
+    captions.append(0, entries)
+    captions.join()
 
 
 # ---- the pass over the videos --------------------------------------------------------------------
@@ -231,14 +241,14 @@ def load_captioner(args, machine):
         beams=args.beams,
         max_tokens=args.max_tokens,
     )
-    try_model(args.model, model, processor, args.prompt, describe_items)
+    check_model(args.model, model, processor, args.prompt, describe_items)
     return processor, describe_items
 
 
 def caption_videos(args, captions, machine, videos, processor, describe_items):
     """Appends the captions of this rank's videos to its part of the file, batch by batch."""
     read = partial(
-        read_key_frames,
+        read_inputs,
         frames=args.frames,
         processor=processor,
         prompt=args.prompt,
@@ -248,8 +258,8 @@ def caption_videos(args, captions, machine, videos, processor, describe_items):
         good = [item for item in items if item.error is None]
         texts = describe_items(good) if good else []
         entries = []
-        for item, of_item in zip(good, texts, strict=True):
-            entries.append(make_entry(item.video, of_item))
+        for item, item_texts in zip(good, texts, strict=True):
+            entries.append(make_entry(item.video, item_texts))
         for item in items:
             if item.error is not None:
                 entries.append(make_entry(item.video, [], item.error))
@@ -273,18 +283,19 @@ def parse_args(argv=None):
         help="name on the Hugging Face hub, or a folder",
     )
     model.add_argument(
-        "--frames", type=frame_count, default=3, help="key frames, and so captions, per video"
+        "--frames", type=frame_count, default=3, help="sampled frames, and so captions, per video"
     )
     model.add_argument(
         "--prompt",
         default="",
-        help="text that the caption continues (BLIP-2 with T5 leaves it out)",
+        help="text that the caption continues, and begins with (but BLIP-2 with T5 returns only what "
+        "follows it)",
     )
     model.add_argument(
         "--beams", type=positive_int, default=1, help="of the beam search; 1 is greedy"
     )
     model.add_argument(
-        "--max-tokens", type=positive_int, default=30, help="length of a caption, at most"
+        "--max-tokens", type=positive_int, default=30, help="tokens that the model adds, at most"
     )
     labels = parser.add_argument_group("captions without a model")
     labels.add_argument(
@@ -293,7 +304,17 @@ def parse_args(argv=None):
     labels.add_argument("--label-column", default="label", help="column that holds the label")
     labels.add_argument("--classes", help="text file: line i is the text of integer label i")
     add_run_flags(parser, batch_size=32)
-    return parse_run_flags(parser, argv)
+    args = parse_run_flags(parser, argv)
+    if args.labels:
+        unused = ("model", "frames", "prompt", "beams", "max_tokens", "max_steps", "extend")
+    else:
+        unused = ("label_column", "classes")
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            other = "cannot be used with" if args.labels else "needs"
+            parser.error(f"{flag} {other} --labels")
+    return args
 
 
 @one_line_errors
@@ -303,7 +324,8 @@ def main(argv=None):
     path = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     if args.labels:
         if torchrun_ranks()[0] == 0:
-            write_labels(CaptionFile(path, videos, {"model": "labels"}), read_classes(args.classes))
+            captions = CaptionFile(path, videos, {"model": "labels"})
+            write_labels(captions, read_classes(args.classes), args.resume)
         return
     settings = {
         "model": args.model,
@@ -317,7 +339,7 @@ def main(argv=None):
     if machine.rank == 0:
         require_files(videos, args.data)
         captions.claim(args.resume, args.extend)
-    wait_for_ranks()
+    wait_for_ranks()  # until rank 0 has refused, or not
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
@@ -325,11 +347,11 @@ def main(argv=None):
     # leaves no trace.
     if mine:
         processor, describe_items = load_captioner(args, machine)
-    # all have read what there is: what one of them writes would change the others' parts
+    # until every rank has chosen its videos: new lines would change what is done, and so the choice
     wait_for_ranks()
     if machine.rank == 0:
         captions.begin(args.resume)
-    wait_for_ranks()
+    wait_for_ranks()  # until old files are removed
     if mine:
         if machine.rank == 0:
             precision = str(machine.dtype).removeprefix("torch.")
@@ -338,9 +360,9 @@ def main(argv=None):
                 f"{len(done)} done before, {machine.ranks} ranks"
             )
         caption_videos(args, captions, machine, mine, processor, describe_items)
-    wait_for_ranks()
+    wait_for_ranks()  # until all parts are written
     if machine.rank == 0:
-        captions.join(captions.entries())
+        captions.join()
     leave_ranks()
 
 

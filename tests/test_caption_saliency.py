@@ -2,6 +2,7 @@
 refusals.
 """
 
+import csv
 import json
 
 import numpy as np
@@ -150,10 +151,11 @@ def test_the_blip2_family(copy):
 
 
 def test_labels_as_captions(copy):
-    run("caption.py", "--labels", "--label-column", "caption", cwd=copy)
-    assert entries(copy)[3]["captions"] == [
-        (copy / "data/train.csv").read_text().splitlines()[4].split(",")[4]
-    ]
+    flags = ("--labels", "--label-column", "caption")
+    run("caption.py", *flags, "--resume", "none", cwd=copy)
+    with open(copy / "data/train.csv", newline="") as file:
+        row = list(csv.DictReader(file))[3]
+    assert entries(copy)[3]["captions"] == [row["caption"]]
     (copy / "ids.csv").write_text("path,label\na b.mp4,1\nc.mp4,0\n")
     (copy / "names.txt").write_text("a dog\na cat\n")
     run("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt", cwd=copy)
@@ -176,6 +178,108 @@ def test_labels_as_captions(copy):
     assert "has no label" in run(
         "caption.py", "--data", "ids.csv", "--labels", cwd=copy, fails=True
     )
+
+
+def test_labels_replace_a_models_captions_only_when_told_to(copy):
+    path, about = copy / "data/train.captions.jsonl", copy / "data/train.captions.json"
+    part = copy / "data/train.captions.jsonl.part-0"
+    before = path.read_bytes()
+    refusal = "data/train.captions.jsonl: made with another model; --resume none remakes it"
+    assert run("caption.py", "--labels", cwd=copy, fails=True) == refusal
+    part.write_bytes(json.dumps({"row": 0} | entries(copy)[0]).encode())
+    path.unlink()  # a pass that was stopped
+    assert run("caption.py", "--labels", cwd=copy, fails=True) == refusal
+    assert part.exists() and json.loads(about.read_text())["model"] == BLIP
+    path.write_bytes(before)
+    about.unlink()  # somebody else's captions
+    assert run("caption.py", "--labels", cwd=copy, fails=True) == refusal
+    assert path.read_bytes() == before and not about.exists()
+    run("caption.py", "--labels", "--resume", "none", cwd=copy)
+    assert json.loads(about.read_text())["model"] == "labels" and not part.exists()
+    made = path.read_bytes()
+    run("caption.py", "--labels", cwd=copy)  # labels may be replaced by labels
+    assert path.read_bytes() == made != before
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--labels", "--model", "x"), "--model cannot be used with --labels"),
+        (("--labels", "--frames", 2), "--frames cannot be used with --labels"),
+        (("--labels", "--prompt", "x"), "--prompt cannot be used with --labels"),
+        (("--labels", "--beams", 2), "--beams cannot be used with --labels"),
+        (("--labels", "--max-tokens", 2), "--max-tokens cannot be used with --labels"),
+        (("--labels", "--max-steps", 2), "--max-steps cannot be used with --labels"),
+        (("--labels", "--extend"), "--extend cannot be used with --labels"),
+        (("--classes", "x.txt"), "--classes needs --labels"),
+        (("--label-column", "x"), "--label-column needs --labels"),
+    ],
+)
+def test_flags_of_the_other_kind_of_captions_are_refused(tmp_path, flags, expected):
+    assert expected in run("caption.py", *flags, cwd=tmp_path, fails=True)
+
+
+def test_class_names_as_editors_write_them(tmp_path):
+    (tmp_path / "ids.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
+    names = tmp_path / "names.txt"
+    names.write_text("\ufeffa dog\r\na\u2028cat\r\n", encoding="utf-8")
+    command = ("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt")
+    run(*command, cwd=tmp_path)
+    made = (tmp_path / "ids.captions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["captions"] for line in made] == [["a dog"], ["a\u2028cat"]]
+    (tmp_path / "ids.csv").write_text("path,label\na.mp4,\u00b2\n", encoding="utf-8")
+    assert run(*command, cwd=tmp_path, fails=True) == (
+        f"a.mp4: label {chr(0xB2)!r} is not a line of --classes, 0 to 1"
+    )
+
+
+def test_the_reason_of_the_last_failure_is_kept(copy):
+    manifest = copy / "bad.csv"
+    manifest.write_text("path\nbad.mp4\ndata/videos/train/00001.mp4\n")
+    command = ("caption.py", "--data", manifest, "--model", BLIP, "--workers", 0)
+
+    def reason():
+        run(*command, cwd=copy)
+        return json.loads((copy / "bad.captions.jsonl").read_text().splitlines()[0])["error"]
+
+    first = reason()
+    (copy / "bad.mp4").write_bytes(b"not a video")
+    second = reason()
+    assert "No such file" in first and "No such file" not in second
+
+
+def test_captions_without_a_json_get_none(copy):
+    """The others were made by nobody knows whom: a .json would tell that this model made them."""
+    path, about = copy / "data/train.captions.jsonl", copy / "data/train.captions.json"
+    made = entries(copy)
+    for entry in made[1:]:
+        entry["captions"] = ["somebody's"]
+    made[0] = {"path": made[0]["path"], "captions": [], "error": "?"}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in made))
+    about.unlink()
+    run("caption.py", "--model", BLIP, "--workers", 0, cwd=copy)
+    assert len(entries(copy)[0]["captions"]) == 3 and entries(copy)[1:] == made[1:]
+    assert not about.exists()
+    run("caption.py", "--model", BLIP, "--workers", 0, "--resume", "none", cwd=copy)
+    assert json.loads(about.read_text())["model"] == BLIP
+
+
+@pytest.mark.parametrize(
+    "line", ["1", "null", '{"captions": []}', '{"path": "a.mp4", "captions": "a dog"}']
+)
+def test_a_line_that_is_no_entry_is_refused(copy, line):
+    path = copy / "data/train.captions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[4] = line
+    path.write_text("\n".join(lines) + "\n")
+    for about in (True, False):
+        assert run("caption.py", "--model", BLIP, cwd=copy, fails=True) == (
+            "data/train.captions.jsonl: line 5 is not a video's captions; "
+            "--resume none makes the file again"
+        )
+        if about:
+            (copy / "data/train.captions.json").unlink()
+    assert "is damaged" in run("saliency.py", "--clip", CLIP, cwd=copy, fails=True)
 
 
 def test_captions_refuse(copy):

@@ -485,7 +485,7 @@ def test_other_models_end_in_one_line_before_any_video_is_opened(
         fails=True,
     )
     assert "cannot caption a blank image: " in line and line.endswith(
-        "(tried to work: BLIP, BLIP-2 with OPT or T5, GIT)"
+        "(tested with: BLIP, BLIP-2 with OPT or T5, GIT)"
     )
     assert (f"--prompt {prompt!r}" if prompt else "without --prompt") in line
     assert [path.name for path in videos.iterdir()] == ["val.csv"]  # nothing is left behind
@@ -608,6 +608,8 @@ def test_a_failed_load_leaves_what_was_there(copy):
         "path",
         "--classes",
         os.devnull,
+        "--resume",
+        "none",
         cwd=copy,
         fails=True,
     )

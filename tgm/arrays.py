@@ -296,10 +296,13 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     names = []
     captions = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            names.append(entry["path"])
-            captions.append([str(text) for text in entry["captions"]])
+        with open(path, encoding="utf-8") as file:
+            for line in file:  # not splitlines(), which also cuts at U+2028, inside a caption
+                entry = json.loads(line)
+                if not isinstance(entry["captions"], list):
+                    raise TypeError(f"line {len(names) + 1}: its captions are no list")
+                names.append(entry["path"])
+                captions.append([str(text) for text in entry["captions"]])
     except OSError as error:
         raise make_it_with(path, f"cannot be read ({error.strerror})", remedy) from None
     except (ValueError, KeyError, TypeError) as error:

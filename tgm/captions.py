@@ -24,7 +24,7 @@ from tgm.arrays import (
     rows_of_before,
     write_about,
 )
-from tgm.manifest import Video, Videos, renewed_sizes
+from tgm.manifest import ManifestError, Video, Videos, renewed_sizes
 from tgm.run import RunError, make_folder
 
 
@@ -39,25 +39,50 @@ def make_entry(video: Video, captions: list[str], error: str | None = None) -> d
 def is_captions(path: Path) -> bool:
     """Whether this is a file of captions, by its first line."""
     with open(path, encoding="utf-8") as file:
-        entry = json.loads(file.readline(1 << 20))
+        entry = json.loads(file.readline(1 << 20))  # at most 1 MB: it may be any file
     return isinstance(entry, dict) and "captions" in entry
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(row, entry) of every line of a file, but not of one that a kill cut off."""
+    """(row, entry) of every line of a file. Skips lines that are no JSON: empty ones, and those that
+    a kill cut off. ManifestError where a line is JSON, but no video's captions."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            # only the parts say it: line i of the joined file is row i
+            if not is_entry(entry):
+                raise ManifestError(
+                    f"{path}: line {number + 1} is not a video's captions; "
+                    "--resume none makes the file again"
+                )
+            # only the parts say the row: line i of the joined file is row i
             row = entry.pop("row", number)
             yield row, entry
 
 
+def is_entry(value: object) -> bool:
+    """Whether this is what `make_entry` makes, with or without its row."""
+    if not isinstance(value, dict):
+        return False
+    row = value.get("row", 0)
+    return (
+        isinstance(value.get("path"), str)
+        and isinstance(value.get("captions"), list)
+        and isinstance(row, int)
+        and row >= 0
+    )
+
+
 class CaptionFile:
-    """The captions of a manifest's videos, in the making.
+    """The captions of a manifest's videos, while they are made. In this order:
+
+    claim     rank 0: refuses what must not be overwritten, and takes the lock
+    done      every rank: which rows it need not do
+    begin     rank 0, after all have asked: removes what is not kept, writes the .json
+    append    every rank, after each batch
+    join      rank 0, after all have ended: writes the joined file
 
     path: the joined file, which ends in .jsonl; settings: what the .json says of how they are made
     """
@@ -74,16 +99,26 @@ class CaptionFile:
             )
 
     def claim(self, resume: str, extend: bool) -> None:
-        """Refuses to write where something that is not ours stands, or another process writes, and
-        to go on with captions of other settings or videos. For rank 0, before any work.
+        """For rank 0, before any work. Takes the lock until the process ends. Refuses
+
+        * to overwrite a file that is not ours,
+        * to write where another process writes,
+        * to go on with captions of other settings or videos.
 
         resume: "none" keeps nothing; extend: the captions may be of the manifest's first rows"""
         make_folder(self.path.parent)
         refuse_foreign(self.path, is_captions)
         refuse_foreign(self.about_path, is_about)
         hold(self.path)
-        if self.are_kept(resume):
+        if self.keeps_old(resume):
             self.check_origin(extend)
+
+    def refuse_to_replace(self) -> None:
+        """ManifestError where there are captions that something else than these settings made.
+        Captions without a .json may be anybody's."""
+        about = read_about(self.about_path) or {}
+        if self.keeps_old("auto") and about.get("model") != self.settings["model"]:
+            raise ManifestError(f"{self.path}: made with another model; --resume none remakes it")
 
     def parts(self) -> list[Path]:
         """The files that hold what the ranks have done so far."""
@@ -95,27 +130,27 @@ class CaptionFile:
             if path.exists():
                 yield from read_lines(path)
 
-    def are_kept(self, resume: str) -> bool:
-        """Whether the captions that are there stay: unless asked otherwise, or where no video has
-        one yet."""
+    def keeps_old(self, resume: str) -> bool:
+        """Whether the captions that are there stay. Where no video has one, nothing is lost: it
+        begins again, with whatever settings."""
         return resume != "none" and any(entry["captions"] for _, entry in self.lines())
 
     def entries(self) -> dict[int, dict]:
-        """The entries that are of this manifest, by row. Captions of any attempt win over a
-        failure, and a later failure over an earlier one.
-        """
+        """{row: entry} of this manifest. A row's captions win over its failures, and of two
+        failures the later one stays."""
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
                 continue
-            known = entries.get(row)
-            if known is None or entry["captions"] or not known["captions"]:
-                entries[row] = entry
+            old = entries.get(row)
+            if old is not None and old["captions"] and not entry["captions"]:
+                continue
+            entries[row] = entry
         return entries
 
     def done(self, resume: str, extend: bool) -> set[int]:
         """The rows to leave alone: those with captions, and with `extend` the failed ones, too."""
-        if not self.are_kept(resume):
+        if not self.keeps_old(resume):
             return set()
         return {row for row, entry in self.entries().items() if entry["captions"] or extend}
 
@@ -123,11 +158,11 @@ class CaptionFile:
         """ManifestError unless the captions that are there may be gone on with: they were made of
         this manifest, or of its first rows (`extend`), with the same settings, and of the same
         videos."""
+        entries = self.entries()  # reads every line: a line that is no entry is refused here
         about = read_about(self.about_path)
-        if about is None:  # captions of other origin: rows are told by their paths alone
+        if about is None:  # somebody else's captions: only the paths can be compared
             return
         count = rows_of_before(self.path, self.videos, about, extend)
-        entries = self.entries()
 
         def is_made(row):
             return row in entries and bool(entries[row]["captions"])
@@ -135,25 +170,31 @@ class CaptionFile:
         expected = origin(self.videos, count, self.settings)
         refuse_other_origin(self.path, self.videos, about, expected, is_made)
 
-    def begin(self, resume: str, of_videos: bool = True) -> None:
-        """Writes the .json, and removes captions that are not kept. of_videos: captions depend on
-        what the videos show, so that the sizes of files are noted. For rank 0, when all ranks have
-        asked what is `done`."""
+    def begin(self, resume: str, note_sizes: bool = True) -> None:
+        """Removes captions that are not kept, and writes the .json. For rank 0, when all ranks have
+        asked what is `done`.
+
+        note_sizes: the captions come from the pictures, so the .json notes the sizes of the videos'
+        files, which tell later whether a video was replaced.
+        Where captions without a .json are kept, none is written: nobody knows what made them."""
         old = {}
-        if self.are_kept(resume):
-            old = read_about(self.about_path) or {}
+        if self.keeps_old(resume):
+            old = read_about(self.about_path)
+            if old is None and any(entry["captions"] for entry in self.entries().values()):
+                return
+            old = old or {}
         else:
             for file in (self.path, *self.parts()):
                 file.unlink(missing_ok=True)
         about = origin(self.videos, len(self.videos), self.settings)
-        if of_videos:
+        if note_sizes:
             about["files"] = renewed_sizes(self.videos, old)
         write_about(self.about_path, about)
 
     def append(self, rank: int, entries: list[dict]) -> None:
         """Adds entries to the part of a rank."""
         part = Path(f"{self.path}.part-{rank}")
-        lines = [""]  # ends the line that a kill may have cut off
+        lines = [""]  # begin with a newline: it ends a line that a kill may have cut off
         lines += [json.dumps(entry) for entry in entries]
         try:
             with open(part, "a", encoding="utf-8") as file:
@@ -163,10 +204,11 @@ class CaptionFile:
                 f"{part}: cannot be written ({error.strerror}): the captions up to here are kept"
             ) from None
 
-    def join(self, entries: dict[int, dict]) -> None:
-        """Writes the joined file once every row has been tried, removes the parts, and prints the
-        numbers of captioned and failed videos.
+    def join(self) -> None:
+        """Once every row has been tried: writes the joined file, removes the parts, and prints the
+        numbers of captioned and failed videos. Before that it says how far the work is.
         """
+        entries = self.entries()
         count = len(self.videos)
         if len(entries) < count:
             print(f"{len(entries)} of {count} videos tried: run it again to go on")
@@ -186,13 +228,13 @@ class CaptionFile:
         for entry in entries:
             without_row = {key: value for key, value in entry.items() if key != "row"}
             lines.append(json.dumps(without_row) + "\n")
-        aside = self.path.with_name(self.path.name + ".new")
+        temporary = self.path.with_name(self.path.name + ".new")
         try:
-            aside.write_text("".join(lines), encoding="utf-8")
-            aside.replace(self.path)
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise RunError(
                 f"{self.path}: cannot be written ({error.strerror}): what it would hold is in "
                 f"{self.path.name}.part-*"

@@ -1,12 +1,12 @@
-"""One pass over the videos of a manifest, before training: what caption.py and saliency.py share.
+"""Helpers that caption.py and saliency.py share: one pass over all videos, before training.
 
 Needs flags.py, manifest.py, run.py and video.py.
 
     add_run_flags(parser, batch_size=32)
     videos = read_videos(args.data, args.root)
-    machine = join_machine(args.device)                     this process among torchrun's
+    machine = join_machine(args.device)  # this process among torchrun's
     for items in batches(machine, mine, read, 32, workers=2):
-        write what you make of them                         read(video) ran in a loader's worker
+        ...  # read(video) ran in a loader's worker; save the batch's results here
     leave_ranks()
 
 A pass can be stopped and gone on with: what a batch gave is written before the next one comes.
@@ -30,7 +30,7 @@ from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
 from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
 from tgm.video import VideoError
 
-# Ranks wait for one another at the start and at the end alone, of work of very different length.
+# Ranks meet only at the start and at the end, and one may finish days before another.
 LONGEST_WAIT = datetime.timedelta(days=7)
 
 
@@ -42,7 +42,7 @@ def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
         "--batch-size",
         type=positive_int,
         default=batch_size,
-        help="videos per batch and rank; lower it where memory is short",
+        help="videos per batch, on each rank; lower it where memory is short",
     )
     run.add_argument(
         "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
@@ -56,7 +56,7 @@ def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
     run.add_argument(
         "--extend",
         action="store_true",
-        help="rows were added at the manifest's end: keep what is there, and do those",
+        help="rows were added at the manifest's end: keep the existing rows and make only the new ones",
     )
 
 
@@ -87,7 +87,7 @@ class Machine(NamedTuple):
     rank: int
     ranks: int
     device: torch.device
-    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 where it has none
+    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 where it has no bfloat16
 
 
 def join_machine(device: str) -> Machine:
@@ -103,12 +103,12 @@ def join_machine(device: str) -> Machine:
     else:
         dtype = torch.float16
     if ranks > 1:
-        join_ranks("gloo", timeout=LONGEST_WAIT)
+        join_ranks("gloo", timeout=LONGEST_WAIT)  # no tensors go from GPU to GPU
     return Machine(rank, ranks, chosen, dtype)
 
 
 def leave_ranks() -> None:
-    """The end of what `join_machine` began."""
+    """Leaves the ranks that `join_machine` joined, if there were any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -150,19 +150,19 @@ def batches(
     workers: int,
     max_steps: int | None = None,
 ) -> Iterator[list[Item]]:
-    """The items of this rank's videos, in order, under a progress bar.
+    """The items of `videos` (this rank's share), in order, under a progress bar.
 
-    SIGTERM and Ctrl-C end the program, by that signal, when the batch in hand is done: the caller
-    must have written it when it asks for the next."""
+    After SIGTERM or Ctrl-C the current batch is finished and the program ends by that signal: write
+    a batch before you ask for the next one."""
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(VideoItems(videos, read), batch_size, workers)
     with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:
         for step, items in enumerate(patient(loader), 1):
             yield items
             bar.update(len(items))
-            if step == max_steps or stop.name:
+            if step == max_steps or stop.name:  # a signal came
                 break
-    if stop.name:  # every rank that is told ends for itself: what it made is on the disk
+    if stop.name:  # ranks need not agree when to stop: all results are on the disk
         print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
-        stop.end()
-    stop.at_once()
+        stop.end()  # the line below is not reached
+    stop.at_once()  # what follows is short: from here on a signal ends it directly
