@@ -288,8 +288,7 @@ def parse_args(argv=None):
     model.add_argument(
         "--prompt",
         default="",
-        help="text that the caption continues, and begins with (but BLIP-2 with T5 returns only what "
-        "follows it)",
+        help="text that the caption begins with (BLIP-2 with T5 returns only what follows it)",
     )
     model.add_argument(
         "--beams", type=positive_int, default=1, help="of the beam search; 1 is greedy"

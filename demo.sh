@@ -13,7 +13,7 @@ mkdir -p $out
 step "1/6  The toy world: videos of shapes that act"
 [ -e data/val.masks.npy ] || run data/toy.py
 
-step "2/6  Captions: a tiny BLIP describes three key frames of every video"
+step "2/6  Captions: a tiny BLIP describes three frames of every video"
 for split in train val; do run caption.py --data data/$split.csv --model data/toy/blip --batch-size 64; done
 
 step "3/6  Saliency: a tiny CLIP scores every patch against the captions (three ways on val.csv); the codec says what moves"

@@ -44,8 +44,8 @@ def is_captions(path: Path) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(row, entry) of every line of a file. Skips lines that are no JSON: empty ones, and those that
-    a kill cut off. ManifestError where a line is JSON, but no video's captions."""
+    """(row, entry) of every line of a file. Skips lines that are no JSON: empty ones, and those
+    that a kill cut off. ManifestError where a line is JSON, but no video's captions."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file):
             try:

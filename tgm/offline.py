@@ -56,7 +56,7 @@ def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
     run.add_argument(
         "--extend",
         action="store_true",
-        help="rows were added at the manifest's end: keep the existing rows and make only the new ones",
+        help="rows were added at the manifest's end: keep the rows there are and make the new ones",
     )
 
 
@@ -87,7 +87,7 @@ class Machine(NamedTuple):
     rank: int
     ranks: int
     device: torch.device
-    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 where it has no bfloat16
+    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 if it has no bfloat16
 
 
 def join_machine(device: str) -> Machine:
@@ -165,4 +165,4 @@ def batches(
     if stop.name:  # ranks need not agree when to stop: all results are on the disk
         print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
         stop.end()  # the line below is not reached
-    stop.at_once()  # what follows is short: from here on a signal ends it directly
+    stop.at_once()  # what follows is short: a signal may end it directly
