@@ -61,7 +61,7 @@ card = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
 print(card, 'Python', platform.python_version(), 'torch', torch.__version__, 'torchvision',
       torchvision.__version__, 'transformers', transformers.__version__, 'av', av.__version__)
 " | tee -a "$results/machine.txt"
-    nproc | sed 's/$/ cores/' | tee -a "$results/machine.txt"
+    env -u OMP_NUM_THREADS nproc | sed 's/$/ cores/' | tee -a "$results/machine.txt"
 }
 
 measure() { # measure SECONDS SECTION [FLAG...]: a section of gpu.py, its messages kept
@@ -99,9 +99,10 @@ prepare) prepare ;;
     ;;
 4)
     install
+    cores=$(env -u OMP_NUM_THREADS nproc)
     mkdir -p runs/gpu
     cd runs/gpu
-    workers=$(($(nproc) > 2 ? $(nproc) - 2 : 0))
+    workers=$((cores > 2 ? cores - 2 : 0))
     cells=()
     if [ -n "$tiny" ]; then
         [ -e data/train.csv ] || "$python" "$root/data/toy.py" --train 32 --val 24
