@@ -55,8 +55,8 @@ def main(argv=None):
         and os.path.exists(os.path.join(args.annotations, "Diving48_train.json"))
     ):
         sys.exit(
-            f"{args.annotations}: has version 1 alone, whose labels are noisy: expected Diving48_V2_train.json "
-            f"(--v1 reads version 1 all the same)"
+            f"{args.annotations}: has version 1 alone, whose labels are noisy: expected "
+            f"Diving48_V2_train.json (--v1 reads version 1 all the same)"
         )
     path = lists.first_of(args.annotations, "Diving48_vocab.json")
     classes = []

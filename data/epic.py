@@ -11,7 +11,8 @@ Annotations  the GitHub repositories epic-kitchens/epic-kitchens-100-annotations
              EPIC_verb_classes.csv, EPIC_noun_classes.csv). Which of the two is read depends on what
              the folder holds.
 
-    python data/epic.py --videos /disk/EPIC-KITCHENS --annotations /disk/epic-kitchens-100-annotations --task verb
+    python data/epic.py --videos /disk/EPIC-KITCHENS \\
+        --annotations /disk/epic-kitchens-100-annotations --task verb
 
 writes train.csv, val.csv with start and end in seconds, the label (97 verbs or 300 nouns in
 EPIC-100; --task action: pairs), the columns participant and narration, and classes.txt; with
@@ -88,7 +89,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    find = lambda *names: lists.first_of(args.annotations, *names)
+
+    def find(*names):
+        return lists.first_of(args.annotations, *names)
+
     first = find("EPIC_100_train.csv", "EPIC_train_action_labels.csv")
     if os.path.basename(first) == "EPIC_100_train.csv":
         if args.val_from is not None:
@@ -132,8 +136,8 @@ def main(argv=None):
         classes = [f"{verbs[verb]} {nouns[noun]}" for verb, noun in numbers]
         lost = sum(numbers[key] >= len(known) for key in keys["val"])
         print(
-            f"{len(known)} actions in training; {lost} validation rows have one of {len(unknown)} others, numbered from "
-            f"{len(known)}, which count as wrong"
+            f"{len(known)} actions in training; {lost} validation rows have one of "
+            f"{len(unknown)} others, numbered from {len(known)}, which count as wrong"
         )
     else:
         classes = verbs if args.task == "verb" else nouns
@@ -142,7 +146,7 @@ def main(argv=None):
     videos, splits, empty = lists.Videos(args.videos, args.out), {}, 0
     for split, lines in read.items():
         splits[split] = []
-        for (where, fields), key in zip(lines, keys[split]):
+        for (where, fields), key in zip(lines, keys[split], strict=True):
             start, end = (
                 to_seconds(fields[f"{name}_timestamp"], where) for name in ("start", "stop")
             )

@@ -82,15 +82,16 @@ def main(argv=None):
         match = pattern.search(os.path.splitext(rest[-1])[0])
         if args.group and (match is None or match[1] is None):
             sys.exit(
-                f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its name: "
-                r"make optional what some names lack, as in '(.*?)(_c\d+)?$'"
+                f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its "
+                r"name: make optional what some names lack, as in '(.*?)(_c\d+)?$'"
             )
         files.append((name, SPLITS.get(split), rest[0], match[1] if args.group else name))
     if loose:
         print(f"{loose} videos are in no class folder: left out")
     if not files:
         sys.exit(
-            f"{args.videos}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), found none (--videos)"
+            f"{args.videos}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), "
+            "found none (--videos)"
         )
     groups = {}
     for _, _, name, group in files:
@@ -106,7 +107,8 @@ def main(argv=None):
             other, home = homes.setdefault(group, (name, split))
             if home != split:
                 sys.exit(
-                    f"{os.path.join(args.videos, name)}: group {group!r} is in {split}, but also in {home} ({other})"
+                    f"{os.path.join(args.videos, name)}: group {group!r} is in {split}, but also "
+                    f"in {home} ({other})"
                 )
     else:
         held = draw(groups, args.val, args.seed)
@@ -119,15 +121,15 @@ def main(argv=None):
     for _, split, name, _ in files:
         sides.setdefault(name, set()).add(split)
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
-        print(
-            f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{', ...' if len(lone) > 10 else ''}"
-        )
+        more = ", ..." if len(lone) > 10 else ""
+        print(f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{more}")
     splits, numbers = {}, {name: i for i, name in enumerate(classes)}
     for name, split, kind, _ in files:
         splits.setdefault(split, []).append(lists.Row(videos.path(name), numbers[kind], name, name))
     if "val" not in splits:
         sys.exit(
-            f"{args.videos}: expected a class of two groups or more to draw val.csv from, found none (--group)"
+            f"{args.videos}: expected a class of two groups or more to draw val.csv from, found "
+            "none (--group)"
         )
     splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}
     lists.write(args.out, splits, classes, folder=args.videos)

@@ -6,7 +6,8 @@ Videos       hmdb51_org.rar, from the Serre Lab, Brown University ("HMDB: a larg
 Annotations  test_train_splits.rar, the same page: testTrainMulti_7030_splits/CLASS_test_splitN.txt,
              a file a class and split. Licence: Creative Commons Attribution 4.0.
 
-    python data/hmdb51.py --videos /disk/hmdb51 --annotations /disk/testTrainMulti_7030_splits --split 1
+    python data/hmdb51.py --videos /disk/hmdb51 \\
+        --annotations /disk/testTrainMulti_7030_splits --split 1
 
 writes data/hmdb51/train.csv (3,570 rows), val.csv (the official test clips, 1,530 rows: there are
 no validation clips) and classes.txt, in alphabetical order. Videos lie in class folders or side by
@@ -46,11 +47,12 @@ def main(argv=None):
     )
     if not paths:
         sys.exit(
-            f"{args.annotations}: expected CLASS{ending} in it, found none (--annotations sets the folder)"
+            f"{args.annotations}: expected CLASS{ending} in it, found none "
+            "(--annotations sets the folder)"
         )
     classes = [path.name[: -len(ending)] for path in paths]
     videos, splits, odd = lists.Videos(args.videos, args.out, classes), {"train": [], "val": []}, []
-    for label, (path, name) in enumerate(zip(paths, classes)):
+    for label, (path, name) in enumerate(zip(paths, classes, strict=True)):
         count = {"train": 0, "val": 0}
         for where, line in lists.read_lines(path):
             file, number = (line.rsplit(None, 1) + [""])[:2]  # file names may hold spaces
@@ -68,8 +70,8 @@ def main(argv=None):
             odd.append(f"{name} {count['train']} + {count['val']}")
     if odd:
         print(
-            f"warning: {len(odd)} classes do not list 70 training and 30 test clips: {', '.join(odd[:5])}"
-            f"{', ...' if len(odd) > 5 else ''}"
+            f"warning: {len(odd)} classes do not list 70 training and 30 test clips: "
+            f"{', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}"
         )
     lists.write(args.out, splits, classes, folder=args.videos)
 

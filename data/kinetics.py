@@ -10,8 +10,10 @@ Videos       not distributed by DeepMind: the CVD Foundation ("cvdfoundation/kin
              nobody's copy is complete.
 
     python data/kinetics.py --videos /disk/k400 --annotations /disk/kinetics400
-    python data/kinetics.py --videos /disk/k400 --annotations /disk/train.csv /disk/val.csv --out data/k400
-    python data/kinetics.py --videos /disk/k400 --list /disk/train.csv /disk/val.csv --classes /disk/label_map_k400.txt
+    python data/kinetics.py --videos /disk/k400 --annotations /disk/train.csv /disk/val.csv \\
+        --out data/k400
+    python data/kinetics.py --videos /disk/k400 --list /disk/train.csv /disk/val.csv \\
+        --classes /disk/label_map_k400.txt
 
 writes train.csv, val.csv, test.csv (those there are annotations for), classes.txt, and
 missing-train.txt, ... with the videos that are not on disk. Classes are numbered alphabetically, as
@@ -51,7 +53,8 @@ def read_official(paths, names, args):
         header = (lists.read_text(path).splitlines() or [""])[0].split(",")
         if "label" not in header and "youtube_id" in header:
             sys.exit(
-                f"{path}:1: has no labels and cannot be used: name the other files, --annotations train.csv val.csv"
+                f"{path}:1: has no labels and cannot be used: name the other files, "
+                "--annotations train.csv val.csv"
             )
         for where, fields in lists.read_csv(path, "label", "youtube_id", "time_start", "time_end"):
             lists.expect(fields["label"], where, "a label", "")
@@ -103,7 +106,7 @@ def read_lists(paths, names, args):
     names = names or [str(i) for i in range(1 + max((label for *_, label in lines), default=0))]
     folders = [os.path.basename(os.path.dirname(name)) or None for _, _, name, _ in lines]
     videos, splits = lists.Videos(args.videos, args.out, set(folders) - {None}), {}
-    for folder, (where, split, name, label) in zip(folders, lines):
+    for folder, (where, split, name, label) in zip(folders, lines, strict=True):
         stem, extension = os.path.splitext(os.path.basename(name))
         stem += "" if extension.lower() in lists.EXTENSIONS else extension
         splits.setdefault(split, []).append(
@@ -155,7 +158,8 @@ def main(argv=None):
             paths += [] if os.path.isdir(path) else [path]
         if not paths:
             sys.exit(
-                f"{args.annotations[0]}: expected train.csv, val.csv or validate.csv in it, found none (--annotations)"
+                f"{args.annotations[0]}: expected train.csv, val.csv or validate.csv in it, found "
+                "none (--annotations)"
             )
         splits, names = read_official(paths, names, args)
     splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}

@@ -117,7 +117,7 @@ def read_csv(path, *columns):
                     f"{len(header)} fields ({','.join(header)})",
                     len(fields),
                 )
-                rows.append((where, dict(zip(header, fields))))
+                rows.append((where, dict(zip(header, fields, strict=True))))
     except csv.Error as error:
         sys.exit(f"{path}:{reader.line_num}: expected csv ({error})")
     return rows
@@ -199,9 +199,10 @@ class Videos:
         names = self._by_stem.get(stem, ())
         if folder is not None and names:
             parents = [self._plain(os.path.basename(os.path.dirname(name))) for name in names]
-            names = [
-                name for name, parent in zip(names, parents) if parent == self._plain(folder)
-            ] or [name for name, parent in zip(names, parents) if parent not in self.classes]
+            pairs = list(zip(names, parents, strict=True))
+            names = [name for name, parent in pairs if parent == self._plain(folder)]
+            if not names:
+                names = [name for name, parent in pairs if parent not in self.classes]
         return self.path(names[0]) if names else None
 
 
@@ -232,7 +233,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
             where, home = split_of.setdefault(name, (row.where, split))
             if home != split and split not in within:
                 sys.exit(
-                    f"{row.where}: {name} is in {split}, but also in {home} ({where}): take it out of one of the two"
+                    f"{row.where}: {name} is in {split}, but also in {home} ({where}): take it out "
+                    "of one of the two"
                 )
             if row.path is None:
                 missing[split][row.wanted] = None
@@ -244,7 +246,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
                 else ""
             )
             sys.exit(
-                f"{split}: none of its {len(unique)} rows has a video on disk{first} (--videos sets the folder)"
+                f"{split}: none of its {len(unique)} rows has a video on disk{first} "
+                "(--videos sets the folder)"
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -252,7 +255,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
             path = out / f"{split}.csv"
             if path.exists() and path.open("rb").read(5) != b"path,":
                 sys.exit(
-                    f"{path}: is there and is no manifest: not overwritten (--out sets another folder)"
+                    f"{path}: is there and is no manifest: not overwritten "
+                    "(--out sets another folder)"
                 )
             spans = ("start", "end") if any(row.end is not None for row in rows) else ()
             lines = [("path", "label", "class", *spans, *columns)]
@@ -274,7 +278,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
                 split
             ] else gone.unlink(missing_ok=True)
             print(
-                f"{path}: {len(rows)} rows, {len({row.label for row in rows})} classes, {len(missing[split])} videos missing"
+                f"{path}: {len(rows)} rows, {len({row.label for row in rows})} classes, "
+                f"{len(missing[split])} videos missing"
                 f"{f' ({gone.name})' if missing[split] else ''}, {duplicates[split]} duplicates"
             )
         replace(out / "classes.txt", "".join(f"{name}\n" for name in classes))
@@ -282,7 +287,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
     except UnicodeEncodeError as error:
         sys.exit(
-            f"{error.object[max(error.start - 40, 0) : error.end + 40]!a}: a name that is not UTF-8: rename the file"
+            f"{error.object[max(error.start - 40, 0) : error.end + 40]!a}: a name that is not "
+            "UTF-8: rename the file"
         )
     print(
         f"next, to check the files: python -m tgm.prepare {out / next(iter(kept))}.csv, and so on"

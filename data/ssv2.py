@@ -74,7 +74,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    find = lambda name: lists.first_of(args.annotations, name, PREFIX + name)
+
+    def find(name):
+        return lists.first_of(args.annotations, name, PREFIX + name)
+
     path = find("labels.json")
     numbers = {
         name: lists.integer(number, f"{path}: {name!r}", "a class number")

@@ -78,13 +78,16 @@ def score_saliency(saliency, masks):
     return float(pointing), float(auc.mean()), float(near.mean())
 
 
+def show(cell):
+    return cell if isinstance(cell, str) else f"{cell:.3f}"
+
+
 def print_table(head, rows):
     """Columns as wide as they need to be; numbers with three digits."""
-    show = lambda cell: cell if isinstance(cell, str) else f"{cell:.3f}"
     cells = [[show(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:
-        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
     print()
 
 

@@ -257,8 +257,8 @@ def print_field_errors(fields, scenes):
 
 
 def print_masks(title, measured, names, maps, scenes):
-    """A table of measured(mask), float [N], of the masks of these names. Masks that follow motion come
-    a second time, with the motion set to 0."""
+    """A table of measured(mask), float [N], of the masks of these names. Masks that follow motion
+    come a second time, with the motion set to 0."""
     drifting = np.array([sc.camera.any() for sc in scenes])
     moving = np.array([moves(sc) for sc in scenes])
     groups = {

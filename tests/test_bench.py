@@ -14,6 +14,7 @@ import measure
 import numpy as np
 import peers
 import pytest
+import torch
 from conftest import ROOT, run
 
 
@@ -187,6 +188,7 @@ def test_growth_and_soak(videos, monkeypatch, tmp_path):
 
 
 def test_steps_equal_transformers(thin, tmp_path):
+    torch.manual_seed(0)  # of some weights half of the masked tokens have nearly the same loss
     models = bench_models.models
     bench_models.checkpoints.save_huggingface(models.VideoMAE("base"), tmp_path)
     settings = (0.9, "float32", tmp_path, 1)

@@ -232,7 +232,7 @@ def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
         container.mux(stream.encode())
 
 
-# ---- what a masked autoencoder does ---------------------------------------------------------------
+# ---- what a masked autoencoder does --------------------------------------------------------------
 
 
 @torch.no_grad()
