@@ -3,6 +3,7 @@ processes of their own: most of them forks of this one, which saves the seconds 
 torch."""
 
 import argparse
+import errno
 import json
 import math
 import multiprocessing
@@ -455,6 +456,15 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
         assert child.printed() == "20 items\n" * 20 or "ulimit -n" in child.printed()
     else:
         assert "ulimit -n" in child.printed() and child.printed().count("\n") <= 2
+
+
+def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(loading, "ignore_signals", lambda _: None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    loading.begin_worker(0)
+    for error in (OSError(errno.EMFILE, "Too many open files"), ValueError("a bug")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "ValueError: a bug\n"
 
 
 def test_what_cannot_be_packed_is_an_error_and_not_a_wait():

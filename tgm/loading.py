@@ -33,11 +33,11 @@ WORKER_ENDED = (
 LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
 
 
-def begin_worker(_):
+def begin_worker(number: int) -> None:
     """The worker_init_fn of every loader. Besides the signals it silences a thread of Python's in
     which tensors wait to be fetched: where it finds too many open files it tries again, and prints
     a traceback each time. The run says the reason once."""
-    ignore_signals(_)
+    ignore_signals(number)
     shown = sys.excepthook
 
     def show(kind, error, traceback):
