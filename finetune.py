@@ -189,6 +189,7 @@ def validate(state, val, log, machine, args):
     if machine.rank == 0:
         for name in names:
             state.save(Path(args.out) / name, vars(args))
+        log.draw()
 
 
 def predict(model, videos, views, machine, args):

@@ -26,18 +26,18 @@ saliency.py stores maps of the whole video and the whole frame. `cut_maps` and `
 them to the times, the crop and the flip of a training sample.
 
     python masking.py --data data/train.csv --row 3 --out mask.png
+    python masking.py --data data/train.csv --rows 12 --out sheet.png
 
-draws the clip, its maps and every mask in one picture, as in figure 1 of TGM's paper. Only this
-command needs other files of this project.
+The first draws a clip, its maps and every mask in one picture, as in figure 1 of TGM's paper; the
+second draws, for 12 random videos, a frame, its saliency, its text mask and its captions. Only
+these commands need other files of this project (tgm/preview.py).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
 maps, G x G their grid, V visible tokens of one slice.
 """
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -440,129 +440,10 @@ def cut_motion(
 # ---- the command ---------------------------------------------------------------------------------
 
 
-TUBELET = 2  # frames of a token, as in VideoMAE
-MOST_MEMORY = 4e9  # bytes that drawing may take
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from tgm.flags import Parser, count, frame_count, pixel_count, positive_int, ratio, seed_number
-
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--data",
-        default="data/train.csv",
-        help="the manifest; captions, saliency and motion are read from the same folder",
-    )
-    parser.add_argument(
-        "--companions",
-        metavar="PREFIX",
-        help="read PREFIX.saliency.npy and PREFIX.motion.npy in place of the manifest's own",
-    )
-    parser.add_argument("--row", type=count, default=0, help="row of the manifest, from 0")
-    parser.add_argument("--caption", type=count, default=0, help="which of the video's captions")
-    parser.add_argument("--out", type=Path, default="mask.png", help="picture to write")
-    parser.add_argument(
-        "--video",
-        type=Path,
-        metavar="FILE",
-        help="also write the clip and its masks as a moving picture: .mp4 or .gif",
-    )
-    parser.add_argument(
-        "--mask-ratio", type=ratio, help="one ratio for all masks (default: each mask's own)"
-    )
-    parser.add_argument("--frames", type=frame_count, default=16, help="frames of the clip")
-    parser.add_argument(
-        "--stride", type=positive_int, default=4, help="use every Nth frame of the video"
-    )
-    parser.add_argument("--image-size", type=pixel_count, default=224, help="side of the clip")
-    parser.add_argument("--patch-size", type=positive_int, default=16, help="side of a token")
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, help="another seed draws other random masks"
-    )
-    return parser.parse_args(argv)
-
-
-def preview_grid(args: argparse.Namespace, ratios: dict[str, float]) -> Grid:
-    """The tokens (t, h, w) of the clip to be drawn. RunError, naming the flags, if they do not fit
-    together or ask for gigabytes."""
-    from tgm.pictures import drawing_bytes
-    from tgm.run import RunError
-
-    if args.frames % TUBELET:
-        raise RunError(
-            f"--frames {args.frames}: expected a multiple of {TUBELET}, the frames of a token"
-        )
-    flags = f"--frames {args.frames} --image-size {args.image_size} --patch-size {args.patch_size}"
-    if args.image_size % args.patch_size:
-        raise RunError(f"{flags}: the image size is not a multiple of the patch size")
-    side = args.image_size // args.patch_size
-    grid = (args.frames // TUBELET, side, side)
-    if args.mask_ratio:
-        flags = f"--mask-ratio {args.mask_ratio:g} {flags}"
-    for name, ratio in ratios.items():
-        try:
-            masked_count(ratio, grid)
-        except ValueError as error:
-            raise RunError(f"{flags}: {name}'s {error}") from None
-
-    tiles = 3 + len(MASKS)  # the clip, its two maps and the masks
-    tokens = math.prod(grid)
-    visible = (tokens - masked_count(ratios["flow"], grid)) // grid[0]
-    distances = 4 * tokens * visible  # flow_mask's largest array, float32
-    needed = drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
-    if needed > MOST_MEMORY:
-        raise RunError(f"{flags}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
-    return grid
-
-
-def draw_row(argv: list[str] | None = None) -> None:
-    """The command: draws one row of a manifest, its maps and all masks that they allow."""
-    from tgm import pictures, preview
-
-    args = parse_args(argv)
-    ratios = {name: args.mask_ratio or own for name, own in RATIOS.items()}
-    grid = preview_grid(args, ratios)
-    videos = preview.read_rows(args.data, args.row)
-    video = videos[args.row]
-    pictures.require_writable("--out", args.out, pictures.STILL)
-    if args.video:
-        pictures.require_writable("--video", args.video, pictures.MOVING, source=video.path)
-    stored = preview.read_stored(args.data, args.companions, videos, args.row, args.caption)
-    clip = preview.read_clip(video, args.frames, args.stride, args.image_size, TUBELET)
-
-    place = (clip.times[None], clip.box[None], torch.tensor([False]), grid)
-    maps = {}
-    if stored.saliency is not None:
-        maps["saliency"] = cut_maps(stored.saliency[None], *place)
-    if stored.motion is not None:
-        maps["motion"] = cut_motion(stored.motion[None], *place, torch.tensor([clip.seconds]))
-    # All masks take the same noise: a mask that is left out does not change the others.
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.rand(1, math.prod(grid), generator=generator)
-    masks = {}
-    for name, ratio in ratios.items():
-        need = NEEDS[name]
-        if need in stored.missing:
-            print(f"{name}: left out, {stored.missing[need]}")
-            continue
-        mask = make_mask(name, ratio, 1, grid, noise=noise, **maps)
-        masks[f"{name} {ratio:.3g}"] = mask[0]
-
-    drawn = {kind: of_batch[0] for kind, of_batch in maps.items()}
-    tiles = pictures.draw_tiles(clip.frames, masks, grid, **drawn)
-    with pictures.saving("--out", args.out):
-        pictures.draw_strip(tiles, grid[0], stored.title).save(args.out)
-    print(args.out)
-    if args.video:
-        with pictures.saving("--video", args.video):
-            pictures.write_video(args.video, pictures.draw_frames(tiles), clip.fps)
-        print(args.video)
-
-
 def main(argv: list[str] | None = None) -> None:
-    from tgm.run import one_line_errors
+    from tgm.preview import main as preview
 
-    one_line_errors(draw_row)(argv)
+    preview(argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
         masks motion and flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step),
-        reconstruction_*.png
+        reconstruction_*.png, curves.png (where matplotlib is installed)
 
     # CPU, toy world: 5 minutes
     python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2.4e-2
@@ -140,6 +140,7 @@ def train(state, loader, schedule, machine, args):
             state.save(checkpoint, vars(args))
         if schedule.ends_epoch(step, every=args.picture_every) and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
+            log.draw()
         if stopped:
             machine.say(f"{stop.name}: saved {checkpoint} at step {step}; --resume auto goes on")
             machine.leave()
@@ -443,7 +444,7 @@ def parse_args(argv=None):
         "--picture-every",
         type=flags.count,
         default=10,
-        help="epochs between reconstruction pictures; 0 draws none",
+        help="epochs between pictures of a reconstruction and of the curves; 0 draws none",
     )
     args = parser.parse_args(argv)
     args.stage = "pretrain.py"

@@ -1,12 +1,13 @@
 """tgm/curves.py: what it reads, and that its pictures show it."""
 
 import json
+import sys
 
 import pytest
 from conftest import run
 from PIL import Image
 
-from tgm import curves
+from tgm import curves, training
 from tgm.run import RunError
 
 
@@ -53,6 +54,46 @@ def test_one_panel_per_quantity_that_was_logged(tmp_path, monkeypatch):
     assert list(mean.get_xdata()) == list(range(8, 401))  # a mean of 8 stands at the last of them
     assert mean.get_ydata()[-1] == pytest.approx(sum(2 / step for step in range(393, 401)) / 8)
     assert Image.open(tmp_path / "curves.png").size[0] > 400
+
+
+def test_a_run_draws_its_own_curves(tmp_path, monkeypatch):
+    log = tmp_path / "run/log.jsonl"
+    write_log(log, [{"step": step, "loss": 1 / step} for step in range(1, 5)])
+    assert curves.draw_own_curves(log) is None
+    assert Image.open(log.with_name("curves.png")).format == "PNG"
+    assert sorted(path.name for path in log.parent.iterdir()) == ["curves.png", "log.jsonl"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    reason = curves.draw_own_curves(log)
+    assert reason == (
+        f"{tmp_path}/run/curves.png: left out (curves need matplotlib: pip install matplotlib)"
+    )
+    line = run("tgm.curves", log, fails=True)
+    assert line == "curves need matplotlib: pip install matplotlib"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_log_says_once_why_curves_are_left_out(tmp_path, monkeypatch, capsys, rank):
+    schedule = training.Schedule(
+        videos=4,
+        batch_size=2,
+        repeat=1,
+        accum=1,
+        ranks=1,
+        epochs=2,
+        warmup_epochs=0,
+        max_steps=None,
+    )
+    machine = training.Machine("cpu", "off")
+    machine.rank = rank
+    log = training.TrainingLog(tmp_path, [], 0.0, schedule, machine, 0)
+    write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    log.draw()
+    log.draw()
+    assert capsys.readouterr().err.count("left out") == (rank == 0)
+    monkeypatch.undo()
+    log.draw()
+    assert (tmp_path / "curves.png").exists() == (rank == 0)
 
 
 def test_the_command_line(tmp_path):

@@ -3,6 +3,7 @@ sample.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -590,6 +591,112 @@ def test_heat_colours_and_tiles():
     assert [frame.getpixel((5, side + 20 + 20 + 5)) for frame in frames] == [
         (140, 140, 140)
     ] * 2 + [(0, 0, 0)] * 2
+
+
+# ---- the contact sheet ---------------------------------------------------------------------------
+
+
+def test_a_contact_sheet_shows_what_the_preview_of_each_row_shows(world, tmp_path):
+    flags = ("--data", world / "data/train.csv", "--frames", 8, "--stride", 2, "--image-size", 64)
+    printed = run("masking.py", *flags, "--row", 3, 5, "--out", tmp_path / "sheet.png")
+    assert printed == f"{tmp_path}/sheet.png (rows 3, 5; *: the caption that is drawn)\n"
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[0] == 2 * (128 + 4)
+    for line, row in enumerate((3, 5)):
+        run("masking.py", *flags, "--row", row, "--out", tmp_path / "mask.png")
+        strip = Image.open(tmp_path / "mask.png")
+        width, height = strip.size
+        top = height - (3 + len(MASKS)) * 132
+        middle = width - 2 * 132  # the third of four slices begins with the fifth of eight frames
+        for column, tile in enumerate((0, 1, 3 + list(MASKS).index("text"))):
+            box = (middle, top + tile * 132, middle + 128, top + tile * 132 + 128)
+            found = sheet[line * 132 :][:128, column * 132 :][:, :128]
+            np.testing.assert_array_equal(found, np.asarray(strip.crop(box)))
+
+
+def test_random_rows_of_a_contact_sheet_follow_the_seed(world, tmp_path):
+    flags = ("--data", world / "data/train.csv", "--frames", 8, "--stride", 2, "--image-size", 64)
+    rows = []
+    for seed in (0, 0, 1):
+        out = run("masking.py", *flags, "--rows", 4, "--seed", seed, "--out", tmp_path / "s.png")
+        rows.append([int(row) for row in re.search(r"rows (.*);", out)[1].split(", ")])
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0] == sorted(set(rows[0])) and len(rows[0]) == 4 and max(rows[0]) < 32
+
+
+def test_a_contact_sheet_says_what_a_row_lacks(copy, monkeypatch):
+    drawn = []
+    draw_lines = pictures.draw_lines
+    monkeypatch.setattr(
+        pictures,
+        "draw_lines",
+        lambda lines, **sizes: drawn.extend(lines) or draw_lines(lines, **sizes),
+    )
+    captions = [
+        json.loads(line)["captions"]
+        for line in (copy / "data/val.captions.jsonl").read_text().splitlines()
+    ]
+    saliency = np.load(copy / "data/val.saliency.npy", mmap_mode="r+")
+    saliency[1] = np.nan
+    saliency.flush()
+    videos = copy / "data/videos"
+    linked = videos.resolve()
+    videos.unlink()
+    shutil.copytree(linked, videos)
+    video = videos / "val/00002.mp4"
+    video.write_bytes(b"x" * video.stat().st_size)
+    run("masking.py", *SMALL, "--row", 0, 1, 2, "--caption", 1, cwd=copy)
+    assert [len(tiles) for tiles, _ in drawn] == [3, 1, 0]
+    assert drawn[0][1] == [
+        "0: videos/val/00000.mp4",
+        f"  {captions[0][0]}",
+        f"* {captions[0][1]}",
+        f"  {captions[0][2]}",
+    ]
+    assert "data/val.saliency.npy is empty for videos/val/00001.mp4" in drawn[1][1][1]
+    assert drawn[2][1][1].startswith("data/videos/val/00002.mp4: ")
+    Image.open(copy / "mask.png").verify()
+
+
+def test_captions_of_twenty_words_fit_into_a_contact_sheet(monkeypatch):
+    wrapped = []
+    wrap = pictures.wrap
+    monkeypatch.setattr(
+        pictures, "wrap", lambda *args, **rest: wrapped.append(wrap(*args, **rest)) or wrapped[-1]
+    )
+    tile = torch.zeros(224, 224, 3)
+    long = " ".join(["someone", "in", "a", "kitchen"] * 5)
+    picture = pictures.draw_lines([([tile] * 3, ["name", *[long] * 3])], columns=3, size=224)
+    assert [text.split() for text in wrapped[1:]] == [long.split()] * 3
+    assert picture.size[1] == 228  # the text is not higher than its tiles
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (("--rows", 25), "--rows 25: data/val.csv has 24 rows"),
+        (("--row", 3, 24), "--row 24: data/val.csv has rows 0 to 23"),
+        (("--rows", 2, "--video", "m.gif"), "--video m.gif: moves one row; ask for one with --row"),
+    ],
+)
+def test_a_contact_sheet_misused(copy, flags, line):
+    assert run("masking.py", *SMALL, *flags, cwd=copy, fails=True) == line
+    assert not (copy / "mask.png").exists()
+
+
+def test_a_contact_sheet_needs_captions(copy):
+    (copy / "data/val.captions.jsonl").unlink()
+    line = run("masking.py", *SMALL, "--rows", 2, cwd=copy, fails=True)
+    assert line.startswith("data/val.captions.jsonl: ") and "python caption.py" in line
+
+
+def test_the_preview_finds_videos_under_a_root(copy):
+    (copy / "data/val.csv").rename(copy / "val.csv")
+    for path in (copy / "data").glob("val.*"):
+        path.rename(copy / path.name)
+    flags = ("--data", "val.csv", *SMALL[2:], "--row", 1)
+    assert "No such file" in run("masking.py", *flags, cwd=copy, fails=True)
+    assert run("masking.py", *flags, "--root", "data", cwd=copy) == "mask.png\n"
 
 
 # ---- the preview, misused ------------------------------------------------------------------------

@@ -3,7 +3,8 @@ norm, and the time of a step.
 
     python -m tgm.curves runs/*/log.jsonl --out curves.png      several runs over one another
 
-Needs flags.py and run.py. pretrain.py and finetune.py draw their own curves.png at every save.
+Needs flags.py and run.py, and matplotlib, which requirements.txt leaves out: pip install
+matplotlib. Where it is installed, pretrain.py and finetune.py draw their own curves.png.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 from tgm.flags import Parser
-from tgm.run import RunError, one_line_errors, writing
+from tgm.run import RunError, one_line_errors, reason_of, writing
 
 # {title of a panel: keys of log.jsonl that it shows}; one that was never logged, or is always 0, is
 # left out
@@ -66,13 +67,21 @@ def smooth(values: list[float], window: int) -> list[float]:
     return means
 
 
+def load_pyplot():
+    """matplotlib's pyplot, which opens no window; RunError if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RunError("curves need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
     """Draws one panel per quantity, in it one curve per run. logs: {name: entries of its log}."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot()
     panels = {}
     for title, keys in PANELS.items():
         if any(any(points(entries, key)[1]) for entries in logs.values() for key in keys):
@@ -103,6 +112,19 @@ def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
         )
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_own_curves(log: Path) -> str | None:
+    """Draws the curves of a run as curves.png in the folder of its log. -> None, or the reason why
+    they are left out: a picture is not worth the run."""
+    path = log.with_name("curves.png")
+    aside = log.with_name("curves.new.png")  # the picture is whole at any time
+    try:
+        draw_curves({log.parent.name: read_log(log)}, aside)
+        aside.replace(path)
+    except (RunError, OSError, RuntimeError, ValueError) as error:
+        return f"{path}: left out ({reason_of(error)})"
+    return None
 
 
 def draw_curve(axis, steps: list[int], values: list[float], colour: str, style: str) -> None:

@@ -147,6 +147,35 @@ def draw_frames(tiles: Tiles) -> list[Image.Image]:
     return pictures
 
 
+def draw_lines(lines: list[tuple[list[Tensor], list[str]]], columns: int, size: int) -> Image.Image:
+    """Draws a contact sheet: per line up to `columns` tiles, and text on their right.
+
+    lines: [(tiles float [size, size, 3] in [0, 1], texts), ...]; a text may take two lines of
+    letters, and is cut where it is longer"""
+    side = tile_side(size)
+    step = side + GAP
+    font = ImageFont.load_default(size=max(SMALLEST, side // 12))
+    left = columns * step + GAP
+    width = max(3 * side, math.ceil(28 * font.size))
+    blocks = []
+    heights = []
+    for tiles, texts in lines:
+        wrapped = [wrap(text, font, width - GAP, lines=2) for text in texts]
+        blocks.append("\n".join(wrapped))
+        height = text_size(blocks[-1], font)[1] + 2 * GAP
+        heights.append(max(step, height) if tiles else height)
+
+    picture = Image.new("RGB", (left + width, sum(heights)), "white")
+    draw = ImageDraw.Draw(picture)
+    y = 0
+    for (tiles, _), block, height in zip(lines, blocks, heights, strict=True):
+        for column, tile in enumerate(tiles):
+            picture.paste(to_picture(tile, side), (column * step, y))
+        draw.multiline_text((left, y), block, "black", font)
+        y += height
+    return picture
+
+
 def tile_side(size: int) -> int:
     """The side at which tiles of `size` pixels are drawn: the largest whole multiple up to 128
     pixels, so that pixels stay sharp, or `size` itself if that is more."""

@@ -1,25 +1,120 @@
-"""Reads what masking.py draws of one row of a manifest: a clip from the middle of the video, and
-the stored maps or the reason why one is missing.
+"""The command of masking.py: draws the clip, the stored maps and the masks of one row of a
+manifest, or a contact sheet of many rows. Look at them before you train for days.
 
-    videos = read_rows("data/train.csv", row=3)
-    stored = read_stored("data/train.csv", None, videos, row=3, caption=0)
-    clip = read_clip(videos[3], frames=16, stride=4, image_size=224, tubelet=2)
+    python masking.py --data data/train.csv --row 3 --out mask.png --video mask.mp4
+    python masking.py --data data/train.csv --rows 12 --out sheet.png           12 random rows
+    python masking.py --data data/train.csv --row 3 17 40 --out sheet.png       these rows
 
-Shapes: T frames, H W pixels, t token slices, S moments of the stored maps, G x G their grid.
+The clip is from the middle of the video. All masks are drawn from the same random numbers.
+
+Shapes: T frames, H W pixels, (t, h, w) token grid, S moments of the stored maps, G x G their grid.
 """
 
+import argparse
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tgm import arrays
+import masking
+from tgm import arrays, flags, pictures
 from tgm.manifest import Video, Videos, read_manifest
-from tgm.run import RunError
+from tgm.run import RunError, one_line_errors
 from tgm.sampling import center_crop, clip_times
 from tgm.video import VideoError, VideoReader
+
+TUBELET = 2  # frames of a token, as in VideoMAE
+MOST_MEMORY = 4e9  # bytes that drawing may take
+
+
+# ---- one row: every mask -------------------------------------------------------------------------
+
+
+def draw_row(args: argparse.Namespace, videos: Videos, row: int, grid: masking.Grid) -> None:
+    """Draws a clip, its maps and all masks that they allow, as --out and --video."""
+    stored = read_stored(args.data, args.companions, videos, row, args.caption)
+    clip = read_clip(videos[row], args)
+    maps = {}
+    if stored.saliency is not None:
+        maps["saliency"] = masking.cut_maps(stored.saliency[None], *clip.place(grid))
+    if stored.motion is not None:
+        seconds = torch.tensor([clip.seconds])
+        maps["motion"] = masking.cut_motion(stored.motion[None], *clip.place(grid), seconds)
+    # All masks take the same noise: a mask that is left out does not change the others.
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(1, math.prod(grid), generator=generator)
+    masks = {}
+    for name, ratio in chosen_ratios(args).items():
+        need = masking.NEEDS[name]
+        if need in stored.missing:
+            print(f"{name}: left out, {stored.missing[need]}")
+            continue
+        mask = masking.make_mask(name, ratio, 1, grid, noise=noise, **maps)
+        masks[f"{name} {ratio:.3g}"] = mask[0]
+
+    drawn = {kind: of_batch[0] for kind, of_batch in maps.items()}
+    tiles = pictures.draw_tiles(clip.frames, masks, grid, **drawn)
+    with pictures.saving("--out", args.out):
+        pictures.draw_strip(tiles, grid[0], stored.title).save(args.out)
+    print(args.out)
+    if args.video:
+        with pictures.saving("--video", args.video):
+            pictures.write_video(args.video, pictures.draw_frames(tiles), clip.fps)
+        print(args.video)
+
+
+# ---- many rows: a contact sheet ------------------------------------------------------------------
+
+
+def draw_sheet(
+    args: argparse.Namespace, videos: Videos, rows: list[int], grid: masking.Grid
+) -> None:
+    """Draws a frame of each row, its saliency, its text mask and its captions, as --out. A row that
+    lacks some of them says why."""
+    captions_path = arrays.companion(args.data, "captions.jsonl")
+    captions = arrays.read_captions(captions_path, videos, saliency_commands(args.data))
+    saliency_path = Path(f"{prefix_of(args.data, args.companions)}.saliency.npy")
+    lines = []
+    for row in rows:
+        tiles = []
+        text = [f"{row}: {videos[row].name}"]
+        try:
+            clip = read_clip(videos[row], args)
+            tiles = [middle_frame(clip.frames.permute(1, 2, 3, 0))]
+            maps, _ = read_saliency(args.data, saliency_path, videos, row, args.caption)
+            tiles += draw_text_mask(args, clip, maps, grid)
+        except RunError as error:
+            text.append(str(error))
+        for number, caption in enumerate(captions[row]):
+            mark = "*" if number == args.caption else " "
+            text.append(f"{mark} {caption}")
+        lines.append((tiles, text))
+    with pictures.saving("--out", args.out):
+        pictures.draw_lines(lines, columns=3, size=args.image_size).save(args.out)
+    print(f"{args.out} (rows {', '.join(map(str, rows))}; *: the caption that is drawn)")
+
+
+def draw_text_mask(
+    args: argparse.Namespace, clip: "Clip", maps: Tensor, grid: masking.Grid
+) -> list[Tensor]:
+    """The middle frame of a clip under its saliency, and under its text mask: [H, W, 3] each."""
+    saliency = masking.cut_maps(maps[None], *clip.place(grid))
+    ratio = chosen_ratios(args)["text"]
+    mask = masking.make_mask("text", ratio, 1, grid, saliency=saliency)
+    tiles = pictures.draw_tiles(clip.frames, {"text": mask[0]}, grid, saliency=saliency[0])
+    return [middle_frame(tiles["saliency"]), middle_frame(tiles["text"])]
+
+
+def middle_frame(frames: Tensor) -> Tensor:
+    """[T, H, W, 3] -> [H, W, 3]"""
+    return frames[len(frames) // 2]
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
 
 
 class Clip(NamedTuple):
@@ -29,6 +124,10 @@ class Clip(NamedTuple):
     seconds: float  # the video's length
     fps: float  # frames of the clip per second
 
+    def place(self, grid: masking.Grid) -> tuple:
+        """Where the clip lies in its video: what `masking.cut_maps` asks for, of a batch of 1."""
+        return self.times[None], self.box[None], torch.tensor([False]), grid
+
 
 class Stored(NamedTuple):
     title: str  # the video's name and the caption to which the saliency belongs
@@ -37,27 +136,19 @@ class Stored(NamedTuple):
     missing: dict[str, str]  # {"saliency" or "motion": why it is missing, and the remedy}
 
 
-def read_rows(data: str, row: int) -> Videos:
-    """The manifest; RunError unless it has that row, ManifestError if it cannot be read."""
-    videos = read_manifest(data)
-    if row >= len(videos):
-        raise RunError(f"--row {row}: {data} has rows 0 to {len(videos) - 1}")
-    return videos
-
-
-def read_clip(video: Video, frames: int, stride: int, image_size: int, tubelet: int) -> Clip:
+def read_clip(video: Video, args: argparse.Namespace) -> Clip:
     """A clip from the middle of the video, cut to its middle square. RunError if it cannot be
     read."""
     try:
-        with VideoReader(video.path) as reader:
+        with VideoReader(video.path, timeout=args.video_timeout) as reader:
             start, end = reader.span(video)
-            times = clip_times(start, end, reader.fps, frames, stride, where=0.5)
-            pixels, box = center_crop(reader.read(times, image_size), image_size)
-            fps = max(1.0, reader.fps / stride)
+            times = clip_times(start, end, reader.fps, args.frames, args.stride, where=0.5)
+            pixels, box = center_crop(reader.read(times, args.image_size), args.image_size)
+            fps = max(1.0, reader.fps / args.stride)
     except VideoError as error:
         raise RunError(error) from None
     seconds = end - start
-    middles = (times.reshape(-1, tubelet).mean(1) - start) / seconds
+    middles = (times.reshape(-1, TUBELET).mean(1) - start) / seconds
     pixels = torch.from_numpy(pixels).permute(3, 0, 1, 2) / 255
     return Clip(pixels, torch.from_numpy(middles), torch.tensor(box), seconds, fps)
 
@@ -69,7 +160,7 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
 
     One kind of map may be missing. RunError or ManifestError if both are missing, or if one cannot
     be used."""
-    prefix = prefix or str(Path(data).with_suffix(""))
+    prefix = prefix_of(data, prefix)
     saliency_path = Path(f"{prefix}.saliency.npy")
     motion_path = Path(f"{prefix}.motion.npy")
     title = videos[row].name
@@ -94,6 +185,11 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
     else:
         missing["motion"] = f"there is no {motion_path}; make it with: {motion_command(data)}"
     return Stored(title, saliency, motion, missing)
+
+
+def prefix_of(data: str, prefix: str | None) -> str:
+    """What the names of the stored maps begin with."""
+    return prefix or str(Path(data).with_suffix(""))
 
 
 def saliency_commands(data: str) -> str:
@@ -156,3 +252,131 @@ def why_unreadable(video: Video) -> str | None:
     except VideoError as error:
         return str(error)
     return None
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.Parser(description=masking.__doc__)
+    parser.add_argument(
+        "--data",
+        default="data/train.csv",
+        help="the manifest; captions, saliency and motion are read from the same folder",
+    )
+    parser.add_argument(
+        "--companions",
+        metavar="PREFIX",
+        help="read PREFIX.saliency.npy and PREFIX.motion.npy in place of the manifest's own",
+    )
+    flags.add_video_flags(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--row",
+        type=flags.count,
+        nargs="+",
+        default=[0],
+        help="row of the manifest, from 0; several draw a contact sheet",
+    )
+    which.add_argument(
+        "--rows",
+        type=flags.whole(1, 1000),
+        metavar="N",
+        help="a contact sheet of so many random rows; --seed chooses others",
+    )
+    parser.add_argument(
+        "--caption", type=flags.count, default=0, help="which of the video's captions"
+    )
+    parser.add_argument("--out", type=Path, default="mask.png", help="picture to write")
+    parser.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE",
+        help="also write the clip and its masks as a moving picture: .mp4 or .gif",
+    )
+    parser.add_argument(
+        "--mask-ratio", type=flags.ratio, help="one ratio for all masks (default: each mask's own)"
+    )
+    parser.add_argument("--frames", type=flags.frame_count, default=16, help="frames of the clip")
+    parser.add_argument(
+        "--stride", type=flags.positive_int, default=4, help="use every Nth frame of the video"
+    )
+    parser.add_argument(
+        "--image-size", type=flags.pixel_count, default=224, help="side of the clip"
+    )
+    parser.add_argument("--patch-size", type=flags.positive_int, default=16, help="side of a token")
+    parser.add_argument(
+        "--seed",
+        type=flags.seed_number,
+        default=0,
+        help="another seed draws other random masks and rows",
+    )
+    return parser.parse_args(argv)
+
+
+def chosen_ratios(args: argparse.Namespace) -> dict[str, float]:
+    """{name of a mask: the share of tokens that it hides}"""
+    return {name: args.mask_ratio or own for name, own in masking.RATIOS.items()}
+
+
+def choose_rows(args: argparse.Namespace, videos: Videos) -> list[int]:
+    """The rows to draw; RunError if the manifest has none of that number."""
+    if args.rows is None:
+        for row in args.row:
+            if row >= len(videos):
+                raise RunError(f"--row {row}: {args.data} has rows 0 to {len(videos) - 1}")
+        return args.row
+    if args.rows > len(videos):
+        raise RunError(f"--rows {args.rows}: {args.data} has {len(videos)} rows")
+    chosen = np.random.default_rng(args.seed).choice(len(videos), args.rows, replace=False)
+    return sorted(chosen.tolist())
+
+
+def preview_grid(args: argparse.Namespace) -> masking.Grid:
+    """The tokens (t, h, w) of the clip to be drawn. RunError, naming the flags, if they do not fit
+    together or ask for gigabytes."""
+    ratios = chosen_ratios(args)
+    if args.frames % TUBELET:
+        raise RunError(
+            f"--frames {args.frames}: expected a multiple of {TUBELET}, the frames of a token"
+        )
+    flags = f"--frames {args.frames} --image-size {args.image_size} --patch-size {args.patch_size}"
+    if args.image_size % args.patch_size:
+        raise RunError(f"{flags}: the image size is not a multiple of the patch size")
+    side = args.image_size // args.patch_size
+    grid = (args.frames // TUBELET, side, side)
+    if args.mask_ratio:
+        flags = f"--mask-ratio {args.mask_ratio:g} {flags}"
+    for name, ratio in ratios.items():
+        try:
+            masking.masked_count(ratio, grid)
+        except ValueError as error:
+            raise RunError(f"{flags}: {name}'s {error}") from None
+
+    tiles = 3 + len(masking.MASKS)  # the clip, its two maps and the masks
+    tokens = math.prod(grid)
+    visible = (tokens - masking.masked_count(ratios["flow"], grid)) // grid[0]
+    distances = 4 * tokens * visible  # flow_mask's largest array, float32
+    needed = pictures.drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
+    if needed > MOST_MEMORY:
+        raise RunError(f"{flags}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
+    return grid
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    grid = preview_grid(args)
+    videos = read_manifest(args.data, args.root)
+    rows = choose_rows(args, videos)
+    pictures.require_writable("--out", args.out, pictures.STILL)
+    if args.rows is None and len(rows) == 1:
+        row = rows[0]
+        if args.video:
+            source = videos[row].path
+            pictures.require_writable("--video", args.video, pictures.MOVING, source=source)
+        draw_row(args, videos, row, grid)
+        return
+    if args.video:
+        raise RunError(f"--video {args.video}: moves one row; ask for one with --row")
+    draw_sheet(args, videos, rows, grid)

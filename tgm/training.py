@@ -1,5 +1,5 @@
 """What pretraining and fine-tuning share: the machine, the schedule and the log of a training run.
-Needs run.py.
+Needs run.py and curves.py.
 
     machine = Machine(args.device, args.amp)                rank, device, precision
     schedule = Schedule(...)                                how many steps, and of how many videos
@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tgm.curves import draw_own_curves
 from tgm.run import (
     choose_device,
     give_up_together,
@@ -205,7 +207,8 @@ class Schedule(NamedTuple):
 
 
 class TrainingLog:
-    """log.jsonl, and what happened since its last line: losses, waiting, videos that failed.
+    """log.jsonl, its curves, and what happened since its last line: losses, waiting, videos that
+    failed.
 
     It ends the run, on all ranks with one line, where a loss or a gradient is not finite, or where
     too many videos cannot be read. fp16's scaler finds infinite gradients itself and skips their
@@ -228,6 +231,7 @@ class TrainingLog:
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
         self.skipped = 0  # the last steps, if their gradient was not finite
+        self.undrawn = None  # why curves.png was left out
         self._begin_after(start)
 
     def _begin_after(self, step: int):
@@ -285,6 +289,16 @@ class TrainingLog:
         if self.machine.rank == 0:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+    def draw(self):
+        """Rank 0 draws the lines so far as curves.png; where it cannot, it says why, once."""
+        if self.machine.rank > 0:
+            return
+        reason = draw_own_curves(self.path)
+        if reason != self.undrawn:
+            self.undrawn = reason
+            if reason is not None:
+                print(reason, file=sys.stderr)
 
     def _reduce_and_check(self) -> list[float]:
         """-> the means of the losses and of the norm, over the window and the ranks. Ends the run

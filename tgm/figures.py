@@ -1,0 +1,178 @@
+"""What a pretrained model makes of a clip: what its encoder sees of it, the reconstruction, and
+where its encoder attends (TGM's figures 3 and 5, for any checkpoint and video).
+
+    python -m tgm.figures --checkpoint runs/text/checkpoint.pt --data data/val.csv --row 3
+
+Reads   a manifest, one video, the map that the mask follows, and a checkpoint: of pretrain.py,
+        a VideoMAE .pth, a Hugging Face folder of a pretrained VideoMAE, or none (untrained)
+Writes  one picture with four lines and a column per token slice; prints the reconstruction loss of
+        this clip
+
+Shapes: T frames, H W pixels, (t, h, w) token grid, N tokens, D width.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import masking
+from model import Encoder, VideoMAE, normalize
+from tgm import checkpoints, flags, pictures, preview
+from tgm.features import load_encoder
+from tgm.manifest import Videos, read_manifest
+from tgm.run import RunError, choose_device, one_line_errors
+
+
+@torch.no_grad()
+def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
+    """How much each token of one whole clip is attended to in the last block of the encoder: the
+    mean over its heads and over the tokens that attend. float [N], of sum 1.
+
+    video [1, 3, T, H, W], normalised. `Attention` in model.py never holds these weights: they are
+    computed here from its input."""
+    inputs = []
+    attention = encoder.blocks[-1].attn
+    hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        encoder.encode(encoder.cubes(video))
+    finally:
+        hook.remove()
+    bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
+    qkv = F.linear(inputs[0], attention.qkv.weight, bias)  # [1, N, 3 * D]
+    q, k, _ = qkv.unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [1, heads, N, N]
+    return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
+
+
+def draw_tiles(model: VideoMAE, clip: Tensor, mask: Tensor) -> pictures.Tiles:
+    """The four lines of the picture. clip: float [3, T, H, W] in [0, 1]; mask: bool [1, N]."""
+    device = mask.device
+    video = normalize(255 * clip[None].to(device))
+    attention = attention_of(model.encoder, video).view(model.grid).cpu()
+    made = model.reconstruct(video, mask)[0].cpu()
+    tiles = pictures.draw_tiles(clip, {"seen": mask[0].cpu()}, model.grid, saliency=attention)
+    return {
+        "clip": tiles["clip"],
+        "what the encoder sees": tiles["seen"],
+        "reconstruction": made.permute(1, 2, 3, 0),
+        "attention, all tokens seen": tiles["saliency"],
+    }
+
+
+def read_mask(
+    args: argparse.Namespace, videos: Videos, clip: preview.Clip, grid: masking.Grid
+) -> tuple[Tensor, str]:
+    """The mask of a clip, bool [1, N], and a title for the picture."""
+    maps = {}
+    title = videos[args.row].name
+    need = masking.NEEDS[args.mask]
+    if need is not None:
+        prefix = preview.prefix_of(args.data, args.companions)
+        path = Path(f"{prefix}.{need}.npy")
+    if need == "saliency":
+        stored, caption = preview.read_saliency(args.data, path, videos, args.row, args.caption)
+        title = f"{title}: {caption}"
+        maps["saliency"] = masking.cut_maps(stored[None], *clip.place(grid))
+    if need == "motion":
+        stored = preview.read_motion(args.data, path, videos, args.row)
+        if stored is None:
+            raise RunError(f"--row {args.row}: {path} is empty for {title}; choose another row")
+        seconds = torch.tensor([clip.seconds])
+        maps["motion"] = masking.cut_motion(stored[None], *clip.place(grid), seconds)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(1, math.prod(grid), generator=generator)
+    try:
+        mask = masking.make_mask(args.mask, args.mask_ratio, 1, grid, noise=noise, **maps)
+    except ValueError as error:
+        raise RunError(f"--mask-ratio {args.mask_ratio}: {error}") from None
+    return mask, title
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a file or a folder")
+    parser.add_argument("--data", default="data/val.csv", help="the manifest")
+    parser.add_argument(
+        "--companions",
+        metavar="PREFIX",
+        help="read PREFIX.saliency.npy or PREFIX.motion.npy in place of the manifest's own",
+    )
+    flags.add_video_flags(parser)
+    parser.add_argument("--row", type=flags.count, default=0, help="row of the manifest, from 0")
+    parser.add_argument(
+        "--caption", type=flags.count, default=0, help="which of the video's captions"
+    )
+    parser.add_argument(
+        "--mask",
+        choices=tuple(masking.MASKS),
+        help="default: the mask that the checkpoint was trained with, or tube",
+    )
+    parser.add_argument(
+        "--mask-ratio",
+        type=flags.ratio,
+        help="default: as the checkpoint was trained, or the mask's own",
+    )
+    parser.add_argument(
+        "--seed", type=flags.seed_number, default=0, help="another seed draws another random mask"
+    )
+    parser.add_argument(
+        "--device", type=flags.device_name, default="auto", help="auto, cpu, cuda or cuda:N"
+    )
+    parser.add_argument("--out", type=Path, default="figure.png", help="picture to write")
+    return parser.parse_args(argv)
+
+
+def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
+    """The model, with its decoder. Fills the flags in args that follow the checkpoint: mask,
+    mask_ratio, frames, stride and image_size."""
+    device, _ = choose_device(args.device)
+    encoder = load_encoder(args.checkpoint, device=device)
+    if args.checkpoint != "none":
+        keys = checkpoints.read_checkpoint(args.checkpoint)
+        if not any(key.startswith("decoder.") for key in keys):
+            raise RunError(
+                f"--checkpoint {args.checkpoint}: has no decoder, so it reconstructs nothing; "
+                "give a checkpoint of pretraining"
+            )
+    saved = checkpoints.saved_args(args.checkpoint)
+    if args.mask is None:
+        args.mask = saved.get("mask", "tube")
+        args.mask_ratio = args.mask_ratio or saved.get("mask_ratio")
+    args.mask_ratio = args.mask_ratio or masking.RATIOS[args.mask]
+    args.frames = encoder.frames
+    args.stride = encoder.stride
+    args.image_size = encoder.image_size
+    return encoder.model
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    pictures.require_writable("--out", args.out, pictures.STILL)
+    videos = read_manifest(args.data, args.root)
+    if args.row >= len(videos):
+        raise RunError(f"--row {args.row}: {args.data} has rows 0 to {len(videos) - 1}")
+    model = load_autoencoder(args)
+    device = model.mask_token.device
+    clip = preview.read_clip(videos[args.row], args)
+    mask, title = read_mask(args, videos, clip, model.grid)
+    mask = mask.to(device)
+    with torch.no_grad():
+        loss = model(normalize(255 * clip.frames[None].to(device)), mask).loss_mae.item()
+    tiles = draw_tiles(model, clip.frames, mask)
+    title = f"{title} ({args.mask} {args.mask_ratio:g}, loss {loss:.3f})"
+    title += "; reconstructed with each cube's true mean and deviation, which flatters it"
+    with pictures.saving("--out", args.out):
+        pictures.draw_strip(tiles, model.grid[0], title).save(args.out)
+    print(f"{args.out}: reconstruction loss {loss:.4f} with {args.mask} {args.mask_ratio:g}")
+
+
+if __name__ == "__main__":
+    main()
