@@ -100,7 +100,8 @@ def test_commands_name_scripts_and_flags_that_exist():
     for words in (words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))):
         script = next(word for word in words if word.endswith(".py"))
         source = (ROOT / script).read_text() + "".join(
-            (ROOT / name).read_text() for name in ("data/lists.py", "tgm/flags.py")
+            (ROOT / name).read_text()
+            for name in ("data/lists.py", "tgm/flags.py", "tgm/preview.py")
         )
         for flag in (
             word.split("=")[0]

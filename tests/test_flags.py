@@ -79,7 +79,7 @@ STAGES = {
         "out/four",
     ),
     "masking": (
-        "masking",
+        "tgm.preview",
         "--data",
         "data/four.csv",
         "--frames",
