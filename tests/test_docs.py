@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import report
@@ -127,3 +128,29 @@ def test_the_studys_figures_are_those_of_its_runs():
     assert not [figure for figure in figures if figure not in page]
     # no figures only while the study's answers do not stand
     assert len(figures) > 10 or "withdrawn" in README
+
+
+def excerpts():
+    """(file, code) of each excerpt of the walkthrough: a block of Python under the file's name."""
+    page = (ROOT / "docs/walkthrough.md").read_text(encoding="utf-8")
+    return re.findall(
+        r"From \[([\w./]+)\]\(\.\./[\w./]+\):\n\n```python\n(.*?)```", page, re.DOTALL
+    )
+
+
+@pytest.mark.parametrize("name, code", excerpts())
+def test_excerpts_of_the_walkthrough_stand_in_their_files(name, code):
+    assert code in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_pictures_of_the_walkthrough():
+    page = (ROOT / "docs/walkthrough.md").read_text(encoding="utf-8")
+    assert len(excerpts()) == page.count("```python") > 8
+    shown = re.findall(r"!\[[^\]]+\]\((walkthrough/\w+\.png)\)", page)
+    drawn = (ROOT / "experiments/walkthrough.py").read_text(encoding="utf-8")
+    assert sorted((ROOT / "docs/walkthrough").iterdir()) == sorted(
+        ROOT / "docs" / path for path in shown
+    )
+    for path in shown:
+        assert f'"{Path(path).name}"' in drawn
+        assert (ROOT / "docs" / path).stat().st_size < 150_000

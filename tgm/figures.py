@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masking
-from model import Encoder, VideoMAE, normalize
+from model import SIZES, Encoder, VideoMAE, normalize
 from tgm import checkpoints, flags, pictures, preview
 from tgm.features import load_encoder
 from tgm.manifest import Videos, read_manifest
@@ -98,6 +98,9 @@ def read_mask(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a file or a folder")
+    parser.add_argument(
+        "--size", choices=tuple(SIZES), help="for a checkpoint that does not say (default: base)"
+    )
     parser.add_argument("--data", default="data/val.csv", help="the manifest")
     parser.add_argument(
         "--companions",
@@ -133,7 +136,7 @@ def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
     """The model, with its decoder. Fills the flags in args that follow the checkpoint: mask,
     mask_ratio, frames, stride and image_size."""
     device, _ = choose_device(args.device)
-    encoder = load_encoder(args.checkpoint, device=device)
+    encoder = load_encoder(args.checkpoint, size=args.size, device=device)
     if args.checkpoint != "none":
         keys = checkpoints.read_checkpoint(args.checkpoint)
         if not any(key.startswith("decoder.") for key in keys):
