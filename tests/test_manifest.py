@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from tgm import arrays as A
 from tgm import manifest as M
-from tgm import prepare
+from tgm import prepare, preview
 
 
 def manifest(tmp_path, text, **options):
@@ -326,6 +326,9 @@ def test_captions_of_other_programs(tmp_path):
     for character in "\u2028\u2029\u0085":
         path.write_text(f'{{"path": "a.mp4", "captions": ["a{character}dog"]}}\n', encoding="utf-8")
         assert A.read_captions(path, videos, "") == [[f"a{character}dog"]]
+        with open(path, "a") as file:
+            file.write('{"path": "b.mp4", "captions": [], "error": "broken"}\n')
+        assert preview.why_uncaptioned(path, 1) == "broken"
     path.write_text('{"path": "a.mp4", "captions": "a dog"}\n')  # not a caption for each letter
     with pytest.raises(M.ManifestError, match="is damaged .line 1: its captions are no list"):
         A.read_captions(path, videos, "")
