@@ -213,8 +213,12 @@ def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path, monkeypatch, capsys):
     with pytest.raises(M.ManifestError, match="x.npy.lock: cannot be locked .No such file"):
         A.hold(tmp_path / "none" / "x.npy")
     (tmp_path / "y.npy.lock").mkdir()
-    with pytest.raises(M.ManifestError, match="y.npy.lock: cannot be locked .Is a directory"):
+    with pytest.raises(M.ManifestError) as error:
         A.hold(tmp_path / "y.npy")
+    assert str(error.value) == (
+        f"{tmp_path}/y.npy.lock: cannot be locked (Is a directory): delete it if nothing writes "
+        f"{tmp_path}/y.npy, or write elsewhere (--out)"
+    )
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -222,8 +226,8 @@ def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(A.fcntl, "lockf", no_locks)
     A.hold(tmp_path / "x.npy")
     assert capsys.readouterr().err == (
-        f"{tmp_path}/x.npy: this file system has no locks: see to it that nothing else writes "
-        "this file\n"
+        f"{tmp_path}/x.npy: this file system has no locks: start nothing else that writes this "
+        "file\n"
     )
     assert A.HELD == []
 

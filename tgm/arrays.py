@@ -117,9 +117,12 @@ def hold(path: FilePath) -> None:
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise ManifestError(f"{lock}: cannot be locked ({error.strerror})") from None
+            raise ManifestError(
+                f"{lock}: cannot be locked ({error.strerror}): delete it if nothing writes "
+                f"{path}, or write elsewhere (--out)"
+            ) from None
         print(
-            f"{path}: this file system has no locks: see to it that nothing else writes this file",
+            f"{path}: this file system has no locks: start nothing else that writes this file",
             file=sys.stderr,
         )
 

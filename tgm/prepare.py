@@ -233,10 +233,11 @@ def check_files(args, videos, report):
     """Probes every file of a manifest once, prints what they are, writes the csv `report`;
     returns the rows that cannot be used.
     """
-    jobs = [(path,) for path in dict.fromkeys(video.path for video in videos)]
+    paths = dict.fromkeys(video.path for video in videos)  # each once
+    jobs = [(path,) for path in paths]
     found = {}
     results = in_processes(probe, jobs, args.workers, "checking")
-    for (path,), result in zip(jobs, results, strict=True):
+    for path, result in zip(paths, results, strict=True):
         found[path] = result
     problems = []
     durations = []
