@@ -205,9 +205,8 @@ def parse_seconds(name, text):
 # A file that was made for a manifest, such as an array (arrays.py), has a .json beside it. There
 # `manifest_hash` tells which rows it was made for, and `file_sizes` which videos. A video that was
 # replaced under the same name is noticed if its size is another. The sizes of up to SAMPLE files
-# are compared, evenly spaced over the rows. Of replaced files that lie anywhere in the manifest,
-# 5 % are noticed with a probability of 0.99, 1 % with 0.63, and a single one in a large manifest
-# hardly ever.
+# are compared, evenly spaced over the rows. If 5 % of the files were replaced, at random, that is
+# noticed with a probability of 0.99; 1 % with 0.63; a single one in a large manifest hardly ever.
 #
 # Not every file is looked at: for a million rows that would take 4 seconds more for each rank of
 # each stage (measured on a local disk), and one round trip to the server per file on a network
