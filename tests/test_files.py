@@ -336,10 +336,10 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
     (copy / "data/train.check.csv").unlink()
     assert run(
         "tgm.prepare", "data/train.csv", "--good", "data/val.csv", cwd=copy, fails=True
-    ).startswith(f"data/val.csv: {ours}")
+    ).startswith("data/val.csv: exists already: not overwritten (--good names another file")
     assert run(
         "tgm.prepare", "data/train.csv", "--good", "data/train.csv", cwd=copy, fails=True
-    ).startswith(f"data/train.csv: {ours}")
+    ).startswith("data/train.csv: exists already: not overwritten (--good names another file")
     (copy / "small").mkdir()
     shutil.copy(copy / "data/val.csv", copy / "small/train.csv")
     assert run(
@@ -649,7 +649,8 @@ launch(prepare.main)
         assert made() == expected
 
 
-def test_a_process_that_dies_in_the_midst_of_a_check_is_one_line(copy):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies_in_the_midst_of_a_check_is_named(copy, workers):
     """As by a crash in a decoder, or for lack of memory."""
     script = copy / "dies.py"
     script.write_text(f"""
@@ -657,16 +658,28 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from tgm import prepare
 from tgm.run import launch
-def read(self, times):
-    os._exit(11)
-prepare.VideoReader.read = read
+read = prepare.VideoReader.read
+def dies(self, times):
+    if self.path.endswith("00003.mp4"):
+        os._exit(11)
+    return read(self, times)
+prepare.VideoReader.read = dies
 launch(prepare.main)
 """)
-    process = start((script, "data/train.csv", "--workers", 2), copy)
+    process = start((script, "data/train.csv", "--workers", workers), copy)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.splitlines()[-1].startswith(
-        "checking: a process ended in the midst of a file"
-    ), errors
+    line = errors.splitlines()[-1]
+    message = "checking: a process ended in the midst of a file (out of memory?"
+    assert process.returncode == 1
+    if workers == 1:
+        assert line == f"{message}): data/videos/train/00003.mp4"
+    else:
+        named = int(line.split(" or one of the next files")[0][-9:-4])
+        assert line == (
+            f"{message} lower --workers): data/videos/train/{named:05d}.mp4 or one of the next "
+            "files; --workers 1 says which"
+        )
+        assert named <= 3
 
 
 # ---- several ranks, and several nodes

@@ -1,14 +1,20 @@
 """Manifests, and the arrays and captions beside them: what is read, and every refusal."""
 
+import errno
 import json
 import pickle
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from tgm import arrays as A
 from tgm import manifest as M
+from tgm import prepare, preview
 
 
 def manifest(tmp_path, text, **options):
@@ -67,8 +73,12 @@ def test_manifest_errors(tmp_path, text, line, reason):
 
 
 def test_manifest_missing(tmp_path):
-    with pytest.raises(M.ManifestError, match=r"none\.csv:1: .*path.*No such file"):
+    with pytest.raises(
+        M.ManifestError, match=r"none\.csv:1: .*path.*cannot be read \(No such file"
+    ):
         M.read_manifest(tmp_path / "none.csv")
+    with pytest.raises(M.ManifestError, match=r":1: .*path.*cannot be read \(Is a directory"):
+        M.read_manifest(tmp_path)
     with pytest.raises(M.ManifestError, match="train.csv:1: expected a column 'object'"):
         manifest(tmp_path, "path,label\na,x\n", label_column="object")
 
@@ -93,6 +103,11 @@ def test_manifest_hash(tmp_path):
         )
     ]
     assert len({one, *others}) == 7
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path):
+    videos = manifest(tmp_path, "path\na\0b.mp4\n")
+    assert M.file_sizes(videos) == [None]
 
 
 def test_companion():
@@ -138,6 +153,10 @@ def test_open_array(saved):
         (lambda path, meta: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
         (lambda path, meta: path.write_bytes(path.read_bytes()[:9]), "cannot be read"),
         (lambda path, meta: path.write_bytes(b""), "cannot be read"),
+        (
+            lambda path, meta: path.write_bytes(path.read_bytes().replace(b"}", b" ")),
+            "cannot be read (",
+        ),
         (lambda path, meta: path.write_bytes(pickle.dumps([1, 2])), "cannot be read"),
         (
             lambda path, meta: np.save(path, np.array([{}, {}], object), allow_pickle=True),
@@ -170,6 +189,100 @@ def test_open_array_refusals(saved, spoil, reason):
     message = str(error.value)
     assert reason in message and "\n" not in message
     assert message.endswith("; make it with: python saliency.py --data data/train.csv")
+
+
+def test_an_array_that_is_being_written_is_not_called_missing(saved):
+    path, videos, _ = saved
+    path.with_suffix(".json").unlink()  # between the array and its .json
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
+        "arrays.hold(sys.argv[2]); print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(ROOT), str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(M.ManifestError, match="another process is writing it: wait for its"):
+            A.open_array(path, videos, "make me")
+        holder.communicate(b"\n")
+
+
+# ---- locks
+
+
+def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path, monkeypatch, capsys):
+    with pytest.raises(M.ManifestError, match="x.npy.lock: cannot be locked .No such file"):
+        A.hold(tmp_path / "none" / "x.npy")
+    (tmp_path / "y.npy.lock").mkdir()
+    with pytest.raises(M.ManifestError) as error:
+        A.hold(tmp_path / "y.npy")
+    assert str(error.value) == (
+        f"{tmp_path}/y.npy.lock: cannot be locked (Is a directory): delete it if nothing writes "
+        f"{tmp_path}/y.npy, or write elsewhere (--out)"
+    )
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(A.fcntl, "lockf", no_locks)
+    A.hold(tmp_path / "x.npy")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/x.npy: this file system has no locks: start nothing else that writes this "
+        "file\n"
+    )
+    assert A.HELD == []
+
+
+def test_to_ask_for_a_lock_does_not_end_it(tmp_path):
+    """POSIX ends a lock as soon as its process closes any open file of it."""
+    path = tmp_path / "x.npy"
+    A.hold(path)
+    assert not A.is_held(path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
+        "print(arrays.is_held(sys.argv[2]))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True, text=True
+    )
+    A.release()
+    assert other.stdout == "True\n", other.stderr
+
+
+# ---- writing
+
+
+def test_an_array_is_written_in_small_pieces(tmp_path):
+    shape = (100, 200_000)  # 40 MB, 400 kB per row
+    head = np.ones((10, 200_000), np.float16)
+    tracemalloc.start()
+    A.create_array(tmp_path / "x.npy", shape, np.float16, {}, head)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert array.shape == shape and A.filled(array[:, None]).tolist() == [True] * 10 + [False] * 90
+    assert (array[:10] == 1).all() and np.isnan(array[10:]).all()
+    assert peak < 20_000_000
+
+
+def test_where_an_array_cannot_be_written_the_old_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "x.npy"
+    A.create_array(path, (2, 3), np.float16, {"manifest": "old"})
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(M.ManifestError, match="x.json: cannot be written .No space left on device"):
+        A.write_about(path.with_suffix(".json"), {"manifest": "new"})
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_csv_that_cannot_be_parsed_is_not_ours(tmp_path):
+    path = tmp_path / "x.check.csv"
+    path.write_text("a" * 200_000)  # longer than a field may be
+    with pytest.raises(M.ManifestError, match="not overwritten"):
+        A.refuse_foreign(path, prepare.is_report)
 
 
 # ---- captions
@@ -208,3 +321,18 @@ def test_read_captions(tmp_path):
             and refused().endswith("--extend")
             or "is damaged" in refused()
         )
+
+
+def test_captions_of_other_programs(tmp_path):
+    """JSON allows characters inside a string that str.splitlines takes for ends of lines."""
+    videos = [M.Video("a.mp4", None, None, None, 0, "a.mp4")]
+    path = tmp_path / "x.captions.jsonl"
+    for character in "\u2028\u2029\u0085":
+        path.write_text(f'{{"path": "a.mp4", "captions": ["a{character}dog"]}}\n', encoding="utf-8")
+        assert A.read_captions(path, videos, "") == [[f"a{character}dog"]]
+        with open(path, "a") as file:
+            file.write('{"path": "b.mp4", "captions": [], "error": "broken"}\n')
+        assert preview.why_uncaptioned(path, 1) == "broken"
+    path.write_text('{"path": "a.mp4", "captions": "a dog"}\n')  # not a caption for each letter
+    with pytest.raises(M.ManifestError, match="is damaged .line 1: its captions are no list"):
+        A.read_captions(path, videos, "")

@@ -839,8 +839,8 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (("--caption", 3), "--caption 3: row 0 has 3 captions"),
         (
             ("--data", "gone.csv"),
-            "gone.csv:1: expected a csv with the header path[,label][,start,end], found none "
-            "(No such file or directory)",
+            "gone.csv:1: expected a csv with the header path[,label][,start][,end]; it cannot be "
+            "read (No such file or directory)",
         ),
     ],
 )

@@ -209,3 +209,26 @@ def test_names_that_lead_out_of_the_folder_stay_inside(tmp_path):
     assert "two of its files would have the same name" in run(
         "tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True
     )
+
+
+@pytest.mark.parametrize(
+    "height, width, short_side, size",
+    [
+        (53, 75, 256, (52, 74)),
+        (75, 53, 256, (74, 52)),
+        (500, 500, 251, (250, 250)),
+        (500, 999, 251, (250, 502)),
+        (720, 1280, 256, (256, 456)),  # 455.1, to the nearest even number
+        (1, 9, 256, (2, 8)),
+    ],
+)
+def test_copies_are_no_larger_than_the_image_and_the_short_side(height, width, short_side, size):
+    image = np.zeros((height, width, 3), np.uint8)
+    assert prepare.encoded_size(image, short_side) == size
+
+
+def test_a_copy_of_odd_size_in_a_folder_with_a_colon(tmp_path, monkeypatch):
+    path = write(tmp_path / "odd.mp4", pictures(3, 53, 75), pix_fmt="yuv444p")
+    monkeypatch.chdir(tmp_path)
+    assert prepare.reencode(path, "a:b/x.mp4", 256) is None
+    assert read_frames("a:b/x.mp4", [0]).shape == (1, 52, 74, 3)

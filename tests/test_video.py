@@ -265,6 +265,72 @@ def test_display_matrix_in_the_header(tmp_path, matrix, transform):
     assert np.array_equal(V.read_frames(path, [0.1])[0], transform(decode(path)[1][3]))
 
 
+@pytest.mark.parametrize(
+    "orientation, transform",
+    [
+        (1, lambda image: image),
+        (2, lambda image: image[:, ::-1]),
+        (6, lambda image: np.rot90(image, -1)),
+    ],
+)
+def test_pictures_with_exif(tmp_path, orientation, transform):
+    """A frame may have side data of a type that PyAV does not know. EXIF orientations: 2 is
+    mirrored, 6 is to be turned clockwise.
+    """
+    path = write(tmp_path / "a.mkv", pictures(4), codec="mjpeg", pix_fmt="yuvj420p")
+    tag = struct.pack("<HHII", 0x112, 3, 1, orientation)
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 1) + tag + bytes(4)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+
+    def with_exif(packet):
+        data = bytes(packet)
+        new = av.Packet(data[:2] + segment + data[2:])
+        new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+        new.is_keyframe = True
+        return new
+
+    new = remux(path, tmp_path / "exif.mkv", change=with_exif)
+    assert np.array_equal(V.read_frames(new, [0.1])[0], transform(decode(path)[1][3]))
+
+
+def test_frames_before_the_first_displayed_are_left_out(tmp_path):
+    path = write(tmp_path / "a.mp4", pictures(12), codec="mpeg4", fps=10, options={"g": "6"})
+
+    def without_key(packet):
+        packet.is_keyframe = packet.pts > 0 and packet.is_keyframe
+        return packet
+
+    new = remux(path, tmp_path / "late.mp4", change=without_key)
+    with V.VideoReader(new) as reader:
+        times = [seconds for seconds, _ in reader.frames()]
+        first = reader.read([0])[0]
+    assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert np.array_equal(first, decode(path)[1][6])
+
+
+def test_a_bug_is_not_taken_for_a_file_to_be_decoded_plainly(gop250, monkeypatch):
+    def bug(self, run):
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(V.VideoReader, "_packets_for", bug)
+    with pytest.raises(IndexError, match="a bug"):
+        V.read_frames(gop250, [1.0])
+
+
+def test_time_that_is_up_is_not_waited_for_again(gop250, monkeypatch):
+    opened = []
+    original = V.VideoReader._open
+    monkeypatch.setattr(V.VideoReader, "_open", lambda self: opened.append(1) or original(self))
+    with V.VideoReader(gop250) as reader:
+        reader._timeout = 0
+        with pytest.raises(V.VideoError) as error:
+            reader.read([1.0])
+    assert len(opened) == 1
+    assert str(error.value) == (
+        f"{gop250}: reading it takes more than 0 s (the stages' --video-timeout allows more)"
+    )
+
+
 @pytest.mark.parametrize("matrix", ["ITU709", "ITU601"])
 @pytest.mark.parametrize("full_range", [False, True])
 def test_colour(tmp_path, matrix, full_range):
@@ -303,11 +369,13 @@ def test_edit_list(tmp_path):
 # ---- what cannot be read -------------------------------------------------------------------------
 
 
-def remux(path, new, **options):
+def remux(path, new, change=None, **options):
+    """Copies a video's packets into another file, each as change(packet) returns it."""
     with av.open(str(path)) as source, av.open(str(new), "w", options=options) as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
+                packet = change(packet) if change else packet
                 packet.stream = stream
                 out.mux(packet)
     return str(new)

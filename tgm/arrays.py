@@ -1,23 +1,29 @@
-"""Arrays and captions that stand beside a manifest: row i of every array is line i of the manifest.
-Needs numpy and manifest.py.
+"""Arrays and captions that stand beside a manifest: row i of every array belongs to row i of the
+manifest. Needs numpy and manifest.py.
 
     text, about = open_array("data/train.text.npy", videos, remedy="python saliency.py")
 
-Arrays are memory-mapped .npy files, pre-filled with NaN; a row that stays NaN is a video that
-failed. The .json beside each array holds what made it and a hash of the manifest's rows, so that a
-stale file is refused. Whoever writes a file holds its lock (FILE.lock) meanwhile.
+Arrays are memory-mapped .npy files, pre-filled with NaN; a row of NaN is not made yet, or its video
+failed. The .json beside each array, `about` in the code, holds what made it and a hash of the
+manifest's rows, so that a stale file is refused. Whoever writes a file holds its lock (FILE.lock)
+meanwhile.
 
-Three parts: locks, and files that are not ours; reading; writing.
+Parts: locks; files that are not ours; the .json; reading; writing.
 """
 
 import atexit
 import contextlib
+import csv
+import errno
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -36,9 +42,12 @@ from tgm.manifest import (
 )
 
 HELD = []  # open lock files of this process
-CHUNK = 1 << 20  # bytes read at once
-ROWS = 4096  # rows of an array written at once
-UNREADABLE = (ValueError, EOFError, SyntaxError)  # what numpy and json raise for damaged files
+# errors of a file system without locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+BLOCK = 1 << 24  # bytes of an array written at once
+# What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
+# array's header as Python.
+UNREADABLE = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
 
 def companion(manifest: FilePath, kind: str) -> Path:
@@ -52,24 +61,43 @@ def file_hash(path: FilePath, lines: int | None = None) -> str:
     """16 hex digits that change with the file's contents, or with those of its first `lines`
     lines.
     """
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
         if lines is None:
-            while block := file.read(CHUNK):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256")
         else:
+            digest = hashlib.sha256()
             for line in itertools.islice(file, lines):
                 digest.update(line)
     return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def written_aside(path: FilePath, mode: str = "w") -> Iterator[IO]:
+    """Opens PATH.new to be written, and renames it to `path` at the end, so that `path` is never
+    half-written. Makes the folder if needed. mode: "w" for UTF-8 text, "wb" for bytes.
+
+    ManifestError if it cannot be written, such as on a full disk; then `path` stays as it was."""
+    aside = Path(f"{path}.new")
+    as_text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, mode, **as_text) as file:
+            yield file
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a read-only disk this fails as well
+            aside.unlink(missing_ok=True)
+        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ---- locks ---------------------------------------------------------------------------------------
 
 
 def hold(path: FilePath) -> None:
-    """Keeps other processes from writing `path` until `release` or until this one ends, however it
-    ends: by a lock on PATH.lock, a file that is removed then. ManifestError if another process has
-    it. Where locks do not work, nothing is locked."""
+    """Keeps other processes from writing `path` until `release` or until this process ends, by a
+    lock on PATH.lock. ManifestError if another process has the lock, or if PATH.lock cannot be
+    written. A kill leaves the file PATH.lock, but not the lock. On a file system without locks,
+    nothing is locked, and a line says so."""
     if fcntl is None:
         return
     lock = os.path.abspath(f"{path}.lock")
@@ -80,23 +108,36 @@ def hold(path: FilePath) -> None:
             if is_open_as(file, lock):
                 HELD.append(file)
                 return
-            file.close()  # its holder removed it before it was locked here: try again
+            # Between the two lines above, the process that held the lock removed the file: what is
+            # locked here is the removed file, which others cannot see. Try again.
+            file.close()
     except BlockingIOError:
         raise ManifestError(
             f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)"
         ) from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise ManifestError(
+                f"{lock}: cannot be locked ({error.strerror}): delete it if nothing writes "
+                f"{path}, or write elsewhere (--out)"
+            ) from None
+        print(
+            f"{path}: this file system has no locks: start nothing else that writes this file",
+            file=sys.stderr,
+        )
 
 
 def is_open_as(file, path):
-    """Whether an open file is the one that stands at `path` by now."""
-    return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    """Whether an open file is the one that has the name `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @atexit.register
 def release() -> None:
-    """Lets go of all that this process holds; its end does, too."""
+    """Gives up every lock of this process; so does its end."""
     while HELD:
         file = HELD.pop()
         Path(file.name).unlink(missing_ok=True)
@@ -105,10 +146,12 @@ def release() -> None:
 
 def is_held(path: FilePath) -> bool:
     """Whether another process holds `path`."""
-    if fcntl is None:
+    lock = f"{path}.lock"
+    if fcntl is None or any(is_open_as(file, lock) for file in HELD):
+        # A lock of this process must not be tried: closing any open file of PATH.lock ends it.
         return False
     try:
-        with open(f"{path}.lock") as file:
+        with open(lock) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -123,8 +166,8 @@ def is_held(path: FilePath) -> bool:
 def refuse_foreign(
     path: FilePath, is_ours: Callable[[Path], bool], remedy: str = "--out writes elsewhere"
 ) -> None:
-    """ManifestError if there is something at `path` that is_ours(path) does not know: it is not to
-    be overwritten. An empty file may be. An OSError or an error of parsing in is_ours means no."""
+    """ManifestError if there is a file at `path` that must not be overwritten: it is not empty, and
+    is_ours(path) says no. An OSError or an error of parsing in is_ours means no."""
     path = Path(path)
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder, where a file is to be written ({remedy})")
@@ -132,7 +175,7 @@ def refuse_foreign(
         return
     try:
         ours = is_ours(path)
-    except (OSError, *UNREADABLE):
+    except (OSError, csv.Error, *UNREADABLE):
         ours = False
     if not ours:
         raise ManifestError(
@@ -142,7 +185,7 @@ def refuse_foreign(
 
 
 def refuse_foreign_array(path: Path) -> None:
-    """ManifestError if `path` or the .json beside it is there and is not an array's of ours."""
+    """ManifestError if `path` or the .json beside it exists and is not of an array of ours."""
     refuse_foreign(path, is_array)
     refuse_foreign(path.with_suffix(".json"), is_about)
 
@@ -160,7 +203,7 @@ def is_array(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if is_about(path.with_suffix(".json")):
             return True
-    return np.lib.format.open_memmap(path, mode="r").dtype.kind == "f"  # never unpickles
+    return map_array(path).dtype.kind == "f"
 
 
 # ---- the .json beside a file ---------------------------------------------------------------------
@@ -177,20 +220,14 @@ def read_about(path: Path) -> dict | None:
 
 def write_about(path: Path, about: dict) -> None:
     """Writes a .json, one entry per line, aside and renamed. ManifestError if that fails."""
-    aside = path.with_name(path.name + ".new")
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
-    try:
-        aside.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+    with written_aside(path) as file:
+        file.write("{\n" + lines + "\n}\n")
 
 
-def grown_from(videos: Sequence[Video], about: dict) -> int:
-    """How many rows the manifest had when the file was made that `about`, its .json, tells of, if
-    rows were only added at the end since; else 0."""
+def rows_before_growth(videos: Sequence[Video], about: dict) -> int:
+    """How many rows the manifest had when a file was made, if rows were only added at its end since
+    then; else 0. about: the contents of the file's .json."""
     count = about.get("videos", 0)
     if 0 < count < len(videos) and about.get("manifest") == manifest_hash(videos, count):
         return count
@@ -200,18 +237,23 @@ def grown_from(videos: Sequence[Video], about: dict) -> int:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def map_array(path: FilePath, mode: str = "r") -> np.memmap:
+    """The array of a .npy file, memory-mapped. Refuses a file that holds pickled objects."""
+    return np.lib.format.open_memmap(path, mode=mode)
+
+
 def make_it_with(path, reason, remedy):
     """The ManifestError of a file that cannot be read, with the commands that make it."""
     return ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
 
 
 def with_flag(remedy, flag):
-    """A remedy's commands, each with one flag more."""
+    """The commands of a remedy, which stand around " && ", each with one flag more."""
     return " && ".join(f"{command} {flag}" for command in remedy.split(" && "))
 
 
-def first_rows(count, videos):
-    """The reason why a file is refused that was made before rows were added to the manifest."""
+def describe_growth(count, videos):
+    """For messages: a file was made when the manifest had its first `count` rows only."""
     return f"has the first {count} of {len(videos)} rows of the manifest"
 
 
@@ -221,19 +263,22 @@ def open_array(
     """Open a companion array: -> (read-only memory map [N, ...] of floats, the contents of the
     .json beside it).
 
-    Refused, as a ManifestError that ends in "make it with: {remedy}": missing, unreadable or
-    truncated; not N rows of floats or not the "shape" its .json says; of another manifest
-    ("manifest" is not manifest_hash(videos)); made with other settings (`expect`: values the .json
-    must hold, such as captions=hash); of videos that were replaced since (`changed_rows`); or by
-    CLIP with an activation that the .json does not tell. And, while another process writes it.
+    ManifestError while another process writes the array. ManifestError, ending in "make it with:
+    {remedy}", if the array
+        is missing, unreadable or truncated,
+        was made before rows were added to the manifest, or for another manifest,
+        is not N rows of floats, or of another shape than its .json says,
+        was made with other settings (`expect`: what its .json must hold, such as captions=hash),
+        was made of videos that were replaced since (`changed_rows`),
+        was made by CLIP, and its .json does not say with which activation.
     `describe_gaps` says how many rows are made."""
     path = Path(path)
-    array, about = load_array(path, remedy)
     if is_held(path):
         raise ManifestError(f"{path}: another process is writing it: wait for its end")
-    count = grown_from(videos, about)
+    array, about = load_array(path, remedy)
+    count = rows_before_growth(videos, about)
     if count:
-        raise make_it_with(path, first_rows(count, videos), with_flag(remedy, "--extend"))
+        raise make_it_with(path, describe_growth(count, videos), with_flag(remedy, "--extend"))
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest", remedy)
     shape = list(array.shape)
@@ -241,14 +286,15 @@ def open_array(
         reason = f"expected {len(videos)} rows of floats, found {array.dtype} of shape {shape}"
         raise make_it_with(path, reason, remedy)
     for key, value in {"shape": shape, **expect}.items():
-        if about.get(key) != json.loads(json.dumps(value)):
+        if about.get(key) != json.loads(json.dumps(value)):  # a tuple becomes a list, as there
             reason = f"expected {key} {value!r}, its .json says {about.get(key)!r}"
             raise make_it_with(path, reason, remedy)
     change = describe_change(videos, about, lambda row: is_filled(array[row]))
     if change:
         raise make_it_with(path, change, with_flag(remedy, "--resume none"))
     if "clip" in about and "activation" not in about:
-        # 19 of open_clip's weights, OpenAI's among them, may have run with the wrong one
+        # 19 of open_clip's weights, OpenAI's among them, may have run with the wrong one. The flag
+        # is for the last command only, the one that runs CLIP.
         reason = "its .json does not tell CLIP's activation"
         raise make_it_with(path, reason, f"{remedy} --resume none")
     return array, about
@@ -257,7 +303,7 @@ def open_array(
 def load_array(path, remedy):
     """-> (read-only memory map, the contents of the .json), not checked against each other."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        array = map_array(path)
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except OSError as error:
         name = os.path.basename(error.filename or path)
@@ -270,15 +316,15 @@ def load_array(path, remedy):
     return array, about
 
 
-def describe_gaps(path: FilePath, there: np.ndarray) -> str:
-    """A line to print for an array of which some rows are not made, else "". there:
+def describe_gaps(path: FilePath, is_made: np.ndarray) -> str:
+    """A line to print for an array of which some rows are not made, else "". is_made:
     `filled(array)`, bool [N].
     """
-    made = int(np.sum(there))
-    if made == len(there):
+    made = np.count_nonzero(is_made)
+    if made == len(is_made):
         return ""
     return (
-        f"{path}: {made} of {len(there)} rows are made; "
+        f"{path}: {made} of {len(is_made)} rows are made; "
         "the rest failed or are still to do, and are left out"
     )
 
@@ -288,9 +334,9 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     ManifestError, ending in "make it with: {remedy}", where the file is missing, damaged, of
     another manifest, or of videos that were replaced since.
 
-    Paths are compared row by row; start and end through the hash in the .json beside it, and
-    replaced videos through the sizes there. Captions of other origin may lack the .json: then paths
-    have to do."""
+    Paths are compared row by row, start and end by the hash in the .json beside it, and replaced
+    videos by the sizes there. Captions that another program wrote may lack the .json: then only the
+    paths are compared."""
     path = Path(path)
     from_start = with_flag(remedy, "--resume none")
     names = []
@@ -310,7 +356,7 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     expected = [video.name for video in videos]
     if names != expected:
         if names == expected[: len(names)]:
-            reason = first_rows(len(names), videos)
+            reason = describe_growth(len(names), videos)
             raise make_it_with(path, reason, with_flag(remedy, "--extend"))
         raise make_it_with(path, "is of another manifest", from_start)
     about = read_about(path.with_suffix(".json"))
@@ -328,17 +374,17 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
 
 
 def origin(videos: Sequence[Video], count: int, settings: dict) -> dict:
-    """What a .json says of a file made of the manifest's first `count` rows with `settings`."""
+    """What a .json says of a file made for the manifest's first `count` rows with `settings`."""
     return {"manifest": manifest_hash(videos, count), "videos": count} | settings
 
 
 def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend: bool) -> int:
-    """How many of the manifest's rows a file was made for that is gone on with: all of them, or
-    fewer where rows were added at the end. The latter needs `extend`, else it is a ManifestError.
-    about: the .json beside the file."""
-    count = grown_from(videos, about)
+    """The number of rows of a file that is continued. It is the manifest's, or less if rows were
+    added to the manifest since: that needs `extend`, else it is a ManifestError. A file of another
+    manifest is left to `refuse_other_origin`. about: the contents of the file's .json."""
+    count = rows_before_growth(videos, about)
     if count and not extend:
-        raise ManifestError(f"{path}: {first_rows(count, videos)}: --extend adds the rest")
+        raise ManifestError(f"{path}: {describe_growth(count, videos)}: --extend adds the rest")
     return count or len(videos)
 
 
@@ -349,8 +395,8 @@ def refuse_other_origin(
     expected: dict,
     is_made: Callable[[int], bool],
 ) -> None:
-    """ManifestError unless a file can be gone on with: its .json, `about`, says what is expected,
-    and no video of a row that is made was replaced since."""
+    """ManifestError unless a file can be continued: its .json, `about`, says what is expected, and
+    no video of a row that is made was replaced since."""
     different = [key for key, value in expected.items() if about.get(key) != value]
     if different:
         names = ", ".join(different)
@@ -368,13 +414,13 @@ def ensure_array(
     resume: str,
     captions: FilePath | None = None,
 ) -> None:
-    """Sees to it that there is a float16 array [len(videos), *shape] at `path` to fill in rows, NaN
-    where it is new, and holds its lock. For one process, rank 0; `open_rows` maps the array.
+    """Makes or keeps a float16 array [len(videos), *shape] at `path`, and holds its lock. New rows
+    are NaN; `open_rows` maps the array to fill them in. For one process, rank 0.
 
-    resume: "none" makes it again; "auto" goes on with one that is there; "extend" also takes one of
-    the manifest's first rows, and adds the rest. The array must then be of the same settings and
-    captions, and no row of it of a video that was replaced since; else a ManifestError says how to
-    remake it.
+    resume: "none" makes a new array. "auto" keeps one that exists. "extend" does so, too, if the
+    manifest has grown since, and adds the new rows. An array that is kept must be of the same
+    settings and captions, and none of its rows of a video that was replaced since; else a
+    ManifestError says how to remake it.
     settings, captions: what the .json says besides the manifest; of the captions' file, a hash of
     the lines that the array depends on."""
 
@@ -382,7 +428,7 @@ def ensure_array(
         of_captions = {} if captions is None else {"captions": file_hash(captions, count)}
         return origin(videos, count, of_captions | settings | {"shape": [count, *shape]})
 
-    def write(head):
+    def create(head=None):
         about = about_rows(len(videos)) | {"files": file_sizes(videos)}
         create_array(path, (len(videos), *shape), np.float16, about, head)
 
@@ -393,17 +439,17 @@ def ensure_array(
     if resume != "none" and path.exists():
         old = read_about(about_path)
     if old is None:
-        write(None)
+        create()
         return
     count = rows_of_before(path, videos, old, extend=resume == "extend")
     array = open_rows(path)
     refuse_other_origin(path, videos, old, about_rows(count), lambda row: is_filled(array[row]))
     if count < len(videos):
-        write(array[:count])
+        create(array[:count])
         return
     files = renewed_sizes(videos, old)
     if old.get("files") != files:
-        # files that were missing or broken when they were tried have been put in
+        # files that were missing or broken when they were tried are there now
         write_about(about_path, old | {"files": files})
 
 
@@ -411,29 +457,23 @@ def create_array(
     path: Path, shape: Sequence[int], dtype, about: dict, head: np.ndarray | None = None
 ) -> None:
     """Writes an array of NaN, after its first rows `head` if given, and then `about` and the shape
-    to the .json beside it. ManifestError if that is impossible, such as on a full disk: all its
-    space is taken now, and none when rows are filled in."""
+    to the .json beside it. ManifestError if it cannot be written: NaN takes all the space that the
+    array needs, so a full disk is noticed here, not while rows are filled in."""
     about_path = path.with_suffix(".json")
-    aside = path.with_name(path.name + ".new")
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+    empty = np.full(shape[1:], np.nan, dtype).tobytes()
+    rows = max(1, BLOCK // max(1, len(empty)))  # written at once
     kept = 0 if head is None else len(head)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, kept, ROWS):
-                file.write(head[start : start + ROWS].tobytes())
-            empty = np.full(shape[1:], np.nan, dtype).tobytes()
-            for start in range(kept, shape[0], ROWS):
-                file.write(empty * min(ROWS, shape[0] - start))
+    with written_aside(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, kept, rows):
+            file.write(head[start : start + rows].tobytes())
+        for start in range(kept, shape[0], rows):
+            file.write(empty * min(rows, shape[0] - start))
         if head is None:
-            # an array without its json is not an array: a kill here leaves nothing half-made
+            file.flush()  # a full disk must not cost the .json of the old array
+            # A kill before the new .json is written must not leave the old one beside a new array.
             about_path.unlink(missing_ok=True)
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # on a read-only disk this fails as well
-            aside.unlink(missing_ok=True)
-        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
     write_about(about_path, about | {"shape": list(shape)})
 
 
@@ -442,7 +482,7 @@ def open_rows(path: FilePath) -> np.memmap:
     written to.
     """
     try:
-        return np.load(path, mmap_mode="r+", allow_pickle=False)
+        return map_array(path, "r+")
     except OSError as error:
         raise ManifestError(f"{path}: cannot be opened to write ({error.strerror})") from None
     except UNREADABLE as error:
@@ -450,8 +490,8 @@ def open_rows(path: FilePath) -> np.memmap:
 
 
 def fill(array: np.ndarray, row: int, value: np.ndarray) -> None:
-    """Writes value [K, ...] to the first K of array[row], the first of them last, so that
-    `filled` tells a row from half of one.
+    """Writes value[K - 1], ..., value[0] to array[row], in this order: `filled` looks at part 0, so
+    it tells a row from half of one.
     """
     for part in reversed(range(len(value))):
         array[row, part] = value[part]
@@ -459,6 +499,7 @@ def fill(array: np.ndarray, row: int, value: np.ndarray) -> None:
 
 def filled(array: np.ndarray) -> np.ndarray:
     """Which rows of an array [N, K, ...] `fill` has written, bool [N]."""
+    # array[:, 0, -1, ..., -1]: the number of each row that is written last
     written_last = (slice(None), 0) + (-1,) * (array.ndim - 2)
     return ~np.isnan(array[written_last])
 

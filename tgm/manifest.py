@@ -1,20 +1,13 @@
 """Manifests: the csv of videos and their labels. Needs numpy.
 
-    videos = read_manifest("data/train.csv")            the header is path[,label][,start,end]
+    videos = read_manifest("data/train.csv")    # the header is path[,label][,start][,end]
 
-A video that was replaced under the same name is noticed by its size. The .json beside an array
-(arrays.py) holds the sizes of up to 100 files, evenly spaced over the rows, and whoever opens the
-array compares them. If all files were replaced, that is certain to be noticed; 5 % of them with a
-probability of 0.99, 1 % with 0.63, and a single one in a large manifest hardly ever. A manifest of
-up to 100 rows is compared whole.
-
-Not every file is looked at: for a million rows that would take 4 seconds more for each rank of each
-stage (measured on a local disk), and one round trip to the server per file on a network disk. The
-time of last change does not count, since copies to another machine change it. Neither does the
-folder (--root): the same files elsewhere are the same videos."""
+Two parts: reading a manifest; noticing that a file was made for another manifest, or that videos
+were replaced since."""
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -25,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-SAMPLE = 100  # files whose sizes tell whether the videos are still those an array was made of
+SAMPLE = 100  # files whose sizes are compared; part of the format of "files" in a .json
 FilePath = str | os.PathLike
 
 
 class ManifestError(Exception):
-    """A manifest or an array beside it that cannot be used: one line, with the place and what
+    """A manifest, or a file made for one, that cannot be used: one line, with the place and what
     was expected.
     """
 
@@ -40,14 +33,16 @@ class Video(NamedTuple):
     label: str | None  # as written; None if there is no such column or it is empty
     start: float | None  # seconds from the first frame; None: the beginning
     end: float | None  # None: the end
-    row: int  # 0-based line of the manifest (header not counted), and of every companion array
+    row: int  # counted from 0 after the header; the same row of every array made for the manifest
     name: str  # the path as the manifest writes it
 
 
 class Videos(Sequence):
-    """The rows of a manifest, a sequence of Video, held as a few arrays: about 50 bytes per row and
-    the path's own length. A list of tuples takes 400, and each of a loader's workers would come to
-    hold a copy, by counting references in it."""
+    """The rows of a manifest: a sequence of Video, held as a few arrays and one string of bytes.
+
+    A list of tuples would take several times the memory, and take it again in every worker of a
+    loader: reading a Python object changes its reference count, and so copies its page of memory
+    in a forked process."""
 
     def __init__(
         self,
@@ -57,49 +52,46 @@ class Videos(Sequence):
         starts: list[float | None],
         ends: list[float | None],
     ):
-        number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+        self.folder = folder  # where relative paths start
         encoded = [name.encode() for name in names]
-        self._folder = folder
-        self._classes = list(number)
-        self._text = b"".join(encoded)
-        # row i's name is text[at[i]:at[i + 1]]
-        self._at = np.cumsum([0, *map(len, encoded)])
-        self._labels = np.array([number[label] for label in labels], np.int32)
+        self._name_bytes = b"".join(encoded)
+        # row i's name is name_bytes[offsets[i]:offsets[i + 1]]
+        self._offsets = np.cumsum([0, *map(len, encoded)])
+        self._label_texts = list(dict.fromkeys(labels))  # each label once
+        number_of = {label: number for number, label in enumerate(self._label_texts)}
+        self._label_numbers = np.array([number_of[label] for label in labels], np.int32)
         self._starts = np.array(starts, float)  # None becomes NaN
         self._ends = np.array(ends, float)
 
-    @property
-    def folder(self) -> str:
-        """Where relative paths start."""
-        return self._folder
-
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._label_numbers)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return list(self._some(np.arange(len(self))[index]))
-        return next(self._some(np.array([range(len(self))[index]])))
+            return list(self._videos_at(np.arange(len(self))[index]))
+        row = range(len(self))[index]  # IndexError if it is outside; counts -1 from the end
+        return next(self._videos_at(np.array([row])))
 
     def __iter__(self) -> Iterator[Video]:
         for first in range(0, len(self), 4096):
-            yield from self._some(np.arange(first, min(first + 4096, len(self))))
+            yield from self._videos_at(np.arange(first, min(first + 4096, len(self))))
 
-    def _some(self, rows):
+    def _videos_at(self, rows):
+        """Yields the Video of each row. rows: an array of whole numbers."""
         columns = (
             rows,
-            self._at[rows],
-            self._at[rows + 1],
-            self._labels[rows],
+            self._offsets[rows],
+            self._offsets[rows + 1],
+            self._label_numbers[rows],
             self._starts[rows],
             self._ends[rows],
         )
-        lists = [column.tolist() for column in columns]
+        lists = [column.tolist() for column in columns]  # Python's numbers, not numpy's
         for row, first, last, label, start, end in zip(*lists, strict=True):
-            name = self._text[first:last].decode()
+            name = self._name_bytes[first:last].decode()
             yield Video(
-                path=os.path.join(self._folder, name),
-                label=self._classes[label],
+                path=os.path.join(self.folder, name),
+                label=self._label_texts[label],
                 start=None if math.isnan(start) else start,
                 end=None if math.isnan(end) else end,
                 row=row,
@@ -111,59 +103,53 @@ class Videos(Sequence):
 
 
 class WrongLine(Exception):
-    """What was expected of a line of a manifest, and what was found."""
+    """A line of a manifest that cannot be used. The text completes "expected ..."."""
 
 
 def read_manifest(
     path: FilePath, root: FilePath | None = None, label_column: str = "label"
 ) -> Videos:
-    """Read a csv (UTF-8) with the header `path[,label][,start,end]`, in any order; further columns
-    are ignored.
+    """Read a csv (UTF-8) with the header `path[,label][,start][,end]`, in any order; further
+    columns are ignored.
 
     Relative paths start at `root`, else at the csv's folder. `label_column` takes labels from
     another column, which must then exist. `start` and `end` may each be empty or absent. Blank
-    lines are allowed at the end only, since row i of every companion array is line i of the
-    manifest. Raises ManifestError "file:line: expected ..., found ..."."""
-    folder = os.fspath(Path(path).parent if root is None else root)
-    names = []
-    labels = []
-    starts = []
-    ends = []
-    line = 1
-    lines = None
+    lines are allowed at the end only. Raises ManifestError "file:line: expected ..., found ..."."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(lines, [])]
-            check_header(header, label_column)
-            blank = None  # number of the first blank line
-            for fields in lines:
-                if not fields:
-                    blank = blank or lines.line_num
-                    continue
-                line = blank or lines.line_num
-                if blank:
-                    raise wrong_count(header, 0)
-                name, label, start, end = parse_row(header, fields, label_column)
-                names.append(name)
-                labels.append(label)
-                starts.append(start)
-                ends.append(end)
-        line = max(1, lines.line_num)
-        if not names:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ManifestError(
+            f"{path}:1: expected a csv with the header path[,label][,start][,end]; it cannot be "
+            f"read ({error.strerror})"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}:{line}: expected UTF-8 text") from None
+    folder = os.fspath(Path(path).parent if root is None else root)
+    columns = ([], [], [], [])  # names, labels, starts, ends
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    blank = None  # the first blank line
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        check_header(header, label_column)
+        for fields in reader:
+            line = reader.line_num
+            if not fields:
+                blank = blank or line
+                continue
+            if blank:  # and a row follows it
+                line = blank
+                raise wrong_count(header, 0)
+            for column, value in zip(columns, parse_row(header, fields, label_column), strict=True):
+                column.append(value)
+        if not columns[0]:
             raise WrongLine("at least one video after the header, found none")
     except WrongLine as error:
         raise ManifestError(f"{path}:{line}: expected {error}") from None
-    except OSError as error:
-        raise ManifestError(
-            f"{path}:1: expected a csv with the header path[,label][,start,end], found none "
-            f"({error.strerror})"
-        ) from None
-    except UnicodeDecodeError:
-        raise ManifestError(f"{path}:{undecodable_line(path)}: expected UTF-8 text") from None
     except csv.Error as error:
-        raise ManifestError(f"{path}:{lines.line_num}: expected csv ({error})") from None
-    return Videos(folder, names, labels, starts, ends)
+        raise ManifestError(f"{path}:{reader.line_num}: expected csv ({error})") from None
+    return Videos(folder, *columns)
 
 
 def check_header(header, label_column):
@@ -181,7 +167,7 @@ def check_header(header, label_column):
 
 
 def parse_row(header, fields, label_column):
-    """-> (path as written, label, start, end); WrongLine if a field does not serve."""
+    """-> (path as written, label, start, end); WrongLine if a field cannot be used."""
     if len(fields) != len(header):
         raise wrong_count(header, len(fields))
     values = dict(zip(header, fields, strict=True))
@@ -190,8 +176,9 @@ def parse_row(header, fields, label_column):
         raise WrongLine("a path, found none")
     start = parse_seconds("start", values.get("start", ""))
     end = parse_seconds("end", values.get("end", ""))
-    if end is not None and end <= (start or 0):
-        raise WrongLine(f"end after start, found {start or 0:g} to {end:g}")
+    first = start or 0.0
+    if end is not None and end <= first:
+        raise WrongLine(f"end after start, found {first:g} to {end:g}")
     return name, values.get(label_column) or None, start, end
 
 
@@ -200,35 +187,36 @@ def wrong_count(header, found):
 
 
 def parse_seconds(name, text):
-    """A time of a manifest, None if it is empty."""
+    """The number in the field `name` of a row; None if the field is empty."""
     text = text.strip()
     if not text:
         return None
     try:
         seconds = float(text)
     except ValueError:
-        seconds = math.nan
+        seconds = math.nan  # refused below, too
     if not 0 <= seconds < math.inf:
         raise WrongLine(f"{name} in seconds, 0 or more, found {text!r}")
     return seconds
 
 
-def undecodable_line(path):
-    """The number of the first line that is no UTF-8."""
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return number
-    return 1
+# ---- noticing another manifest or replaced videos ------------------------------------------------
 
-
-# ---- what tells manifests and videos apart -------------------------------------------------------
+# A file that was made for a manifest, such as an array (arrays.py), has a .json beside it. There
+# `manifest_hash` tells which rows it was made for, and `file_sizes` which videos. A video that was
+# replaced under the same name is noticed if its size is another. The sizes of up to SAMPLE files
+# are compared, evenly spaced over the rows. If 5 % of the files were replaced, at random, that is
+# noticed with a probability of 0.99; 1 % with 0.63; a single one in a large manifest hardly ever.
+#
+# Not every file is looked at: for a million rows that would take 4 seconds more for each rank of
+# each stage (measured on a local disk), and one round trip to the server per file on a network
+# disk. The time of last change does not count, since copying to another machine changes it. Neither
+# does the folder (--root): the same files elsewhere are the same videos.
 
 
 def manifest_hash(videos: Sequence[Video], count: int | None = None) -> str:
     """16 hex digits that change when a row's path (as written), start or end does, or their
-    order; labels do not count. count: of the first so many rows alone.
+    order; labels do not count. count: hash the first `count` rows only.
     """
     digest = hashlib.sha256()
     for video in itertools.islice(videos, count):
@@ -244,8 +232,8 @@ def sampled_rows(count: int) -> list[int]:
 
 
 def file_sizes(videos: Sequence[Video]) -> list[int | None]:
-    """The sizes in bytes of the files of `sampled_rows`, None for a missing one: together with
-    `manifest_hash` they identify videos, also those of two folders (--root) with the same names."""
+    """The size in bytes of the file of each of `sampled_rows`, None if it is missing. Two folders
+    (--root) may hold different files under the same names: their sizes tell them apart."""
     return [file_size(videos[row].path) for row in sampled_rows(len(videos))]
 
 
@@ -253,18 +241,17 @@ def file_size(path: FilePath) -> int | None:
     """Bytes; None if there is no such file."""
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
         return None
 
 
 def changed_rows(videos: Sequence[Video], about: dict) -> dict[int, tuple[int, int]]:
-    """The rows whose file has another size than when an array was made: {row: (size then, size
-    now)}. about: the contents of the array's .json. Only sampled rows are looked at; a file that
-    was or is missing has not changed."""
+    """The rows whose video was replaced since a file was made: {row: (size then, size now)}. about:
+    the contents of the file's .json. Only sampled rows are looked at. A video that was missing
+    then, or is missing now, does not count as replaced."""
+    saved = about.get("files", ())  # saved[i] is the size for row sampled_rows(...)[i]
     changed = {}
-    for row, then in zip(
-        sampled_rows(about.get("videos", 0)), about.get("files", ()), strict=False
-    ):
+    for row, then in zip(sampled_rows(about.get("videos", 0)), saved, strict=False):
         if then is None or row >= len(videos):
             continue
         now = file_size(videos[row].path)
@@ -276,8 +263,8 @@ def changed_rows(videos: Sequence[Video], about: dict) -> dict[int, tuple[int, i
 def describe_change(
     videos: Sequence[Video], about: dict, is_made: Callable[[int], bool]
 ) -> str | None:
-    """For messages: the first video that was replaced since its row of an array was made, None if
-    there is none. is_made(row): whether the array has that row."""
+    """For messages: the first video that was replaced since its row of a file was made, None if
+    there is none. is_made(row): whether the file has that row."""
     for row, (then, now) in changed_rows(videos, about).items():
         if is_made(row):
             return (
@@ -288,14 +275,14 @@ def describe_change(
 
 
 def renewed_sizes(videos: Sequence[Video], about: dict) -> list[int | None]:
-    """`file_sizes` for going on with an array. about: the contents of its .json. Files that are
-    missing now keep the size that they had.
+    """`file_sizes` to save when a file is continued. about: the contents of its .json. A video that
+    is missing now keeps the size that it had.
     """
     sizes = file_sizes(videos)
-    before = about.get("files", ())
-    if about.get("videos") != len(videos) or len(before) != len(sizes):
+    saved = about.get("files", ())
+    if about.get("videos") != len(videos) or len(saved) != len(sizes):
         return sizes
-    return [then if now is None else now for then, now in zip(before, sizes, strict=True)]
+    return [then if now is None else now for then, now in zip(saved, sizes, strict=True)]
 
 
 def require_files(videos: Videos, manifest: FilePath) -> None:
@@ -319,8 +306,8 @@ def require_files(videos: Videos, manifest: FilePath) -> None:
 
 
 def shared_rows(a: Sequence[Video], b: Sequence[Video]) -> int:
-    """How many rows of the manifest `b` have the file and the times of a row of `a`, as when one
-    is trained on and tested on both.
+    """How many rows of the manifest `b` are in `a` as well: the same file, start and end. A test
+    set should share none with its training set.
     """
     of_a = {place_and_time(video) for video in a}
     return sum(place_and_time(video) in of_a for video in b)

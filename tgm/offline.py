@@ -9,7 +9,7 @@ Needs flags.py, manifest.py, run.py and video.py.
         ...  # read(video) ran in a loader's worker; save the batch's results here
     leave_ranks()
 
-A pass can be stopped and gone on with: what a batch gave is written before the next one comes.
+A pass can be stopped and continued: the results of a batch are written before the next one comes.
 """
 
 import datetime
@@ -30,7 +30,7 @@ from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
 from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
 from tgm.video import VideoError
 
-# Ranks meet only at the start and at the end, and one may finish days before another.
+# Ranks wait for each other only at the start and at the end; one may finish days before another.
 LONGEST_WAIT = datetime.timedelta(days=7)
 
 
@@ -56,12 +56,12 @@ def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
     run.add_argument(
         "--extend",
         action="store_true",
-        help="rows were added at the manifest's end: keep the rows there are and make the new ones",
+        help="rows were added at the manifest's end: keep the old rows and make the new ones",
     )
 
 
 def parse_run_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """The flags of a parser that `add_run_flags` has seen; refuses those that contradict."""
+    """The flags of a parser after `add_run_flags`; refuses flags that contradict each other."""
     args = parser.parse_args(argv)
     if args.extend and args.resume == "none":
         parser.error("--extend keeps what --resume none throws away")
@@ -91,11 +91,11 @@ class Machine(NamedTuple):
 
 
 def join_machine(device: str) -> Machine:
-    """Joins the other ranks, if torchrun started any. device: as --device names it."""
+    """Joins the other ranks, if torchrun started any. device: the value of --device."""
     rank, ranks, local_rank = torchrun_ranks()
     chosen, _ = choose_device(device, local_rank)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # else each rank holds memory of the first GPU, too
+        torch.cuda.set_device(chosen)  # else each rank also takes memory on the first GPU
     if chosen.type == "cpu":
         dtype = torch.float32
     elif torch.cuda.is_bf16_supported(including_emulation=False):
@@ -117,7 +117,7 @@ def leave_ranks() -> None:
 
 
 class Item(NamedTuple):
-    """What was read of one video."""
+    """What reading one video gave."""
 
     video: Video
     value: Any  # what read(video) returned; None if it failed
@@ -125,7 +125,7 @@ class Item(NamedTuple):
 
 
 class VideoItems(Dataset):
-    """Item i is what read(videos[i]) gives. A video that cannot be read is an item, too."""
+    """Item i holds read(videos[i]), or why the video cannot be read."""
 
     def __init__(self, videos: Sequence[Video], read: Callable[[Video], Any]):
         self.videos = videos
@@ -152,8 +152,8 @@ def batches(
 ) -> Iterator[list[Item]]:
     """The items of `videos` (this rank's share), in order, under a progress bar.
 
-    After SIGTERM or Ctrl-C the current batch is finished and the program ends by that signal: write
-    a batch before you ask for the next one."""
+    After SIGTERM or Ctrl-C the current batch is finished, and the program ends by that signal when
+    the next one is asked for: write a batch before that."""
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(VideoItems(videos, read), batch_size, workers)
     with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:
@@ -164,5 +164,5 @@ def batches(
                 break
     if stop.name:  # ranks need not agree when to stop: all results are on the disk
         print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
-        stop.end()  # the line below is not reached
+        stop.end()  # ends the program
     stop.at_once()  # what follows is short: a signal may end it directly

@@ -9,19 +9,20 @@ times faster.
     # decode fast. Stopped, it goes on
     python -m tgm.prepare data/k400/train.csv --reencode small
 
-A check decodes the first, the middle and the last frame of each file, once however many rows it
-has, and sums up durations, codecs, sizes and frame rates. It also counts rows that are shorter than
-a training clip, whose last frame is repeated; that is no problem.
+A check decodes the first, the middle and the last frame of each file, once even if several rows
+have it, and sums up durations, codecs, sizes and frame rates. It also counts rows that are shorter
+than a training clip: that is no problem, training repeats their last frame. If some rows cannot be
+used, the command ends with an error, also after it has written the manifest without them.
 
 Re-encoded videos show what the source shows at the same times, upright and without sound, so start
-and end in the manifest still hold. A copy that is there stays, whatever it was made of: after
-replacing videos, re-encode into an empty folder. SIGTERM and Ctrl-C end a check or a re-encoding at
-once, by that signal, and leave no half-written copy."""
+and end in the manifest still hold. A copy that exists is kept, whatever it was made of: after
+replacing videos or with another --short-side, re-encode into an empty folder. SIGTERM and Ctrl-C
+end a check or a re-encoding at once, by that signal, and leave no half-written copy."""
 
 import contextlib
 import csv
 import errno
-import io
+import itertools
 import math
 import os
 from collections import Counter, deque
@@ -36,9 +37,9 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from tgm.arrays import companion, refuse_foreign
+from tgm.arrays import companion, refuse_foreign, written_aside
 from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
-from tgm.manifest import FilePath, read_manifest, require_files
+from tgm.manifest import FilePath, Video, read_manifest, require_files
 from tgm.run import (
     RunError,
     StopSignal,
@@ -52,26 +53,27 @@ from tgm.video import VideoError, VideoReader
 
 KEY_FRAME_EVERY = 12  # frames, in a re-encoded video
 TICKS = 90000  # per second, the clock of a re-encoded video
-REPORT = ["row", "path", "problem", "what"]  # columns
+REPORT = ["row", "path", "problem", "what"]  # columns; "what" is the reason
+MISSING = "missing"
 # errors of the disk written to, not of the video read
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Found(NamedTuple):
-    """What `probe` found out about a file; error is None if it can be read."""
+    """What `probe` found out about a file. The rest holds only if error is None."""
 
-    error: str | None
+    error: str | None  # why the file cannot be read
     seconds: float = 0.0
     fps: float = 0.0
     size: str = ""
     codec: str = ""
-    bytes: int = 0
+    file_bytes: int = 0
 
 
 def probe(path: str) -> Found:
     """Opens a file and decodes its first, middle and last frame."""
     if not os.path.exists(path):
-        return Found("missing")
+        return Found(MISSING)
     try:
         with VideoReader(path) as reader:
             last = max(0, reader.duration - 0.5 / reader.fps)
@@ -82,7 +84,7 @@ def probe(path: str) -> Found:
                 fps=reader.fps,
                 size=f"{width}x{height}",
                 codec=reader.codec,
-                bytes=os.path.getsize(path),
+                file_bytes=os.path.getsize(path),
             )
     except VideoError as error:
         return Found(str(error).removeprefix(f"{path}: "))
@@ -100,7 +102,7 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
     """Writes a copy of a video, H.264 that decodes fast, displayed as the source is at the same
     times, and without sound -> None, or why the source cannot be read.
 
-    short_side: pixels, at most. The copy is written aside and renamed; one that is there stays. A
+    short_side: pixels, at most. The copy is written aside and renamed; one that exists is kept. A
     disk that is full or cannot be written to is a RunError."""
     if os.path.exists(target):
         return None
@@ -109,12 +111,14 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         with (
             VideoReader(source, timeout=math.inf) as reader,
-            av.open(aside, "w", options={"movflags": "+faststart"}) as container,
+            # "file:", since a relative folder such as a:b would be taken for a protocol
+            av.open(f"file:{aside}", "w", options={"movflags": "+faststart"}) as container,
             reader.errors(),
         ):
             encode_frames(reader, container, short_side)
         os.replace(aside, target)
     except VideoError as error:
+        # of reading, encoding or writing: all happen inside reader.errors()
         number = getattr(error.__cause__, "errno", None)
         if number in NO_ROOM:
             raise RunError(f"{target}: cannot be written ({os.strerror(number)})") from None
@@ -131,8 +135,6 @@ def encode_frames(reader, container, short_side):
     """Encodes every displayed frame of an open video into an open container."""
     stream = None
     for seconds, frame in reader.frames():
-        if seconds < 0:  # before the first that is displayed
-            continue
         if stream is None:
             size = encoded_size(reader.picture(frame), short_side)
             stream = add_stream(container, size, reader.fps)
@@ -146,17 +148,22 @@ def encode_frames(reader, container, short_side):
 
 
 def encoded_size(image: np.ndarray, short_side: int) -> tuple[int, int]:
-    """The (height, width) of a copy: even, as 4:2:0 wants it, and never larger than the image."""
+    """The (height, width) of a copy: even, as 4:2:0 wants it, and never larger than the image or
+    than `short_side` (but 2 pixels at least).
+    """
     shape = np.array(image.shape[:2])
-    scale = min(1, short_side / shape.min())
-    height, width = np.maximum(2, np.rint(shape * scale / 2) * 2).astype(int).tolist()
+    short_side = min(short_side, shape.min())
+    most = np.where(shape == shape.min(), short_side, shape)
+    nearest_even = np.rint(shape * (short_side / shape.min()) / 2) * 2
+    size = np.minimum(nearest_even, most // 2 * 2)
+    height, width = np.maximum(2, size).astype(int).tolist()
     return height, width
 
 
 def add_stream(container, size, fps):
     stream = container.add_stream(
         "libx264",
-        rate=Fraction(fps).limit_denominator(1001),
+        rate=Fraction(fps).limit_denominator(1001),  # 29.97 becomes 30000/1001
         options={
             "crf": "20",
             "preset": "fast",
@@ -175,90 +182,112 @@ def add_stream(container, size, fps):
 
 
 def in_processes(function: Callable, jobs: Sequence[tuple], workers: int, title: str) -> Iterator:
-    """Yields function(*job) for each job, in order. A signal or an error ends the workers at
-    once, whatever they do.
+    """Yields function(*job) for each job, in order. The first argument of a job is a path. A signal
+    or an error ends the workers at once, in the midst of a job.
     """
     ahead = 100 * workers  # jobs given out before the first of them must be done
+    given_out = deque()  # (job, its future)
+    remaining = iter(jobs)
+    # ignore_signals takes an argument, since it is also called by torch's loaders
     with ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(None,)) as pool:
         try:
-            waiting = deque()
-            given = 0
-            for _ in tqdm(jobs, title, unit="file"):
-                while given < len(jobs) and len(waiting) < ahead:
-                    waiting.append(pool.submit(function, *jobs[given]))
-                    given += 1
-                yield waiting.popleft().result()
+            for _ in tqdm(jobs, desc=title, unit="file"):  # each turn yields one result
+                for job in itertools.islice(remaining, ahead - len(given_out)):
+                    given_out.append((job, pool.submit(function, *job)))
+                yield given_out[0][1].result()
+                given_out.popleft()
         except BrokenProcessPool:
-            raise RunError(
-                f"{title}: a process ended in the midst of a file (out of memory? lower --workers; "
-                "--workers 1 shows which file)"
-            ) from None
+            raise RunError(broken_pool(title, given_out, workers)) from None
         except BaseException:
             kill_workers()
             raise
 
 
+def broken_pool(title, given_out, workers):
+    """The message where a process of a pool died. given_out: (job, future), in order."""
+    unfinished = [job for job, future in given_out if future.exception() is not None]
+    message = f"{title}: a process ended in the midst of a file"
+    if not unfinished:
+        return f"{message} (out of memory?)"
+    path = unfinished[0][0]
+    if workers == 1:
+        return f"{message} (out of memory?): {path}"
+    return (
+        f"{message} (out of memory? lower --workers): {path} or one of the next files; "
+        "--workers 1 says which"
+    )
+
+
 # ---- the check -----------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A row of a manifest that cannot be used."""
+
+    video: Video
+    kind: str  # missing, broken or outside
+    what: str  # the reason
 
 
 def check_files(args, videos, report):
     """Probes every file of a manifest once, prints what they are, writes the csv `report`;
     returns the rows that cannot be used.
     """
-    paths = list(dict.fromkeys(video.path for video in videos))
+    paths = dict.fromkeys(video.path for video in videos)  # each once
     jobs = [(path,) for path in paths]
+    found = {}
     results = in_processes(probe, jobs, args.workers, "checking")
-    found = dict(zip(paths, results, strict=True))
-    problems = []  # (video, kind, what)
+    for path, result in zip(paths, results, strict=True):
+        found[path] = result
+    problems = []
     durations = []
     short = 0
-    clip = args.frames * args.stride
+    clip_frames = args.frames * args.stride
     for video in videos:
         file = found[video.path]
         problem = problem_of(video, file)
         if problem is not None:
-            problems.append((video, *problem))
+            problems.append(problem)
             continue
         start = video.start or 0.0
         end = min(file.seconds, video.end or math.inf)
         durations.append(end - start)
-        if (end - start) * file.fps < clip - 0.5:
+        if (end - start) * file.fps < clip_frames - 0.5:  # half a frame for rounding
             short += 1
     print_summary(args.manifest, len(videos), found.values(), durations)
     if short:
         print(
-            f"clips       {short} of {len(videos)} rows are usable and have fewer than {clip} "
-            f"frames (--frames {args.frames} x --stride {args.stride}): "
+            f"clips       {short} of {len(videos)} rows are usable and have fewer than "
+            f"{clip_frames} frames (--frames {args.frames} x --stride {args.stride}): "
             "their last frame is repeated"
         )
-    kinds = most_common(kind for _, kind, _ in problems) or "none"
+    kinds = most_common(problem.kind for problem in problems) or "none"
     print(f"problems    {kinds}: {report}", flush=True)
     rows = [(video.row, video.name, kind, what) for video, kind, what in problems]
     write_csv(report, [REPORT, *rows])
-    return {video.row for video, _, _ in problems}
+    return {problem.video.row for problem in problems}
 
 
 def problem_of(video, file):
-    """(kind, what is wrong) with a row of a manifest, None if it can be used. file: its Found."""
-    if file.error == "missing":
-        return "missing", file.error
+    """The Problem of a row of a manifest, None if it can be used. file: its Found."""
+    if file.error == MISSING:
+        return Problem(video, "missing", file.error)
     if file.error is not None:
-        return "broken", file.error
+        return Problem(video, "broken", file.error)
     start = video.start or 0.0
     if start >= file.seconds:
-        return "outside", f"starts at {start:g} s of a file that lasts {file.seconds:g} s"
+        what = f"starts at {start:g} s of a file that lasts {file.seconds:g} s"
+        return Problem(video, "outside", what)
     return None
 
 
-def print_summary(manifest, rows, files, durations):
+def print_summary(manifest, row_count, files, durations):
     """Prints what the files of a manifest are. files: a Found for each; durations: seconds of each
     row that can be used."""
     good = [file for file in files if file.error is None]
-    size = sum(file.bytes for file in good)
-    shortest = median = longest = 0
-    if durations:
-        shortest, median, longest = np.quantile(durations, (0, 0.5, 1))
-    print(f"{manifest}: {rows} rows in {len(files)} files, {size / 1e9:.2f} GB")
+    size = sum(file.file_bytes for file in good)
+    shortest, median, longest = np.quantile(durations or [0.0], (0, 0.5, 1))
+    print(f"{manifest}: {row_count} rows in {len(files)} files, {size / 1e9:.2f} GB")
     print(
         f"duration    {sum(durations) / 3600:.2f} hours; shortest {shortest:.2f} s, "
         f"median {median:.2f} s, longest {longest:.2f} s"
@@ -269,6 +298,7 @@ def print_summary(manifest, rows, files, durations):
 
 
 def most_common(values: Iterable) -> str:
+    """The six most common values, each with its count."""
     return ", ".join(f"{value} {count}" for value, count in Counter(values).most_common(6))
 
 
@@ -278,17 +308,9 @@ def is_report(path: Path) -> bool:
         return next(csv.reader(file)) == REPORT
 
 
-def write_text(path: FilePath, text: str) -> None:
-    """Writes a file aside and renames it. RunError, with the reason, if that cannot be."""
-    aside = f"{path}.new"
-    try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+def write_csv(path: FilePath, rows: Iterable[Sequence]) -> None:
+    with written_aside(path) as file:
+        csv.writer(file).writerows(rows)
 
 
 def copied_rows(source: FilePath, path_of: Callable[[int], str | None]) -> list[list[str]]:
@@ -305,12 +327,6 @@ def copied_rows(source: FilePath, path_of: Callable[[int], str | None]) -> list[
     return copied
 
 
-def write_csv(path: FilePath, rows: Iterable[Sequence]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def write_good(args, videos, bad):
     """The manifest without the rows `bad`, its paths relative to the folder of args.good."""
     folder = os.path.dirname(args.good) or "."
@@ -323,10 +339,10 @@ def write_good(args, videos, bad):
 
 
 def name_inside(name: str) -> str:
-    """A relative .mp4 name for the copy of a file: what is left of a name that is absolute or leads
-    out of its folder; files that differ in their ending alone keep different names."""
+    """The name of a copy in its folder: /data/a.mp4 becomes data/a.mp4, ../b.mp4 becomes b.mp4, and
+    c.avi becomes c_avi.mp4, which differs from the copy of c.mp4."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    stem, suffix = os.path.splitext(os.path.join("", *parts))
+    stem, suffix = os.path.splitext("/".join(parts))
     if suffix != ".mp4":
         stem += suffix.replace(".", "_")
     return stem + ".mp4"
@@ -339,14 +355,16 @@ def reencode_all(args, videos):
     """Re-encodes every file of a manifest into args.reencode and writes the manifest of the
     copies; returns the number of failures.
     """
-    targets = copies_of(args.manifest, videos, args.reencode)
-    make_folder(args.reencode, "--reencode")
     folder = args.reencode
-    copied = os.path.join(folder, os.path.basename(args.manifest))
-    names = {path: os.path.relpath(target, folder) for path, target in targets.items()}
-    rows = copied_rows(args.manifest, lambda row: names[videos[row].path])
+    targets = copies_of(args.manifest, videos, folder)
+    make_folder(folder, "--reencode")
+    new_manifest = os.path.join(folder, os.path.basename(args.manifest))
+    new_names = {path: os.path.relpath(target, folder) for path, target in targets.items()}
+    rows = copied_rows(args.manifest, lambda row: new_names[videos[row].path])
     refuse_foreign(
-        copied, lambda path: is_copy(path, args.manifest, rows), "--reencode names another folder"
+        new_manifest,
+        lambda path: is_copy(path, args.manifest, rows),
+        "--reencode names another folder",
     )
     jobs = [(path, target, args.short_side) for path, target in targets.items()]
     errors = []
@@ -355,15 +373,16 @@ def reencode_all(args, videos):
             if error is not None:
                 errors.append(error)
     except BaseException:
+        # A signal may have come here, not inside in_processes. Killed workers leave their files.
         kill_workers()
-        for target in targets.values():  # of files that were in the works
+        for target in targets.values():
             with contextlib.suppress(OSError):
                 os.remove(aside_of(target))
         raise
     for error in errors:
         print(error)
-    write_csv(copied, rows)
-    print(f"{copied}: {len(jobs) - len(errors)} of {len(jobs)} files")
+    write_csv(new_manifest, rows)
+    print(f"{new_manifest}: {len(jobs) - len(errors)} of {len(jobs)} files")
     return len(errors)
 
 
@@ -387,17 +406,17 @@ def copies_of(manifest, videos, folder):
 
 
 def is_copy(path: Path, manifest: FilePath, rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a manifest at `path` is one that re-encoding wrote, perhaps when there were fewer
-    rows, and not the source itself.
+    """Whether all rows of the manifest at `path` are among the `rows` that re-encoding would write:
+    then re-encoding wrote it, perhaps when there were fewer. Not if it is the source itself.
     """
     with open(path, encoding="utf-8", newline="") as file:
-        there = {tuple(row) for row in csv.reader(file)}
-    return not os.path.samefile(path, manifest) and there <= {tuple(row) for row in rows}
+        existing = {tuple(row) for row in csv.reader(file)}
+    return not os.path.samefile(path, manifest) and existing <= {tuple(row) for row in rows}
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("manifest", help="whose videos to check, or to re-encode")
+    parser.add_argument("manifest", help="csv of the videos to check, or to re-encode")
     parser.add_argument(
         "--root", help="folder that relative paths start from (default: the manifest's)"
     )
@@ -418,7 +437,10 @@ def parse_args(argv=None):
         help="re-encode instead: FOLDER/NAME.mp4 and FOLDER/MANIFEST",
     )
     parser.add_argument(
-        "--short-side", type=pixel_count, default=256, help="pixels of re-encoded videos, at most"
+        "--short-side",
+        type=pixel_count,
+        default=256,
+        help="pixels of the short side of re-encoded videos, at most",
     )
     return parser.parse_args(argv)
 
@@ -428,7 +450,7 @@ def main(argv=None):
     args = parse_args(argv)
     videos = read_manifest(args.manifest, args.root)
     require_files(videos, args.manifest)
-    StopSignal().at_once()
+    StopSignal().at_once()  # from here on a signal ends the process
     if args.reencode:
         failed = reencode_all(args, videos)
         if failed:
@@ -441,7 +463,11 @@ def main(argv=None):
     refuse_foreign(report, is_report, "move it away")
     if args.good:
         make_folder(os.path.dirname(args.good) or ".", "--good")
-        refuse_foreign(args.good, lambda path: False, "--good names another file, or delete it")
+        if os.path.exists(args.good) and os.path.getsize(args.good) > 0:
+            raise RunError(
+                f"{args.good}: exists already: not overwritten (--good names another file, or "
+                "delete it)"
+            )
     bad = check_files(args, videos, report)
     if args.good:
         write_good(args, videos, bad)

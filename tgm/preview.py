@@ -240,7 +240,8 @@ def read_motion(data: str, path: Path, videos: Videos, row: int) -> Tensor | Non
 
 def why_uncaptioned(path: Path, row: int) -> str:
     """The reason that caption.py gave for a row without captions."""
-    entry = json.loads(path.read_text(encoding="utf-8").splitlines()[row])
+    # not splitlines(), which also cuts at U+2028, inside a caption
+    entry = json.loads(path.read_text(encoding="utf-8").split("\n")[row])
     return entry.get("error", "caption.py found none")
 
 

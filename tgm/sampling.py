@@ -3,8 +3,8 @@ batch. Needs video.py.
 
 Dense sampling takes frames a fixed stride apart from one place of the video; uniform (TSN, arXiv
 1608.00859) takes one frame from each of T equal parts. Everything random in a sample is a pure
-function of (seed, epoch, row, repeat), so that neither the number of workers nor that of ranks
-changes a batch, and a resumed run repeats an uninterrupted one.
+function of (seed, epoch, row, repeat): the numbers of workers and of ranks do not change a batch,
+and a resumed run draws what an uninterrupted one does.
 
 Shapes: V views per video, T frames, H W pixels.
 """
@@ -24,16 +24,16 @@ def clip_times(start, end, fps, frames, stride, where):
     """Dense: the times of `frames` frames, `stride` video frames apart, inside [start, end] ->
     float64 [frames], seconds.
 
-    where in [0, 1]: the place of the clip in the room it has. Where the video is shorter, its last
-    moment repeats."""
+    where: the place of the clip between the earliest one, 0, and the latest, 1. If the video is
+    shorter than a clip, its last frame repeats."""
     window = frames * stride / fps
     first = start + where * max(0.0, end - start - window)
     return np.minimum(first + np.arange(frames) * stride / fps, max(start, end - 0.5 / fps))
 
 
 def uniform_times(start, end, fps, frames, where):
-    """Uniform: one time in each of `frames` equal parts of [start, end], at `where` in [0, 1] of
-    the part (a number, or one a part) -> float64 [frames], seconds."""
+    """Uniform: one time in each of `frames` equal parts of [start, end] -> float64 [frames],
+    seconds. where: the place in a part, from 0 to 1; a number, or one per part."""
     return np.minimum(
         start + (np.arange(frames) + where) * (end - start) / frames, max(start, end - 0.5 / fps)
     )
@@ -42,19 +42,19 @@ def uniform_times(start, end, fps, frames, where):
 def view_times(start, end, fps, frames, stride, clips, sampling):
     """The times of each of `clips` test clips of [start, end] -> float64 [clips, frames], seconds.
 
-    They are VideoMAE's. Dense (its kinetics.py, mode "test"): of every stride-th frame, `frames` in
-    a row; the clips begin evenly from the first frame to the last possible one, number k of K at
-    frame stride * floor(k * (L - frames) / (K - 1)), L such frames in all. A video that has fewer
-    repeats the last of them. Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of
-    each of `frames` equal parts. One clip, for which its dense formula divides by zero, is the
-    middle one: as dense as the video allows, or the middle of each part.
+    The clips are VideoMAE's. Dense (its kinetics.py, mode "test"): of the L frames that lie
+    `stride` apart, clip k of K takes `frames` in a row, from number floor(k * (L - frames) /
+    (K - 1)) on: the first clip begins with the video, the last ends with it. If L is too small, the
+    last frame repeats. Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of each
+    of `frames` equal parts. A single clip, for which the dense formula divides by zero, is the
+    middle one, and uniform takes the middle of each part.
     """
     if sampling == "uniform":
         places = np.arange(clips) / clips if clips > 1 else [0.5]
         return np.stack([uniform_times(start, end, fps, frames, place) for place in places])
     if clips == 1:
         return clip_times(start, end, fps, frames, stride, 0.5)[None]
-    # less rounding: 30 frames at 30 a second are 1 s
+    # 1e-3 is for rounding: 30 frames at 30 a second are 1 s
     kept = max(1, math.ceil((end - start) * fps / stride - 1e-3))
     room = max(0, kept - frames)
     firsts = np.arange(clips) * room // (clips - 1)
@@ -66,34 +66,31 @@ def center_crop(frames, size):
     """The middle square of frames [T, H, W, 3] whose short side is `size` -> (frames [T, size,
     size, 3], its box: x0, y0, x1, y1 as fractions of the frame)."""
     height, width = frames.shape[1:3]
-    top, left = (height - size) // 2, (width - size) // 2
+    top = (height - size) // 2
+    left = (width - size) // 2
     box = (left / width, top / height, (left + size) / width, (top + size) / height)
     return frames[:, top : top + size, left : left + size], box
 
 
 def side_crops(frames, size, count):
-    """`count` squares of frames [T, H, W, 3] whose short side is `size`, evenly along the long side
-    from one end to the other, or the middle one -> [count, T, size, size, 3]."""
+    """`count` squares of frames [T, H, W, 3] whose short side is `size` -> [count, T, size, size,
+    3]. They lie evenly along the long side, from one end to the other; one is the middle."""
     if count == 1:
         return center_crop(frames, size)[0][None]
     height, width = frames.shape[1:3]
     places = np.rint(np.linspace(0, max(height, width) - size, count)).astype(int)
-    return np.stack(
-        [
-            frames[:, place : place + size]
-            if height > width
-            else frames[:, :, place : place + size]
-            for place in places
-        ]
-    )
+    if height > width:
+        crops = [frames[:, place : place + size] for place in places]
+    else:
+        crops = [frames[:, :, place : place + size] for place in places]
+    return np.stack(crops)
 
 
-# Where a crop may lie, in quarters of the room beside it (down, right): corners, middle, middles of
-# the sides, quarters.
+# Where a crop may lie: (down, right), in quarters of what the frame is larger than the crop.
 PLACES = (
-    (0, 0), (0, 4), (4, 0), (4, 4), (2, 2),
-    (2, 0), (2, 4), (4, 2), (0, 2),
-    (1, 1), (1, 3), (3, 1), (3, 3),
+    (0, 0), (0, 4), (4, 0), (4, 4), (2, 2),  # corners, middle
+    (2, 0), (2, 4), (4, 2), (0, 2),  # middles of the sides
+    (1, 1), (1, 3), (3, 1), (3, 3),  # half-way from the middle to the corners
 )  # fmt: skip
 
 
@@ -101,10 +98,14 @@ def multi_scale_crop(height, width):
     """VideoMAE's GroupMultiScaleCrop: sides from {1, .875, .75, .66} of the short side, nearly
     square, at one of 13 places. Returns top, left, height, width in pixels."""
     scales = (1, 0.875, 0.75, 0.66)
-    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    a, b = pairs[torch.randint(len(pairs), ()).item()]
-    h = int(min(height, width) * a)
-    w = int(min(height, width) * b)
+    pairs = []  # nearly square: the same scale, or neighbours
+    for i in range(len(scales)):
+        for j in range(len(scales)):
+            if abs(i - j) <= 1:
+                pairs.append((scales[i], scales[j]))
+    scale_h, scale_w = pairs[torch.randint(len(pairs), ()).item()]
+    h = int(min(height, width) * scale_h)
+    w = int(min(height, width) * scale_w)
     down, right = PLACES[torch.randint(len(PLACES), ()).item()]
     return down * ((height - h) // 4), right * ((width - w) // 4), h, w
 
@@ -120,22 +121,25 @@ def resized_crop(frames, box, size):
 
 
 class TrainingClips(Dataset):
-    """Training samples by (epoch, row): what `self.sample(epoch, row, rng)` of a subclass returns,
-    a dict, with "failed": the row if its video could not be read and another, drawn from `rows`,
-    took its place; else -1. VideoError if none of ten can be read. Each process says the reasons of
-    its first SAID failures; the run counts them all."""
+    """Training samples by (epoch, row). A sample is the dict that `self.sample(epoch, row, rng)` of
+    a subclass returns, and "failed": -1, or the row if its video could not be read.
+
+    A video that cannot be read is replaced by another, drawn from `rows`; VideoError if none of ten
+    can be read. Each process prints the reasons of its first SAID failures; the run counts all."""
 
     SAID = 3
 
     def __init__(self, videos, rows, seed):
-        self.videos, self.rows, self.seed = videos, rows, seed
+        self.videos = videos
+        self.rows = rows
+        self.seed = seed
         self.replaced = 0  # samples of this process whose video another replaced
 
     def __getitem__(self, key):
         epoch, row = key
         reason = None
         for attempt in range(10):
-            # a broken video gives its place to another, the same one whenever this is asked
+            # the same seeds each time, so the same videos
             rng = np.random.default_rng([self.seed, epoch, row, attempt])
             pick = row if attempt == 0 else int(rng.choice(self.rows))
             try:
@@ -155,21 +159,21 @@ class TrainingClips(Dataset):
         self.replaced += 1
         if self.replaced <= self.SAID:
             more = "; further ones are only counted" if self.replaced == self.SAID else ""
-            # at once: print's line and its end may come apart between processes
+            # in one call: print writes the line and its end apart, and other processes write, too
             sys.stderr.write(f"skipped: {reason}{more}\n")
 
 
 def repeat_seed(seed, epoch, row, repeat):
     """The seed for torch of one repeat of a sample: an int of 63 bits."""
-    return int(
-        np.random.SeedSequence([seed, epoch, row, 10 + repeat]).generate_state(1, np.uint64)[0] >> 1
-    )
+    # + 10: the numbers below are the attempts of TrainingClips
+    sequence = np.random.SeedSequence([seed, epoch, row, 10 + repeat])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 class EpochBatches:
     """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch)
-    alone, and the ranks' batches side by side are the global batch, whatever the number of ranks.
-    `start` batches of the epoch are left out (resuming)."""
+    alone. The ranks' batches one after another are the global batch, the same for any number of
+    ranks. `start` batches of the epoch are left out, to resume."""
 
     def __init__(self, rows, batch, batches, seed, rank, ranks):
         self.rows = rows
@@ -178,7 +182,8 @@ class EpochBatches:
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
-        self.epoch, self.start = 0, 0
+        self.epoch = 0
+        self.start = 0
 
     def __len__(self):
         return self.batches - self.start
@@ -214,7 +219,9 @@ class Views(Dataset):
         self.image_size = image_size
         self.stride = stride
         self.timeout = timeout
-        self.clips, self.crops, self.sampling = clips, crops, sampling
+        self.clips = clips
+        self.crops = crops
+        self.sampling = sampling
 
     def __len__(self):
         return len(self.videos)

@@ -7,18 +7,23 @@
 
 `python -m tgm.prepare data/train.csv` checks every file of a manifest, or re-encodes it.
 
-`VideoReader.read` decodes as little as it can. It seeks to the key frame before the first wanted
-time and demuxes until packets pass the last one; packets carry their presentation time (pts), so
-which frames are wanted is known before any is decoded. H.264 and HEVC then skip the pictures that
-no other refers to, unless wanted. Only wanted frames are converted and resized, in one swscale call
-each, on one thread: about 1.5 times faster than decord on ordinary H.264 clips
-(experiments/BENCHMARKS.md). Where that cannot work (AVI has no pts, a damaged index, hidden
-frames), the file is decoded plainly from its start. Both ways give the same frames, bit for bit.
+`VideoReader.read` decodes as little as it can:
 
-What comes out is what a player shows: turned and mirrored as the file says, edit lists honoured,
-YUV converted by the matrix (BT.601, 709, 2020) and range the stream declares; where it declares
-none, BT.601 and limited range, as FFmpeg has it. Not done: pixels are taken as square, HDR is not
-tone-mapped."""
+    1. It seeks to the key frame before the first wanted time.
+    2. It reads packets until they pass the last wanted time. Packets carry their presentation time
+       (pts), so which frames are wanted is known before any is decoded.
+    3. It decodes these packets. H.264 and HEVC skip the pictures that no other refers to, unless
+       they are wanted.
+    4. Only wanted frames are converted and resized, in one swscale call each, on one thread.
+
+On ordinary H.264 clips this is about 1.5 times faster than decord (experiments/BENCHMARKS.md).
+Where it cannot work (AVI has no pts, a damaged index, hidden frames), the file is decoded from its
+start. Both ways give the same frames, bit for bit.
+
+What comes out is what FFmpeg shows: turned and mirrored as the file says, edit lists honoured, YUV
+converted by the matrix (BT.601, 709, 2020) and range that the stream declares; where it declares
+none, BT.601 and limited range. Not done: pixels are taken as square, HDR is not tone-mapped, and
+interlaced frames stay as they are."""
 
 import bisect
 import contextlib
@@ -36,16 +41,31 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
-av.logging.set_level(av.logging.PANIC)  # what matters of libav's log is in its exceptions
+# For the whole process: what matters of libav's log is in its exceptions.
+av.logging.set_level(av.logging.PANIC)
 
 TIMEOUT = 60.0  # seconds that reading one video may take, unless told otherwise
-# seconds between wanted frames from which looking for a key frame in between costs less than it
-# saves
-SEEK_GAP = 1.0
+SEEK_GAP = 1.0  # seconds: if two wanted frames are further apart, look for a key frame in between
+
+
+def unnamed_type(types, number):
+    """The member for a type of side data that PyAV has no name for, such as EXIF. Without this, the
+    side data of a frame that has it cannot be read at all, and so not the frame's orientation."""
+    member = object.__new__(types)
+    member._name_ = f"TYPE_{number}"
+    member._value_ = number
+    return member
+
+
+SideData._missing_ = classmethod(unnamed_type)  # what an Enum calls for an unknown value
 
 
 class VideoError(Exception):
     """A video that cannot be read: one line, "path: reason"."""
+
+
+class QuickWayFails(Exception):
+    """The file has to be decoded from its start."""
 
 
 class Orientation(NamedTuple):
@@ -74,14 +94,14 @@ class Vectors(NamedTuple):
     # gaps
     blocks: np.ndarray
     shift: np.ndarray  # float32 [n, 2]: dx to the right, dy down, in frame widths and heights
-    # float32 [n], above 0: from the picture that it was predicted from to this one, or the reverse
+    # float32 [n]: between this picture and the one that the block was predicted from, above 0
     seconds: np.ndarray
 
 
 def side_data(frame):
-    """A decoded frame's side data. In PyAV they and their frame hold each other until Python looks
-    for cycles; a thumbnail has the same ones, and leaves the picture's memory free to go at
-    once."""
+    """A decoded frame's side data. In PyAV they and their frame refer to each other, so a frame of
+    full size would wait for the garbage collector. They are read from a copy of 16 x 16 pixels
+    instead, and only that waits."""
     return (
         VideoReformatter()
         .reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT)
@@ -94,7 +114,8 @@ def orientation(data) -> Orientation:
     matrix = data.get(SideData.DISPLAYMATRIX)
     if not matrix:
         return Orientation(False, False, False)
-    # x' = a x + c y, y' = b x + d y
+    # The matrix is a b u, c d v, x y w: x' = a x + c y, y' = b x + d y. Angles other than multiples
+    # of 90 degrees are rounded to one.
     a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
     if abs(b) > abs(a):
         return Orientation(True, c < 0, b < 0)
@@ -110,12 +131,14 @@ def displayed_vectors(time, frame, data, distances) -> Vectors:
     v = v[np.where(v["source"] < 0, has_past, has_future)]
     from_past = v["source"] < 0
     seconds = np.where(from_past, distances.past or 0, distances.future or 0)
-    # a block came from where its vector points, or goes there
+    # A vector points from the block to its place in the other picture: in the past, where the block
+    # came from, or in the future, where it goes to.
     sign = np.where(from_past, -1.0, 1.0)
     dx = sign * v["motion_x"] / v["motion_scale"]
     dy = sign * v["motion_y"] / v["motion_scale"]
     w = v["w"]
     h = v["h"]
+    # libav gives the block's centre
     x = v["dst_x"] - w / 2
     y = v["dst_y"] - h / 2
     width = frame.width
@@ -146,8 +169,8 @@ class VideoReader:
     that does not say is the whole file demuxed. fps: average frame rate. Times everywhere are
     seconds since the first displayed frame.
     vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from
-    opening to the last frame read; past them, a VideoError. It is looked at between packets: one
-    call into libav that never returns is not ended by it."""
+    opening to the last frame read; past them, a VideoError. libav looks at the clock while it waits
+    for the disk, and this class between packets; a decoder that never returns is not ended."""
 
     def __init__(self, path: str | os.PathLike, vectors: bool = False, timeout: float = TIMEOUT):
         self.path = os.fspath(path)
@@ -175,7 +198,7 @@ class VideoReader:
         """The name of the video stream's codec, such as h264."""
         return self._stream.codec_context.name
 
-    def close(self, *_) -> None:
+    def close(self) -> None:
         if self._demuxer is not None:
             # left to itself, PyAV's generator leaks a quarter of a kilobyte each time
             self._demuxer.close()
@@ -185,7 +208,8 @@ class VideoReader:
     def __enter__(self):
         return self
 
-    __exit__ = close
+    def __exit__(self, *error):
+        self.close()
 
     def span(self, video) -> tuple[float, float]:
         """The (start, end) of a manifest row in this file, in seconds, 0 <= start < end <=
@@ -215,18 +239,12 @@ class VideoReader:
         if times.ndim != 1 or not len(times) or np.isnan(times).any():
             raise ValueError(f"times: expected a list of one or more seconds, got {times}")
         times = self._inside(times)
-        wanted = sorted(set(times))
-        with self.errors():
-            try:
-                images = self._convert(self._decode_quickly(wanted), size)
-            except (LookupError, av.FFmpegError):
-                # the quick way does not work for this file; the plain one may
-                images = self._convert(self._decode_plainly(wanted), size)
+        images = self._decode(times, lambda frames: self._convert(frames, size))
         return np.stack([images[time] for time in times])
 
     def _inside(self, times):
-        """Times as a list, those outside of the video moved to its ends; a header may fall a few
-        frames short of the last."""
+        """Times as a list, those outside of the video moved to its ends. One second is added at its
+        end, since the duration in a header may be a few frames too short."""
         return np.asarray(times, np.float64).clip(0, self.duration + 1).tolist()
 
     def read_vectors(self, times: Sequence[float]) -> list[Vectors]:
@@ -236,12 +254,7 @@ class VideoReader:
         Frames without any, such as key frames, are left out. Errors as for `read`, and VideoError
         if no frame has any: libav exports those of H.264, MPEG-1, -2 and -4, and their older kin,
         not of HEVC, VP9, AV1, or MJPEG."""
-        wanted = sorted(set(self._inside(times)))
-        with self.errors():
-            try:
-                frames = self._read_vectors(self._decode_quickly(wanted))
-            except (LookupError, av.FFmpegError):
-                frames = self._read_vectors(self._decode_plainly(wanted))
+        frames = self._decode(self._inside(times), self._vectors_of)
         if not frames:
             raise VideoError(
                 f"{self.path}: no motion vectors in its {self.codec} stream; "
@@ -249,7 +262,20 @@ class VideoReader:
             )
         return frames
 
-    def _read_vectors(self, frames):
+    def _decode(self, times, use):
+        """What use(frames) makes of the frames on screen at these times, frames being (time, frame,
+        Distances) in order of time."""
+        wanted = sorted(set(times))
+        with self.errors():
+            try:
+                return use(self._decode_quickly(wanted))
+            except av.error.ExitError:  # the time is up
+                raise
+            except (QuickWayFails, av.FFmpegError):
+                return use(self._decode_plainly(wanted))
+
+    def _vectors_of(self, frames):
+        """(time, frame, Distances) -> a list of Vectors."""
         found = []
         latest = None
         for time, frame, distances in frames:
@@ -273,7 +299,7 @@ class VideoReader:
         self._container = av.open(
             f"file:{self.path}",
             options={"protocol_whitelist": "file"},
-            timeout=min(self._timeout, 1e9),
+            timeout=min(self._timeout, 1e9),  # libav's clock does not take infinity
         )
         if not self._container.streams.video:
             raise VideoError(f"{self.path}: no video stream")
@@ -290,9 +316,9 @@ class VideoReader:
         self._stream.codec_context.options = options
 
     def _packets(self, drain=False):
-        """The stream's packets from here on, at its end one that drains the decoder, if asked
-        for. Ends those asked for before.
-        """
+        """The stream's packets from here on. Ends the packets asked for before.
+
+        drain: at the end also the empty packet that makes the decoder give its last frames."""
         if self._demuxer is not None:
             self._demuxer.close()
         self._demuxer = self._container.demux(self._stream)
@@ -307,8 +333,8 @@ class VideoReader:
     def _first_pts(self):
         """The pts of the first frame displayed, or None if packets carry no pts.
 
-        Frames an edit list cuts are not displayed, and those before the first key frame refer to
-        what the file lacks."""
+        Frames that an edit list cuts off are not displayed; nor are those before the first key
+        frame, which refer to what the file lacks."""
         key = None
         first = None
         for packet in self._packets():
@@ -325,16 +351,18 @@ class VideoReader:
         return first
 
     def _find_duration(self):
-        offset = (self._first or 0) * self._tick
         if self._stream.duration:
             return self._stream.duration * self._tick
+        # what follows are ends, not durations
+        offset = (self._first or 0) * self._tick
+        # Matroska: "00:00:10.333000000", when the stream ends
         tag = self._stream.metadata.get("DURATION")
         if tag:
-            # Matroska: "00:00:10.333000000", when the stream ends
             parts = zip(tag.split(":"), (3600, 60, 1), strict=False)
             return sum(float(part) * unit for part, unit in parts) - offset
         if self._container.duration:
             return self._container.duration / av.time_base - offset
+        # no header says it: the end of the last packet
         self._open()
         ends = [(packet.pts or 0) + (packet.duration or 0) for packet in self._packets()]
         if self._first is None:
@@ -346,8 +374,8 @@ class VideoReader:
 
     def _seek(self, time):
         """-> (a key frame's packet, displayed at or before `time`; the packets that follow it)."""
-        # MPEG-TS and FLV seek by decoding time, so may land after `time`; other indices may be
-        # wrong
+        # MPEG-TS and FLV seek by decoding time, so they may land after `time`, and any index may be
+        # wrong: then seek 1, 2, 4, ... seconds further back, up to about twice the time itself.
         back = 0
         while back <= 2 * max(time, 1):
             self._container.seek(math.floor(self._pts(time - back)), stream=self._stream)
@@ -357,28 +385,32 @@ class VideoReader:
             if key is not None and key.pts <= self._pts(time):
                 return key, packets
             back = 1 if back == 0 else 2 * back
-        raise LookupError("no key frame")
+        raise QuickWayFails("no key frame")
 
     def _runs(self, times):
-        """Split sorted times into runs: a run is decoded in one go, and a new one starts where
-        seeking saves decoding.
+        """Split sorted times into runs: a run is decoded in one go, and a new one starts where a
+        key frame lies between two times, so that seeking saves decoding.
         """
         runs = [[times[0]]]
         for last, time in itertools.pairwise(times):
-            if time - last > SEEK_GAP and self._seek(time)[0].pts > self._pts(last):
-                runs.append([])
+            if time - last > SEEK_GAP:
+                key, _ = self._seek(time)
+                if key.pts > self._pts(last):
+                    runs.append([])
             runs[-1].append(time)
         return runs
 
     def _decode_quickly(self, times):
-        """Yields (time, frame, Distances) for sorted times; so does _decode_plainly."""
+        """Yields (time, frame, Distances) for sorted times, as `_decode_plainly` does.
+        QuickWayFails, perhaps after some frames, where the file has to be decoded from its start.
+        """
         if self._first is None:
-            raise LookupError("no pts")
+            raise QuickWayFails("no pts")
         codec = self._stream.codec_context
         for run in self._runs(times):
             packets = self._packets_for(run)
-            wanted = self._frames_for(run, packets)  # pts -> times
-            while packets[-1].pts not in wanted:
+            wanted = self._frames_for(run, packets)  # {pts: times}
+            while packets[-1].pts not in wanted:  # what follows the last wanted one is not needed
                 packets.pop()
             distances = self._distances(packets) if self._vectors else {}
             for packet in self._in_time([*packets, None]):  # None drains the decoder
@@ -388,7 +420,7 @@ class VideoReader:
                     for time in wanted.pop(frame.pts, ()):
                         yield time, frame, distances.get(frame.pts, Distances())
             if wanted:
-                raise LookupError("a packet without a frame")
+                raise QuickWayFails("a packet without a frame")
 
     def _packets_for(self, run):
         """The packets, from a key frame on, that decoding the frames at these times takes."""
@@ -396,10 +428,11 @@ class VideoReader:
         packets = [key]
         for packet in following:
             if packet.pts is None:
-                raise LookupError("a packet without pts")
+                raise QuickWayFails("a packet without pts")
             if packet.dts is not None and packet.dts > self._pts(run[-1]):
-                return packets  # so is every later pts
+                return packets  # every later pts is past the last time, too
             packets.append(packet)
+        # the file ended first: is that where its header says?
         end = max(packet.pts + (packet.duration or 0) - self._first for packet in packets)
         self._check_end(run[-1], end * self._tick)
         return packets
@@ -411,15 +444,24 @@ class VideoReader:
         for packet in packets:
             if packet.pts >= key.pts and not packet.is_discard:
                 displayed.append(packet.pts)
+        displayed.sort()
         wanted = {}
         for time in run:
-            latest = max((pts for pts in displayed if pts <= self._pts(time)), default=None)
-            wanted.setdefault(latest, []).append(time)
+            place = bisect.bisect_right(displayed, self._pts(time))
+            if place == 0:
+                raise QuickWayFails("no frame at or before a time")
+            wanted.setdefault(displayed[place - 1], []).append(time)
         return wanted
 
     def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Yield (seconds, frame) of every frame displayed, decoding plainly from the file's
-        start.
+        """Yield (seconds, frame) of every frame displayed, decoding from the file's start."""
+        for seconds, frame in self._all_frames():
+            if seconds >= 0:
+                yield seconds, frame
+
+    def _all_frames(self):
+        """Yields (seconds, frame), also of the frames before the first that is displayed, at
+        seconds below 0.
         """
         self._open()
         index = 0
@@ -432,26 +474,28 @@ class VideoReader:
                 index += 1
 
     def _decode_plainly(self, times):
+        """Yields (time, frame, Distances) for sorted times, decoding from the file's start. A frame
+        is on screen until the next begins."""
         times = list(times)
         frame = None
         distances = None
-        shown = 0.0
-        anchor = None  # when the latest frame was shown that is no B picture
-        for shown, new in self.frames():
-            while times and frame is not None and times[0] + self._tolerance < shown:
+        begins = 0.0
+        last_reference = None  # when the latest frame began that is no B picture
+        for begins, upcoming in self._all_frames():
+            while times and frame is not None and times[0] + self._tolerance < begins:
                 yield times.pop(0), frame, distances
             if not times:
                 return
-            frame = new
+            frame = upcoming
             distances = Distances()
             if frame.pict_type != PictureType.B:
                 # what B pictures refer to cannot be known without pts
-                if anchor is not None:
-                    distances = Distances(past=shown - anchor)
-                anchor = shown
+                if last_reference is not None:
+                    distances = Distances(past=begins - last_reference)
+                last_reference = begins
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
-        self._check_end(times[-1], shown + 1 / self.fps)
+        self._check_end(times[-1], begins + 1 / self.fps)
         for time in times:
             yield time, frame, distances
 
@@ -484,23 +528,29 @@ class VideoReader:
         """
         data = bytes(packet)
         extra = self._stream.codec_context.extradata or b""
-        prefix = 0  # bytes of a length before each unit; 0: start codes
+        # Units follow each other in one of two formats: each after its length, in `prefix` bytes,
+        # or, where prefix is 0, each after a start code 0 0 1.
+        prefix = 0
         if extra[:1] == b"\x01" and len(extra) > 4:
             prefix = (extra[4] & 3) + 1
         place = 0
         while place + prefix < len(data):
             if prefix == 0:
                 place = data.find(b"\0\0\1", place) + 3
-                if place < 3 or place >= len(data):
+                if place < 3 or place >= len(data):  # none was found, or nothing after it
                     break
             header = data[place + prefix]
-            if header & 31 in (1, 2, 5):  # a slice
-                return header & 96 > 0
+            unit_type = header & 0x1F
+            if unit_type in (1, 2, 5):  # a slice
+                return (header & 0x60) != 0
+            # on to the next unit; with start codes, the next search finds it
             place += prefix + int.from_bytes(data[place : place + prefix], "big")
         return True
 
-    def _check_end(self, time, end):
-        if min(time, self.duration) - end > min(1, self.duration / 10):
+    def _check_end(self, wanted, end):
+        """VideoError if the file ends, at `end`, too long before a time that its header promises:
+        by more than a second, or than a tenth of the duration, whichever is less."""
+        if min(wanted, self.duration) - end > min(1, self.duration / 10):
             raise VideoError(
                 f"{self.path}: truncated: {end:.2f} s of the {self.duration:.2f} s in its header"
             )
@@ -535,7 +585,8 @@ class VideoReader:
             yield
         except av.error.ExitError as error:  # libav's own, when a call took too long
             raise VideoError(
-                f"{self.path}: reading it takes more than {self._timeout:g} s (--video-timeout)"
+                f"{self.path}: reading it takes more than {self._timeout:g} s "
+                "(the stages' --video-timeout allows more)"
             ) from error
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = str(getattr(error, "strerror", None) or error)
@@ -547,14 +598,17 @@ class VideoReader:
 
 def stored_size(frame, turned, size):
     """The (height, width) to resize a stored frame to, so that it is displayed in `size`."""
-    shape = np.array([frame.height, frame.width])
-    if turned:
-        shape = shape[::-1]
-    if size is not None and np.ndim(size) == 0:
-        shape = np.rint(shape * size / shape.min())
+    height, width = frame.height, frame.width
+    if turned:  # from here on as displayed
+        height, width = width, height
+    if np.ndim(size) == 1:
+        height, width = map(int, size)
     elif size is not None:
-        shape = np.array(size)
-    height, width = map(int, shape[::-1] if turned else shape)
+        short_side = min(height, width)
+        height = round(height * size / short_side)
+        width = round(width * size / short_side)
+    if turned:
+        height, width = width, height
     return height, width
 
 
