@@ -34,8 +34,9 @@ printf '%s\n' circle square triangle cross ring moon > $out/shapes.txt
 run saliency.py --data data/val.csv --cue classes --clip local-dir:data/toy/clip --classes $out/shapes.txt \
     --prompt "a red {}" "a green {}" "a blue {}" "a yellow {}" "a purple {}" "a white {}"
 for label in label object scene; do
-    run linprobe.py --checkpoint $out/text/checkpoint.pt --label-column $label
-    run linprobe.py --checkpoint none --size tiny --out $out/untrained --label-column $label
+    probe="--data data/probe.csv --label-column $label"
+    run linprobe.py $probe --checkpoint $out/text/checkpoint.pt
+    run linprobe.py $probe --checkpoint none --size tiny --out $out/untrained
 done
 
 step "Results"

@@ -118,7 +118,7 @@ PROTOCOLS = {
         "training": {"epochs": 100, "warmup": 10, "batch": 1024},
     },
 }
-ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 # ---- the probes ----------------------------------------------------------------------------------

@@ -6,16 +6,18 @@ colour and shape. The bystander, whose two tones are stripes, does something els
 its colour and shape tell nothing of the actor's. In half of the videos the actor moves most, in a
 quarter the bystander and in a quarter the camera.
 
-In train.csv three of four actors act in front of their shape's home scene, as boats keep to water.
-In val.csv (the test videos) and tune.csv (for choosing rates) shape and scene are independent: who
-learnt only the scene scores at chance there. The split "images", on which the tiny models are
-trained, has no such habit either.
+In train.csv, for pretraining, three of four actors act in front of their shape's home scene, as
+boats keep to water. In val.csv (the test videos) and probe.csv (the training videos of probes,
+which choose their rates on a part of them) shape and scene are independent: who learnt only the
+scene scores at chance there. A probe trained on train.csv itself would learn to name the object by
+its scene, whatever the encoder knows. The split "images", on which the tiny models are trained,
+has no such habit either.
 
-    python data/toy.py                    about a minute on two cores; writes, into data/:
-        train.csv, val.csv, tune.csv      path, label (the action), object (the shape), scene, and
+    python data/toy.py                    about 90 seconds on two cores; writes, into data/:
+        train.csv, probe.csv, val.csv     path, label (the action), object (the shape), scene, and
                                           the true captions of both things: caption (the actor's)
                                           and bystander
-        videos/{train,val,tune}/*.mp4     64 x 64 pixels, 20 frames, 10 frames per second
+        videos/{train,probe,val}/*.mp4    64 x 64 pixels, 20 frames, 10 frames per second
         train.masks.npy,                  and so on: where the actor and the bystander are to be
         train.bystander.npy               seen, packed bits: np.unpackbits(masks[row], axis=-1) is
                                           [20, 64, 64]
@@ -47,7 +49,7 @@ SIZE = 64
 FRAMES = 20
 FPS = 10
 HALF_TIME = FRAMES / FPS / 2
-SPLITS = {"train": 0, "val": 1, "images": 2, "tune": 3}
+SPLITS = {"train": 0, "val": 1, "images": 2, "probe": 3}
 DIRECTIONS = {"move left": (-1, 0), "move right": (1, 0), "move up": (0, -1), "move down": (0, 1)}
 SPINS = {"spin left": -1, "spin right": 1}
 SWINGS = {"swing sideways": (1, 0), "swing up and down": (0, 1)}
@@ -285,19 +287,19 @@ def write_split(out, split, count, seed, workers):
 
 
 def write_world(out, train, val, seed=0, workers=2):
-    """Writes train.csv of `train` videos, val.csv and tune.csv of `val` videos each, and their
+    """Writes train.csv and probe.csv of `train` videos each, val.csv of `val` videos, and their
     videos and masks."""
-    for split, count in (("train", train), ("val", val), ("tune", val)):
+    for split, count in (("train", train), ("probe", train), ("val", val)):
         write_split(out, split, count, seed, workers)
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write into")
-    parser.add_argument("--train", type=positive_int, default=3000, help="videos in train.csv")
     parser.add_argument(
-        "--val", type=positive_int, default=600, help="videos in each of val.csv and tune.csv"
+        "--train", type=positive_int, default=3000, help="videos in each of train.csv and probe.csv"
     )
+    parser.add_argument("--val", type=positive_int, default=600, help="videos in val.csv")
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
         "--workers", type=whole(1, 1024), default=2, help="processes that draw and encode"
@@ -330,8 +332,8 @@ def main(argv=None):
     else:
         make_folder(args.out)
         write_world(args.out, args.train, args.val, args.seed, args.workers)
-        names = ", ".join(str(args.out / f"{split}.csv") for split in ("train", "val", "tune"))
-        print(f"{args.train} + {args.val} + {args.val} videos: {names}")
+        names = ", ".join(str(args.out / f"{split}.csv") for split in ("train", "probe", "val"))
+        print(f"{args.train} + {args.train} + {args.val} videos: {names}")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ def caption_match(folder, split="val"):
 
 
 def usual_label(folder, column, given):
-    """Accuracy on val.csv of saying what `column` most often is in train.csv where `given` is the
-    same: what a guess gets that knows `given` alone."""
+    """Accuracy on val.csv of saying what `column` most often is in probe.csv where `given` is the
+    same: what a probe gets that knows `given` alone."""
     seen = {}
-    for line in read_truth(folder, "train"):
+    for line in read_truth(folder, "probe"):
         seen.setdefault(line[given], Counter())[line[column]] += 1
     usual = {value: counts.most_common(1)[0][0] for value, counts in seen.items()}
     right = [usual.get(line[given]) == line[column] for line in read_truth(folder, "val")]

@@ -4,9 +4,9 @@
     python experiments/study.py --jobs 2           runs what is missing, one cell per core
     python experiments/study.py --report           rewrites the tables of RESULTS.md, runs nothing
 
-A cell is one pretraining run of the tiny model on the toy world (data/toy.py), and what probes make
-of its frozen encoder on val.csv: the actor's action, object (shape) and scene, each by a linear
-probe, by nearest neighbours and by an attentive probe. All cells have the same videos, steps and
+A cell is one pretraining run of the tiny model on the toy world (data/toy.py), and what probes that
+are trained on probe.csv make of its frozen encoder on val.csv: the actor's action, object (shape)
+and scene, each by a linear probe, by nearest neighbours and by an attentive probe. All cells have the same videos, steps and
 learning rate; cells of one seed have the same order, crops and first weights, so that differences
 are taken seed by seed. The masks named text differ in the map that they follow:
 
@@ -46,7 +46,7 @@ RESULTS = ROOT / "experiments/results/runs.csv"
 OUT = Path("runs/study")
 PRETRAIN = "--size tiny --batch-size 16 --repeat 2 --warmup-epochs 2 --blr 4.8e-2"
 EPOCHS = 27  # of 187 steps: 5,049 steps
-PROBE = "--size tiny --clips 1 --attentive --seeds 1"
+PROBE = "--data data/probe.csv --size tiny --clips 1 --attentive --token-grid 4 6 6 --seeds 1"
 LABELS = {"action": "label", "object": "object", "scene": "scene"}
 PROBES = ("linear", "knn", "attentive")
 SOURCES = ("bystander", "shuffled", "no-text", "truth")
@@ -169,7 +169,7 @@ def prepare(runner, cells):
     log = OUT / "prepare.txt"
     data = "data/train.csv"
     clip = ("--clip", f"local-dir:{ROOT}/data/toy/clip", "--moments", 8)
-    if not Path(data).exists():
+    if not Path("data/val.csv").exists():  # the last that is written
         runner.run("data/toy.py", log=log)
     # each of these goes on from what is there
     runner.run("caption.py", "--data", data, "--model", f"{ROOT}/data/toy/blip", log=log)

@@ -23,7 +23,7 @@ from tgm.sampling import clip_times
 from tgm.video import read_frames, segment_midpoints
 
 TINY = models.SIZES["tiny"]
-MANIFESTS = ("train", "val", "tune")
+MANIFESTS = ("train", "val", "probe")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_scene_is_a_function_of_its_arguments():
     draw = lambda *arguments: toy.render(toy.scene(*arguments), [0.3, 1.2])
     first, second = draw(0, "train", 3), draw(0, "train", 3)
     assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
-    others = [(0, split, 3) for split in ("val", "tune", "images")]
+    others = [(0, split, 3) for split in ("val", "probe", "images")]
     for other in (*others, (1, "train", 3), (0, "train", 4)):
         assert not np.array_equal(first[0], draw(*other)[0])
 
@@ -223,7 +223,7 @@ def test_a_text_mask_hides_the_actor_and_leaves_context(drawn):
 
 
 def test_the_files_hold_what_was_drawn(world):
-    for split, count in (("train", 32), ("val", 24), ("tune", 24)):
+    for split, count in (("train", 32), ("val", 24), ("probe", 32)):
         with open(world / f"data/{split}.csv", newline="") as file:
             lines = list(csv.DictReader(file))
         masks = np.unpackbits(np.load(world / f"data/{split}.masks.npy"), axis=-1)
