@@ -122,7 +122,11 @@ def draw(found, path):
     """The accuracies of `results_table` as points with intervals."""
     names = list(dict.fromkeys(what for what, _ in found))
     figure, axes = plt.subplots(
-        1, len(MEASURES), figsize=(2 + 1.7 * len(MEASURES), 1.2 + 0.3 * len(names)), sharey=True
+        1,
+        len(MEASURES),
+        figsize=(2 + 1.7 * len(MEASURES), 1.5 + 0.3 * len(names)),
+        sharey=True,
+        layout="constrained",
     )
     style = {0.0: ("s", "tab:blue", -0.15), 1.0: ("o", "tab:red", 0.15)}
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
@@ -137,12 +141,12 @@ def draw(found, path):
         axis.grid(axis="x", alpha=0.4)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)  # the first on top
     handles = [
         plt.Line2D([], [], marker=mark, color=colour, ls="", label=f"contrastive weight {nce:g}")
         for nce, (mark, colour, _) in style.items()
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=80, bbox_inches="tight", facecolor="white")
     plt.close(figure)
 
