@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from model import VideoViT, normalize
-from tgm.loading import make_loader, patient
+from tgm.loading import checked_batches, make_loader
 from tgm.run import RunError, part_of_rank, writing
 from tgm.sampling import Views
 
@@ -64,7 +64,7 @@ def predict(
     title = f"{views.clips} x {views.crops} views"
     quiet = None if rank == 0 else True  # None: quiet where the output is no terminal
     with tqdm(total=len(mine), desc=title, unit="video", disable=quiet) as bar:
-        for items in patient(loader):
+        for items in checked_batches(loader):
             rows = []
             clips = []
             for row, of_video, error in items:

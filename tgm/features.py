@@ -29,7 +29,7 @@ from tqdm import tqdm
 import model as models
 from tgm import checkpoints
 from tgm.arrays import create_array, file_hash, open_rows, read_about
-from tgm.loading import make_loader, patient
+from tgm.loading import checked_batches, make_loader
 from tgm.manifest import Video, Videos, file_sizes, manifest_hash
 from tgm.run import (
     RunError,
@@ -283,7 +283,9 @@ def extract_all(
         loader = make_loader(views, batch_size, workers if mine else 0)
         title = f"{extraction.split} {' '.join(arrays)}"
         quiet = rank > 0 or not mine
-        batches = tqdm(patient(loader), title, total=len(loader), unit="batch", disable=quiet)
+        batches = tqdm(
+            checked_batches(loader), title, total=len(loader), unit="batch", disable=quiet
+        )
         for number, items in enumerate(batches):
             if number == max_steps or stop.name:  # max_steps None: never
                 break

@@ -1,7 +1,7 @@
 """Loaders: batches from decoding processes, whose failures end the run in one line. Needs run.py,
 sampling.py, training.py and video.py.
 
-    for items in patient(make_loader(dataset, 16, workers=4)):      lists of items, in order
+    for items in checked_batches(make_loader(dataset, 16, workers=4)):      lists, in order
     batches = batches_from(step, loader, schedule)                  training batches without end
 """
 
@@ -84,7 +84,7 @@ class ListLoader(DataLoader):
 
 
 def make_loader(dataset, batch_size: int, workers: int, **options) -> ListLoader:
-    """A loader of lists of items, in the order of the data set. Read it by `patient`."""
+    """A loader of lists of items, in the order of the data set. Read it by `checked_batches`."""
     return ListLoader(
         dataset,
         batch_size,
@@ -128,7 +128,7 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
         loader.batch_sampler.epoch = epoch
         loader.batch_sampler.start = done * schedule.accum
         try:
-            yield from patient(loader)
+            yield from checked_batches(loader)
         except VideoError as error:  # a worker puts its traceback before the message
             reason = str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
             raise RunError(reason) from None
@@ -138,9 +138,9 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def patient(loader: DataLoader):
-    """The batches of a loader. RunError where its workers cannot be started, find no shared memory,
-    or die."""
+def checked_batches(loader: DataLoader):
+    """The batches of a loader. RunError where its workers cannot be started, die, find no shared
+    memory, or have too many open files."""
     try:
         # The locks of the workers' queues lie in shared memory, too. Were the loader the first to
         # find no room for them, Python would print a traceback of the half-made loader's end, so as
