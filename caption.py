@@ -25,8 +25,10 @@ model has to caption a blank image before any video is opened. No remote code is
 captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again. Each rank
-appends to a part file of its own; when all are done rank 0 joins them. Where rows were added at the
-manifest's end, `--extend` describes those alone. SIGTERM and Ctrl-C finish the current batch first;
+appends to a part file of its own; when all are done rank 0 joins them. A caption that is empty is
+left out; a video without any other has failed. Where rows were added at the manifest's end,
+`--extend` captions only those; `--labels` makes all captions again, and needs no flag for that.
+SIGTERM and Ctrl-C finish the current batch first;
 the exit status is the signal's. Captions made with other settings, or of other rows or videos, are
 refused (tgm/manifest.py says how replaced videos are noticed)."""
 
@@ -38,7 +40,7 @@ import numpy as np
 import torch
 
 from tgm.arrays import companion
-from tgm.captions import CaptionFile, make_entry
+from tgm.captions import LABELS, CaptionFile, make_entry
 from tgm.flags import Parser, add_video_flags, frame_count, positive_int
 from tgm.manifest import require_files
 from tgm.offline import (
@@ -323,7 +325,7 @@ def main(argv=None):
     path = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     if args.labels:
         if torchrun_ranks()[0] == 0:
-            captions = CaptionFile(path, videos, {"model": "labels"})
+            captions = CaptionFile(path, videos, {"model": LABELS})
             write_labels(captions, read_classes(args.classes), args.resume)
         return
     settings = {

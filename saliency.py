@@ -378,6 +378,12 @@ def check_places(args, videos, prefix):
         refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
 
 
+def rows_made(arrays):
+    """Which rows are there in all arrays of a cue, bool [N]: one of them may have been removed, and
+    begun again."""
+    return np.logical_and.reduce([filled(array) for array in arrays])
+
+
 def fill_rows(arrays, cue, items):
     """Computes the rows of a batch and writes them; says which videos failed."""
     good = []
@@ -517,12 +523,11 @@ def main(argv=None):
             ensure_array(path, videos, output.shape, output.settings, resume, cue.caption_path)
     wait_for_ranks()
     arrays = [open_rows(path) for path in paths]
-    # one of the arrays may have been removed and begun again
-    there = np.logical_and.reduce([filled(array) for array in arrays])
-    # until all have read: the rows that one of them fills would change the others' parts
+    made = rows_made(arrays)
+    # until every rank has looked: new rows would change what is made, and so the ranks' shares
     wait_for_ranks()
 
-    todo = [video for video in cue.able if not there[video.row]]
+    todo = [video for video in cue.able if not made[video.row]]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
     if machine.rank == 0:
         print(
@@ -539,8 +544,8 @@ def main(argv=None):
             array.flush()
     wait_for_ranks()
     if machine.rank == 0:
-        # opened again: on a network disk it may not show yet what other nodes wrote
-        done = int(filled(open_rows(paths[-1])).sum())
+        # opened again: on a network disk they may not show yet what other nodes wrote
+        done = int(rows_made([open_rows(path) for path in paths]).sum())
         shapes = [f"{path} {list(array.shape)}" for path, array in zip(paths, arrays, strict=True)]
         print(f"{', '.join(shapes)}: {done} of {len(videos)} videos")
         if done == 0 and args.max_steps is None:

@@ -292,6 +292,10 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     replaced videos through the sizes there. Captions of other origin may lack the .json: then paths
     have to do."""
     path = Path(path)
+    about = read_about(path.with_suffix(".json"))
+    of_labels = about is not None and about.get("model") == "labels"
+    if of_labels:
+        remedy = remedy.replace("caption.py", "caption.py --labels", 1)
     from_start = with_flag(remedy, "--resume none")
     names = []
     captions = []
@@ -302,7 +306,8 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
                 if not isinstance(entry["captions"], list):
                     raise TypeError(f"line {len(names) + 1}: its captions are no list")
                 names.append(entry["path"])
-                captions.append([str(text) for text in entry["captions"]])
+                # an empty caption cannot guide: it is none
+                captions.append([str(text) for text in entry["captions"] if text != ""])
     except OSError as error:
         raise make_it_with(path, f"cannot be read ({error.strerror})", remedy) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -311,9 +316,11 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     if names != expected:
         if names == expected[: len(names)]:
             reason = first_rows(len(names), videos)
+            if of_labels:  # --labels makes all captions again, and takes no --extend
+                reason += " (give --label-column and --classes as before)"
+                raise make_it_with(path, reason, remedy)
             raise make_it_with(path, reason, with_flag(remedy, "--extend"))
         raise make_it_with(path, "is of another manifest", from_start)
-    about = read_about(path.with_suffix(".json"))
     if about is None:
         return captions
     if about.get("manifest") != manifest_hash(videos):

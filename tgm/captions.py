@@ -27,13 +27,26 @@ from tgm.arrays import (
 from tgm.manifest import ManifestError, Video, Videos, renewed_sizes
 from tgm.run import RunError, make_folder
 
+LABELS = "labels"  # in the place of the model, where captions are labels
+
 
 def make_entry(video: Video, captions: list[str], error: str | None = None) -> dict:
-    """What the file says of one video; error: why it has no captions."""
-    entry = {"row": video.row, "path": video.name, "captions": captions}
+    """What the file says of one video; error: why it has no captions.
+
+    An empty caption says nothing of a video and cannot guide a mask: it is left out. A video that
+    has no other one has failed."""
+    said = [caption for caption in captions if caption]
+    if error is None and not said:
+        error = f"{video.path}: the model's captions of it are empty"
+    entry = {"row": video.row, "path": video.name, "captions": said}
     if error is not None:
         entry["error"] = error
     return entry
+
+
+def has_captions(entry: dict) -> bool:
+    """Whether an entry holds a caption that is not empty."""
+    return any(entry["captions"])
 
 
 def is_captions(path: Path) -> bool:
@@ -114,8 +127,8 @@ class CaptionFile:
             self.check_origin(extend)
 
     def refuse_to_replace(self) -> None:
-        """ManifestError where there are captions that something else than these settings made.
-        Captions without a .json may be anybody's."""
+        """ManifestError where there are captions that were not made with these settings. Captions
+        without a .json may be anybody's."""
         about = read_about(self.about_path) or {}
         if self.keeps_old("auto") and about.get("model") != self.settings["model"]:
             raise ManifestError(f"{self.path}: made with another model; --resume none remakes it")
@@ -133,7 +146,7 @@ class CaptionFile:
     def keeps_old(self, resume: str) -> bool:
         """Whether the captions that are there stay. Where no video has one, nothing is lost: it
         begins again, with whatever settings."""
-        return resume != "none" and any(entry["captions"] for _, entry in self.lines())
+        return resume != "none" and any(has_captions(entry) for _, entry in self.lines())
 
     def entries(self) -> dict[int, dict]:
         """{row: entry} of this manifest. A row's captions win over its failures, and of two
@@ -143,7 +156,7 @@ class CaptionFile:
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
                 continue
             old = entries.get(row)
-            if old is not None and old["captions"] and not entry["captions"]:
+            if old is not None and has_captions(old) and not has_captions(entry):
                 continue
             entries[row] = entry
         return entries
@@ -152,20 +165,26 @@ class CaptionFile:
         """The rows to leave alone: those with captions, and with `extend` the failed ones, too."""
         if not self.keeps_old(resume):
             return set()
-        return {row for row, entry in self.entries().items() if entry["captions"] or extend}
+        return {row for row, entry in self.entries().items() if has_captions(entry) or extend}
 
     def check_origin(self, extend: bool) -> None:
-        """ManifestError unless the captions that are there may be gone on with: they were made of
-        this manifest, or of its first rows (`extend`), with the same settings, and of the same
+        """ManifestError unless the captions that are there can be continued: they were made for
+        this manifest, or for its first rows (`extend`), with the same settings, and of the same
         videos."""
         entries = self.entries()  # reads every line: a line that is no entry is refused here
         about = read_about(self.about_path)
         if about is None:  # somebody else's captions: only the paths can be compared
             return
+        if about.get("model") == LABELS:
+            raise ManifestError(
+                f"{self.path}: made by --labels, which makes all of them again in seconds (give "
+                "--labels, and --label-column and --classes as before); --resume none captions "
+                "with a model instead"
+            )
         count = rows_of_before(self.path, self.videos, about, extend)
 
         def is_made(row):
-            return row in entries and bool(entries[row]["captions"])
+            return row in entries and has_captions(entries[row])
 
         expected = origin(self.videos, count, self.settings)
         refuse_other_origin(self.path, self.videos, about, expected, is_made)
@@ -180,7 +199,7 @@ class CaptionFile:
         old = {}
         if self.keeps_old(resume):
             old = read_about(self.about_path)
-            if old is None and any(entry["captions"] for entry in self.entries().values()):
+            if old is None and any(map(has_captions, self.entries().values())):
                 return
             old = old or {}
         else:
@@ -216,7 +235,7 @@ class CaptionFile:
         self._write([entries[row] for row in range(count)])
         for path in self.parts():
             path.unlink()
-        failed = sum(not entry["captions"] for entry in entries.values())
+        failed = count - sum(map(has_captions, entries.values()))
         if failed == count:
             raise RunError(
                 f"{self.path}: none of the videos could be captioned; the reasons are in it"
