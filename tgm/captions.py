@@ -1,4 +1,5 @@
-"""The file of captions while caption.py writes it. arrays.py reads it when it is done.
+"""The file of captions while caption.py writes it. When it is done, saliency.py reads it by
+tgm.arrays.read_captions.
 
 Needs arrays.py, manifest.py and run.py.
 
@@ -89,15 +90,15 @@ def is_entry(value: object) -> bool:
 
 
 class CaptionFile:
-    """The captions of a manifest's videos, while they are made. In this order:
+    """The captions of a manifest's videos, while they are made. Call in this order:
 
-    claim     rank 0: refuses what must not be overwritten, and takes the lock
-    done      every rank: which rows it need not do
-    begin     rank 0, after all have asked: removes what is not kept, writes the .json
-    append    every rank, after each batch
-    join      rank 0, after all have ended: writes the joined file
+    claim     on rank 0: refuses what must not be overwritten, and takes the lock
+    done      on every rank: the rows that need no work
+    begin     on rank 0, after `done` on all: removes what is not kept, writes the .json
+    append    on every rank, after each batch
+    join      on rank 0, after the last `append` on all: writes the joined file
 
-    path: the joined file, which ends in .jsonl; settings: what the .json says of how they are made
+    path: the joined file, which ends in .jsonl; settings: how they are made, for the .json
     """
 
     def __init__(self, path: Path, videos: Videos, settings: dict):
@@ -144,13 +145,13 @@ class CaptionFile:
                 yield from read_lines(path)
 
     def keeps_old(self, resume: str) -> bool:
-        """Whether the captions that are there stay. Where no video has one, nothing is lost: it
-        begins again, with whatever settings."""
+        """Whether the captions that are there stay. If no video has any, nothing would be lost:
+        then they are begun again, and the settings may differ."""
         return resume != "none" and any(has_captions(entry) for _, entry in self.lines())
 
     def entries(self) -> dict[int, dict]:
-        """{row: entry} of this manifest. A row's captions win over its failures, and of two
-        failures the later one stays."""
+        """{row: entry} of this manifest. Captions of a row replace its failures; of two failures
+        the later one is kept."""
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
@@ -162,7 +163,7 @@ class CaptionFile:
         return entries
 
     def done(self, resume: str, extend: bool) -> set[int]:
-        """The rows to leave alone: those with captions, and with `extend` the failed ones, too."""
+        """The rows that need no work: those with captions; with `extend` also the failed ones."""
         if not self.keeps_old(resume):
             return set()
         return {row for row, entry in self.entries().items() if has_captions(entry) or extend}
@@ -193,9 +194,9 @@ class CaptionFile:
         """Removes captions that are not kept, and writes the .json. For rank 0, when all ranks have
         asked what is `done`.
 
-        note_sizes: the captions come from the pictures, so the .json notes the sizes of the videos'
-        files, which tell later whether a video was replaced.
-        Where captions without a .json are kept, none is written: nobody knows what made them."""
+        note_sizes: for captions of the pictures. The .json then holds the sizes of the videos'
+        files, by which a replaced video is noticed later.
+        If captions without a .json are kept, none is written: nobody knows what made them."""
         old = {}
         if self.keeps_old(resume):
             old = read_about(self.about_path)
@@ -224,9 +225,9 @@ class CaptionFile:
             ) from None
 
     def join(self) -> None:
-        """Once every row has been tried: writes the joined file, removes the parts, and prints the
-        numbers of captioned and failed videos. Before that it says how far the work is.
-        """
+        """If every row has been tried, writes the joined file, removes the parts, and prints the
+        numbers of captioned and failed videos; RunError if all have failed. Otherwise prints how
+        many rows have been tried."""
         entries = self.entries()
         count = len(self.videos)
         if len(entries) < count:
