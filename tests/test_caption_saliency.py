@@ -517,8 +517,8 @@ def test_labels_of_a_manifest_that_has_grown(copy):
 
 
 def test_an_empty_caption_is_none(copy, monkeypatch):
-    """It is left out, and a video without any other has failed and is tried again; so is one of a
-    file in which empty captions were kept."""
+    """caption.py leaves it out. A video without any other has failed and is tried again, also if
+    the file holds empty captions of it."""
     lines = (copy / "data/train.csv").read_text().splitlines(keepends=True)
     (copy / "data/few.csv").write_text("".join(lines[:4]))
     answers = [["", "a dog", ""], ["", "", ""], ["a cat", "a dog", "a cat"]]
@@ -534,8 +534,6 @@ def test_an_empty_caption_is_none(copy, monkeypatch):
     made[1] = {"path": made[1]["path"], "captions": ["", ""]}
     path.write_text("".join(json.dumps(entry) + "\n" for entry in made))
     answers[:] = [["a bird"] * 3]
-    text = ("saliency.py", "--data", "data/few.csv", "--clip", CLIP, "--moments", 2, "--workers", 0)
-    assert "1 videos without captions" in run(*text, cwd=copy)
     assert "3 videos captioned, 0 failed" in run(*command, cwd=copy)
     assert [entry["captions"] for entry in entries(copy, "few")] == [
         ["a dog"],

@@ -306,8 +306,7 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
                 if not isinstance(entry["captions"], list):
                     raise TypeError(f"line {len(names) + 1}: its captions are no list")
                 names.append(entry["path"])
-                # an empty caption cannot guide: it is none
-                captions.append([str(text) for text in entry["captions"] if text != ""])
+                captions.append([str(text) for text in entry["captions"]])
     except OSError as error:
         raise make_it_with(path, f"cannot be read ({error.strerror})", remedy) from None
     except (ValueError, KeyError, TypeError) as error:
