@@ -461,7 +461,8 @@ def test_git_goes_on_from_its_prompt(videos, models):
     inputs = caption.model_inputs(processor, images, "a red")
     words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     assert words == ["[CLS]", "a", "red"] and "token_type_ids" not in inputs
-    (made,) = caption.describe(model, processor, [(None, inputs, None)], "cpu", torch.float32, 1, 4)
+    items = [caption.Item(None, inputs)]
+    (made,) = caption.describe(model, processor, items, "cpu", torch.float32, 1, 4)
     with torch.no_grad():
         for image, text in zip(inputs["pixel_values"], made, strict=True):
             tokens = inputs["input_ids"][:1]

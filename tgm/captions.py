@@ -34,20 +34,17 @@ LABELS = "labels"  # in the place of the model, where captions are labels
 def make_entry(video: Video, captions: list[str], error: str | None = None) -> dict:
     """What the file says of one video; error: why it has no captions.
 
-    An empty caption says nothing of a video and cannot guide a mask: it is left out. A video that
-    has no other one has failed."""
-    said = [caption for caption in captions if caption]
-    if error is None and not said:
-        error = f"{video.path}: the model's captions of it are empty"
-    entry = {"row": video.row, "path": video.name, "captions": said}
+    captions: one per frame, as the model gave them. An empty one stays: it is the model's answer,
+    and would be empty again. `join` prints how many videos have no other."""
+    entry = {"row": video.row, "path": video.name, "captions": captions}
     if error is not None:
         entry["error"] = error
     return entry
 
 
 def has_captions(entry: dict) -> bool:
-    """Whether an entry holds a caption that is not empty."""
-    return any(entry["captions"])
+    """Whether the video was captioned. The captions may be empty texts."""
+    return len(entry["captions"]) > 0
 
 
 def is_captions(path: Path) -> bool:
@@ -242,6 +239,12 @@ class CaptionFile:
                 f"{self.path}: none of the videos could be captioned; the reasons are in it"
             )
         print(f"{self.path}: {count - failed} videos captioned, {failed} failed")
+        empty = count - failed - sum(any(entry["captions"]) for entry in entries.values())
+        if empty > 0:
+            print(
+                f"note: of {empty} videos all captions are empty, and an empty caption cannot "
+                "guide a mask: try another --prompt or --model, with --resume none"
+            )
 
     def _write(self, entries):
         lines = []
