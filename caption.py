@@ -25,10 +25,12 @@ model has to caption a blank image before any video is opened. No remote code is
 captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again. Each rank
-appends to a part file of its own; when all are done rank 0 joins them. Where rows were added at the
-manifest's end, `--extend` describes those alone. SIGTERM and Ctrl-C finish the current batch first;
-the exit status is the signal's. Captions made with other settings, or of other rows or videos, are
-refused (tgm/manifest.py says how replaced videos are noticed)."""
+appends to a part file of its own; when all are done rank 0 joins them. An empty caption is an
+answer of the model and is kept; a line at the end counts the videos that have no other. Where rows
+were added at the manifest's end, `--extend` captions only those; `--labels` makes all captions
+again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the exit
+status is the signal's. Captions made with other settings, or of other rows or videos, are refused
+(tgm/manifest.py says how replaced videos are noticed)."""
 
 import os
 from functools import partial
@@ -38,7 +40,7 @@ import numpy as np
 import torch
 
 from tgm.arrays import companion
-from tgm.captions import CaptionFile, make_entry
+from tgm.captions import LABELS, CaptionFile, make_entry
 from tgm.flags import Parser, add_video_flags, frame_count, positive_int
 from tgm.manifest import require_files
 from tgm.offline import (
@@ -94,13 +96,13 @@ def model_inputs(processor, images, prompt):
 def describe(model, processor, items, device, dtype, beams, max_tokens):
     """Captions of a batch of videos: a list of K strings for each.
 
-    items: as Item, (video, what `model_inputs` made of its K frames, None); beams: of the beam
+    items: Items whose value is what `model_inputs` made of a video's K frames; beams: of the beam
     search, 1 is greedy
     """
     inputs = {}
-    for key in items[0][1]:
-        value = torch.cat([tensors[key] for _, tensors, _ in items]).to(device)
-        # the numbers of tokens stay integers
+    for key in items[0].value:
+        value = torch.cat([item.value[key] for item in items]).to(device)
+        # pixels take the model's number type, token numbers stay integers
         inputs[key] = value.to(dtype) if value.is_floating_point() else value
     tokens = model.generate(**inputs, max_new_tokens=max_tokens, num_beams=beams, do_sample=False)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
@@ -132,9 +134,8 @@ def load_model(name, device, dtype):
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
-        missing = sorted(
-            report["missing_keys"]
-        )  # weights that are shared with another layer do not count
+        # weights that are shared with another layer do not count
+        missing = sorted(report["missing_keys"])
         model = model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -146,7 +147,7 @@ def load_model(name, device, dtype):
     if missing:
         raise RunError(
             f"--model {name}: {len(missing)} of its weights are not in its files, such as "
-            f"{missing[0]}: what it says would be noise ({TESTED})"
+            f"{missing[0]}: its captions would be noise ({TESTED})"
         )
     return model.eval(), processor
 
@@ -323,7 +324,7 @@ def main(argv=None):
     path = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     if args.labels:
         if torchrun_ranks()[0] == 0:
-            captions = CaptionFile(path, videos, {"model": "labels"})
+            captions = CaptionFile(path, videos, {"model": LABELS})
             write_labels(captions, read_classes(args.classes), args.resume)
         return
     settings = {
@@ -342,7 +343,7 @@ def main(argv=None):
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
-    # All that may fail comes before anything is written or removed: a model that does not serve
+    # All that may fail comes before anything is written or removed: a model that cannot be used
     # leaves no trace.
     if mine:
         processor, describe_items = load_captioner(args, machine)

@@ -43,7 +43,7 @@ the first in the list is taken.
 The contrastive head (tgm/textprobe.py). A checkpoint of pretrain.py that was trained with captions
 is asked two more things of the test videos; a video's embedding is its feature, projected.
   zero-shot  is its class the most similar of those named in val.classes.npy, which
-             saliency.py --cue classes makes? Top-1 and top-5 of --label-column; no training.
+             saliency.py --cue classes writes? Top-1 and top-5 of --label-column; no training.
   retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
              and the reverse? Recall, chance and the median rank of the first right answer.
 
@@ -374,7 +374,7 @@ def print_table(result):
     for name in ("linear", "knn", "attentive"):
         if name not in result:
             continue
-        chosen = {}  # of equal ones one
+        chosen = {}  # the distinct settings, in order
         for setting in result[f"{name}_chosen"]:
             words = " ".join(f"{key} {value:g}" for key, value in setting.items())
             chosen[words] = None
@@ -391,7 +391,7 @@ def interval_text(bounds):
     if bounds is None:
         return "one seed"
     low, high = bounds
-    if low == high:  # such as of a probe without chance: no certainty
+    if low == high:  # all seeds agree, as where nothing is random: that is no certainty
         return f"always {low:.3f}"
     return f"{low:.3f} to {high:.3f}"
 
@@ -532,7 +532,7 @@ def main(argv=None):
     rank, ranks, local_rank = torchrun_ranks()
     args.device, _ = choose_device(args.device, local_rank)
     if ranks > 1:
-        # no gradients are exchanged: gloo serves; a rank may wait very long for the slowest
+        # no gradients are exchanged, so gloo is enough; a rank may wait days for the slowest
         join_ranks("gloo", timeout=datetime.timedelta(days=7))
     encoder = load_encoder(
         args.checkpoint,
@@ -558,7 +558,7 @@ def main(argv=None):
     )
     make_folder(args.out)
     if rank == 0:
-        hold(args.out / "features")  # one run at a time writes into the folder
+        hold(args.out / "features")  # a lock until the end: only one run writes to this folder
     arrays = extract_all(
         encoder,
         plan,

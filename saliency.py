@@ -1,13 +1,14 @@
-"""Stage 2: saliency. Which patches of a video does a caption mean, or how does each patch move?
-And the names of classes, embedded as the captions are.
+"""Stage 2: saliency. Which patches of a video show what a caption names? Or: how does each patch
+move? Also embeds the names of classes in the same way as the captions.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
 Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text embeddings, the
                               contrastive loss's targets
         train.saliency.npy    [N, K, S, G, G] float16: cosine of patch and text at S moments, the
-                              mid-points of S equal parts of the video, G x G over the whole frame,
-                              squashed to a square
+                              mid-points of S equal parts of the video. G x G covers the whole
+                              frame, which is squashed to a square: a crop would leave patches of
+                              the video without a value
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and
                               heights per second
         train.classes.npy     with --cue classes: [C, D] float16, unit length: text embeddings of
@@ -27,19 +28,19 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
     # no videos: seconds
     python saliency.py --data data/val.csv --cue classes --classes names.txt
 
-Text. Any open_clip model with a plain vision transformer serves. The image feature CLIP was trained
-for is its class token; what its patch tokens say is a by-product, and how they are read matters
-(`--dense`):
+Text. Any open_clip model with a plain vision transformer can be used. CLIP's loss trained its class
+token; its patch tokens are a by-product, and how they are read matters (`--dense`):
 
-    last    the patch tokens as they leave the last block. They were trained for nothing, and match
-            the *background* better than the object: the class token gathers what it needs, and
-            patches keep what it does not.
+    last    the patch tokens as they leave the last block. No loss was applied to them in training,
+            and they match the *background* better than the object: the class token gathers what it
+            needs, and patches keep what it does not.
     value   in the last block each patch sees only itself: its value vector, through the output
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
-    self    each patch gathers the values of patches that look like it: query-query plus key-key
-            attention in the place of query-key (SCLIP, arXiv 2312.01597), without residual and MLP,
-            summed over the second half of the blocks, whose own input stays the ordinary one (CLIP
-            Surgery, arXiv 2304.05653)
+    self    each patch gathers the values of patches that look like it. Three ideas together:
+            query-query plus key-key attention in the place of query-key (SCLIP, arXiv 2312.01597),
+            without residual and MLP (ClearCLIP, arXiv 2407.12442), summed over blocks whose own
+            input stays the ordinary one (CLIP Surgery, arXiv 2304.05653). Here these blocks are the
+            second half.
 
 The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600
 held-out videos `./demo.sh` gave pointing accuracy and AUC of 0.36, 0.41 for `last`, 0.74, 0.79 for
@@ -56,11 +57,12 @@ takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
-caption; training leaves it out. Where rows were added at the manifest's end, `--extend` keeps those
-that there are (after caption.py --extend). SIGTERM and Ctrl-C end it by that signal after the batch
-in hand.
-Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B batch, L = 1 + G*G
-tokens, W width.
+caption; training leaves it out. Where rows were added at the manifest's end, `--extend` keeps the
+old rows and computes the new ones (after caption.py --extend). SIGTERM and Ctrl-C finish the
+current batch first; the exit status is the signal's.
+
+Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B batch, H W pixels,
+L = 1 + G*G tokens, E their width.
 """
 
 import argparse
@@ -124,9 +126,9 @@ class Output(NamedTuple):
 
 def patch_features(visual, images, dense):
     """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised ->
-    [B, G*G, D] float32.
+    [B, G*G, D] float32. dense: how they are read, see the top of this file.
     """
-    x = visual._embeds(images)  # [B, L, W], class token first
+    x = visual._embeds(images)  # [B, L, E], class token first
     blocks = visual.transformer.resblocks
     if dense == "last":
         for block in blocks:
@@ -136,7 +138,7 @@ def patch_features(visual, images, dense):
             x = block(x)
         _, _, values = project(blocks[-1], x)
         x = join_heads(blocks[-1], values)  # each token's own value
-    else:
+    else:  # "self"
         half = len(blocks) // 2
         for block in blocks[:half]:
             x = block(x)
@@ -146,36 +148,42 @@ def patch_features(visual, images, dense):
 
 
 def self_path(blocks, x):
-    """What tokens gather from those that look like them, summed over the blocks: [B, L, W] -> the
-    same. The blocks' own input stays the ordinary one."""
+    """What tokens gather from those that look like them, summed over the blocks: x [B, L, E] ->
+    [B, L, E]. The blocks' own input stays the ordinary one."""
     attend = F.scaled_dot_product_attention
-    path = 0.0
+    gathered = 0.0
     for block in blocks:
         q, k, v = project(block, x)
-        path = path + join_heads(block, attend(q, q, v) + attend(k, k, v))
+        gathered = gathered + join_heads(block, attend(q, q, v) + attend(k, k, v))
         if block is blocks[-1]:
-            break  # nothing reads its output
-        # the block itself, written out: its projections are computed once for both
+            break  # no block follows that needs its ordinary output
+        # x = block(x), written out: q, k and v are not computed a second time
         x = x + block.ls_1(join_heads(block, attend(q, k, v)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return path
+    return gathered
+
+
+def score_patches(patches, texts):
+    """The saliency: how well patches [S, G*G, D] fit texts [K, D] -> [K, S, G*G]. Both are of unit
+    length, so that the product is the cosine."""
+    return torch.einsum("spd,kd->ksp", patches, texts)
 
 
 def project(block, x):
-    """Queries, keys and values of a residual block's attention: x [B, L, W] -> three of [B,
-    heads, L, W / heads].
+    """Queries, keys and values of a residual block's attention: x [B, L, E] -> three of
+    [B, heads, L, E / heads].
     """
     qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def join_heads(block, heads):
-    """[B, heads, L, W / heads] through the block's output projection: [B, L, W]."""
+    """heads [B, heads, L, E / heads] through the block's output projection -> [B, L, E]."""
     return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def read_moments(video, moments, size, timeout):
-    """uint8 [S, 3, H, W], squashed to the size (H, W)."""
+    """Frames of a video at its moments, squashed to the size (H, W): uint8 [S, 3, H, W]."""
     with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
         frames = reader.read(segment_midpoints(start, end, moments), size)
@@ -200,8 +208,11 @@ def clip_settings(args, model):
 class TextCue:
     """How well every patch fits each caption of its video.
 
-    outputs: the arrays; able: the videos that have a row in them; read(video): for the loader's
-    workers; rows(items): computes them, one array's part after the other; says: a line to print
+    outputs: the arrays to write
+    videos: those that can have a row
+    summary: a line to print
+    read(video): decodes a video, in the loader's workers
+    rows(items): computes the rows of a batch; yields (row, [its value for each of the outputs])
     """
 
     def __init__(self, args, videos, machine):
@@ -213,7 +224,7 @@ class TextCue:
             raise ManifestError(
                 f"{self.caption_path}: no video has a caption; the reasons are in it"
             )
-        self.able = [video for video in videos if self.captions[video.row]]
+        self.videos = [video for video in videos if self.captions[video.row]]
         self.name = args.clip
         self.dense = args.dense
         self.moments = args.moments or 16
@@ -234,17 +245,18 @@ class TextCue:
             read_moments, moments=self.moments, size=size, timeout=args.video_timeout
         )
 
-        count = max(len(of_video) for of_video in self.captions)
-        width = len(self.embedded[texts[0]])
+        # of the video with the most; where a video has fewer, the rest of its row stays NaN
+        count = max(len(video_captions) for video_captions in self.captions)
+        dimension = len(self.embedded[texts[0]])
         settings = clip_settings(args, model)
-        of_maps = {"dense": args.dense, "moments": self.moments, "image_size": size[0]}
+        map_settings = {"dense": args.dense, "moments": self.moments, "image_size": size[0]}
         self.outputs = [
-            Output("text", (count, width), settings),
-            Output("saliency", (count, self.moments, *self.grid), settings | of_maps),
+            Output("text", (count, dimension), settings),
+            Output("saliency", (count, self.moments, *self.grid), settings | map_settings),
         ]
-        self.says = (
-            f"{args.clip}, {len(videos) - len(self.able)} videos without captions, {count} captions"
-            f" x {self.moments} moments x {self.grid[0]} x {self.grid[1]} patches"
+        self.summary = (
+            f"{args.clip}, {len(videos) - len(self.videos)} videos without captions, "
+            f"{count} captions x {self.moments} moments x {self.grid[0]} x {self.grid[1]} patches"
         )
 
     def rows(self, items):
@@ -254,13 +266,13 @@ class TextCue:
             normalised = (images / 255 - self.mean) / self.std
             patches = patch_features(self.visual, normalised, self.dense)
         patches = patches.unflatten(0, (len(items), self.moments))  # [B, S, G*G, D]
-        for item, of_video in zip(items, patches, strict=True):
+        for item, video_patches in zip(items, patches, strict=True):
             row = item.video.row
-            text = torch.stack([self.embedded[text] for text in self.captions[row]])  # [K, D]
-            maps = torch.einsum("spd,kd->ksp", of_video, text.to(self.device))
+            texts = torch.stack([self.embedded[caption] for caption in self.captions[row]])
+            maps = score_patches(video_patches, texts.to(self.device))  # [K, S, G*G]
             maps = maps.unflatten(-1, self.grid)
-            if maps.isfinite().all() and text.isfinite().all():
-                yield row, [text, maps]
+            if maps.isfinite().all() and texts.isfinite().all():
+                yield row, [texts, maps]
             else:
                 tqdm.write(f"{item.video.path}: {self.name} gives numbers that are not finite")
 
@@ -275,18 +287,19 @@ def read_codec_field(video, moments, window, grid, timeout):
     with VideoReader(video.path, vectors=True, timeout=timeout) as reader:
         start, end = reader.span(video)
         middles = segment_midpoints(start, end, moments)
-        seconds = window / reader.fps
+        window_seconds = window / reader.fps
         times = np.arange(math.ceil(start * reader.fps), math.ceil(end * reader.fps)) / reader.fps
         near = np.zeros(len(times), bool)
         if len(times):
-            near = abs(times[:, None] - middles).min(1) <= seconds / 2
+            near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
+        # no frame is near where the window is shorter than a frame: those at the moments then
         frames = reader.read_vectors(times[near] if near.any() else middles)
-    return torch.from_numpy(motion.codec_field(frames, middles, seconds, grid))
+    return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
 
 
 def read_pairs(video, moments, size, timeout):
-    """uint8 [S, 2, 3, H, W]: two frames around each moment, for optical flow; and the seconds
-    between them, float32 [S].
+    """Two frames around each moment, for optical flow, uint8 [S, 2, 3, H, W]; and the seconds
+    between the two, float32 [S].
     """
     with VideoReader(video.path, timeout=timeout) as reader:
         start, end = reader.span(video)
@@ -298,12 +311,12 @@ def read_pairs(video, moments, size, timeout):
 
 
 class MotionCue:
-    """How every cell moves. It has what TextCue has."""
+    """How every cell moves. It has the same attributes and methods as TextCue."""
 
     caption_path = None
 
     def __init__(self, args, videos, machine):
-        self.able = videos
+        self.videos = videos
         self.grid = args.grid
         self.device = machine.device
         self.raft = None
@@ -329,13 +342,14 @@ class MotionCue:
                 timeout=args.video_timeout,
             )
         self.outputs = [Output("motion", (moments, 2, args.grid, args.grid), settings)]
-        self.says = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
+        self.summary = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
 
     def rows(self, items):
         """Yields (row, [field [S, 2, G, G]])."""
         for item in items:
-            field = item.value
-            if self.raft is not None:
+            if self.raft is None:
+                field = item.value
+            else:
                 pairs, seconds = item.value
                 field = motion.raft_field(
                     self.raft, pairs.to(self.device), seconds.to(self.device), self.grid
@@ -347,7 +361,7 @@ class MotionCue:
 
 
 def make_classes(args, path, machine):
-    """--cue classes. For one process; it reads no videos."""
+    """Writes the array of --cue classes. For one process; it reads no videos."""
     names = read_names(args.classes)
     model, tokenizer = load_clip(args.clip, args.pretrained, None, machine.device)
     settings = clip_settings(args, model)
@@ -363,8 +377,8 @@ def make_classes(args, path, machine):
 
 
 def check_places(args, videos, prefix):
-    """Before models are loaded: RunError or ManifestError where no video is there that is to be
-    read, nothing can be written, or files to write are there that are not ours."""
+    """RunError or ManifestError, before models are loaded, if no video exists, if the folder cannot
+    be written to, or if a file of another program would be overwritten."""
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(args.out, Path(args.data).stem)
         raise RunError(
@@ -378,8 +392,14 @@ def check_places(args, videos, prefix):
         refuse_foreign_array(Path(f"{prefix}.{kind}.npy"))
 
 
+def rows_made(arrays):
+    """Which rows are there in all arrays of a cue, bool [N]: one of them may have been removed, and
+    begun again."""
+    return np.logical_and.reduce([filled(array) for array in arrays])
+
+
 def fill_rows(arrays, cue, items):
-    """Computes the rows of a batch and writes them; says which videos failed."""
+    """Computes the rows of a batch and writes them; prints which videos failed."""
     good = []
     for item in items:
         if item.error is None:
@@ -444,8 +464,8 @@ def parse_args(argv=None):
     clip.add_argument(
         "--pretrained",
         default="openai",
-        help="open_clip's tag of the weights, or a file, for which the name of --clip says the "
-        "activation (ViT-B-16-quickgelu for OpenAI's own)",
+        help="open_clip's tag of the weights, or a file of weights; for a file give the --clip "
+        "with its activation (ViT-B-16-quickgelu for OpenAI's weights)",
     )
     text = parser.add_argument_group("--cue text")
     text.add_argument(
@@ -517,17 +537,16 @@ def main(argv=None):
             ensure_array(path, videos, output.shape, output.settings, resume, cue.caption_path)
     wait_for_ranks()
     arrays = [open_rows(path) for path in paths]
-    # one of the arrays may have been removed and begun again
-    there = np.logical_and.reduce([filled(array) for array in arrays])
-    # until all have read: the rows that one of them fills would change the others' parts
+    made = rows_made(arrays)
+    # until every rank has looked: new rows would change what is made, and so the ranks' shares
     wait_for_ranks()
 
-    todo = [video for video in cue.able if not there[video.row]]
+    todo = [video for video in cue.videos if not made[video.row]]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
     if machine.rank == 0:
         print(
-            f"{cue.says}, on {machine.device}: {len(videos)} videos, {len(mine)} to do on rank 0 "
-            f"of {machine.ranks}"
+            f"{cue.summary}, on {machine.device}: {len(videos)} videos, {len(mine)} to do on "
+            f"rank 0 of {machine.ranks}"
         )
     try:
         for items in batches(
@@ -539,8 +558,8 @@ def main(argv=None):
             array.flush()
     wait_for_ranks()
     if machine.rank == 0:
-        # opened again: on a network disk it may not show yet what other nodes wrote
-        done = int(filled(open_rows(paths[-1])).sum())
+        # opened again: on a network disk they may not show yet what other nodes wrote
+        done = int(rows_made([open_rows(path) for path in paths]).sum())
         shapes = [f"{path} {list(array.shape)}" for path, array in zip(paths, arrays, strict=True)]
         print(f"{', '.join(shapes)}: {done} of {len(videos)} videos")
         if done == 0 and args.max_steps is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import BLIP, CLIP, run
 
+import caption
 import saliency
 from tgm.run import RunError
 from tgm.video import read_frames, segment_midpoints
@@ -474,6 +475,65 @@ def test_the_last_reason_of_a_failure_is_kept(copy):
     (copy / "bad.mp4").write_bytes(b"no video at all")
     run(*flags, cwd=copy)
     assert "Invalid data" in (copy / "few.captions.jsonl").read_text().splitlines()[1]
+
+
+def test_an_array_that_is_half_made_is_counted_as_half_made(copy):
+    """The maps are finished, the text embeddings were deleted and are made again for 4 videos."""
+    flags = ("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0)
+    (copy / "data/train.text.npy").unlink()
+    assert "4 of 32 videos" in run(*flags, "--batch-size", 4, "--max-steps", 1, cwd=copy)
+    assert "32 of 32 videos" in run(*flags, cwd=copy)
+
+
+def test_labels_of_a_manifest_that_has_grown(copy):
+    """The command that each refusal names works, and the arrays of the old rows are kept."""
+    lines = (copy / "data/train.csv").read_text().splitlines(keepends=True)
+    (copy / "data/few.csv").write_text("".join(lines[:5]))
+    data = ("--data", "data/few.csv")
+    column = ("--label-column", "caption")
+    texts = ("saliency.py", *data, "--clip", CLIP, "--moments", 2, "--workers", 0)
+    run("caption.py", *data, "--labels", *column, cwd=copy)
+    run(*texts, cwd=copy)
+    before = np.load(copy / "data/few.saliency.npy")
+    (copy / "data/few.csv").write_text("".join(lines[:8]))
+    assert run(*texts, "--extend", cwd=copy, fails=True) == (
+        "data/few.captions.jsonl: has the first 4 of 7 rows of the manifest (give --label-column "
+        "and --classes as before); make it with: python caption.py --labels --data data/few.csv"
+    )
+    for extend in ([], ["--extend"]):
+        assert run("caption.py", *data, "--model", BLIP, *extend, cwd=copy, fails=True) == (
+            "data/few.captions.jsonl: made by --labels, which makes all of them again in seconds "
+            "(give --labels, and --label-column and --classes as before); --resume none captions "
+            "with a model instead"
+        )
+    run("caption.py", "--labels", *data, *column, cwd=copy)
+    assert "7 of 7 videos" in run(*texts, "--extend", cwd=copy)
+    assert np.array_equal(np.load(copy / "data/few.saliency.npy")[:4], before)
+    (copy / "data/few.csv").write_text("".join([lines[0], *lines[2:5]]))
+    assert run(*texts, cwd=copy, fails=True).endswith(
+        "of another manifest; make it with: python caption.py --labels --data data/few.csv "
+        "--resume none"
+    )
+
+
+def test_videos_whose_captions_are_all_empty_are_counted(copy, monkeypatch):
+    """An empty caption is the model's answer: it is kept, and not asked for again."""
+    lines = (copy / "data/train.csv").read_text().splitlines(keepends=True)
+    (copy / "data/few.csv").write_text("".join(lines[:4]))
+    answers = [["", "a dog", ""], ["", "", ""], ["a cat", "a dog", "a cat"]]
+    monkeypatch.setattr(caption, "describe", lambda *_, **__: answers)
+    monkeypatch.setattr(caption, "check_model", lambda *_: None)
+    command = ("caption.py", "--data", "data/few.csv", "--model", BLIP, "--workers", 0)
+    note = (
+        "note: of 1 videos all captions are empty, and an empty caption cannot guide a mask: "
+        "try another --prompt or --model, with --resume none"
+    )
+    for _ in range(2):
+        out = run(*command, cwd=copy).splitlines()
+        assert out[-2:] == ["data/few.captions.jsonl: 3 videos captioned, 0 failed", note]
+        assert [entry["captions"] for entry in entries(copy, "few")] == answers
+    answers[1] = ["a bird"] * 3
+    assert note not in run(*command, "--resume", "none", cwd=copy)
 
 
 def test_class_names_may_begin_with_a_mark_and_labels_are_decimal(copy):

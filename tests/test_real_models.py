@@ -109,6 +109,20 @@ def test_other_towers_are_refused_before_anything_is_downloaded(monkeypatch):
             saliency.load_clip(name, tags[name], None, "cpu")
 
 
+def test_a_wrong_image_size_is_refused_before_anything_is_downloaded(monkeypatch):
+    def download(*_, **__):
+        raise AssertionError("downloads")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    monkeypatch.setattr(open_clip, "create_model", download)
+    for clip, tag, patch in (("ViT-B-16", "openai", 16), ("ViT-L-14", "openai", 14), (CLIP, "", 8)):
+        with pytest.raises(RunError) as error:
+            saliency.load_clip(clip, tag, 100, "cpu")
+        assert str(error.value) == (
+            f"--image-size 100: expected a multiple of the model's patch size, {patch}"
+        )
+
+
 def test_coca_leaves_no_array(copy):
     line = run(
         "saliency.py",
@@ -447,7 +461,8 @@ def test_git_goes_on_from_its_prompt(videos, models):
     inputs = caption.model_inputs(processor, images, "a red")
     words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     assert words == ["[CLS]", "a", "red"] and "token_type_ids" not in inputs
-    (made,) = caption.describe(model, processor, [(None, inputs, None)], "cpu", torch.float32, 1, 4)
+    items = [caption.Item(None, inputs)]
+    (made,) = caption.describe(model, processor, items, "cpu", torch.float32, 1, 4)
     with torch.no_grad():
         for image, text in zip(inputs["pixel_values"], made, strict=True):
             tokens = inputs["input_ids"][:1]

@@ -389,7 +389,7 @@ def test_items_arrive_as_they_are():
         "text",
     )
     for workers in (0, 2):
-        batches = list(loading.patient(loading.make_loader(Numbers(item), 3, workers)))
+        batches = list(loading.checked_batches(loading.make_loader(Numbers(item), 3, workers)))
         assert [len(batch) for batch in batches] == [3, 3, 2]
         for index, (number, mapping, pair, text) in enumerate(sum(batches, [])):
             assert (number, mapping["x"].tolist(), pair.a[0].item(), pair.b, text) == (
@@ -409,7 +409,7 @@ def test_a_dead_worker_is_one_line(tmp_path):
     with pytest.raises(
         run.RunError, match=r"^a decoding process ended: DataLoader worker .*\(pid.*--workers 0"
     ):
-        list(loading.patient(loading.make_loader(Numbers(die), 2, 1)))
+        list(loading.checked_batches(loading.make_loader(Numbers(die), 2, 1)))
 
 
 def test_other_errors_of_workers_stay_what_they_are():
@@ -419,22 +419,22 @@ def test_other_errors_of_workers_stay_what_they_are():
         raise RuntimeError("a bug in\n/dev/shm/project/video.py\nof this stage")
 
     with pytest.raises(RuntimeError, match="of this stage"):
-        list(loading.patient(loading.make_loader(Numbers(fail), 2, 1)))
+        list(loading.checked_batches(loading.make_loader(Numbers(fail), 2, 1)))
     with pytest.raises(RuntimeError, match="of this stage"):
-        list(loading.patient(loading.make_loader(Numbers(fail), 2, 0)))
+        list(loading.checked_batches(loading.make_loader(Numbers(fail), 2, 0)))
 
     def open_missing(index):
         open("/nowhere/video.mp4")
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        list(loading.patient(loading.make_loader(Numbers(open_missing), 2, 1)))
+        list(loading.checked_batches(loading.make_loader(Numbers(open_missing), 2, 1)))
 
 
 def no_open_files(batch):
     limit = len(os.listdir("/proc/self/fd")) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     try:
-        for items in loading.patient(
+        for items in loading.checked_batches(
             loading.make_loader(Numbers(lambda index: torch.zeros(100), length=400), batch, 1)
         ):
             print(f"{len(items)} items")
@@ -469,7 +469,9 @@ def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):
 
 def test_what_cannot_be_packed_is_an_error_and_not_a_wait():
     with pytest.raises(AttributeError, match="Can't pickle local object"):
-        list(loading.patient(loading.make_loader(Numbers(lambda index: lambda: index), 2, 1)))
+        list(
+            loading.checked_batches(loading.make_loader(Numbers(lambda index: lambda: index), 2, 1))
+        )
 
 
 def in_small_shared_memory(size, program, *flags):
@@ -508,7 +510,7 @@ class Clips(torch.utils.data.Dataset):
 def main(argv=None):
     run.GRACE = int(sys.argv[3])
     stop = run.StopSignal(then="ending after this batch")
-    for batch in loading.patient(loading.make_loader(Clips(), 8, 2)):
+    for batch in loading.checked_batches(loading.make_loader(Clips(), 8, 2)):
         print(len(batch), flush=True)
         if stop.name:
             stop.end()
@@ -540,7 +542,7 @@ def test_a_stuck_loader_ends_by_grace_or_by_a_second_signal(tmp_path):
         run.GRACE = grace
         stop = run.StopSignal(then="ending after this batch")
         stuck = Numbers(lambda index: time.sleep(1000) if index >= 2 else index)
-        for _ in loading.patient(loading.make_loader(stuck, 2, 1)):
+        for _ in loading.checked_batches(loading.make_loader(stuck, 2, 1)):
             print("a batch")
             if stop.name:
                 stop.end()
@@ -842,7 +844,7 @@ def test_errors_as_the_libraries_raise_them_are_one_line():
         with pytest.raises(SystemExit) as end:
             run.one_line_errors(
                 lambda argv, item=item: list(
-                    loading.patient(loading.make_loader(Numbers(item), 2, 1))
+                    loading.checked_batches(loading.make_loader(Numbers(item), 2, 1))
                 )
             )()
         assert end.value.code.startswith(line) and "\n" not in end.value.code

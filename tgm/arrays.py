@@ -338,6 +338,10 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     videos by the sizes there. Captions that another program wrote may lack the .json: then only the
     paths are compared."""
     path = Path(path)
+    about = read_about(path.with_suffix(".json"))
+    of_labels = about is not None and about.get("model") == "labels"
+    if of_labels:
+        remedy = remedy.replace("caption.py", "caption.py --labels", 1)
     from_start = with_flag(remedy, "--resume none")
     names = []
     captions = []
@@ -357,9 +361,11 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     if names != expected:
         if names == expected[: len(names)]:
             reason = describe_growth(len(names), videos)
+            if of_labels:  # --labels makes all captions again, and takes no --extend
+                reason += " (give --label-column and --classes as before)"
+                raise make_it_with(path, reason, remedy)
             raise make_it_with(path, reason, with_flag(remedy, "--extend"))
         raise make_it_with(path, "is of another manifest", from_start)
-    about = read_about(path.with_suffix(".json"))
     if about is None:
         return captions
     if about.get("manifest") != manifest_hash(videos):

@@ -1,4 +1,5 @@
-"""The file of captions while caption.py writes it. arrays.py reads it when it is done.
+"""The file of captions while caption.py writes it. When it is done, saliency.py reads it by
+tgm.arrays.read_captions.
 
 Needs arrays.py, manifest.py and run.py.
 
@@ -27,13 +28,23 @@ from tgm.arrays import (
 from tgm.manifest import ManifestError, Video, Videos, renewed_sizes
 from tgm.run import RunError, make_folder
 
+LABELS = "labels"  # in the place of the model, where captions are labels
+
 
 def make_entry(video: Video, captions: list[str], error: str | None = None) -> dict:
-    """What the file says of one video; error: why it has no captions."""
+    """What the file says of one video; error: why it has no captions.
+
+    captions: one per frame, as the model gave them. An empty one stays: it is the model's answer,
+    and would be empty again. `join` prints how many videos have no other."""
     entry = {"row": video.row, "path": video.name, "captions": captions}
     if error is not None:
         entry["error"] = error
     return entry
+
+
+def has_captions(entry: dict) -> bool:
+    """Whether the video was captioned. The captions may be empty texts."""
+    return len(entry["captions"]) > 0
 
 
 def is_captions(path: Path) -> bool:
@@ -76,15 +87,15 @@ def is_entry(value: object) -> bool:
 
 
 class CaptionFile:
-    """The captions of a manifest's videos, while they are made. In this order:
+    """The captions of a manifest's videos, while they are made. Call in this order:
 
-    claim     rank 0: refuses what must not be overwritten, and takes the lock
-    done      every rank: which rows it need not do
-    begin     rank 0, after all have asked: removes what is not kept, writes the .json
-    append    every rank, after each batch
-    join      rank 0, after all have ended: writes the joined file
+    claim     on rank 0: refuses what must not be overwritten, and takes the lock
+    done      on every rank: the rows that need no work
+    begin     on rank 0, after `done` on all: removes what is not kept, writes the .json
+    append    on every rank, after each batch
+    join      on rank 0, after the last `append` on all: writes the joined file
 
-    path: the joined file, which ends in .jsonl; settings: what the .json says of how they are made
+    path: the joined file, which ends in .jsonl; settings: how they are made, for the .json
     """
 
     def __init__(self, path: Path, videos: Videos, settings: dict):
@@ -114,8 +125,8 @@ class CaptionFile:
             self.check_origin(extend)
 
     def refuse_to_replace(self) -> None:
-        """ManifestError where there are captions that something else than these settings made.
-        Captions without a .json may be anybody's."""
+        """ManifestError where there are captions that were not made with these settings. Captions
+        without a .json may be anybody's."""
         about = read_about(self.about_path) or {}
         if self.keeps_old("auto") and about.get("model") != self.settings["model"]:
             raise ManifestError(f"{self.path}: made with another model; --resume none remakes it")
@@ -131,41 +142,47 @@ class CaptionFile:
                 yield from read_lines(path)
 
     def keeps_old(self, resume: str) -> bool:
-        """Whether the captions that are there stay. Where no video has one, nothing is lost: it
-        begins again, with whatever settings."""
-        return resume != "none" and any(entry["captions"] for _, entry in self.lines())
+        """Whether the captions that are there stay. If no video has any, nothing would be lost:
+        then they are begun again, and the settings may differ."""
+        return resume != "none" and any(has_captions(entry) for _, entry in self.lines())
 
     def entries(self) -> dict[int, dict]:
-        """{row: entry} of this manifest. A row's captions win over its failures, and of two
-        failures the later one stays."""
+        """{row: entry} of this manifest. Captions of a row replace its failures; of two failures
+        the later one is kept."""
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
                 continue
             old = entries.get(row)
-            if old is not None and old["captions"] and not entry["captions"]:
+            if old is not None and has_captions(old) and not has_captions(entry):
                 continue
             entries[row] = entry
         return entries
 
     def done(self, resume: str, extend: bool) -> set[int]:
-        """The rows to leave alone: those with captions, and with `extend` the failed ones, too."""
+        """The rows that need no work: those with captions; with `extend` also the failed ones."""
         if not self.keeps_old(resume):
             return set()
-        return {row for row, entry in self.entries().items() if entry["captions"] or extend}
+        return {row for row, entry in self.entries().items() if has_captions(entry) or extend}
 
     def check_origin(self, extend: bool) -> None:
-        """ManifestError unless the captions that are there may be gone on with: they were made of
-        this manifest, or of its first rows (`extend`), with the same settings, and of the same
+        """ManifestError unless the captions that are there can be continued: they were made for
+        this manifest, or for its first rows (`extend`), with the same settings, and of the same
         videos."""
         entries = self.entries()  # reads every line: a line that is no entry is refused here
         about = read_about(self.about_path)
         if about is None:  # somebody else's captions: only the paths can be compared
             return
+        if about.get("model") == LABELS:
+            raise ManifestError(
+                f"{self.path}: made by --labels, which makes all of them again in seconds (give "
+                "--labels, and --label-column and --classes as before); --resume none captions "
+                "with a model instead"
+            )
         count = rows_of_before(self.path, self.videos, about, extend)
 
         def is_made(row):
-            return row in entries and bool(entries[row]["captions"])
+            return row in entries and has_captions(entries[row])
 
         expected = origin(self.videos, count, self.settings)
         refuse_other_origin(self.path, self.videos, about, expected, is_made)
@@ -174,13 +191,13 @@ class CaptionFile:
         """Removes captions that are not kept, and writes the .json. For rank 0, when all ranks have
         asked what is `done`.
 
-        note_sizes: the captions come from the pictures, so the .json notes the sizes of the videos'
-        files, which tell later whether a video was replaced.
-        Where captions without a .json are kept, none is written: nobody knows what made them."""
+        note_sizes: for captions of the pictures. The .json then holds the sizes of the videos'
+        files, by which a replaced video is noticed later.
+        If captions without a .json are kept, none is written: nobody knows what made them."""
         old = {}
         if self.keeps_old(resume):
             old = read_about(self.about_path)
-            if old is None and any(entry["captions"] for entry in self.entries().values()):
+            if old is None and any(map(has_captions, self.entries().values())):
                 return
             old = old or {}
         else:
@@ -205,9 +222,9 @@ class CaptionFile:
             ) from None
 
     def join(self) -> None:
-        """Once every row has been tried: writes the joined file, removes the parts, and prints the
-        numbers of captioned and failed videos. Before that it says how far the work is.
-        """
+        """If every row has been tried, writes the joined file, removes the parts, and prints the
+        numbers of captioned and failed videos; RunError if all have failed. Otherwise prints how
+        many rows have been tried."""
         entries = self.entries()
         count = len(self.videos)
         if len(entries) < count:
@@ -216,12 +233,18 @@ class CaptionFile:
         self._write([entries[row] for row in range(count)])
         for path in self.parts():
             path.unlink()
-        failed = sum(not entry["captions"] for entry in entries.values())
+        failed = count - sum(map(has_captions, entries.values()))
         if failed == count:
             raise RunError(
                 f"{self.path}: none of the videos could be captioned; the reasons are in it"
             )
         print(f"{self.path}: {count - failed} videos captioned, {failed} failed")
+        empty = count - failed - sum(any(entry["captions"]) for entry in entries.values())
+        if empty > 0:
+            print(
+                f"note: of {empty} videos all captions are empty, and an empty caption cannot "
+                "guide a mask: try another --prompt or --model, with --resume none"
+            )
 
     def _write(self, entries):
         lines = []

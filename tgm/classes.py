@@ -65,19 +65,19 @@ def embed_names(
 ) -> np.ndarray:
     """The mean of a class's texts, which are the prompts with its name in the place of {}: float16
     [C, D], unit length."""
-    of_class = {}
+    texts_of_class = {}
     for name in names:
-        of_class[name] = [prompt.replace("{}", name) for prompt in prompts]
-    embedded = embed_texts(model, tokenizer, chain.from_iterable(of_class.values()), device)
+        texts_of_class[name] = [prompt.replace("{}", name) for prompt in prompts]
+    embedded = embed_texts(model, tokenizer, chain.from_iterable(texts_of_class.values()), device)
     means = []
-    for texts in of_class.values():
+    for texts in texts_of_class.values():
         means.append(torch.stack([embedded[text] for text in texts]).mean(0))
     return F.normalize(torch.stack(means), dim=-1).half().numpy()
 
 
 def claim_classes(path: Path, settings: dict, resume: str) -> bool:
-    """Whether the array is still to be made at `path`; holds its lock. ManifestError where a file
-    that is not ours stands there or, unless resume is "none", an array of other settings."""
+    """Whether the array at `path` is still to be made; holds its lock. ManifestError if another
+    program's file has that name or, unless resume is "none", an array of other settings."""
     refuse_foreign_array(path)
     hold(path)
     about = read_about(path.with_suffix(".json"))
@@ -88,15 +88,15 @@ def claim_classes(path: Path, settings: dict, resume: str) -> bool:
 
 
 def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
-    """Writes the array that `claim_classes` asked for, and its .json."""
+    """Writes the array, if `claim_classes` said that it is to be made, and its .json."""
     # an array without its .json is not an array: a kill leaves no array with another's settings
     path.with_suffix(".json").unlink(missing_ok=True)
     create_array(path, array.shape, array.dtype, settings, head=array)
 
 
 def open_classes(path: Path, remedy: str) -> tuple[np.ndarray, dict]:
-    """The embeddings, float32 [C, D], and what the .json says, its "names" among it. ManifestError,
-    ending in "make it with: {remedy}", where there is no such array or a damaged one."""
+    """-> (the embeddings, float32 [C, D]; the contents of the .json, "names" among them).
+    ManifestError, ending in "make it with: {remedy}", if the array is missing or damaged."""
     if is_held(path):
         raise ManifestError(f"{path}: another process is writing it: wait for its end")
     array, about = load_array(path, remedy)

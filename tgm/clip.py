@@ -29,96 +29,113 @@ def load_clip(
 
     name: one of open_clip's, or local-dir:FOLDER or hf-hub:NAME, which bring their own weights
     pretrained: open_clip's tag of the weights, or a file
-    image_size: pixels, None for the model's own; others interpolate the position table
+    image_size: pixels; None for the model's own. For another size the position table is
+        interpolated.
 
-    The activation is the one that the weights were trained with. RunError where open_clip's tables
-    contradict each other about it, where the image tower is not a plain vision transformer, and
-    where weights are missing: open_clip would warn at most, and draw them at random.
+    The activation is the one that the weights were trained with. RunError if
+
+    * open_clip's tables contradict each other about the activation,
+    * the image tower is not a plain vision transformer,
+    * image_size is no multiple of its patch size,
+    * weights are missing: open_clip would draw them at random, and warn at most.
     """
     import open_clip
 
-    flags = f"--clip {name}"
-    tag = {}
+    asked_for = f"--clip {name}"
+    weights = {}
     if ":" in name:
-        pretrained = None  # these bring their own
+        pretrained = None  # local-dir: and hf-hub: bring their own weights
     else:
-        name = name.replace("/", "-")  # as create_model does, but get_tokenizer does not
-        flags += f" --pretrained {pretrained}"
-        tag = open_clip.get_pretrained_cfg(name, pretrained or "")
+        # ViT-B/16 -> ViT-B-16: create_model does this, but get_tokenizer does not
+        name = name.replace("/", "-")
+        asked_for += f" --pretrained {pretrained}"
+        weights = open_clip.get_pretrained_cfg(name, pretrained or "")
     try:
         with quiet_libraries():
             config = open_clip.get_model_config(name)
-            check_configuration(name, pretrained, config, tag, flags)
+            check_configuration(name, pretrained, config, weights, asked_for)
+            if image_size is not None and "patch_size" in config["vision_cfg"]:
+                check_image_size(image_size, config["vision_cfg"]["patch_size"])
             model = open_clip.create_model(
                 name,
                 pretrained=pretrained,
-                force_quick_gelu=tag.get("quick_gelu", False),
+                # 19 of open_clip's weights would otherwise run with GELU
+                force_quick_gelu=weights.get("quick_gelu", False),
                 require_pretrained=True,
                 device=device,
             )
             tokenizer = open_clip.get_tokenizer(name)
     except (RunError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # missing or damaged files, no network, other weights, anything
+    except Exception as error:  # missing or damaged files, no network, another model's weights
         raise RunError(
-            f"{flags}: cannot load it: {reason_of(error)} (for the toy world: "
+            f"{asked_for}: cannot load it: {reason_of(error)} (for the toy world: "
             "--clip local-dir:data/toy/clip)"
         ) from None
+    # saliency.py reads the projections of these blocks; others name them differently
     kinds = {type(block) for block in model.visual.transformer.resblocks}
     if kinds != {open_clip.transformer.ResidualAttentionBlock}:
-        raise RunError(f"{flags}: {NOT_PLAIN}")
+        raise RunError(f"{asked_for}: {NOT_PLAIN}")
     if image_size is not None:
         change_image_size(model, image_size)
     return model.eval(), tokenizer
 
 
 def check_configuration(
-    name: str, pretrained: str | None, config: dict | None, tag: dict, flags: str
+    name: str, pretrained: str | None, config: dict | None, weights: dict, asked_for: str
 ) -> None:
-    """RunError for what can be told before weights are downloaded.
+    """RunError for faults that can be seen before weights are downloaded.
 
-    config: open_clip's for the model, None if there is none
-    tag: its entry for the weights, empty if there is none
-    flags: the command line's words, for the message
+    config: open_clip's for the model, None if it has none
+    weights: open_clip's table entry for the weights, empty if it has none
+    asked_for: the flags of the command line, for the message
     """
     import open_clip
 
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
         raise RunError(
-            f"{flags}: cannot load it: no such model in open_clip; near to it are "
+            f"{asked_for}: cannot load it: no such model in open_clip; near to it are "
             f"{', '.join(near) or 'none'}"
         )
     vision = config["vision_cfg"]
-    convolutional = isinstance(vision.get("layers"), list)
+    convolutional = isinstance(vision.get("layers"), list)  # a ResNet lists the blocks per stage
     if vision.get("timm_model_name") or convolutional or vision.get("attentional_pool"):
-        raise RunError(f"{flags}: {NOT_PLAIN}")
-    if ":" not in name and not tag and not Path(pretrained or "").is_file():
+        raise RunError(f"{asked_for}: {NOT_PLAIN}")
+    if ":" not in name and not weights and not Path(pretrained or "").is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise RunError(
-            f"{flags}: neither a file nor one of open_clip's tags for this model: "
+            f"{asked_for}: neither a file nor one of open_clip's tags for this model: "
             f"{tags or 'it has none'}"
         )
-    if tag and config.get("quick_gelu") and not tag.get("quick_gelu"):
-        hub = tag["hf_hub"].strip("/")
+    # open_clip can force QuickGELU on, but not off. In version 3.3 this is roberta-ViT-B-32 alone.
+    if weights and config.get("quick_gelu") and not weights.get("quick_gelu"):
+        hub = weights["hf_hub"].strip("/")
         raise RunError(
-            f"{flags}: open_clip's configuration has QuickGELU, its table of weights GELU; "
+            f"{asked_for}: open_clip's configuration has QuickGELU, its table of weights GELU; "
             f"--clip hf-hub:{hub} takes the configuration published with the weights"
         )
 
 
-def change_image_size(model: torch.nn.Module, pixels: int) -> None:
-    """Gives a plain vision transformer square images of another size, as open_clip does while it
-    loads weights: by interpolating the position table. But in float32, whatever the weights' file
-    holds: float16 has no such interpolation on a CPU."""
-    import open_clip
-
-    visual = model.visual
-    patch = visual.patch_size[0]
+def check_image_size(pixels: int, patch: int) -> None:
+    """RunError unless square images of this size have a whole number of patches."""
     if pixels % patch:
         raise RunError(
             f"--image-size {pixels}: expected a multiple of the model's patch size, {patch}"
         )
+
+
+def change_image_size(model: torch.nn.Module, pixels: int) -> None:
+    """Gives a plain vision transformer square images of another size, by interpolating its position
+    table.
+
+    create_model(force_image_size=...) does the same, but in the number type of the weights' file:
+    that fails for float16 on a CPU. The model's weights are float32 here."""
+    import open_clip
+
+    visual = model.visual
+    patch = visual.patch_size[0]
+    check_image_size(pixels, patch)  # a configuration need not tell the patch size
     visual.image_size = (pixels, pixels)
     visual.grid_size = (pixels // patch, pixels // patch)
     table = visual.positional_embedding.detach()
@@ -141,13 +158,13 @@ def embed_texts(
     batch: int = 256,
     quiet: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Unit-length embeddings of distinct texts: {text: float32 [D] on the CPU}. A text that is too
-    long is cut by the tokenizer. quiet: without a progress bar."""
-    texts = sorted(set(texts))
+    """Unit-length embeddings of texts, each distinct text once: {text: float32 [D] on the CPU}. A
+    text that is too long is cut by the tokenizer. quiet: without a progress bar."""
+    texts = sorted(set(texts))  # sorted: every run makes the same batches
     embedded = {}
     for start in tqdm(range(0, len(texts), batch), "texts", unit="batch", delay=5, disable=quiet):
         part = texts[start : start + batch]
-        # in float32: under bf16 autocast lengths would be off by 0.25 %
+        # normalised in float32: a length that is rounded to bf16 is off by up to 0.25 %
         features = model.encode_text(tokenizer(part).to(device)).float()
         embedded.update(zip(part, F.normalize(features, dim=-1).cpu(), strict=True))
     return embedded

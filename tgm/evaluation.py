@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from model import VideoViT, normalize
-from tgm.loading import make_loader, patient
+from tgm.loading import checked_batches, make_loader
 from tgm.run import RunError, part_of_rank, writing
 from tgm.sampling import Views
 
@@ -51,27 +51,27 @@ def predict(
     """The mean softmax over each video's views, float32 [N, C] on the CPU, the same on every rank;
     NaN for a video that cannot be read.
 
-    views: of all N videos of a manifest; each rank reads its part. autocast: the context in which
-    the model runs. batch_size: views per batch and rank, but never fewer than one video's. RunError
-    if no video can be read."""
+    views: of all N videos of a manifest; each rank reads its share. autocast: the context in which
+    the model runs, entered once per batch. batch_size: views per batch and rank, but never fewer
+    than one video's. The model is in training mode afterwards. RunError if no video can be read."""
     per_video = views.clips * views.crops
     mine = part_of_rank(range(len(views)), rank, ranks)
     loader = make_loader(Subset(views, mine), max(1, batch_size // per_video), workers)
     probabilities = torch.zeros(len(views), classes, device=device)
-    counted = torch.zeros(len(views), device=device)
+    counted = torch.zeros(len(views), device=device)  # how many ranks took each video
     reasons = []
     model.eval()
     title = f"{views.clips} x {views.crops} views"
     quiet = None if rank == 0 else True  # None: quiet where the output is no terminal
     with tqdm(total=len(mine), desc=title, unit="video", disable=quiet) as bar:
-        for items in patient(loader):
+        for items in checked_batches(loader):
             rows = []
             clips = []
-            for row, of_video, error in items:
+            for row, video_views, error in items:
                 counted[row] += 1
                 if error is None:
                     rows.append(row)
-                    clips.append(of_video)
+                    clips.append(video_views)
                 else:
                     probabilities[row] = math.nan
                     reasons.append(error)
@@ -79,8 +79,8 @@ def predict(
                 video = normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
                 with autocast:
                     logits = model(video)  # [B*V, C]
-                of_views = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
-                probabilities[rows] = of_views.mean(1)
+                each_view = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
+                probabilities[rows] = each_view.mean(1)
             bar.update(len(items))
     model.train()
 
@@ -91,6 +91,7 @@ def predict(
             dist.all_reduce(tensor)
     assert (counted == 1).all(), "a test video was left out or counted twice"
     if unreadable == len(views):
+        # a rank that had no videos knows no reason
         first = reasons[0] if reasons else "another rank says why"
         raise RunError(
             f"none of the {len(views)} videos to be tested can be read: {first}: "
@@ -107,8 +108,9 @@ def score(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> di
     """Accuracies of probabilities [N, C] for labels [N] (-1: of no known class).
 
     Returns top1, top5, mean_class (the mean over the classes present), per_class [C] (NaN if
-    absent), confusion [C, C] (true, predicted) and correct [N]. A row of NaN is wrong, and not in
-    confusion; a label of -1 is wrong in top1 and top5, and in none of the classes' numbers."""
+    absent), confusion [C, C] (true, predicted) and correct [N]. A row of NaN counts as wrong, and
+    is left out of confusion. A label of -1 counts as wrong in top1 and top5, and is left out of
+    mean_class, per_class and confusion."""
     readable = ~probabilities.isnan().any(1)
     ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices  # best class first
     hit = (ranked == labels[:, None]) & readable[:, None]  # [N, 5, or C if there are fewer]
@@ -157,7 +159,7 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: Sequence[str]) ->
     and counts are written where there is room."""
     from PIL import Image, ImageDraw
 
-    share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
     cell = max(2, min(36, 1200 // len(names)))  # pixels
     named = cell >= 12
     counted = cell >= 24
@@ -177,14 +179,14 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: Sequence[str]) ->
             ImageDraw.Draw(sideways).text((0, 0), name[:28], fill="black")
             picture.paste(sideways.rotate(90, expand=True), (middle, 14))
     outline = "lightgrey" if named else None
-    for (true, predicted), part in np.ndenumerate(share):
+    for (true, predicted), share in np.ndenumerate(shares):
         x = margin + predicted * cell
         y = margin + true * cell
-        colour = tuple(round(255 - part * (255 - darkest)) for darkest in (20, 60, 130))
+        colour = tuple(round(255 - share * (255 - darkest)) for darkest in (20, 60, 130))
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=outline)
         count = int(confusion[true, predicted])
         if counted and count > 0:
-            ink = "white" if part > 0.5 else "black"
+            ink = "white" if share > 0.5 else "black"
             draw.text((x + 4, y + cell // 2 - 6), str(count), fill=ink)
     picture.save(path)
 
@@ -198,12 +200,12 @@ def write_test(
     about: dict,
     train_labels: torch.Tensor | None = None,
 ) -> dict:
-    """Writes test.json, per_class.csv and confusion.png to the folder `out`; returns what test.json
-    holds.
+    """Writes test.json, per_class.csv and confusion.png to the folder `out`; returns the contents
+    of test.json.
 
-    result: of `score`. names: of the classes. about: more entries of test.json, whose "majority" is
-    the accuracy of always saying the most frequent class of the training labels (of the test labels
-    where they are not given). RunError if a file cannot be written."""
+    result: of `score`. names: of the classes. about: further entries of test.json. Its "majority"
+    is the accuracy of always answering the most frequent class of the training labels, or of the
+    test labels if those are not given. RunError if a file cannot be written."""
     floor_labels = labels[labels >= 0] if train_labels is None else train_labels
     summary = about | {
         "videos": len(labels),
@@ -224,6 +226,6 @@ def write_test(
             writer.writerow((name, int((labels == number).sum()), text))
     with writing(out / "confusion.png"):
         draw_confusion(out / "confusion.png", result["confusion"], names)
-    with writing(out / "test.json"):  # last: where it is, the others are complete
+    with writing(out / "test.json"):  # written last: if it exists, the other files are complete
         (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

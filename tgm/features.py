@@ -7,8 +7,8 @@ Needs model.py; of this folder arrays.py, manifest.py, run.py, sampling.py and v
     arrays["train"]["features"]                                            float32 [N, D], mapped
 
 A row is NaN until it is written, and stays NaN if its video cannot be read. The next run reads only
-the videos whose rows are NaN. The .json next to each array says what it was made with and of; if
-that changes, the array is made again.
+the videos whose rows are NaN. The .json next to each array holds the encoder, the settings and the
+videos that it was made of; if one of them changes, the array is made again.
 
 Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
 grid, M tokens kept of each view, D width.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import model as models
 from tgm import checkpoints
 from tgm.arrays import create_array, file_hash, open_rows, read_about
-from tgm.loading import make_loader, patient
+from tgm.loading import checked_batches, make_loader
 from tgm.manifest import Video, Videos, file_sizes, manifest_hash
 from tgm.run import (
     RunError,
@@ -50,7 +50,7 @@ from tgm.video import TIMEOUT, VideoError, VideoReader
 
 
 class FrozenEncoder(NamedTuple):
-    """A pretrained VideoMAE in evaluation mode, and what its features depend on."""
+    """A VideoMAE in evaluation mode, and the settings that its features depend on."""
 
     model: models.VideoMAE
     identity: str  # changes with the weights
@@ -283,9 +283,11 @@ def extract_all(
         loader = make_loader(views, batch_size, workers if mine else 0)
         title = f"{extraction.split} {' '.join(arrays)}"
         quiet = rank > 0 or not mine
-        batches = tqdm(patient(loader), title, total=len(loader), unit="batch", disable=quiet)
+        batches = tqdm(
+            checked_batches(loader), title, total=len(loader), unit="batch", disable=quiet
+        )
         for number, items in enumerate(batches):
-            if number == max_steps or stop.name:  # max_steps None: never
+            if number == max_steps or stop.name:  # max_steps None: no limit
                 break
             encode_batch(encoder, items, arrays, extraction.token_grid)
             left -= len(items)
@@ -319,7 +321,7 @@ def open_features(
     about = {
         "manifest": manifest_hash(videos),
         "root": os.path.realpath(videos.folder),  # equal paths under another root: other videos
-        "files": file_sizes(videos),  # a file of another size is another video
+        "files": file_sizes(videos),  # of sampled rows: a file of another size is another video
         "checkpoint": encoder.identity,
         "size": encoder.size,
     }
@@ -340,9 +342,10 @@ def open_features(
 
 
 def complete_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """True where the rows of all arrays [N, ...] are complete, bool [N]. A killed process may leave
-    half of a row; a row is written front to back, so its last number shows that all of it is there.
-    """
+    """True where the rows of all arrays [N, ...] are complete, bool [N].
+
+    A killed process may leave half of a row. A row is written front to back, so its last number
+    shows that all of it is there."""
     complete = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]

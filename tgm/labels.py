@@ -19,21 +19,21 @@ def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
 
 
 def class_names(videos: Videos) -> list[str]:
-    """The labels that occur, sorted: numbers first, in their order."""
+    """The distinct labels, sorted: numbers first, by their value."""
     return sorted({video.label for video in videos}, key=class_order)
 
 
 def class_order(name: str):
-    """The sorting key of `class_names`, by which "10" follows "9"; the third entry orders "1" and
-    "01"."""
+    """The sorting key of `class_names`: "10" comes after "9". The third entry orders "1" and "01",
+    which are the same number."""
     if name.isdecimal():
         return 0, int(name), name
     return 1, 0, name
 
 
 def number_labels(manifest: str, videos: Videos, names: list[str]) -> torch.Tensor:
-    """The class number of each video, its label's place among the names; -1 if it is not there:
-    LongTensor [videos]. ManifestError if no label is there."""
+    """The class number of each video, int64 [N]: the place of its label in `names`, -1 if it is not
+    among them. ManifestError if that holds for every label."""
     class_of = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():

@@ -1,7 +1,7 @@
-"""Loaders: batches from decoding processes, whose failures end the run in one line. Needs run.py,
-sampling.py, training.py and video.py.
+"""Loaders: batches from decoding processes. If such a process fails, the run ends with one line.
+Needs run.py, sampling.py, training.py and video.py.
 
-    for items in patient(make_loader(dataset, 16, workers=4)):      lists of items, in order
+    for items in checked_batches(make_loader(dataset, 16, workers=4)):      lists, in order
     batches = batches_from(step, loader, schedule)                  training batches without end
 """
 
@@ -34,9 +34,9 @@ LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
 
 
 def begin_worker(number: int) -> None:
-    """The worker_init_fn of every loader. Besides the signals it silences a thread of Python's in
-    which tensors wait to be fetched: where it finds too many open files it tries again, and prints
-    a traceback each time. The run says the reason once."""
+    """The worker_init_fn of every loader. The worker ignores signals. It also hides the tracebacks
+    of a thread of Python's in which tensors wait to be fetched: if too many files are open, that
+    thread tries again and again, and prints one each time. The run prints the reason once."""
     ignore_signals(number)
     shown = sys.excepthook
 
@@ -51,12 +51,12 @@ def begin_worker(number: int) -> None:
 
 
 def share(items):
-    """The collate_fn of lists: in a worker, packs them for their way to the run, tensors by shared
+    """The collate_fn of lists. In a worker it packs them to be sent to the run, tensors by shared
     memory.
 
-    The loader would do that itself in a thread of the worker. There an error is lost, be it of a
-    full /dev/shm or of too many open files, and the run waits forever for a batch that never comes;
-    here it reaches the run like any error of a worker."""
+    Without it the loader does so in a thread of the worker. There an error is lost, such as of a
+    full /dev/shm or of too many open files, and the run waits forever for a batch that never comes.
+    Here the error reaches the run like any other of a worker."""
     if torch.utils.data.get_worker_info() is None:
         return items
     return bytes(ForkingPickler.dumps(items))
@@ -84,7 +84,7 @@ class ListLoader(DataLoader):
 
 
 def make_loader(dataset, batch_size: int, workers: int, **options) -> ListLoader:
-    """A loader of lists of items, in the order of the data set. Read it by `patient`."""
+    """A loader of lists of items, in the order of the data set. Read it by `checked_batches`."""
     return ListLoader(
         dataset,
         batch_size,
@@ -121,14 +121,14 @@ def make_clip_loader(
 
 
 def batches_from(step: int, loader: DataLoader, schedule: Schedule):
-    """The batches of all steps after `step`, one epoch after the other, without end. RunError where
-    a video and all those that could take its place cannot be read."""
+    """The batches of all steps after `step`, one epoch after the other, without end. RunError if
+    neither a video nor any that could take its place can be read."""
     while True:
         epoch, done = divmod(step, schedule.steps_per_epoch)
         loader.batch_sampler.epoch = epoch
         loader.batch_sampler.start = done * schedule.accum
         try:
-            yield from patient(loader)
+            yield from checked_batches(loader)
         except VideoError as error:  # a worker puts its traceback before the message
             reason = str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
             raise RunError(reason) from None
@@ -138,13 +138,13 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def patient(loader: DataLoader):
-    """The batches of a loader. RunError where its workers cannot be started, find no shared memory,
-    or die."""
+def checked_batches(loader: DataLoader):
+    """The batches of a loader. RunError where its workers cannot be started, die, find no shared
+    memory, or have too many open files."""
     try:
-        # The locks of the workers' queues lie in shared memory, too. Were the loader the first to
-        # find no room for them, Python would print a traceback of the half-made loader's end, so as
-        # many are made here and thrown away.
+        # The locks of the workers' queues need shared memory, too. If the loader finds no room for
+        # them, Python prints a traceback when it deletes the half-made loader. So the same number
+        # of locks is made here first, and thrown away.
         locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
         del locks
         batches = iter(loader)

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tgm.flags import add_machine_flags, positive_int
-from tgm.loading import make_loader, patient
+from tgm.loading import checked_batches, make_loader
 from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
 from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
 from tgm.video import VideoError
@@ -157,7 +157,7 @@ def batches(
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(VideoItems(videos, read), batch_size, workers)
     with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:
-        for step, items in enumerate(patient(loader), 1):
+        for step, items in enumerate(checked_batches(loader), 1):
             yield items
             bar.update(len(items))
             if step == max_steps or stop.name:  # a signal came

@@ -1,6 +1,7 @@
 """What the contrastive head of a checkpoint of pretrain.py knows of a test set: the classes of its
 videos, without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs
-the rest of tgm/; the mathematics is in zeroshot.py.
+arrays.py, checkpoints.py, classes.py, evaluation.py and manifest.py; the mathematics is in
+zeroshot.py.
 
     head = find_head("runs/text/checkpoint.pt")
     result = probe_head(head, features, videos, "data/val.csv")
@@ -27,7 +28,7 @@ from tgm.manifest import ManifestError, Video
 from tgm.zeroshot import Ranks, retrieval, zero_shot
 
 FOLDER = "local-dir:"  # how open_clip's name of a folder begins
-MOST = (1, 5, 10)  # recall is counted among so many answers
+MOST = (1, 5, 10)  # the k of recall at k
 CLIP = ("clip", "pretrained", "activation")  # what a .json says of the model that embedded texts
 
 
@@ -40,8 +41,8 @@ class TextHead(NamedTuple):
 
 
 def find_head(checkpoint: str | Path) -> TextHead | None:
-    """The head of a checkpoint; None if there is none that was trained with captions: an untrained
-    encoder ("none"), other people's files, a pretraining without text."""
+    """The head of a checkpoint that was trained with captions. None for an untrained encoder
+    ("none"), for files that pretrain.py did not write, and for a pretraining without text."""
     saved = saved_args(checkpoint)
     if "nce_weight" not in saved:
         return None
@@ -67,7 +68,8 @@ def project(head: TextHead, features: np.ndarray) -> np.ndarray:
 
 
 def identity(about: dict, key: str) -> str | None:
-    """What a .json says of CLIP; of a folder, where it is, however it is written."""
+    """An entry of a .json about CLIP. A folder becomes its real path, so that two ways of writing
+    it are equal."""
     value = about.get(key)
     if value is not None and value.startswith(FOLDER):
         return FOLDER + os.path.realpath(value.removeprefix(FOLDER))
@@ -102,8 +104,8 @@ def probe_head(
     manifest: str | Path,
     seed: int = 0,
 ) -> dict:
-    """Entries for the result of a probe, without those of a measure that cannot be taken; prints in
-    one line why not.
+    """The entries of both measures, for the result of a probe. A measure that cannot be taken has
+    none; a line says why.
 
     features: [N, D] of the test videos; manifest: theirs, beside which the arrays of texts stand"""
     if head is None:
@@ -125,8 +127,8 @@ def probe_head(
 def probe_zero_shot(
     head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels, which are names of classes or their numbers; ManifestError
-    if no array of names serves."""
+    """Zero-shot accuracy on the labels, which are names of classes or their numbers. ManifestError
+    if there is no array of names, or if it does not fit the head or the labels."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
     classes, about = open_classes(path, remedy)
@@ -152,18 +154,19 @@ def probe_zero_shot(
 def probe_retrieval(
     head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path
 ) -> dict:
-    """Retrieval over the captions; ManifestError if no array of them serves."""
+    """Retrieval over the captions. ManifestError if there is no array of them, or if it does not
+    fit the head or the manifest."""
     path = companion(manifest, "text.npy")
     remedy = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")  # if they were remade, the array is stale
     expect = {"captions": file_hash(captions)} if captions.exists() else {}
     text, about = open_array(path, videos, remedy, **expect)
     refuse_other_clip(path, head, text.shape[-1], about)
-    there = filled(text)
-    if not there.any():
+    is_made = filled(text)
+    if not is_made.any():
         raise ManifestError(f"{path}: no row of it is made; make it with: {remedy}")
-    if not there.all():
-        print(describe_gaps(path, there))
+    if not is_made.all():
+        print(describe_gaps(path, is_made))
     to_text, to_video = retrieval(video, np.asarray(text, np.float32))
     return {"video_to_text": summary(to_text), "text_to_video": summary(to_video)}
 
@@ -180,7 +183,7 @@ def summary(ranks: Ranks) -> dict:
 
 
 def print_head(result: dict) -> None:
-    """The lines of a table, chance in brackets."""
+    """Prints both measures as a table, chance in brackets."""
     mark = " (monitored head)" if result.get("monitored_head") else ""
     if "zero_shot" in result:
         classes = result["zero_shot_classes"]

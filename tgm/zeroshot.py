@@ -24,8 +24,8 @@ def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int
     """Whether the class of each video is among its 1, 2, ... k most similar ones.
 
     video: float [N, D]; classes: float [C, D]; labels: int [N], -1 for a class that has no
-    embedding. Returns bool [N, k]; -1 and NaN count as wrong. Where classes are equally similar,
-    the right one comes last: a head that says the same of all classes knows none."""
+    embedding. Returns bool [N, k]; -1 and NaN count as wrong. Of equally similar classes the right
+    one is ranked last, so that a head for which all classes are equal gets no hit."""
     correct = np.zeros((len(video), k), bool)
     known = np.flatnonzero(np.isfinite(video).all(1) & (labels >= 0))
     similar = video[known] @ classes.T  # [known, C]
@@ -38,8 +38,8 @@ def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int
 class Ranks:
     """The rank of the first right answer of every query.
 
-    ranks: float [Q], from 1; infinite where there is none. right: int [Q], how many of the
-    `answers` are right."""
+    ranks: float [Q], from 1; infinite for a query without a right answer. right: int [Q], how many
+    answers are right. answers: how many there are in all."""
 
     def __init__(self, ranks: np.ndarray, right: np.ndarray, answers: int):
         self.ranks = ranks
