@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage on the toy world, on a laptop CPU: about 10 minutes on two cores after installing. Ends with one table and
+# Every stage on the toy world, on a laptop CPU: about 9 minutes on two quiet cores after installing. Ends with one table and
 # pictures in runs/demo. Run it again and only what is missing is done.
 set -eu
 cd "$(dirname "$0")"
