@@ -49,6 +49,7 @@ import pretrain
 import saliency
 from tgm import checkpoints, motion, prepare
 from tgm.loading import batches_from, make_clip_loader
+from tgm.offline import Item
 from tgm.training import Schedule
 
 ON_GPU = torch.cuda.is_available()
@@ -392,7 +393,7 @@ def caption_rate(videos, tiny):
     model = model.to(DEVICE, dtype)
     tokens = 3 if tiny else 20
     images = torch.randint(0, 256, (3, 256, 340, 3), dtype=torch.uint8).numpy()
-    items = [(None, caption.model_inputs(processor, images, ""), None)] * videos
+    items = [Item(None, caption.model_inputs(processor, images, ""))] * videos
 
     def call():
         caption.describe(model, processor, items, DEVICE, dtype, 1, tokens)

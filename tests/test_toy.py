@@ -19,6 +19,7 @@ import caption
 import masking
 import model as models
 import saliency
+from tgm.offline import Item
 from tgm.sampling import clip_times
 from tgm.video import read_frames, segment_midpoints
 
@@ -351,7 +352,8 @@ def test_the_tiny_blip_captions_held_out_videos():
     items = []
     for sc in scenes:
         frames, _ = toy.render(sc, segment_midpoints(0, 2.0, 3))
-        items.append((None, processor(images=list(frames), return_tensors="pt"), None))
+        inputs = processor(images=list(frames), return_tensors="pt")
+        items.append(Item(None, inputs))
     made = caption.describe(model, processor, items, "cpu", torch.float32, beams=1, max_tokens=30)
     right = [text == sc.actor.caption for sc, texts in zip(scenes, made) for text in texts]
     assert len(right) == 600 and np.mean(right) >= 0.9
