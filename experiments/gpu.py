@@ -388,7 +388,7 @@ def caption_rate(videos, tiny):
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         words += [f"word{i}" for i in range(30524 - len(words))]
         vocabulary.write_text("\n".join(words))
-        model, processor = peers.random_blip(vocabulary)
+        model, processor = random_blip(vocabulary)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     model = model.to(DEVICE, dtype)
     tokens = 3 if tiny else 20
@@ -400,6 +400,18 @@ def caption_rate(videos, tiny):
 
     seconds = seconds_per_call(call, warmup=1, blocks=1 if tiny else 3)
     yield {"work": f"captions by BLIP-base, 3 of {tokens} tokens", "videos/s": videos / seconds}
+
+
+def random_blip(vocabulary):
+    """BLIP-base for captions, with random weights, and its processor."""
+    transformers = importlib.import_module("transformers")
+    config = transformers.BlipConfig(
+        text_config={"num_attention_heads": 12}, vision_config={"image_size": 384}
+    )
+    images = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
+    tokenizer = transformers.BertTokenizer(vocab=str(vocabulary))
+    processor = transformers.BlipProcessor(images, tokenizer)
+    return transformers.BlipForConditionalGeneration(config).eval(), processor
 
 
 @torch.inference_mode()

@@ -1,13 +1,17 @@
 """The measurements of experiments/: known answers, and that the scripts print their tables."""
 
+import ast
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import masks
 import numpy as np
 import pytest
 import torch
 import toy
-from conftest import run
+from conftest import ROOT, run
 from test_motion import FPS, HEIGHT, ONE_REFERENCE, WIDTH, pan
 
 from tgm.manifest import Video
@@ -102,3 +106,18 @@ def test_refusals(world):
     )
     line = run("experiments/masks.py", "--data", "data/train.csv", cwd=world, fails=True)
     assert line == "data/train.csv: is not the val.csv that data/toy.py writes with seed 0"
+
+
+# ---- scripts that are seldom run -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+def test_scripts_use_names_that_their_modules_have(name):
+    """gpu.py needs a GPU, others take hours: nobody would notice soon that a name has gone."""
+    script = importlib.import_module(name)
+    tree = ast.parse(Path(script.__file__).read_text())
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for node in used:
+        owner = getattr(script, node.value.id, None) if isinstance(node.value, ast.Name) else None
+        if inspect.ismodule(owner) and getattr(owner, "__file__", None):
+            assert hasattr(owner, node.attr), f"{name}.py:{node.lineno}: {owner.__name__}"
