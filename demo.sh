@@ -11,6 +11,7 @@ out=runs/demo
 mkdir -p $out
 
 step "1/6  The toy world: videos of shapes that act"
+# toy.py refuses to write over manifests of your own
 [ -e data/val.masks.npy ] || run data/toy.py
 
 step "2/6  Captions: a tiny BLIP describes three frames of every video"

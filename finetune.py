@@ -65,8 +65,9 @@ SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it 
 it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, with the
 flags that the run was begun with. Free to change are the flags of MAY_CHANGE; --epochs, upwards;
 and --batch-size, --accum and the number of ranks, if their product stays. Those three change which
-clips are mixed and what drop path drops, because each rank draws that for each accumulated batch:
-the weights are the same, to rounding, only with --mixup 0 --cutmix 0 --drop-path 0.
+clips are mixed and what dropout and drop path drop, because each rank draws that for each
+accumulated batch: the weights are the same, to rounding, only with --mixup 0 --cutmix 0
+--drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -97,7 +98,7 @@ GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation 
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
 # and use concern the test alone; the classes follow from the labels. accum, like the batch size and
 # the number of ranks, leaves the videos of a step as they are, because the identity holds their
-# product, but it changes what mixup, cutmix and drop path draw.
+# product, but it changes what mixup, cutmix, dropout and drop path draw.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
 
@@ -135,7 +136,7 @@ def train(state, loader, val, schedule, machine, stop, args):
             batch = log.fetch(batches)
             clips = repeats_first(batch["clip"].to(machine.device, non_blocking=True))
             labels = repeats_first(batch["label"].to(machine.device, non_blocking=True))
-            # mixing and drop path are the same in a resumed run
+            # mixing, dropout and drop path are the same in a resumed run
             torch.manual_seed(repeat_seed(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
@@ -591,7 +592,8 @@ def make_model(args, machine):
 
 
 def make_state(args, model, machine):
-    """What is trained: the model and its optimizer; of the run in --out if it goes on."""
+    """The model and its optimizer, as they are trained: from the checkpoint in --out where the run
+    goes on."""
     saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
     optimizer = make_optimizer(model, args.lr, args.layer_decay, args.weight_decay)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")

@@ -4,8 +4,8 @@
 
 returns bool [32, 1568], True where a token is masked.
 
-In a grid of t x h x w tokens every row masks exactly t * floor(ratio * h * w) tokens, whatever the
-mask. So all masks of one ratio leave the same number of visible tokens, at the same cost.
+In a grid of t x h x w tokens every sample masks exactly t * floor(ratio * h * w) tokens, whatever
+the mask. So all masks of one ratio leave the same number of visible tokens, at the same cost.
 
     random         anywhere in space-time (MAE-ST, arXiv 2205.09113)
     tube           one random spatial mask for all slices (VideoMAE, arXiv 2203.12602)
@@ -231,12 +231,13 @@ def flow_mask(ratio, grid, noise, saliency, motion):
 
     Two faults of MGMAE's released code are left out. Its option for warping is called "backward",
     but the loop over the frames before the middle tests for "backwarp", so that these are warped
-    the wrong way. And it leaves int((1 - 0.9) * 196) = 19 tokens of a slice visible; 20 is right.
+    the wrong way. And it leaves int((1 - 0.9) * 196) = 19 tokens of a slice visible; here 20 are.
     """
     t, h, w = grid
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))
     visible = h * w - masked_per_slice(ratio, grid)
     own_place = token_centres(grid, noise.device)  # [h*w, 2]
+    # the tokens of the highest noise: among tokens of equal distance these are hidden last
     spots = own_place[noise[:, : h * w].argsort(1)[:, -visible:]]  # [B, V, 2]
     traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
     outside = ((traced < 0) | (traced > 1)).any(-1, keepdim=True)
@@ -355,7 +356,7 @@ def draw_noise(
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
-SPREAD = 997  # any large number
+SPREAD = 997  # large, but far below 2^24, as float32 must keep a fraction
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
@@ -390,7 +391,7 @@ def cut_maps(
     box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip
     flip bool [B]: mirrored left to right
     oversample: each token is the mean of oversample x oversample points, so that no cell is skipped
-        if the map is finer than the tokens"""
+        if the map is up to 2 * oversample times as fine as the tokens"""
     t, h, w = grid
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # each [B, 1]
     high = h * oversample
@@ -431,7 +432,7 @@ def cut_motion(
         gaps = times.float().diff(dim=1)
         gaps = torch.cat([gaps, gaps[:, -1:]], dim=1)
     else:
-        gaps = torch.zeros_like(times)
+        gaps = torch.zeros_like(times, dtype=torch.float32)
     size = box[:, 2:] - box[:, :2]  # [B, 2]
     scale = (gaps * seconds[:, None])[:, :, None] / size[:, None]  # [B, t, 2]
     return torch.stack([dx, dy], dim=2) * scale[..., None, None]

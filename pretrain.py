@@ -1,7 +1,8 @@
 r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language, motion or chance.
 
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
-        masks motion and flow; train.text.npy for the contrastive loss (--nce-weight 0 does without)
+        masks motion and flow; train.text.npy for the contrastive loss (with --nce-weight 0 only
+        if it is there)
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step),
         reconstruction_*.png, curves.png (where matplotlib is installed)
 
@@ -38,7 +39,8 @@ rate jumps up to where that one is. --resume none renames an old checkpoint to c
 once.
 
 SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143
-and 130). torchrun passes a signal on to its ranks, does not restart them then, and exits with 1. If
+and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as many as
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT says), does not restart them then, and exits with 1. If
 one rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is
 kill -9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
 
@@ -69,7 +71,7 @@ from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
 MIN_BLR = 1e-5  # where the learning rate ends, for 256 videos per step; VideoMAE's min_lr
-MAY_CHANGE = resume.MAY_CHANGE | {"picture_every"}  # flags that do not change what is learnt
+MAY_CHANGE = resume.MAY_CHANGE | {"picture_every"}  # flags that may differ when a run goes on
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -85,8 +87,9 @@ def train(state, loader, schedule, machine, args):
     visible, masked, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
     loss_weight = args.nce_weight
     to_clip = list(model.parameters())
-    if args.nce_weight == 0:
-        # Monitored: only the contrastive head gets the gradient of its loss, at full weight. The
+    monitored = args.nce_weight == 0
+    if monitored:
+        # Only the contrastive head gets the gradient of its loss, at full weight. The
         # head has no part in the gradient's norm, because clipping would let it change the
         # encoder's steps.
         loss_weight = 1.0
@@ -115,7 +118,12 @@ def train(state, loader, schedule, machine, args):
                 with machine.autocast:
                     video = models.normalize(batch["clip"])  # [B*R, 3, T, H, W]
                     loss_mae, loss_nce = wrapped(
-                        video, mask, batch.get("text"), visible, chosen, batch["row"]
+                        video,
+                        mask,
+                        text=batch.get("text"),
+                        visible=visible,
+                        decoded=chosen,
+                        group=batch["row"],
                     )
                 if loss_nce is None:  # there are no captions
                     loss_nce = torch.zeros_like(loss_mae)
@@ -458,8 +466,8 @@ def parse_args(argv=None):
 
 
 def make_model(args, text):
-    """The model of --size for the captions' embeddings `text`, or None. Its numbers of frames and
-    pixels become those of args."""
+    """The model of --size; text: the captions' embeddings, or None. Sets args.text_dim, and frames,
+    image_size and stride where their flags were not given."""
     args.text_dim = 512 if text is None else text.shape[-1]
     torch.manual_seed(args.seed)
     model = models.VideoMAE(
@@ -474,8 +482,8 @@ def make_model(args, text):
 
 
 def make_state(args, model, machine):
-    """What is trained: the model on its device, and its optimizer; of the run in --out if it goes
-    on."""
+    """The model on its device and its optimizer, as they are trained: from the checkpoint in --out
+    where the run goes on."""
     saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
     if saved is None and args.init:
         with checks.one_reason(args.data):

@@ -65,6 +65,7 @@ COLOURS = {
     "purple": (150, 60, 190),
     "white": (240, 240, 240),
 }
+COLUMNS = ("path", "label", "object", "scene", "caption", "bystander")  # of a manifest
 AT_HOME = 0.75
 # who moves most, each as often as it stands here
 MOVERS = ("actor", "actor", "bystander", "camera")
@@ -270,6 +271,19 @@ def write_row(job):
     return line, np.packbits(masks, axis=-1)
 
 
+def refuse_foreign(manifest):
+    """RunError if a file of this name is there that this script did not write."""
+    if not manifest.exists():
+        return
+    with open(manifest, encoding="utf-8", errors="replace") as file:
+        head = file.readline().strip()
+    if head != ",".join(COLUMNS):
+        raise RunError(
+            f"{manifest}: is there, and not of the toy world; move it, or write the toy world "
+            "elsewhere (--out)"
+        )
+
+
 def write_split(out, split, count, seed, workers):
     """Writes the videos of one split under the folder `out`, its manifest and its true masks."""
     (out / "videos" / split).mkdir(parents=True, exist_ok=True)
@@ -277,7 +291,7 @@ def write_split(out, split, count, seed, workers):
     masks = np.zeros((2, count, FRAMES, SIZE, SIZE // 8), np.uint8)
     with open(out / f"{split}.csv", "w", newline="") as file, multiprocessing.Pool(workers) as pool:
         writer = csv.writer(file)
-        writer.writerow(("path", "label", "object", "scene", "caption", "bystander"))
+        writer.writerow(COLUMNS)
         rows = pool.imap(write_row, jobs, chunksize=16)
         for row, (line, both) in enumerate(tqdm(rows, f"{split} videos", count, disable=None)):
             writer.writerow(line)
@@ -289,7 +303,10 @@ def write_split(out, split, count, seed, workers):
 def write_world(out, train, val, seed=0, workers=2):
     """Writes train.csv and probe.csv of `train` videos each, val.csv of `val` videos, and their
     videos and masks."""
-    for split, count in (("train", train), ("probe", train), ("val", val)):
+    splits = (("train", train), ("probe", train), ("val", val))
+    for split, _ in splits:  # before the first is written
+        refuse_foreign(out / f"{split}.csv")
+    for split, count in splits:
         write_split(out, split, count, seed, workers)
 
 

@@ -34,6 +34,7 @@ OUT = ROOT / "docs/walkthrough"
 ROW = 4  # the clip that the page follows
 SHEET = (4, 5, 6, 7)
 BATCH = 16  # videos of the matrix
+# the clips of --size tiny
 CLIP = ("--frames", 8, "--stride", 1, "--image-size", 48, "--patch-size", 8)
 
 
@@ -44,8 +45,9 @@ def run(*command):
 
 
 def similarities(data, count):
-    """Cosines between the first videos of a manifest, as the contrastive head sees all of their
-    tokens, and their first captions -> [videos, captions], and the captions."""
+    """Each of the first `count` videos of a manifest goes through the encoder and the contrastive
+    head, no token masked -> its cosines with each of their first captions, [videos, captions], and
+    these captions."""
     videos = read_manifest(data)
     remedy = "./demo.sh"
     captions = read_captions(companion(data, "captions.jsonl"), videos, remedy)
@@ -63,7 +65,7 @@ def similarities(data, count):
     with torch.no_grad():
         tokens = encoder.model.encode(normalize(255 * torch.stack(clips)))  # [B, N, D]
     head = textprobe.find_head(CHECKPOINT)
-    found = textprobe.project(head, tokens.mean(1).numpy())
+    found = textprobe.project(head, tokens.mean(1).numpy())  # of unit length
     return found @ texts.T, [of_video[0] for of_video in captions[:count]]
 
 
@@ -90,7 +92,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     if not CHECKPOINT.exists():
-        sys.exit(f"{CHECKPOINT} is missing: run ./demo.sh first, in this folder")
+        sys.exit(
+            f"{CHECKPOINT} is missing: run ./demo.sh first, and this from the repository's root"
+        )
     OUT.mkdir(exist_ok=True)
     row = ("--data", DATA, "--row", ROW)
     run(ROOT / "masking.py", "--data", DATA, "--row", *SHEET, *CLIP, "--out", OUT / "sheet.png")

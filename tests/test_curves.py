@@ -107,6 +107,9 @@ def test_the_command_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     line = run("tgm.curves", "empty.jsonl", cwd=tmp_path, fails=True)
     assert line == "empty.jsonl: expected the log.jsonl of a training run, found no logged step"
+    write_log(tmp_path / "zero/log.jsonl", [{"step": 1, "loss": 0}])
+    line = run("tgm.curves", "zero/log.jsonl", cwd=tmp_path, fails=True)
+    assert line == "nothing to draw: no log has a value but 0"
     line = run("tgm.curves", "a/log.jsonl", "--out", "no/x.png", cwd=tmp_path, fails=True)
     assert line == "no/x.png: cannot be written (No such file or directory)"
     with pytest.raises(RunError):

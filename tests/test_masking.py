@@ -599,7 +599,7 @@ def test_heat_colours_and_tiles():
 def test_a_contact_sheet_shows_what_the_preview_of_each_row_shows(world, tmp_path):
     flags = ("--data", world / "data/train.csv", "--frames", 8, "--stride", 2, "--image-size", 64)
     printed = run("masking.py", *flags, "--row", 3, 5, "--out", tmp_path / "sheet.png")
-    assert printed == f"{tmp_path}/sheet.png (rows 3, 5; *: the caption that is drawn)\n"
+    assert printed == f"{tmp_path}/sheet.png (rows 3, 5; *: the caption of the saliency)\n"
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[0] == 2 * (128 + 4)
     for line, row in enumerate((3, 5)):
@@ -676,7 +676,7 @@ def test_captions_of_twenty_words_fit_into_a_contact_sheet(monkeypatch):
     [
         (("--rows", 25), "--rows 25: data/val.csv has 24 rows"),
         (("--row", 3, 24), "--row 24: data/val.csv has rows 0 to 23"),
-        (("--rows", 2, "--video", "m.gif"), "--video m.gif: moves one row; ask for one with --row"),
+        (("--rows", 2, "--video", "m.gif"), "--video m.gif: shows one row: give one --row"),
     ],
 )
 def test_a_contact_sheet_misused(copy, flags, line):

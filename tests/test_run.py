@@ -1007,3 +1007,12 @@ def test_other_flags_and_data_are_refused_by_name_old_and_new_value():
         with pytest.raises(run.RunError, match=r"^c\.pt: no checkpoint of x\.py: write elsewhere"):
             resume.refuse_changes("c.pt", other, now, may_change)
     assert math.isfinite(run.GRACE)
+
+
+def test_ranks_wait_as_long_for_a_stop_as_for_a_step(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(run.dist, "new_group", lambda **options: asked.update(options))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    run.StopSignal(ranks=2)
+    assert asked == {"backend": "gloo", "timeout": run.LONGEST_WAIT}
+    assert run.LONGEST_WAIT.total_seconds() > 30 * 60  # what torch would wait by itself

@@ -411,3 +411,17 @@ def test_the_models_can_be_remade(tmp_path):
     assert np.load(tmp_path / "data/train.saliency.npy").shape == (2, 3, 16, 8, 8)
     for file in (ROOT / "data/toy").rglob("*.safetensors"):
         assert file.stat().st_size < 4e6
+
+
+def test_manifests_of_other_people_stay(tmp_path):
+    (tmp_path / "data").mkdir()
+    own = tmp_path / "data/val.csv"
+    own.write_text("path,label\nmine.mp4,cat\n")
+    few = ("--train", 1, "--val", 1, "--workers", 1)
+    line = run("data/toy.py", *few, cwd=tmp_path, process=True, fails=True)
+    assert line.startswith("data/val.csv: is there, and not of the toy world; move it, or ")
+    assert own.read_text() == "path,label\nmine.mp4,cat\n"
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["val.csv"]
+    own.unlink()
+    for _ in range(2):  # its own files it writes again
+        run("data/toy.py", *few, cwd=tmp_path, process=True)

@@ -61,13 +61,12 @@ def file_hash(path: FilePath, lines: int | None = None) -> str:
     """16 hex digits that change with the file's contents, or with those of its first `lines`
     lines.
     """
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if lines is None:
-            digest = hashlib.file_digest(file, "sha256")
-        else:
-            digest = hashlib.sha256()
-            for line in itertools.islice(file, lines):
-                digest.update(line)
+        # hashlib.file_digest needs Python 3.11
+        pieces = iter(lambda: file.read(1 << 20), b"") if lines is None else file
+        for piece in itertools.islice(pieces, lines):
+            digest.update(piece)
     return digest.hexdigest()[:16]
 
 

@@ -47,8 +47,8 @@ def refuse_gigabytes(
             f"{memory / 1e9:.0f} GB: lower --batch-size, --repeat, --frames or --image-size"
         )
     tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
-    # three float64 arrays: sines, cosines, and the table that holds both
-    table = 3 * 8 * tokens * config["width"]
+    # They are made in float64, which takes as much as four tables at its peak.
+    table = 4 * 8 * tokens * config["width"]
     if table > memory:
         raise RunError(
             f"{frames} frames of {pixels} pixels are {tokens} tokens, more than this machine's "

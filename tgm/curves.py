@@ -9,13 +9,13 @@ matplotlib. Where it is installed, pretrain.py and finetune.py draw their own cu
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from tgm.flags import Parser
 from tgm.run import RunError, one_line_errors, reason_of, writing
 
-# {title of a panel: keys of log.jsonl that it shows}; one that was never logged, or is always 0, is
-# left out
+# {title of a panel: keys of log.jsonl that it shows}; a panel without any value but 0 is left out
 PANELS = {
     "reconstruction loss": ("loss_mae",),
     "contrastive loss": ("loss_nce",),
@@ -28,12 +28,13 @@ PANELS = {
 }
 LOGARITHMIC = ("gradient norm", "milliseconds per step")
 STYLES = ("-", "--")  # of the first and the second key of a panel
-MANY = 200  # values from which on a mean is drawn over the faint values
+MANY = 200  # values from which on a running mean is drawn on top of the faint values
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The entries of a log.jsonl, one per line. A last line that a kill left half written is left
-    out. RunError if there is no such file, or if it has no entries."""
+    """The entries of a log.jsonl, one per line. Lines that are not JSON, such as one that a kill
+    left half written, and lines without a step are left out. RunError if there is no such file, or
+    if it has no entries."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -80,14 +81,18 @@ def load_pyplot():
 
 
 def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
-    """Draws one panel per quantity, in it one curve per run. logs: {name: entries of its log}."""
+    """Draws one panel per quantity, in it a curve per run and key.
+
+    logs: {name: entries of its log}"""
     plt = load_pyplot()
     panels = {}
     for title, keys in PANELS.items():
         if any(any(points(entries, key)[1]) for entries in logs.values() for key in keys):
             panels[title] = keys
+    if not panels:
+        raise RunError("nothing to draw: no log has a value but 0")
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False, layout="constrained"
     )
@@ -138,7 +143,7 @@ def draw_curve(axis, steps: list[int], values: list[float], colour: str, style: 
 
 
 def names_of(paths: list[Path]) -> list[str]:
-    """What tells runs apart: their folders, as far as they differ."""
+    """What tells runs apart: their folders, or the whole paths where two are in one folder."""
     folders = [str(path.parent) for path in paths]
     return folders if len(set(folders)) == len(folders) else [str(path) for path in paths]
 

@@ -4,7 +4,7 @@ where its encoder attends (TGM's figures 3 and 5, for any checkpoint and video).
     python -m tgm.figures --checkpoint runs/text/checkpoint.pt --data data/val.csv --row 3
 
 Reads   a manifest, one video, the map that the mask follows, and a checkpoint: of pretrain.py,
-        a VideoMAE .pth, a Hugging Face folder of a pretrained VideoMAE, or none (untrained)
+        a VideoMAE .pth, a Hugging Face folder of a pretrained VideoMAE; none is an untrained one
 Writes  one picture with four lines and a column per token slice; prints the reconstruction loss of
         this clip
 
@@ -43,15 +43,16 @@ def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
         hook.remove()
     bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
     qkv = F.linear(inputs[0], attention.qkv.weight, bias)  # [1, N, 3 * D]
+    # each [1, heads, N, D / heads]
     q, k, _ = qkv.unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [1, heads, N, N]
     return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 
-def draw_tiles(model: VideoMAE, clip: Tensor, mask: Tensor) -> pictures.Tiles:
+def four_lines(model: VideoMAE, clip: Tensor, mask: Tensor) -> pictures.Tiles:
     """The four lines of the picture. clip: float [3, T, H, W] in [0, 1]; mask: bool [1, N]."""
     device = mask.device
-    video = normalize(255 * clip[None].to(device))
+    video = normalize(255 * clip[None].to(device))  # it takes 0 to 255
     attention = attention_of(model.encoder, video).view(model.grid).cpu()
     made = model.reconstruct(video, mask)[0].cpu()
     tiles = pictures.draw_tiles(clip, {"seen": mask[0].cpu()}, model.grid, saliency=attention)
@@ -97,7 +98,7 @@ def read_mask(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a file or a folder")
+    parser.add_argument("--checkpoint", required=True, help="a file or a folder; none: untrained")
     parser.add_argument(
         "--size", choices=tuple(SIZES), help="for a checkpoint that does not say (default: base)"
     )
@@ -110,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_video_flags(parser)
     parser.add_argument("--row", type=flags.count, default=0, help="row of the manifest, from 0")
     parser.add_argument(
-        "--caption", type=flags.count, default=0, help="which of the video's captions"
+        "--caption", type=flags.count, default=0, help="which of the video's captions, from 0"
     )
     parser.add_argument(
         "--mask",
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mask-ratio",
         type=flags.ratio,
-        help="default: as the checkpoint was trained, or the mask's own",
+        help="default: as the checkpoint was trained with this mask, or the mask's own",
     )
     parser.add_argument(
         "--seed", type=flags.seed_number, default=0, help="another seed draws another random mask"
@@ -133,10 +134,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
-    """The model, with its decoder. Fills the flags in args that follow the checkpoint: mask,
-    mask_ratio, frames, stride and image_size."""
+    """The model, with its decoder. Sets in args what follows the checkpoint: mask, mask_ratio,
+    frames, stride and image_size."""
     device, _ = choose_device(args.device)
-    encoder = load_encoder(args.checkpoint, size=args.size, device=device)
+    loaded = load_encoder(args.checkpoint, size=args.size, device=device)
     if args.checkpoint != "none":
         keys = checkpoints.read_checkpoint(args.checkpoint)
         if not any(key.startswith("decoder.") for key in keys):
@@ -145,14 +146,14 @@ def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
                 "give a checkpoint of pretraining"
             )
     saved = checkpoints.saved_args(args.checkpoint)
-    if args.mask is None:
-        args.mask = saved.get("mask", "tube")
+    args.mask = args.mask or saved.get("mask", "tube")
+    if args.mask == saved.get("mask"):
         args.mask_ratio = args.mask_ratio or saved.get("mask_ratio")
     args.mask_ratio = args.mask_ratio or masking.RATIOS[args.mask]
-    args.frames = encoder.frames
-    args.stride = encoder.stride
-    args.image_size = encoder.image_size
-    return encoder.model
+    args.frames = loaded.frames
+    args.stride = loaded.stride
+    args.image_size = loaded.image_size
+    return loaded.model
 
 
 @one_line_errors
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     mask = mask.to(device)
     with torch.no_grad():
         loss = model(normalize(255 * clip.frames[None].to(device)), mask).loss_mae.item()
-    tiles = draw_tiles(model, clip.frames, mask)
+    tiles = four_lines(model, clip.frames, mask)
     title = f"{title} ({args.mask} {args.mask_ratio:g}, loss {loss:.3f})"
     title += "; reconstructed with each cube's true mean and deviation, which flatters it"
     with pictures.saving("--out", args.out):

@@ -5,7 +5,8 @@ manifest, or a contact sheet of many rows. Look at them before you train for day
     python masking.py --data data/train.csv --rows 12 --out sheet.png           12 random rows
     python masking.py --data data/train.csv --row 3 17 40 --out sheet.png       these rows
 
-The clip is from the middle of the video. All masks are drawn from the same random numbers.
+The clip is from the middle of the video. --seed fixes the random numbers: all masks of a row are
+drawn from the same ones.
 
 Shapes: T frames, H W pixels, (t, h, w) token grid, S moments of the stored maps, G x G their grid.
 """
@@ -95,7 +96,7 @@ def draw_sheet(
         lines.append((tiles, text))
     with pictures.saving("--out", args.out):
         pictures.draw_lines(lines, columns=3, size=args.image_size).save(args.out)
-    print(f"{args.out} (rows {', '.join(map(str, rows))}; *: the caption that is drawn)")
+    print(f"{args.out} (rows {', '.join(map(str, rows))}; *: the caption of the saliency)")
 
 
 def draw_text_mask(
@@ -104,7 +105,8 @@ def draw_text_mask(
     """The middle frame of a clip under its saliency, and under its text mask: [H, W, 3] each."""
     saliency = masking.cut_maps(maps[None], *clip.place(grid))
     ratio = chosen_ratios(args)["text"]
-    mask = masking.make_mask("text", ratio, 1, grid, saliency=saliency)
+    generator = torch.Generator().manual_seed(args.seed)
+    mask = masking.make_mask("text", ratio, 1, grid, generator=generator, saliency=saliency)
     tiles = pictures.draw_tiles(clip.frames, {"text": mask[0]}, grid, saliency=saliency[0])
     return [middle_frame(tiles["saliency"]), middle_frame(tiles["text"])]
 
@@ -158,8 +160,8 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
 
     prefix: read PREFIX.saliency.npy and PREFIX.motion.npy (None: the manifest's own)
 
-    One kind of map may be missing. RunError or ManifestError if both are missing, or if one cannot
-    be used."""
+    One file may be missing, and the row of motion may be empty. RunError or ManifestError if both
+    files are missing, if one cannot be used, or if the row of saliency is empty."""
     prefix = prefix_of(data, prefix)
     saliency_path = Path(f"{prefix}.saliency.npy")
     motion_path = Path(f"{prefix}.motion.npy")
@@ -167,6 +169,7 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
     saliency = None
     motion = None
     missing = {}
+    # where both are missing, reading one gives the error and its remedy
     if saliency_path.exists() or not motion_path.exists():
         saliency, text = read_saliency(data, saliency_path, videos, row, caption)
         title = f"{title}: {text}"
@@ -225,7 +228,7 @@ def read_saliency(
             f"{captions_path} has {len(captions)}"
         )
     maps = torch.from_numpy(saliency[row, caption].copy())
-    if not maps.isfinite().all():
+    if not maps.isfinite().all():  # a row that was not made is NaN
         reason = why_unreadable(video) or f"to be made with: python saliency.py --data {data}"
         raise RunError(f"--row {row}: {path} is empty for {video.name} ({reason})")
     return maps, captions[caption]
@@ -263,7 +266,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="data/train.csv",
-        help="the manifest; captions, saliency and motion are read from the same folder",
+        help="the manifest; captions, saliency and motion are read from beside it",
     )
     parser.add_argument(
         "--companions",
@@ -286,14 +289,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a contact sheet of so many random rows; --seed chooses others",
     )
     parser.add_argument(
-        "--caption", type=flags.count, default=0, help="which of the video's captions"
+        "--caption", type=flags.count, default=0, help="which of the video's captions, from 0"
     )
     parser.add_argument("--out", type=Path, default="mask.png", help="picture to write")
     parser.add_argument(
         "--video",
         type=Path,
         metavar="FILE",
-        help="also write the clip and its masks as a moving picture: .mp4 or .gif",
+        help="also write the clip and its masks, of one row, as a moving picture: .mp4 or .gif",
     )
     parser.add_argument(
         "--mask-ratio", type=flags.ratio, help="one ratio for all masks (default: each mask's own)"
@@ -303,9 +306,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--stride", type=flags.positive_int, default=4, help="use every Nth frame of the video"
     )
     parser.add_argument(
-        "--image-size", type=flags.pixel_count, default=224, help="side of the clip"
+        "--image-size", type=flags.pixel_count, default=224, help="pixels of the clip's side"
     )
-    parser.add_argument("--patch-size", type=flags.positive_int, default=16, help="side of a token")
+    parser.add_argument(
+        "--patch-size", type=flags.positive_int, default=16, help="pixels of a token's side"
+    )
     parser.add_argument(
         "--seed",
         type=flags.seed_number,
@@ -341,18 +346,18 @@ def preview_grid(args: argparse.Namespace) -> masking.Grid:
         raise RunError(
             f"--frames {args.frames}: expected a multiple of {TUBELET}, the frames of a token"
         )
-    flags = f"--frames {args.frames} --image-size {args.image_size} --patch-size {args.patch_size}"
+    given = f"--frames {args.frames} --image-size {args.image_size} --patch-size {args.patch_size}"
     if args.image_size % args.patch_size:
-        raise RunError(f"{flags}: the image size is not a multiple of the patch size")
+        raise RunError(f"{given}: the image size is not a multiple of the patch size")
     side = args.image_size // args.patch_size
     grid = (args.frames // TUBELET, side, side)
     if args.mask_ratio:
-        flags = f"--mask-ratio {args.mask_ratio:g} {flags}"
+        given = f"--mask-ratio {args.mask_ratio:g} {given}"
     for name, ratio in ratios.items():
         try:
             masking.masked_count(ratio, grid)
         except ValueError as error:
-            raise RunError(f"{flags}: {name}'s {error}") from None
+            raise RunError(f"{given}: {name}'s {error}") from None
 
     tiles = 3 + len(masking.MASKS)  # the clip, its two maps and the masks
     tokens = math.prod(grid)
@@ -360,7 +365,7 @@ def preview_grid(args: argparse.Namespace) -> masking.Grid:
     distances = 4 * tokens * visible  # flow_mask's largest array, float32
     needed = pictures.drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
     if needed > MOST_MEMORY:
-        raise RunError(f"{flags}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
+        raise RunError(f"{given}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
     return grid
 
 
@@ -379,5 +384,5 @@ def main(argv: list[str] | None = None) -> None:
         draw_row(args, videos, row, grid)
         return
     if args.video:
-        raise RunError(f"--video {args.video}: moves one row; ask for one with --row")
+        raise RunError(f"--video {args.video}: shows one row: give one --row")
     draw_sheet(args, videos, rows, grid)

@@ -1,5 +1,5 @@
 """The folder of a training run: its checkpoint, its flags and its log; and resuming a run. Needs
-arrays.py, run.py and the repository's model.py.
+arrays.py, checkpoints.py and run.py.
 
     saved = find_run(out, args.resume, vars(args), MAY_CHANGE)      None: a run that begins
     state = TrainingState(model, optimizer, scaler, step=0)
@@ -70,7 +70,7 @@ class TrainingState:
         self.begun_for = saved["args"]["epochs"]
 
     def save(self, path: Path, flags: dict):
-        """Writes a checkpoint: whatever happens, `path` is a whole one, this or the last."""
+        """Writes a checkpoint. `path` is a whole one, this or the last, if the run is killed."""
         numbers = {name: getattr(self, name) for name in self.names}
         checkpoints.save_checkpoint(
             path,
@@ -106,8 +106,8 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
 
 
 def refuse_changes(path: Path, before: dict, now: dict, may_change: set):
-    """RunError, naming all that differs, if the flags and the identity of a run are not those that
-    its checkpoint holds.
+    """RunError, naming what differs, if the flags and the identity of a run are not those that its
+    checkpoint holds. What only one of the two has is not compared.
 
     path: the checkpoint; may_change: the names of flags that may differ; --epochs may grow. Values
     are compared as json has them, so that a tuple equals its list."""
@@ -164,8 +164,9 @@ def refuse_unequal_ranks(step: int, flags: dict):
 
 
 def take_folder(out: Path, resume: str | None, flags: dict, step: int):
-    """Makes the folder of a run, keeps other processes from it, and writes args.json. step: where
-    the run begins or goes on."""
+    """Makes the folder of a run, keeps other processes from it, renames the checkpoints of a run
+    that --resume none gives up, cuts the log after `step`, where the run begins or goes on, and
+    writes args.json."""
     make_folder(out)
     hold(out / "checkpoint.pt")
     if resume == "none":

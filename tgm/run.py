@@ -18,6 +18,7 @@ one line. Needs arrays.py and manifest.py.
 
 import atexit
 import contextlib
+import datetime
 import functools
 import logging
 import multiprocessing
@@ -36,6 +37,9 @@ from tgm.arrays import release
 from tgm.manifest import ManifestError
 
 GRACE = 300  # seconds that a stopped run has to reach the end of its step, and again to save
+# How long a rank in training waits for the others: a test of many videos, or a checkpoint on a slow
+# disk, may keep one of them for longer than the ten or thirty minutes that torch waits by itself.
+LONGEST_WAIT = datetime.timedelta(hours=2)
 # seconds in which a signal may come twice and still be one: from a scheduler and through torchrun
 SAME_SIGNAL = 1.0
 
@@ -232,9 +236,8 @@ def reason_of(error):
 
 
 def ignore_signals(_):
-    """The worker_init_fn of every loader: signals go to the whole process group, and the run
-    still has to save.
-    """
+    """For a loader's worker: signals go to the whole process group, and the run still has to
+    save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -272,7 +275,9 @@ class StopSignal:
         within SAME_SIGNAL  A second signal is ignored: the same one often comes twice, from a
         seconds             scheduler and through torchrun.
         later               A second signal ends the run without saving.
-        no progress         After GRACE seconds the run ends without saving.
+        no progress         After GRACE seconds the run ends without saving. A torchrun that got the
+                            signal kills its ranks after 30 seconds in all, or as many as
+                            TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
         after at_once()     There is nothing left to save: the first signal ends the run.
         after after_step()  Signals are noted again.
 
@@ -287,11 +292,11 @@ class StopSignal:
         self._when = None  # seconds on the monotonic clock
         self._immediately = False
         self._then = then
-        self._loss = ""
+        self._remark = ""
         self._group = None
         if ranks > 1:
             # on the CPU: asking does not wait for the GPU
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, self._give_up)
         signal.signal(signal.SIGTERM, self._hear)
@@ -299,7 +304,7 @@ class StopSignal:
 
     def _hear(self, number, _):
         if self._immediately:
-            os.write(2, f"\n{signal.Signals(number).name}: ended{self._loss}\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: ended{self._remark}\n".encode())
             self._leave(number)
         elif self._number is None:
             self._note(number, signal.Signals(number).name)
@@ -325,11 +330,11 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
-    def at_once(self, loss=""):
-        """From here on a signal ends the run immediately; so does one that was noted before. loss:
-        what is lost by that, for the user."""
+    def at_once(self, remark=""):
+        """From here on a signal ends the run immediately; so does one that was noted before.
+        remark: what the message adds, for the user."""
         self._immediately = True
-        self._loss = f": {loss}" if loss else ""
+        self._remark = f": {remark}" if remark else ""
         if self._number is not None:
             self._leave(self._number)
 

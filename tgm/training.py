@@ -15,7 +15,6 @@ Shapes: L losses, N steps since the last log line.
 """
 
 import contextlib
-import datetime
 import json
 import math
 import sys
@@ -30,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tgm.curves import draw_own_curves
 from tgm.run import (
+    LONGEST_WAIT,
     choose_device,
     give_up_together,
     join_ranks,
@@ -43,9 +43,6 @@ MOST_NAMED = 20  # videos that a message names, of those that cannot be read
 # Steps that fp16's scaler may skip in a row. It halves its scale, at first 2^16, with each of them,
 # so a gradient that is still not finite is not so because of the scale.
 MOST_SKIPPED = 40
-# how long a rank waits for the others: a test of many videos, or a checkpoint on a slow disk, may
-# keep one of them for longer than NCCL's ten minutes
-LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -83,8 +80,9 @@ class Machine:
             join_ranks("nccl" if self.on_gpu else "gloo", timeout=LONGEST_WAIT)
 
     def leave(self):
-        """Disconnects the ranks, when all have come here. Until then none may end: torchrun ends
-        the others at once, and rank 0 may still be writing."""
+        """Disconnects the ranks, when all have come here. Until then none may end: if one
+        ends with an error or by a signal, torchrun ends the others at once, and rank 0 may still be
+        writing."""
         if self.ranks > 1:
             wait_for_ranks()
             dist.destroy_process_group()
@@ -230,7 +228,7 @@ class TrainingLog:
         self.failed = set()  # rows that could not be read, of all ranks
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
-        self.skipped = 0  # the last steps, if their gradient was not finite
+        self.skipped_steps = 0  # the last ones, if their gradient was not finite
         self.undrawn = None  # why curves.png was left out
         self._begin_after(start)
 
@@ -313,7 +311,8 @@ class TrainingLog:
         totals = torch.cat([window.mean(0), problems])
         if self.machine.ranks > 1:
             dist.all_reduce(totals)
-        *sums, failed, broken = totals.tolist()  # the one place where the CPU waits for the GPU
+        # Here, at log lines alone, the CPU waits for the GPU.
+        *sums, failed, broken = totals.tolist()
         if broken > 0:
             self._give_up_on_values(good.tolist())
         if failed > 0:
@@ -338,11 +337,12 @@ class TrainingLog:
         """Ends the run after too many skipped steps. finite: whether each step's norm was, the same
         on every rank, because their gradients are."""
         for is_finite in finite:
-            self.skipped = 0 if is_finite else self.skipped + 1
-        if self.skipped >= MOST_SKIPPED:
+            self.skipped_steps = 0 if is_finite else self.skipped_steps + 1
+        if self.skipped_steps >= MOST_SKIPPED:
             give_up_together(
-                f"fp16: the gradients of the last {self.skipped} steps are not finite, so nothing "
-                "is learnt; the last checkpoint is kept. Lower --blr, or use --amp bf16 or off"
+                f"fp16: the gradients of the last {self.skipped_steps} steps are not finite, so "
+                "nothing is learnt; the last checkpoint is kept. Lower --blr, or use --amp bf16 or "
+                "off"
             )
 
     def _count_failed(self):
