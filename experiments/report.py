@@ -101,6 +101,16 @@ def pairs_table(found, pairs):
     return table(head, rows), with_interval
 
 
+def about_intervals(count):
+    """How to read the intervals of so many differences."""
+    if count == 0:
+        return "One seed of each: no intervals yet."
+    return (
+        f"In bold: the 95 % interval leaves out 0. Of {count} differences with an interval about\n"
+        f"{count / 20:.0f} would be in bold if nothing made a difference."
+    )
+
+
 def text_of(runs, cells, pairs):
     """What stands between the markers of RESULTS.md."""
     found = by_cell(runs, cells)
@@ -112,8 +122,7 @@ def text_of(runs, cells, pairs):
 {results_table(found)}
 ### Pairs named beforehand: differences of runs of the same seed
 
-In bold: the 95 % interval leaves out 0. Of {count} differences with an interval about
-{count / 20:.0f} would be in bold if nothing made a difference.
+{about_intervals(count)}
 
 {pairs_text}"""
 
