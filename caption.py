@@ -25,9 +25,9 @@ model has to caption a blank image before any video is opened. No remote code is
 captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again. Each rank
-appends to a part file of its own; when all are done rank 0 joins them. An empty caption is an
-answer of the model and is kept; a line at the end counts the videos that have no other. Where rows
-were added at the manifest's end, `--extend` captions only those; `--labels` makes all captions
+appends to a part file of its own; when all are done rank 0 joins them. A caption may be an empty
+text, which is no failure; a line at the end counts the videos whose captions are all empty. Where
+rows were added at the manifest's end, `--extend` captions only those; `--labels` makes all captions
 again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the exit
 status is the signal's. Captions made with other settings, or of other rows or videos, are refused
 (tgm/manifest.py says how replaced videos are noticed)."""
@@ -205,6 +205,8 @@ def label_captions(videos, classes):
                     f"{video.name}: label {caption!r} is not a line of --classes, "
                     f"0 to {len(classes) - 1}"
                 )
+            if not classes[int(caption)]:
+                raise RunError(f"{video.name}: line {caption} of --classes, from 0, is empty")
             caption = classes[int(caption)]
         if not caption:
             raise RunError(

@@ -1,14 +1,17 @@
 """Stage 4: linear, nearest-neighbour and attentive probes of the frozen features of an encoder.
 
 Reads   a training and a test manifest with labels, their videos, and a checkpoint: ours, VideoMAE's
-        .pth, a Hugging Face folder, or none for an untrained encoder
+        .pth, a Hugging Face folder, or none for an untrained encoder; if they are there, the test
+        manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
+        (caption.py, then saliency.py --data val.csv)
 Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of
         augmented training videos; with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16;
         next to each array a .json of what it was made with: if that changes, it is made again
 
     # CPU, the toy world: 20 seconds
     python linprobe.py --checkpoint runs/text/checkpoint.pt
-    # its baseline: an untrained encoder (give its --frames, --stride, --image-size, too)
+    # the baseline: an untrained encoder (with the same --frames, --stride and --image-size, if the
+    # checkpoint has others than its size's own)
     python linprobe.py --checkpoint none --size tiny
     torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips
@@ -128,8 +131,9 @@ ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, batch=256):
-    """The linear probe. train [N, A, D]; test [N', 1 or A, D], averaged over its views; settings:
-    [{"rate": for batches of 256, "decay": of weights and biases}, ...]."""
+    """The linear probe. train [N, A, D]; test [N', 1, D], or [N', A, D] where it is held-out
+    training videos, averaged over its views; settings: [{"rate": for batches of 256, "decay": of
+    weights and biases}, ...]."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
     train = (train - mean) / deviation
@@ -348,6 +352,7 @@ def probe_all(videos, arrays, heads, args):
     train = torch.from_numpy(arrays["train"]["features"]).to(args.device)[rows]
     train = train.reshape(len(rows), -1, train.shape[-1])  # [N, 1 or A, D]
     test = torch.from_numpy(arrays["test"]["features"]).to(args.device)
+    # NaN is a video that could not be read: its class is -1, so that no answer is right
     test = test.nan_to_num(0.0)[:, None]  # [N', 1, D]
     protocol = PROTOCOLS[args.protocol]
     training = protocol["training"]
@@ -455,7 +460,8 @@ def parse_args(argv=None):
         type=whole(0, 100),
         default=0,
         metavar="A",
-        help="train on A random views per video, not on --clips x --crops of them",
+        help="train on A random views per video, not on --clips x --crops of them (the attentive "
+        "probe keeps to these)",
     )
     views.add_argument(
         "--flip",

@@ -1,5 +1,5 @@
 """Stage 2: saliency. Which patches of a video show what a caption names? Or: how does each patch
-move? Also embeds the names of classes in the same way as the captions.
+move? Also embeds the names of classes with the same CLIP.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -11,8 +11,8 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               the video without a value
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and
                               heights per second
-        train.classes.npy     with --cue classes: [C, D] float16, unit length: text embeddings of
-                              class names, for linprobe.py's zero-shot lines
+        val.classes.npy       with --cue classes --data val.csv: [C, D] float16, unit length: text
+                              embeddings of class names, for linprobe.py's zero-shot lines
         a .json beside each array: model, its activation, flags, and hashes of the manifest's rows
                               and of the captions; the classes' names
 
@@ -50,10 +50,11 @@ Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older cod
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
-Classes. Line i of the file --classes, from 0, is the name of class i; the label column holds names
-or these numbers. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
-of its texts, of unit length again. The default, "a video of {}.", suits videos; --clip-templates
-takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
+Classes. Line i of the file --classes, from 0, is the name of class i; linprobe.py's label column
+holds names or these numbers. --data names the output alone. Each --prompt, with the name in the
+place of {}, makes a text; a class is the mean of its texts, of unit length again. The default, "a
+video of {}.", suits videos; --clip-templates takes the 80 prompts that CLIP's authors wrote for
+ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
@@ -125,9 +126,10 @@ class Output(NamedTuple):
 
 
 def patch_features(visual, images, dense):
-    """Unit-length patch embeddings in the space of the texts: images [B, 3, H, W] normalised ->
-    [B, G*G, D] float32. dense: how they are read, see the top of this file.
-    """
+    """Unit-length patch embeddings in the space of the texts: [B, G*G, D] float32.
+
+    images [B, 3, H, W], normalised: B is videos x moments
+    dense: how they are read, see the top of this file"""
     x = visual._embeds(images)  # [B, L, E], class token first
     blocks = visual.transformer.resblocks
     if dense == "last":
@@ -292,7 +294,8 @@ def read_codec_field(video, moments, window, grid, timeout):
         near = np.zeros(len(times), bool)
         if len(times):
             near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
-        # no frame is near where the window is shorter than a frame: those at the moments then
+        # A window that is shorter than a frame may have no frame in it, at any moment: then the
+        # frames at the moments are read.
         frames = reader.read_vectors(times[near] if near.any() else middles)
     return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
 
@@ -448,7 +451,12 @@ def parse_args(argv=None):
         metavar="PREFIX",
         help="write PREFIX.saliency.npy and so on (default: beside the manifest)",
     )
-    parser.add_argument("--cue", choices=tuple(KINDS), default="text", help="what the maps show")
+    parser.add_argument(
+        "--cue",
+        choices=tuple(KINDS),
+        default="text",
+        help="text: patches against captions; motion: how patches move; classes: names embedded",
+    )
     parser.add_argument(
         "--moments", type=frame_count, help="moments per video (default: 16, of motion 32)"
     )
@@ -482,7 +490,10 @@ def parse_args(argv=None):
         help="RAFT-small's weights (default: torchvision's, downloaded once)",
     )
     field.add_argument(
-        "--grid", type=grid_size, default=14, help="cells of the field along each side"
+        "--grid",
+        type=grid_size,
+        default=14,
+        help="cells of the field along each side (of text's maps: --image-size)",
     )
     field.add_argument(
         "--window",
@@ -563,7 +574,7 @@ def main(argv=None):
         shapes = [f"{path} {list(array.shape)}" for path, array in zip(paths, arrays, strict=True)]
         print(f"{', '.join(shapes)}: {done} of {len(videos)} videos")
         if done == 0 and args.max_steps is None:
-            raise RunError(f"{args.data}: none of its videos could be read; the reasons are above")
+            raise RunError(f"{args.data}: none of its videos gave a row; the reasons are above")
     leave_ranks()
 
 

@@ -13,6 +13,7 @@ from conftest import BLIP, CLIP, run
 
 import caption
 import saliency
+from tgm.manifest import Video
 from tgm.run import RunError
 from tgm.video import read_frames, segment_midpoints
 
@@ -545,3 +546,9 @@ def test_class_names_may_begin_with_a_mark_and_labels_are_decimal(copy):
     assert json.loads(line)["captions"] == ["a dog"]
     (copy / "ids.csv").write_text("path,label\na.mp4,\u00b2\n", encoding="utf-8")
     assert "is not a line of --classes" in run(*flags, cwd=copy, fails=True)
+
+
+def test_an_empty_line_of_classes_is_named():
+    videos = [Video("a.mp4", "1", None, None, row=0, name="a.mp4")]
+    with pytest.raises(RunError, match="^a.mp4: line 1 of --classes, from 0, is empty$"):
+        caption.label_captions(videos, ["cat", ""])
