@@ -3,8 +3,9 @@ several views of each.
 
 Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint:
         ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
-Writes  runs/NAME/: checkpoint.pt (the last epoch) and best.pt (the best on --val), args.json,
-        log.jsonl; after testing per_class.csv, confusion.png and, last, test.json
+Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on --val), args.json,
+        log.jsonl, curves.png (where matplotlib is installed); after testing per_class.csv,
+        confusion.png and, last, test.json
 
     # CPU, the toy world
     python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 \
@@ -57,16 +58,16 @@ What differs from VideoMAE's fine-tuning:
     mixing         A clip is mixed with the one before it in the batch; theirs with the one at the
                    same distance from the batch's other end.
     dense clips    Training frames are --stride apart; theirs are stride x T / (T - 1) apart.
-    warm-up        It begins at lr / steps; theirs begins at 0.
+    warm-up        It begins at lr / warm-up steps; theirs begins at 0.
     validation     It takes the middle clip; theirs takes a random one.
     precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
 it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, with the
-flags that the run was begun with. Free to change are the flags of MAY_CHANGE; --epochs, upwards;
-and --batch-size, --accum and the number of ranks, if their product stays. Those three change which
-clips are mixed and what dropout and drop path drop, because each rank draws that for each
-accumulated batch: the weights are the same, to rounding, only with --mixup 0 --cutmix 0
+flags that the run was begun with. Free to change are the other flags of MAY_CHANGE; --epochs,
+upwards; and --batch-size, --accum and the number of ranks, if their product stays. Those three
+change which clips are mixed and what dropout and drop path drop, because each rank draws that for
+each accumulated batch: the weights are the same, to rounding, only with --mixup 0 --cutmix 0
 --drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
@@ -436,7 +437,7 @@ def add_augmentation_flags(group):
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the samples; not where direction is the label",
+        help="mirror half of the samples; give --no-flip where direction is the label",
     )
     group.add_argument(
         "--rand-augment",

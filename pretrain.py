@@ -3,7 +3,7 @@ r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
         masks motion and flow; train.text.npy for the contrastive loss (with --nce-weight 0 only
         if it is there)
-Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (a line per logged step),
+Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last line),
         reconstruction_*.png, curves.png (where matplotlib is installed)
 
     # CPU, toy world: 5 minutes
@@ -33,10 +33,10 @@ x accum x ranks) / 256.
 Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
 nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
 from the checkpoint in --out, if there is one, and refuses flags and data other than those that it
-was begun with. Free to change are the flags of MAY_CHANGE; the number of ranks and --batch-size, if
-their product stays; and --epochs, upwards: the rest of the run follows the longer cosine, so the
-rate jumps up to where that one is. --resume none renames an old checkpoint to checkpoint.old.pt, at
-once.
+was begun with; without --resume a checkpoint there is refused. Free to change are the other flags
+of MAY_CHANGE; the number of ranks and --batch-size, if their product stays; and --epochs, upwards:
+the rest of the run follows the longer cosine, so the rate jumps up to where that one is. --resume
+none renames an old checkpoint to checkpoint.old.pt, at once.
 
 SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143
 and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as many as
@@ -421,7 +421,13 @@ def parse_args(argv=None):
         help="mirror half of the samples",
     )
     method = parser.add_argument_group("method")
-    method.add_argument("--mask", choices=tuple(masking.MASKS), default="text")
+    method.add_argument(
+        "--mask",
+        choices=tuple(masking.MASKS),
+        default="text",
+        help="what the masks follow: text needs caption.py and saliency.py, motion and flow "
+        "saliency.py --cue motion, random and tube nothing",
+    )
     method.add_argument(
         "--mask-ratio", type=flags.ratio, help="share of tokens masked (default: the mask's own)"
     )

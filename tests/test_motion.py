@@ -416,7 +416,7 @@ def test_failures_are_named_and_leave_their_rows_empty(copy):
         True,
     ]
     (copy / "none.csv").write_text("path\nj.avi\n")
-    assert "none of its videos could be read" in run(
+    assert "none of its videos gave a row" in run(
         "saliency.py", "--data", "none.csv", "--cue", "motion", "--workers", 0, cwd=copy, fails=True
     )
 
