@@ -33,10 +33,10 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(copy, monkeypatc
     monkeypatch.setattr(
         model,
         "forward",
-        lambda self, *args: (
-            pretrain.models.MAEOutput(*map(broken_gradient, forward(self, *args)))
+        lambda self, *args, **rest: (
+            pretrain.models.MAEOutput(*map(broken_gradient, forward(self, *args, **rest)))
             if script == "pretrain"
-            else broken_gradient(forward(self, *args))
+            else broken_gradient(forward(self, *args, **rest))
         ),
     )
     line = run(
