@@ -11,8 +11,8 @@ out=runs/demo
 mkdir -p $out
 
 step "1/6  The toy world: videos of shapes that act"
-# toy.py refuses to write over manifests of your own
-[ -e data/val.masks.npy ] || run data/toy.py
+# the masks of a split are written last; toy.py refuses to write over manifests of your own
+{ [ -e data/probe.masks.npy ] && [ -e data/val.masks.npy ]; } || run data/toy.py
 
 step "2/6  Captions: a tiny BLIP describes three frames of every video"
 for split in train val; do run caption.py --data data/$split.csv --model data/toy/blip --batch-size 64; done

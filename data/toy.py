@@ -42,6 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tgm.arrays import refuse_foreign
 from tgm.flags import Parser, positive_int, seed_number, whole
 from tgm.run import RunError, launch, make_folder, one_line_errors
 
@@ -271,17 +272,9 @@ def write_row(job):
     return line, np.packbits(masks, axis=-1)
 
 
-def refuse_foreign(manifest):
-    """RunError if a file of this name is there that this script did not write."""
-    if not manifest.exists():
-        return
-    with open(manifest, encoding="utf-8", errors="replace") as file:
-        head = file.readline().strip()
-    if head != ",".join(COLUMNS):
-        raise RunError(
-            f"{manifest}: is there, and not of the toy world; move it, or write the toy world "
-            "elsewhere (--out)"
-        )
+def is_of_toy_world(manifest):
+    with open(manifest, encoding="utf-8") as file:
+        return file.readline().strip() == ",".join(COLUMNS)
 
 
 def write_split(out, split, count, seed, workers):
@@ -305,7 +298,7 @@ def write_world(out, train, val, seed=0, workers=2):
     videos and masks."""
     splits = (("train", train), ("probe", train), ("val", val))
     for split, _ in splits:  # before the first is written
-        refuse_foreign(out / f"{split}.csv")
+        refuse_foreign(out / f"{split}.csv", is_of_toy_world)
     for split, count in splits:
         write_split(out, split, count, seed, workers)
 

@@ -170,7 +170,8 @@ def prepare(runner, cells):
     log = OUT / "prepare.txt"
     data = "data/train.csv"
     clip = ("--clip", f"local-dir:{ROOT}/data/toy/clip", "--moments", 8)
-    if not Path("data/val.csv").exists():  # the last that is written
+    world = [Path(f"data/{split}.masks.npy") for split in ("train", "probe", "val")]
+    if not all(path.exists() for path in world):  # the masks of a split are written last
         runner.run("data/toy.py", log=log)
     # each of these goes on from what is there
     runner.run("caption.py", "--data", data, "--model", f"{ROOT}/data/toy/blip", log=log)

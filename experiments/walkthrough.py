@@ -55,13 +55,8 @@ def similarities(data, count):
     texts = np.asarray(texts[:count, 0], np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     encoder = load_encoder(str(CHECKPOINT))
-    args = argparse.Namespace(
-        frames=encoder.frames,
-        stride=encoder.stride,
-        image_size=encoder.image_size,
-        video_timeout=60,
-    )
-    clips = [preview.read_clip(video, args).frames for video in videos[:count]]
+    size = (encoder.frames, encoder.stride, encoder.image_size)
+    clips = [preview.read_clip(video, *size).frames for video in videos[:count]]
     with torch.no_grad():
         tokens = encoder.model.encode(normalize(255 * torch.stack(clips)))  # [B, N, D]
     head = textprobe.find_head(CHECKPOINT)

@@ -78,11 +78,11 @@ def tile(picture, line, column, columns=4, lines=4):
 def test_a_figure_shows_the_mask_and_the_reconstruction_of_the_checkpoint(saved, copy, autoencoder):
     flags = ("--checkpoint", saved, "--row", 3, "--out", "figure.png")
     printed = run("tgm.figures", *flags, cwd=copy)
-    args = figures.parse_args(["--checkpoint", str(saved), "--data", str(copy / "data/val.csv")])
+    data = str(copy / "data/val.csv")
+    args = figures.parse_args(["--checkpoint", str(saved), "--data", data, "--row", "3"])
     figures.load_autoencoder(args)
     videos = figures.read_manifest(args.data)
-    args.row = 3
-    clip = preview.read_clip(videos[3], args)
+    clip = preview.read_clip(videos[3], frames=8, stride=1, image_size=48)
     mask, title = figures.read_mask(args, videos, clip, autoencoder.grid)
     assert mask.sum() == 4 * math.floor(0.5 * 36) and title.startswith("videos/val/00003.mp4: a ")
     video = models.normalize(255 * clip.frames[None])

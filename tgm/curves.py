@@ -85,6 +85,8 @@ def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
 
     logs: {name: entries of its log}"""
     plt = load_pyplot()
+    from matplotlib.ticker import LogFormatter
+
     panels = {}
     for title, keys in PANELS.items():
         if any(any(points(entries, key)[1]) for entries in logs.values() for key in keys):
@@ -110,6 +112,9 @@ def draw_curves(logs: dict[str, list[dict]], path: str | Path) -> None:
         axis.grid(alpha=0.3)
         if title.startswith(LOGARITHMIC):
             axis.set_yscale("log")
+            # 2.75, not 2.75 x 10^0
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     if len(logs) > 1:
         handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(logs))]
         figure.legend(

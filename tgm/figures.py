@@ -22,7 +22,7 @@ from torch import Tensor
 import masking
 from model import SIZES, Encoder, VideoMAE, normalize
 from tgm import checkpoints, flags, pictures, preview
-from tgm.features import load_encoder
+from tgm.features import FrozenEncoder, load_encoder
 from tgm.manifest import Videos, read_manifest
 from tgm.run import RunError, choose_device, one_line_errors
 
@@ -49,10 +49,11 @@ def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 
-def four_lines(model: VideoMAE, clip: Tensor, mask: Tensor) -> pictures.Tiles:
-    """The four lines of the picture. clip: float [3, T, H, W] in [0, 1]; mask: bool [1, N]."""
-    device = mask.device
-    video = normalize(255 * clip[None].to(device))  # it takes 0 to 255
+def four_lines(model: VideoMAE, clip: Tensor, video: Tensor, mask: Tensor) -> pictures.Tiles:
+    """The four lines of the picture.
+
+    clip: float [3, T, H, W] in [0, 1]; video: the same normalised, [1, 3, T, H, W]; mask: bool
+        [1, N]. Video and mask are on the model's device."""
     attention = attention_of(model.encoder, video).view(model.grid).cpu()
     made = model.reconstruct(video, mask)[0].cpu()
     tiles = pictures.draw_tiles(clip, {"seen": mask[0].cpu()}, model.grid, saliency=attention)
@@ -69,13 +70,12 @@ def read_mask(
 ) -> tuple[Tensor, str]:
     """The mask of a clip, bool [1, N], and a title for the picture."""
     maps = {}
-    title = videos[args.row].name
+    video = videos[args.row]
+    title = video.name
     need = masking.NEEDS[args.mask]
-    if need is not None:
-        prefix = preview.prefix_of(args.data, args.companions)
-        path = Path(f"{prefix}.{need}.npy")
+    path = Path(f"{preview.prefix_of(args.data, args.companions)}.{need}.npy")
     if need == "saliency":
-        stored, caption = preview.read_saliency(args.data, path, videos, args.row, args.caption)
+        stored, caption = preview.open_saliency(args.data, path, videos).read(video, args.caption)
         title = f"{title}: {caption}"
         maps["saliency"] = masking.cut_maps(stored[None], *clip.place(grid))
     if need == "motion":
@@ -85,9 +85,8 @@ def read_mask(
         seconds = torch.tensor([clip.seconds])
         maps["motion"] = masking.cut_motion(stored[None], *clip.place(grid), seconds)
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.rand(1, math.prod(grid), generator=generator)
     try:
-        mask = masking.make_mask(args.mask, args.mask_ratio, 1, grid, noise=noise, **maps)
+        mask = masking.make_mask(args.mask, args.mask_ratio, 1, grid, generator=generator, **maps)
     except ValueError as error:
         raise RunError(f"--mask-ratio {args.mask_ratio}: {error}") from None
     return mask, title
@@ -133,9 +132,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
-    """The model, with its decoder. Sets in args what follows the checkpoint: mask, mask_ratio,
-    frames, stride and image_size."""
+def load_autoencoder(args: argparse.Namespace) -> FrozenEncoder:
+    """The model, with its decoder. Sets args.mask and args.mask_ratio where their flags were not
+    given."""
     device, _ = choose_device(args.device)
     loaded = load_encoder(args.checkpoint, size=args.size, device=device)
     if args.checkpoint != "none":
@@ -150,10 +149,7 @@ def load_autoencoder(args: argparse.Namespace) -> VideoMAE:
     if args.mask == saved.get("mask"):
         args.mask_ratio = args.mask_ratio or saved.get("mask_ratio")
     args.mask_ratio = args.mask_ratio or masking.RATIOS[args.mask]
-    args.frames = loaded.frames
-    args.stride = loaded.stride
-    args.image_size = loaded.image_size
-    return loaded.model
+    return loaded
 
 
 @one_line_errors
@@ -163,14 +159,17 @@ def main(argv: list[str] | None = None) -> None:
     videos = read_manifest(args.data, args.root)
     if args.row >= len(videos):
         raise RunError(f"--row {args.row}: {args.data} has rows 0 to {len(videos) - 1}")
-    model = load_autoencoder(args)
-    device = model.mask_token.device
-    clip = preview.read_clip(videos[args.row], args)
+    loaded = load_autoencoder(args)
+    model = loaded.model
+    clip = preview.read_clip(
+        videos[args.row], loaded.frames, loaded.stride, loaded.image_size, args.video_timeout
+    )
     mask, title = read_mask(args, videos, clip, model.grid)
-    mask = mask.to(device)
+    mask = mask.to(loaded.device)
+    video = normalize(255 * clip.frames[None].to(loaded.device))  # it takes 0 to 255
     with torch.no_grad():
-        loss = model(normalize(255 * clip.frames[None].to(device)), mask).loss_mae.item()
-    tiles = four_lines(model, clip.frames, mask)
+        loss = model(video, mask).loss_mae.item()
+    tiles = four_lines(model, clip.frames, video, mask)
     title = f"{title} ({args.mask} {args.mask_ratio:g}, loss {loss:.3f})"
     title += "; reconstructed with each cube's true mean and deviation, which flatters it"
     with pictures.saving("--out", args.out):

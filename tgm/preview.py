@@ -26,7 +26,7 @@ from tgm import arrays, flags, pictures
 from tgm.manifest import Video, Videos, read_manifest
 from tgm.run import RunError, one_line_errors
 from tgm.sampling import center_crop, clip_times
-from tgm.video import VideoError, VideoReader
+from tgm.video import TIMEOUT, VideoError, VideoReader
 
 TUBELET = 2  # frames of a token, as in VideoMAE
 MOST_MEMORY = 4e9  # bytes that drawing may take
@@ -38,7 +38,7 @@ MOST_MEMORY = 4e9  # bytes that drawing may take
 def draw_row(args: argparse.Namespace, videos: Videos, row: int, grid: masking.Grid) -> None:
     """Draws a clip, its maps and all masks that they allow, as --out and --video."""
     stored = read_stored(args.data, args.companions, videos, row, args.caption)
-    clip = read_clip(videos[row], args)
+    clip = read_clip(videos[row], args.frames, args.stride, args.image_size, args.video_timeout)
     maps = {}
     if stored.saliency is not None:
         maps["saliency"] = masking.cut_maps(stored.saliency[None], *clip.place(grid))
@@ -76,21 +76,22 @@ def draw_sheet(
 ) -> None:
     """Draws a frame of each row, its saliency, its text mask and its captions, as --out. A row that
     lacks some of them says why."""
-    captions_path = arrays.companion(args.data, "captions.jsonl")
-    captions = arrays.read_captions(captions_path, videos, saliency_commands(args.data))
     saliency_path = Path(f"{prefix_of(args.data, args.companions)}.saliency.npy")
+    saliency = open_saliency(args.data, saliency_path, videos)
     lines = []
     for row in rows:
         tiles = []
         text = [f"{row}: {videos[row].name}"]
         try:
-            clip = read_clip(videos[row], args)
+            clip = read_clip(
+                videos[row], args.frames, args.stride, args.image_size, args.video_timeout
+            )
             tiles = [middle_frame(clip.frames.permute(1, 2, 3, 0))]
-            maps, _ = read_saliency(args.data, saliency_path, videos, row, args.caption)
+            maps, _ = saliency.read(videos[row], args.caption)
             tiles += draw_text_mask(args, clip, maps, grid)
         except RunError as error:
             text.append(str(error))
-        for number, caption in enumerate(captions[row]):
+        for number, caption in enumerate(saliency.captions[row]):
             mark = "*" if number == args.caption else " "
             text.append(f"{mark} {caption}")
         lines.append((tiles, text))
@@ -138,15 +139,17 @@ class Stored(NamedTuple):
     missing: dict[str, str]  # {"saliency" or "motion": why it is missing, and the remedy}
 
 
-def read_clip(video: Video, args: argparse.Namespace) -> Clip:
+def read_clip(
+    video: Video, frames: int, stride: int, image_size: int, timeout: float = TIMEOUT
+) -> Clip:
     """A clip from the middle of the video, cut to its middle square. RunError if it cannot be
     read."""
     try:
-        with VideoReader(video.path, timeout=args.video_timeout) as reader:
+        with VideoReader(video.path, timeout=timeout) as reader:
             start, end = reader.span(video)
-            times = clip_times(start, end, reader.fps, args.frames, args.stride, where=0.5)
-            pixels, box = center_crop(reader.read(times, args.image_size), args.image_size)
-            fps = max(1.0, reader.fps / args.stride)
+            times = clip_times(start, end, reader.fps, frames, stride, where=0.5)
+            pixels, box = center_crop(reader.read(times, image_size), image_size)
+            fps = max(1.0, reader.fps / stride)
     except VideoError as error:
         raise RunError(error) from None
     seconds = end - start
@@ -169,9 +172,9 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
     saliency = None
     motion = None
     missing = {}
-    # where both are missing, reading one gives the error and its remedy
+    # where both are missing, opening one gives the error and its remedy
     if saliency_path.exists() or not motion_path.exists():
-        saliency, text = read_saliency(data, saliency_path, videos, row, caption)
+        saliency, text = open_saliency(data, saliency_path, videos).read(videos[row], caption)
         title = f"{title}: {text}"
     else:
         missing["saliency"] = (
@@ -203,35 +206,51 @@ def motion_command(data: str) -> str:
     return f"python saliency.py --data {data} --cue motion"
 
 
-def read_saliency(
-    data: str, path: Path, videos: Videos, row: int, caption: int
-) -> tuple[Tensor, str]:
-    """The saliency of a row for one of its captions, [S, G, G], and that caption."""
+class Saliency(NamedTuple):
+    """The captions of a manifest, and what saliency.py stored for them."""
+
+    data: str  # the manifest
+    path: Path  # of the array
+    captions: list[list[str]]
+    maps: np.ndarray  # [videos, K, S, G, G]
+
+    def read(self, video: Video, caption: int) -> tuple[Tensor, str]:
+        """The saliency of a video for one of its captions, [S, G, G], and that caption. RunError
+        if there is none."""
+        captions = self.captions[video.row]
+        captions_path = arrays.companion(self.data, "captions.jsonl")
+        row = f"--row {video.row}"
+        if not captions:
+            reason = why_uncaptioned(captions_path, video.row)
+            raise RunError(f"{row}: {video.name} has no caption ({reason}); choose another row")
+        if caption >= len(captions):
+            raise RunError(f"--caption {caption}: row {video.row} has {len(captions)} captions")
+        if caption >= self.maps.shape[1]:
+            raise RunError(
+                f"--caption {caption}: {self.path} has {self.maps.shape[1]} captions per video, "
+                f"{captions_path} has {len(captions)}"
+            )
+        maps = torch.from_numpy(self.maps[video.row, caption].copy())
+        if not maps.isfinite().all():  # a row that was not made is NaN
+            make = f"to be made with: python saliency.py --data {self.data}"
+            reason = why_unreadable(video) or make
+            raise RunError(f"{row}: {self.path} is empty for {video.name} ({reason})")
+        return maps, captions[caption]
+
+
+def open_saliency(data: str, path: Path, videos: Videos) -> Saliency:
+    """Opens the saliency at `path` and the manifest's captions. ManifestError as
+    `arrays.open_array`."""
     remedy = saliency_commands(data)
     captions_path = arrays.companion(data, "captions.jsonl")
-    captions = arrays.read_captions(captions_path, videos, remedy)[row]
+    captions = arrays.read_captions(captions_path, videos, remedy)
     expect = {}
     if path == arrays.companion(data, "saliency.npy"):
         # The manifest's own saliency must belong to its captions, or it is out of date. A file in
         # another place may be of an experiment.
         expect["captions"] = arrays.file_hash(captions_path)
-    saliency, _ = arrays.open_array(path, videos, remedy, **expect)
-    video = videos[row]
-    if not captions:
-        reason = why_uncaptioned(captions_path, row)
-        raise RunError(f"--row {row}: {video.name} has no caption ({reason}); choose another row")
-    if caption >= len(captions):
-        raise RunError(f"--caption {caption}: row {row} has {len(captions)} captions")
-    if caption >= saliency.shape[1]:
-        raise RunError(
-            f"--caption {caption}: {path} has {saliency.shape[1]} captions per video, "
-            f"{captions_path} has {len(captions)}"
-        )
-    maps = torch.from_numpy(saliency[row, caption].copy())
-    if not maps.isfinite().all():  # a row that was not made is NaN
-        reason = why_unreadable(video) or f"to be made with: python saliency.py --data {data}"
-        raise RunError(f"--row {row}: {path} is empty for {video.name} ({reason})")
-    return maps, captions[caption]
+    maps, _ = arrays.open_array(path, videos, remedy, **expect)
+    return Saliency(data, path, captions, maps)
 
 
 def read_motion(data: str, path: Path, videos: Videos, row: int) -> Tensor | None:
