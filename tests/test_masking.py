@@ -17,7 +17,8 @@ from PIL import Image, ImageFont, ImageOps
 
 import masking
 from masking import MASKS, cut_maps, make_mask
-from tgm import arrays, pictures
+from tgm import arrays, pictures, preview
+from tgm.manifest import read_manifest
 
 
 def maps_for(name, batch, grid, seed=0):
@@ -612,6 +613,23 @@ def test_a_contact_sheet_shows_what_the_preview_of_each_row_shows(world, tmp_pat
             box = (middle, top + tile * 132, middle + 128, top + tile * 132 + 128)
             found = sheet[line * 132 :][:128, column * 132 :][:, :128]
             np.testing.assert_array_equal(found, np.asarray(strip.crop(box)))
+
+
+def test_each_caption_has_its_own_map(copy):
+    data = str(copy / "data/val.csv")
+    stored = np.load(copy / "data/val.saliency.npy", mmap_mode="r+")
+    stored[4] = np.random.default_rng(0).random(stored[4].shape)  # so that no two are equal
+    stored.flush()
+    lines = [{"path": video.name, "captions": ["a", "b", "c"]} for video in read_manifest(data)]
+    path = copy / "other.csv"
+    shutil.copy(data, path)
+    (copy / "other.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    videos = read_manifest(path)
+    opened = preview.open_saliency(str(path), copy / "data/val.saliency.npy", videos)
+    for number, text in enumerate("abc"):
+        maps, caption = opened.read(videos[4], number)
+        assert caption == text
+        np.testing.assert_array_equal(maps.numpy(), stored[4, number])
 
 
 def test_random_rows_of_a_contact_sheet_follow_the_seed(world, tmp_path):
