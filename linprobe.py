@@ -38,10 +38,11 @@ the first in the list is taken.
              1805.01978); random views are averaged
   attentive  one learned query cross-attends, with the encoder's number of heads, over the
              layer-normed tokens, then one linear layer: like V-JEPA's probe (arXiv 2404.08471)
-             without its MLP block; AdamW, cosine, 20 epochs, the learning rate chosen with the
-             first seed; always on clean views. Each view's tokens are average-pooled to
-             --token-grid, M of them: 2 V M D bytes per video on disk, by default 0.4 MB for a base
-             model, so 95 GB for Kinetics-400.
+             without its MLP block; AdamW, cosine, batch 64, 20 epochs, or on a small training set
+             as many as make 3,000 steps; the learning rate is chosen with the first seed; always on
+             clean views. Each view's tokens are average-pooled to --token-grid, M of them:
+             2 V M D bytes per video on disk, by default 0.4 MB for a base model, so 95 GB for
+             Kinetics-400.
 
 The contrastive head (tgm/textprobe.py). A checkpoint of pretrain.py that was trained with captions
 is asked two more things of the test videos; a video's embedding is its feature, projected.
@@ -121,7 +122,10 @@ PROTOCOLS = {
         "training": {"epochs": 100, "warmup": 10, "batch": 1024},
     },
 }
-ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+ATTENTIVE = {
+    "settings": [{"rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)],
+    "training": {"epochs": 20, "least_steps": 3000, "batch": 64},
+}
 
 
 # ---- the probes ----------------------------------------------------------------------------------
@@ -237,9 +241,12 @@ class AttentiveProbe(torch.nn.Module):
         return self.head((value @ pooled.unsqueeze(-1)).flatten(1))
 
 
-def attentive(train, labels, test, settings, seed, *, classes, heads, epochs=20, batch=64):
-    """The attentive probe. train, test: TokenRows; settings: [{"rate": learning rate}, ...]. All
-    settings are trained together, each as if alone, so that a batch is read once for all."""
+def attentive(
+    train, labels, test, settings, seed, *, classes, heads, epochs, least_steps=0, batch=64
+):
+    """The attentive probe. train, test: TokenRows; settings: [{"rate": learning rate}, ...];
+    least_steps: adds epochs until there are so many steps. All settings are trained together, each
+    as if alone, so that a batch is read once for all."""
     device = labels.device
     probes = []
     optimizers = []
@@ -249,7 +256,8 @@ def attentive(train, labels, test, settings, seed, *, classes, heads, epochs=20,
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)
         optimizers.append(torch.optim.AdamW(probe.parameters(), weight_decay=0.01))
-    steps = math.ceil(len(train) / batch)
+    steps = math.ceil(len(train) / batch)  # of an epoch
+    epochs = max(epochs, math.ceil(least_steps / steps))
     for epoch in range(epochs):
         for step, index in enumerate(torch.randperm(len(train)).split(batch)):
             tokens = train[index].read(device)
@@ -367,8 +375,11 @@ def probe_all(videos, arrays, heads, args):
     if args.attentive:
         train_tokens = TokenRows(arrays["train"]["tokens"], rows)
         test_tokens = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
-        probe = partial(attentive, classes=len(names), heads=heads)
-        settings = [{"rate": rate} for rate in ATTENTIVE_RATES]
+        training = ATTENTIVE["training"]
+        if args.epochs is not None:
+            training = {"epochs": args.epochs}
+        probe = partial(attentive, classes=len(names), heads=heads, **training)
+        settings = ATTENTIVE["settings"]
         result |= measure("attentive", probe, settings, train_tokens, test_tokens, choose_once=True)
     return result
 
@@ -480,7 +491,7 @@ def parse_args(argv=None):
     probe.add_argument(
         "--epochs",
         type=positive_int,
-        help="of the linear probe, for a trial (default: by protocol)",
+        help="of the linear and the attentive probe, for a trial (default: as said above)",
     )
     probe.add_argument(
         "--k",

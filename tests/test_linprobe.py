@@ -296,7 +296,7 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     tokens[499] = np.nan  # a failed test video: any prediction will do
     train = TokenRows(tokens, torch.arange(300))
     test = TokenRows(tokens, torch.arange(300, 500))
-    probe = partial(linprobe.attentive, heads=2, classes=3)
+    probe = partial(linprobe.attentive, heads=2, classes=3, epochs=20)
     settings = [{"rate": 1e-5}, {"rate": 1e-2}]
     predicted = probe(train, labels[:300], test, settings, 0)
     assert (
@@ -307,6 +307,20 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     )
     assert torch.equal(probe(train, labels[:300], test, settings[1:], 0)[0], predicted[1])
     assert linprobe.choose(probe, train, labels[:300], settings, 0) == settings[1]
+
+
+@pytest.mark.parametrize("least, epochs", ((0, 2), (6, 2), (7, 3), (30, 10)))
+def test_the_attentive_probe_adds_epochs_on_a_small_training_set(monkeypatch, least, epochs):
+    seen = []
+    true = linprobe.schedule
+    monkeypatch.setattr(linprobe, "schedule", lambda *at: seen.append(at) or true(*at))
+    tokens = np.zeros((130, 2, 8), np.float16)
+    train = TokenRows(tokens, torch.arange(130))  # three batches of at most 64
+    labels = torch.arange(130) % 3
+    probe = partial(linprobe.attentive, heads=2, classes=3, epochs=2, least_steps=least)
+    probe(train, labels, train, [{"rate": 1e-3}], 0)
+    assert len(seen) == 3 * epochs
+    assert seen[-1] == (epochs - 1 + 2 / 3, epochs)
 
 
 # ---- features ------------------------------------------------------------------------------------
