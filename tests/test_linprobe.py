@@ -508,7 +508,7 @@ def test_features_are_reused_until_something_changes(copy):
 
 
 def test_end_to_end(world, tmp_path):
-    flags = (*both(world), *UNTRAINED, "--attentive", "--seeds", 2)
+    flags = (*both(world), *UNTRAINED, "--attentive", "--seeds", 2, "--epochs", 20)
     out = run("linprobe.py", *flags, "--workers", 0, "--out", tmp_path, process=True)
     result = json.loads((tmp_path / "label.json").read_text())
     assert [
