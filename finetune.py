@@ -22,7 +22,8 @@ samples of each (--repeat 2, the default).
 
     Kinetics-400 (VideoMAE's epoch_1600: 384 x 2)                       lr 7.5e-4, floor 1.5e-6
         --accum 3 --epochs 75 --blr 5e-4 --views 5 3
-        for ViT-S 150 epochs; for ViT-L 128 x 2: --accum 1 --epochs 35 --blr 2e-3, lr 1e-3
+        for ViT-S 150 epochs; for ViT-L 128 x 2: --accum 1 --epochs 35 --blr 2e-3 (lr 1e-3, floor
+        5e-7)
     Kinetics-400 (VideoMAE's FINETUNE.md: 512 x 1)                      lr 2e-3, floor 2e-6
         --accum 4 --repeat 1 --epochs 100 --blr 1e-3 --views 5 3
     Something-Something v2 (VideoMAE's epoch_2400: 384 x 2)             lr 7.5e-4, floor 1.5e-6
@@ -125,7 +126,7 @@ def train(state, loader, val, schedule, machine, stop, args):
     if schedule.ends_epoch(state.step) and state.validated != state.step:
         # the checkpoint is saved before it is validated: a kill may have come in between
         validate(state, val, log, machine, args)
-    stop.after_step()
+    stop.after_saving()  # a signal now waits for the step and the checkpoint
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
@@ -154,7 +155,7 @@ def train(state, loader, val, schedule, machine, stop, args):
 
         log.add(norm, loss=torch.stack(losses).mean())
         state.step = step
-        stopped = stop.agreed()
+        stopped = stop.requested()
         saves = stopped or schedule.saves(step, args.save_every)
         if saves or step % args.log_every == 0:
             log.write_step(step, lr)
@@ -165,9 +166,9 @@ def train(state, loader, val, schedule, machine, stop, args):
             machine.leave()
             stop.end()
         if schedule.ends_epoch(step):
-            stop.at_once("--resume auto goes on from this epoch's end")
+            stop.immediately("--resume auto goes on from this epoch's end")
             validate(state, val, log, machine, args)
-            stop.after_step()
+            stop.after_saving()
 
 
 def validate(state, val, log, machine, args):
@@ -478,7 +479,7 @@ def parse_args(argv=None):
     model.add_argument(
         "--size",
         choices=tuple(models.SIZES),
-        help="for checkpoints that do not say it (default: base)",
+        help="of the model (default: the checkpoint's, or base where it does not say)",
     )
     model.add_argument(
         "--drop-path",
@@ -503,7 +504,7 @@ def parse_args(argv=None):
         "--layer-decay",
         type=flags.ratio,
         default=0.75,
-        help="factor on the learning rate from layer to layer; 1: none",
+        help="factor on the learning rate of each layer towards the input; 1: none",
     )
     test = parser.add_argument_group("testing")
     test.add_argument(
@@ -649,7 +650,7 @@ def fine_tune(args, model, splits, machine, stop):
     if args.use == "last":
         return out / "checkpoint.pt"
     wait_for_ranks()  # until rank 0 has written best.pt
-    with checks.one_reason(args.data):
+    with checks.as_run_error(args.data):
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
 
@@ -692,21 +693,21 @@ def main(argv=None):
     manifest = args.data
     if args.test_only:
         manifest = args.test or args.val
-    with checks.one_reason(manifest):
+    with checks.as_run_error(manifest):
         splits = open_splits(args, machine)
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    stop.at_once()
+    stop.immediately()
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
             hold(Path(args.out) / "checkpoint.pt")
         checkpoint = args.checkpoint
-        stop.at_once("with --test-only --checkpoint it is tested again")
+        stop.immediately("with --test-only --checkpoint it is tested again")
     else:
         checkpoint = fine_tune(args, model, splits, machine, stop)
-        stop.at_once("--resume auto tests again")
+        stop.immediately("--resume auto tests again")
     test(args, model, splits, checkpoint, machine)
     machine.leave()
 

@@ -88,21 +88,23 @@ def unpatchify(
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, t * tubelet, h * patch, w * patch)
 
 
-def split_mask(mask: Tensor, visible: int | None = None) -> tuple[Tensor, Tensor]:
+def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor]:
     """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked tokens [B,N-V,1], in
     token order.
 
-    visible: how many tokens every row keeps. If it is not given, it is read from the device. That
-        read makes the host wait for a GPU and breaks the graph of torch.compile.
+    num_visible: how many tokens every row keeps. If it is not given, it is read from the device.
+        That read makes the host wait for a GPU and breaks the graph of torch.compile.
 
     RuntimeError unless every row keeps that many. On a GPU the error appears at a later call."""
     kept = mask.shape[1] - mask.sum(dim=1)
-    if visible is None:
-        visible = int(kept[0])
-    torch._assert_async((kept == visible).all(), f"mask: not every row keeps {visible} tokens")
+    if num_visible is None:
+        num_visible = int(kept[0])
+    torch._assert_async(
+        (kept == num_visible).all(), f"mask: not every row keeps {num_visible} tokens"
+    )
     # False sorts before True
     order = mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
-    return order[:, :visible], order[:, visible:]
+    return order[:, :num_visible], order[:, num_visible:]
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -408,28 +410,30 @@ class VideoMAE(nn.Module):
         video: Tensor,
         mask: Tensor,
         text: Tensor | None = None,
-        visible: int | None = None,
+        num_visible: int | None = None,
         decoded: Tensor | None = None,
         group: Tensor | None = None,
     ) -> MAEOutput:
         """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> the two losses.
 
-        visible: how many tokens each row of the mask keeps (see `split_mask`)
+        num_visible: how many tokens each row of the mask keeps (see `split_mask`)
         decoded [B,M]: indices of the masked tokens that the decoder sees and predicts (VideoMAE V2,
             arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked.
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)
-        seen, masked = split_mask(mask, visible)
+        seen, masked = split_mask(mask, num_visible)
         if decoded is None:
             decoded = masked
         else:
-            torch._assert_async(mask.gather(1, decoded).all(), "decoded: not every token is masked")
+            torch._assert_async(
+                mask.gather(1, decoded).all(), "decoded: some of these tokens are not masked"
+            )
             decoded = decoded.unsqueeze(-1)
         tokens = self.encoder.encode(cubes, seen)
         prediction = self.decode(tokens, seen, decoded)
         with torch.autocast(video.device.type, enabled=False):
-            target, _, _ = self.normalised_pixels(pick_tokens(cubes, decoded))
+            target, _, _ = self.pixel_targets(pick_tokens(cubes, decoded))
             loss_mae = F.mse_loss(prediction.float(), target)
         if text is None:
             return MAEOutput(loss_mae, None)
@@ -438,27 +442,27 @@ class VideoMAE(nn.Module):
         return MAEOutput(loss_mae, self.contrastive(tokens, text, group))
 
     def encode(
-        self, video: Tensor, mask: Tensor | None = None, visible: int | None = None
+        self, video: Tensor, mask: Tensor | None = None, num_visible: int | None = None
     ) -> Tensor:
         """The visible tokens (without a mask, all) after the final norm: [B,V,D], in (t, h, w)
         order."""
         cubes = self.encoder.cubes(video)
         if mask is None:
             return self.encoder.encode(cubes)
-        seen, _ = split_mask(mask, visible)
+        seen, _ = split_mask(mask, num_visible)
         return self.encoder.encode(cubes, seen)
 
     def decode(self, tokens: Tensor, seen: Tensor, decoded: Tensor) -> Tensor:
         """tokens [B,V,D], indices of the visible tokens [B,V,1] and of those to predict [B,M,1] ->
         predicted cubes [B,M,P]. The mask tokens come after the visible ones: each token carries its
         own position, so that order does not matter."""
-        visible = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, seen)
+        known = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, seen)
         unknown = self.mask_token + pick_tokens(self.pos_embed, decoded)
-        x = self.decoder.run_blocks(torch.cat([visible, unknown], dim=1))  # [B,V+M,decoder width]
+        x = self.decoder.run_blocks(torch.cat([known, unknown], dim=1))  # [B,V+M,decoder width]
         x = x[:, seen.shape[1] :]
         return self.decoder.head(self.decoder.norm(x))
 
-    def normalised_pixels(self, cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pixel_targets(self, cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the decoder predicts: cubes [B,M,P] -> (target [B,M,P], mean and deviation of the
         pixels [B,M,1,3]), float32.
 
@@ -471,15 +475,15 @@ class VideoMAE(nn.Module):
         return ((pixels - mean) / deviation).flatten(-2), mean, deviation
 
     @torch.no_grad()
-    def reconstruct(self, video: Tensor, mask: Tensor, visible: int | None = None) -> Tensor:
+    def reconstruct(self, video: Tensor, mask: Tensor, num_visible: int | None = None) -> Tensor:
         """The video with its masked cubes replaced by predictions: [B,3,T,H,W] float32 in [0,1].
 
         The predictions get the mean and the deviation of the true cubes, which flatters the
         picture: say so in its caption."""
         cubes = self.encoder.cubes(video)
-        seen, masked = split_mask(mask, visible)
+        seen, masked = split_mask(mask, num_visible)
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
-        normalised, mean, deviation = self.normalised_pixels(cubes)
+        normalised, mean, deviation = self.pixel_targets(cubes)
         normalised = normalised.scatter(1, masked.expand_as(prediction), prediction)
         pixels = (normalised.unflatten(-1, (-1, 3)) * deviation + mean).flatten(-2)
         video = unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"])
@@ -523,21 +527,23 @@ class VideoViT(Encoder):
 # ---- what it costs -------------------------------------------------------------------------------
 
 
-def count_flops(model: VideoMAE, visible: int, decoded: int | None = None) -> tuple[int, int]:
-    """The cost of one clip's forward pass, (encoder, decoder), if `visible` tokens are encoded and
-    `decoded` others are decoded (None: all others).
+def count_flops(
+    model: VideoMAE, num_visible: int, num_decoded: int | None = None
+) -> tuple[int, int]:
+    """The cost of one clip's forward pass, (encoder, decoder), if `num_visible` tokens are encoded
+    and `num_decoded` others are decoded (None: all others).
 
     It counts the multiply-adds of matrix products, which the literature calls FLOPs. The encoder of
     ViT-B costs 180 G on all 1568 tokens."""
     c = model.config
-    if decoded is None:
-        decoded = model.num_tokens - visible
+    if num_decoded is None:
+        num_decoded = model.num_tokens - num_visible
     cube = 3 * c["tubelet"] * c["patch"] ** 2
-    embedding = visible * cube * c["width"]
-    encoder = block_flops(visible, c["width"]) * c["depth"]
-    to_decoder = visible * c["width"] * c["decoder_width"]
-    decoder = block_flops(visible + decoded, c["decoder_width"]) * c["decoder_depth"]
-    head = decoded * c["decoder_width"] * cube
+    embedding = num_visible * cube * c["width"]
+    encoder = block_flops(num_visible, c["width"]) * c["depth"]
+    to_decoder = num_visible * c["width"] * c["decoder_width"]
+    decoder = block_flops(num_visible + num_decoded, c["decoder_width"]) * c["decoder_depth"]
+    head = num_decoded * c["decoder_width"] * cube
     return embedding + encoder, to_decoder + decoder + head
 
 

@@ -84,7 +84,9 @@ def train(state, loader, schedule, machine, args):
     optimizer = state.optimizer
     scaler = state.scaler
     wrapped = machine.wrap(model)
-    visible, masked, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
+    num_visible, num_masked, num_decoded = count_tokens(
+        model.grid, args.mask_ratio, args.decoder_keep
+    )
     loss_weight = args.nce_weight
     to_clip = list(model.parameters())
     monitored = args.nce_weight == 0
@@ -112,8 +114,8 @@ def train(state, loader, schedule, machine, args):
             batch = flatten_repeats(log.fetch(batches), machine.device)
             mask = mask_batch(batch, args.mask, args.mask_ratio, model.grid)  # bool [B*R, N]
             chosen = None  # the decoder reconstructs all masked tokens
-            if decoded < masked:
-                chosen = masking.some_masked(mask, batch["noise"], decoded)
+            if num_decoded < num_masked:
+                chosen = masking.some_masked(mask, batch["noise"], num_decoded)
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
                 with machine.autocast:
                     video = models.normalize(batch["clip"])  # [B*R, 3, T, H, W]
@@ -121,7 +123,7 @@ def train(state, loader, schedule, machine, args):
                         video,
                         mask,
                         text=batch.get("text"),
-                        visible=visible,
+                        num_visible=num_visible,
                         decoded=chosen,
                         group=batch["row"],
                     )
@@ -140,7 +142,7 @@ def train(state, loader, schedule, machine, args):
         loss_mae, loss_nce = torch.stack(losses).mean(0)
         log.add(norm, loss_mae=loss_mae, loss_nce=loss_nce if "text" in batch else None)
         state.step = step
-        stopped = stop.agreed()
+        stopped = stop.requested()
         saves = stopped or schedule.saves(step, args.save_every)
         if saves or step % args.log_every == 0:
             log.write_step(step, lr)
@@ -154,7 +156,7 @@ def train(state, loader, schedule, machine, args):
             machine.leave()
             stop.end()
     machine.leave()
-    stop.at_once()  # a signal that came after the last step
+    stop.immediately()  # a signal that came after the last step
 
 
 def flatten_repeats(batch, device):
@@ -194,11 +196,11 @@ def draw(path, model, clips, machine, args):
 def count_tokens(grid, ratio, keep):
     """-> the numbers of tokens that are visible, masked and reconstructed. ValueError if that is
     not possible."""
-    masked = masking.masked_count(ratio, grid)
-    decoded = round(keep * masked)
-    if decoded == 0:
-        raise ValueError(f"--decoder-keep {keep} reconstructs 0 of {masked} masked tokens")
-    return math.prod(grid) - masked, masked, decoded
+    num_masked = masking.masked_count(ratio, grid)
+    num_decoded = round(keep * num_masked)
+    if num_decoded == 0:
+        raise ValueError(f"--decoder-keep {keep} reconstructs 0 of {num_masked} masked tokens")
+    return math.prod(grid) - num_masked, num_masked, num_decoded
 
 
 def learning_rate(steps_done, lr, warmup, total, floor):
@@ -354,18 +356,40 @@ def make_clips(videos, rows, grid, arrays, args):
 
 
 def open_data(manifest, mask, nce_weight, root=None, companions=None):
-    """The manifest, and the arrays beside it that the method needs -> videos, rows to train on,
-    {"text", "saliency", "motion": a mapped array or None}, identity.
+    """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
 
     identity: {file or what: text}, which changes with the data. companions: as --companions.
     ManifestError where a file is missing or is not of this manifest."""
     videos = read_manifest(manifest, root)
     prefix = companions or Path(manifest).with_suffix("")
+    arrays = open_arrays(manifest, prefix, videos, mask, nce_weight)
+    usable = np.ones(len(videos), bool)
+    identity = {manifest: manifest_hash(videos)}
+    for kind, array in arrays.items():
+        path = Path(f"{prefix}.{kind}.npy")
+        identity[str(path)] = None
+        if array is not None:
+            usable &= filled(array)
+            identity[str(path)] = file_hash(path.with_suffix(".json"))
+    rows = np.flatnonzero(usable)
+    if len(rows) == 0:
+        raise ManifestError(
+            f"{manifest}: none of the {len(videos)} videos has what --mask {mask} needs: each "
+            "lacks its row of an array; captions.jsonl and what saliency.py printed say why"
+        )
+    identity["usable videos"] = f"{len(rows)} ({hashlib.sha256(rows).hexdigest()[:16]})"
+    return videos, rows, arrays, identity
+
+
+def open_arrays(manifest, prefix, videos, mask, nce_weight):
+    """The arrays PREFIX.*.npy that the method needs: {"text", "saliency", "motion": a mapped array
+    or None}. ManifestError says which command makes one that is missing or stale."""
     needed = masking.NEEDS[mask]
     command = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")
     expected = {}
-    if captions.exists() and not companions:  # if they were made again, the arrays are stale
+    beside = prefix == Path(manifest).with_suffix("")
+    if captions.exists() and beside:  # if they were made again, the arrays are stale
         expected = {"captions": file_hash(captions)}
     arrays = {"text": None, "saliency": None, "motion": None}
     if needed == "saliency":
@@ -381,23 +405,7 @@ def open_data(manifest, mask, nce_weight, root=None, companions=None):
             if needed == "saliency" or nce_weight == 0:
                 raise
             raise ManifestError(f"{error}; or train without captions: --nce-weight 0") from None
-
-    usable = np.ones(len(videos), bool)
-    identity = {manifest: manifest_hash(videos)}
-    for kind, array in arrays.items():
-        path = Path(f"{prefix}.{kind}.npy")
-        identity[str(path)] = None
-        if array is not None:
-            usable &= filled(array)
-            identity[str(path)] = file_hash(path.with_suffix(".json"))
-    rows = np.flatnonzero(usable)
-    if len(rows) == 0:
-        raise ManifestError(
-            f"{manifest}: none of the {len(videos)} videos has what --mask {mask} needs: every row "
-            "of an array is empty; the reasons are in captions.jsonl and what saliency.py printed"
-        )
-    identity["usable videos"] = f"{len(rows)} ({hashlib.sha256(rows).hexdigest()[:16]})"
-    return videos, rows, arrays, identity
+    return arrays
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -492,7 +500,7 @@ def make_state(args, model, machine):
     where the run goes on."""
     saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
     if saved is None and args.init:
-        with checks.one_reason(args.data):
+        with checks.as_run_error(args.data):
             notes = checkpoints.load_pretrained(model, args.init)
         machine.say(f"weights      {args.init}: {checkpoints.summary_of(notes)}")
     optimizer = make_optimizer(model.to(machine.device), args.lr, args.weight_decay)
@@ -505,7 +513,7 @@ def make_state(args, model, machine):
 
 def describe(args, model, arrays, state, schedule, machine):
     """What is printed before training: the derived numbers, a line each, and notes."""
-    visible, _, decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
+    num_visible, _, num_decoded = count_tokens(model.grid, args.mask_ratio, args.decoder_keep)
     contrastive = f"weight {args.nce_weight:g}"
     if arrays["text"] is None:
         contrastive = "no text array: not computed"
@@ -518,8 +526,8 @@ def describe(args, model, arrays, state, schedule, machine):
         f"{args.image_size} pixels"
     )
     yield (
-        f"tokens       {visible} of {model.num_tokens} visible: mask {args.mask} at "
-        f"{args.mask_ratio}, grid {' x '.join(map(str, model.grid))}; {decoded} reconstructed"
+        f"tokens       {num_visible} of {model.num_tokens} visible: mask {args.mask} at "
+        f"{args.mask_ratio}, grid {' x '.join(map(str, model.grid))}; {num_decoded} reconstructed"
     )
     yield f"contrastive  {contrastive}"
     yield schedule.about(args.blr, MIN_BLR, state.step, state.begun_for)
@@ -528,7 +536,7 @@ def describe(args, model, arrays, state, schedule, machine):
             yield f"note         {gaps}"
     if not machine.on_gpu and args.size != "tiny":
         samples = schedule.samples_per_step // args.ranks
-        seconds = checks.time_on_cpu(model, samples, visible, decoded)
+        seconds = checks.time_on_cpu(model, samples, num_visible, num_decoded)
         hours = seconds * (schedule.last_step - state.step) / 3600
         yield (
             f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, "
@@ -538,12 +546,14 @@ def describe(args, model, arrays, state, schedule, machine):
 
 @one_line_errors
 def main(argv=None):
+    # args is saved with the checkpoint, so what follows from the flags is added to it: here, in
+    # parse_args and in make_model
     args = parse_args(argv)
     machine = Machine(args.device, args.amp)
     args.amp = machine.amp
     args.ranks = machine.ranks
     checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, args.frames, args.image_size)
-    with checks.one_reason(args.data):
+    with checks.as_run_error(args.data):
         videos, rows, arrays, args.identity = open_data(
             args.data, args.mask, args.nce_weight, args.root, args.companions
         )

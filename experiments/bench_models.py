@@ -79,13 +79,13 @@ def our_step(ratio, dtype, folder, batch, keep=1.0):
     model = models.VideoMAE("base").to(DEVICE)
     checkpoints.load_pretrained(model, folder)
     model.contrastive.requires_grad_(False)
-    visible, masked, decoded = pretrain.count_tokens(GRID, ratio, keep)
+    num_visible, num_masked, num_decoded = pretrain.count_tokens(GRID, ratio, keep)
     chosen = None
-    if decoded < masked:
-        chosen = masking.some_masked(mask, noise, decoded)
+    if num_decoded < num_masked:
+        chosen = masking.some_masked(mask, noise, num_decoded)
 
     def loss():
-        return model(video, mask, visible=visible, decoded=chosen).loss_mae
+        return model(video, mask, num_visible=num_visible, decoded=chosen).loss_mae
 
     return train_step(model, loss, dtype)
 
@@ -142,12 +142,12 @@ def method_step(mask, ratio, batch):
         data = without(data, "saliency", "text")
     model = models.VideoMAE("base").to(DEVICE)
     model.contrastive.requires_grad_(mask == "text")
-    visible = model.num_tokens - masking.masked_count(ratio, GRID)
+    num_visible = model.num_tokens - masking.masked_count(ratio, GRID)
 
     def loss():
         masks = pretrain.mask_batch(data, mask, ratio, GRID)
         video = models.normalize(data["clip"])
-        mae, nce = model(video, masks, data.get("text"), visible)
+        mae, nce = model(video, masks, data.get("text"), num_visible)
         return mae if nce is None else mae + nce
 
     return train_step(model, loss, "bf16" if ON_GPU else "float32")
@@ -273,9 +273,9 @@ def paper(args, temporary):
             ("text 0.6", 0.6, 1.0),
             ("text 0.6, --decoder-keep 0.5", 0.6, 0.5),
         ):
-            visible, _, decoded = pretrain.count_tokens(GRID, ratio, keep)
+            num_visible, _, num_decoded = pretrain.count_tokens(GRID, ratio, keep)
             # a step is three forward passes, a multiply-add two FLOPs
-            flops = 3 * 2 * sum(models.count_flops(model, visible, decoded))
+            flops = 3 * 2 * sum(models.count_flops(model, num_visible, num_decoded))
             clips_per_second = FLOPS / flops  # of one GPU
             hours = videos / gpus / clips_per_second / 3600  # of an epoch
             row = {

@@ -212,15 +212,15 @@ def our_step(model, batch, mask, ratio, keep=1.0):
     data = random_batch(model, batch)
     if mask != "text":
         del data["text"], data["saliency"]
-    visible, masked, decoded = pretrain.count_tokens(model.grid, ratio, keep)
+    num_visible, num_masked, num_decoded = pretrain.count_tokens(model.grid, ratio, keep)
 
     def loss():
         hidden = pretrain.mask_batch(data, mask, ratio, model.grid)
         chosen = None
-        if decoded < masked:
-            chosen = masking.some_masked(hidden, data["noise"], decoded)
+        if num_decoded < num_masked:
+            chosen = masking.some_masked(hidden, data["noise"], num_decoded)
         video = models.normalize(data["clip"])
-        output = model(video, hidden, data.get("text"), visible, chosen)
+        output = model(video, hidden, data.get("text"), num_visible, chosen)
         if output.loss_nce is None:
             return output.loss_mae
         return output.loss_mae + output.loss_nce
@@ -253,9 +253,9 @@ def make_model(size, text=False, compiled=False, checkpointing=False, tiny=False
 
 def figures(model, batch, ratio, keep, seconds, peak):
     """Clips per second, and the share of the card's peak that they mean."""
-    visible, _, decoded = pretrain.count_tokens(model.grid, ratio, keep)
+    num_visible, _, num_decoded = pretrain.count_tokens(model.grid, ratio, keep)
     rate = batch / seconds
-    flops = 6 * sum(models.count_flops(model, visible, decoded))
+    flops = 6 * sum(models.count_flops(model, num_visible, num_decoded))
     row = {"batch": batch, "ms": 1000 * seconds, "clips/s": rate, "GFLOP a clip": flops / 1e9}
     row["of peak"] = flops * rate / peak if peak else "unknown"
     row["GB"] = gigabytes()

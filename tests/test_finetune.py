@@ -926,7 +926,7 @@ def test_each_operation_of_rand_augment_comes_with_probability_one_half(world, m
     assert len(found) == 5 and (np.abs(found - expected) < 4 * expected**0.5).all(), found
 
 
-def test_erasing_fills_in_noise_of_normalised_pixels(world):
+def test_erasing_fills_in_noise_of_pixel_targets(world):
     """Mean 0 and deviation 1 after normalisation, but for what a byte cannot hold; the same in
     every frame.
     """

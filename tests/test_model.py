@@ -183,7 +183,7 @@ def test_base_loss_equals_transformers():
     video, mask = random_video(ours, 1), random_mask(ours, 1, visible=160)
     with torch.no_grad():
         close(
-            ours(video, mask, visible=160).loss_mae,
+            ours(video, mask, num_visible=160).loss_mae,
             hf(video.transpose(1, 2), bool_masked_pos=mask).loss,
         )
 
@@ -656,7 +656,7 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     loss = mae(video, mask, decoded=decoded).loss_mae
     barred = mask.scatter(1, decoded, False)  # [B,N]
     cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
-    target, plain = mae.normalised_pixels(cubes)[0], F.scaled_dot_product_attention
+    target, plain = mae.pixel_targets(cubes)[0], F.scaled_dot_product_attention
     tokens = mae.encoder.encode(cubes, seen)
     order = torch.cat([seen, every], 1)[..., 0]
     monkeypatch.setattr(
@@ -677,7 +677,7 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     ) and whole.loss_mae.item() != pytest.approx(loss.item(), rel=1e-5)
     shuffled = mae(video, mask, decoded=hidden[:, torch.randperm(hidden.shape[1])]).loss_mae
     assert shuffled.item() == pytest.approx(whole.loss_mae.item(), rel=1e-5)
-    with pytest.raises(RuntimeError, match="not every token is masked"):
+    with pytest.raises(RuntimeError, match="some of these tokens are not masked"):
         mae(video, mask, decoded=torch.arange(20).expand(2, -1))
 
 
@@ -823,7 +823,7 @@ def test_masks_of_unequal_rows_are_refused():
     unequal[1, mask[1].nonzero()[0]] = False
     for bad, visible in ((unequal, None), (unequal, 3), (mask, 4)):
         with pytest.raises(RuntimeError, match="not every row keeps"):
-            mae(video, bad, visible=visible)
+            mae(video, bad, num_visible=visible)
     with pytest.raises(ValueError, match="expected a batch of .3, 4, 32, 32"):
         mae(video[:, :, :2], mask)
     for kwargs in (dict(frames=5), dict(image_size=40)):
@@ -844,7 +844,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32():
             and a.item() != b.item()
         )
     with torch.autocast("cpu", torch.bfloat16):
-        target = mae.normalised_pixels(patchify(video))[0]
+        target = mae.pixel_targets(patchify(video))[0]
         nce = mae.contrastive(mae.encode(video, mask), text)
     assert target.dtype == nce.dtype == torch.float32
 
@@ -918,7 +918,7 @@ def test_cost_counts():
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
         ):
-            mae(video, mask, visible=28, decoded=decoded)
+            mae(video, mask, num_visible=28, decoded=decoded)
         assert counter.get_total_flops() / 2 == sum(M.count_flops(mae, 28, count))
     with torch.device("meta"):
         base = VideoMAE("base")

@@ -258,7 +258,7 @@ def steps_until_stopped():
     rank, stop = join()
     for step in range(10_000):
         time.sleep(0.005)
-        if stop.agreed():
+        if stop.requested():
             print(f"stopped at {step}: {stop.name}")
             assert run.sum_over_ranks(step) == 2 * step
             stop.end()
@@ -289,8 +289,8 @@ def told_while_answering():
         print("asking")
     else:
         time.sleep(1.5)
-    print(stop.agreed())
-    print(stop.agreed())
+    print(stop.requested())
+    print(stop.requested())
     stop.end()
 
 
@@ -591,11 +591,11 @@ sys.exit("one line")
 def work(at_once=False):
     stop = run.StopSignal()
     if at_once:
-        stop.at_once()
+        stop.immediately()
     print("ready")
     for _ in range(2000):
         time.sleep(0.005)
-        if stop.agreed():
+        if stop.requested():
             print("saved")
             stop.end()
 
@@ -634,7 +634,7 @@ def test_a_signal_that_came_before_at_once_ends_the_run_there(tmp_path):
         stop = run.StopSignal()
         os.kill(os.getpid(), signal.SIGTERM)
         print("noted")
-        stop.at_once()
+        stop.immediately()
         print("never")
 
     child = Child(tmp_path / "out", program)
@@ -668,7 +668,7 @@ def test_saving_has_grace_seconds_of_its_own(tmp_path):
         stop = run.StopSignal()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.7)
-        assert stop.agreed()
+        assert stop.requested()
         time.sleep(0.7)
         print("still saving")
         time.sleep(1000)
@@ -692,9 +692,9 @@ def test_stopped_inside_this_process():
     try:
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
             stop = run.StopSignal()
-            assert not stop.agreed() and stop.name is None
+            assert not stop.requested() and stop.name is None
             os.kill(os.getpid(), number)
-            assert stop.agreed() and stop.name == signal.Signals(number).name
+            assert stop.requested() and stop.name == signal.Signals(number).name
             with pytest.raises(run.Stopped) as end:
                 stop.end()
             assert (
@@ -716,7 +716,7 @@ from tgm.run import StopSignal, launch
 def main():
     stop = StopSignal()
     print("ready", flush=True)
-    while not stop.agreed():
+    while not stop.requested():
         time.sleep(0.01)
     stop.end()
 

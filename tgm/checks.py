@@ -19,7 +19,7 @@ LOOKED_FOR = 256  # about this many videos, evenly from all, are looked for
 
 
 @contextlib.contextmanager
-def one_reason(manifest: str):
+def as_run_error(manifest: str):
     """If a ManifestError or a ValueError is raised inside, raises RunError with its text, which
     names the toy world if there is no manifest."""
     try:
@@ -88,14 +88,16 @@ def refuse_few(manifest: str, usable: int, batch_size: int, accum: int, ranks: i
     )
 
 
-def time_on_cpu(model: VideoMAE, samples: int, visible: int, decoded: int) -> float:
+def time_on_cpu(model: VideoMAE, samples: int, num_visible: int, num_decoded: int) -> float:
     """The seconds that a step takes on a CPU: a guess from the time of one matrix product. Forward
     and backward together cost three times the forward pass.
 
-    samples: per rank and step; visible, decoded: tokens per sample"""
+    samples: per rank and step; num_visible, num_decoded: tokens per sample"""
     x = torch.ones(1024, 1024)
     x @ x
     began = time.time()
     x @ x
     multiply_adds_per_second = 1024**3 / (time.time() - began)
-    return 3 * samples * sum(count_flops(model, visible, decoded)) / multiply_adds_per_second
+    return (
+        3 * samples * sum(count_flops(model, num_visible, num_decoded)) / multiply_adds_per_second
+    )

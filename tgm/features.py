@@ -294,7 +294,7 @@ def extract_all(
         for array in arrays.values():
             array.flush()
         left = sum_over_ranks(left)  # every rank must get here
-        if stop.agreed():
+        if stop.requested():
             if rank == 0:
                 print(f"{stop.name}: stopped; run it again to go on")
             stop.end()
@@ -305,7 +305,7 @@ def extract_all(
                 print(f"{count - left} of {count} {split} videos are done; run it again to go on")
             return None
         found[extraction.split] = found.get(extraction.split, {}) | arrays
-    stop.at_once("the features are kept, run it again")
+    stop.immediately("the features are kept, run it again")
     return found
 
 

@@ -165,4 +165,4 @@ def batches(
     if stop.name:  # ranks need not agree when to stop: all results are on the disk
         print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
         stop.end()  # ends the program
-    stop.at_once()  # what follows is short: a signal may end it directly
+    stop.immediately()  # what follows is short: a signal may end it directly

@@ -8,7 +8,7 @@ one line. Needs arrays.py and manifest.py.
         stop = StopSignal(ranks)
         for batch in ...:
             ...
-            if stop.agreed():                               the same answer on every rank
+            if stop.requested():                               the same answer on every rank
                 save
                 stop.end()
 
@@ -271,20 +271,20 @@ class StopSignal:
 
         first signal        It is noted: `name` is its name from then on, None before. A message
                             with `then` says what happens next. The run has GRACE seconds to reach
-                            `agreed` or `end`, and after `agreed` GRACE seconds to save.
+                            `requested` or `end`, and after `requested` GRACE seconds to save.
         within SAME_SIGNAL  A second signal is ignored: the same one often comes twice, from a
         seconds             scheduler and through torchrun.
         later               A second signal ends the run without saving.
         no progress         After GRACE seconds the run ends without saving. A torchrun that got the
                             signal kills its ranks after 30 seconds in all, or as many as
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
-        after at_once()     There is nothing left to save: the first signal ends the run.
-        after after_step()  Signals are noted again.
+        immediately()       From here on there is nothing to save: the first signal ends the run.
+        after_saving()      From here on a signal is noted again.
 
     Python runs these handlers only between its own instructions, so none runs while a rank waits
-    inside torch for the others. `agreed` and `wait_for_ranks` wait in Python. Not covered are the
-    averaging of gradients and of logged values, and the exchange of Python objects: a rank that is
-    stuck there is ended by SIGKILL or by torch's own timeout."""
+    inside torch for the others. `requested` and `wait_for_ranks` wait in Python. Not covered are
+    the averaging of gradients and of logged values, and the exchange of Python objects: a rank that
+    is stuck there is ended by SIGKILL or by torch's own timeout."""
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None
@@ -330,7 +330,7 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
-    def at_once(self, remark=""):
+    def immediately(self, remark=""):
         """From here on a signal ends the run immediately; so does one that was noted before.
         remark: what the message adds, for the user."""
         self._immediately = True
@@ -338,11 +338,11 @@ class StopSignal:
         if self._number is not None:
             self._leave(self._number)
 
-    def after_step(self):
-        """From here on a signal is noted again, and the run asks `agreed`."""
+    def after_saving(self):
+        """From here on a signal is noted again, and the run asks `requested`."""
         self._immediately = False
 
-    def agreed(self):
+    def requested(self):
         """Whether any rank was told to stop, the same answer on all of them; every rank must ask,
         once a step.
 
