@@ -4,9 +4,10 @@ Reads   a training and a test manifest with labels, their videos, and a checkpoi
         .pth, a Hugging Face folder, or none for an untrained encoder; if they are there, the test
         manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
         (caption.py, then saliency.py --data val.csv)
-Writes  OUT/LABEL.json, the result; OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of
-        augmented training videos; with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16;
-        next to each array a .json of what it was made with: if that changes, it is made again
+Writes  OUT/LABEL.json, the result (LABEL.videomae.json with --protocol videomae);
+        OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
+        with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; next to each array a .json
+        of what it was made with: if that changes, it is made again
 
     # CPU, the toy world: 20 seconds
     python linprobe.py --checkpoint runs/text/checkpoint.pt
@@ -595,7 +596,10 @@ def main(argv=None):
     head = find_head(args.checkpoint)
     features = arrays["test"]["features"]
     result |= probe_head(head, features, videos["test"], args.test, seed=args.seed)
-    path = args.out / f"{args.label_column.replace('/', '_')}.json"
+    name = args.label_column.replace("/", "_")
+    if args.protocol != "sweep":
+        name += f".{args.protocol}"
+    path = args.out / f"{name}.json"
     aside = path.with_name(path.name + ".new")
     with writing(path):
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

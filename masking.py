@@ -228,10 +228,7 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     from slice to slice at the size of tokens. MGMAE warps its map from frame to frame at the size
     of pixels, fills the holes after every step and adds up the map over each token's pixels in its
     two frames.
-
-    Two faults of MGMAE's released code are left out. Its option for warping is called "backward",
-    but the loop over the frames before the middle tests for "backwarp", so that these are warped
-    the wrong way. And it leaves int((1 - 0.9) * 196) = 19 tokens of a slice visible; here 20 are.
+    Two faults of MGMAE's released code are left out: docs/method.md names them.
     """
     t, h, w = grid
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))

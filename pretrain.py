@@ -451,7 +451,7 @@ def parse_args(argv=None):
         default=1.0,
         help="weight of the contrastive loss; 0 only monitors it",
     )
-    method.add_argument("--size", choices=tuple(models.SIZES), default="base")
+    method.add_argument("--size", choices=tuple(models.SIZES), default="base", help="of the model")
     method.add_argument(
         "--init", help="start from a checkpoint: ours, VideoMAE's .pth, or a Hugging Face folder"
     )

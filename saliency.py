@@ -112,6 +112,30 @@ KINDS = {  # arrays of each cue
     "classes": ("classes",),
 }
 PROMPT = "a video of {}."
+CUES = {  # flags that only these cues read
+    "clip": ("text", "classes"),
+    "pretrained": ("text", "classes"),
+    "captions": ("text",),
+    "dense": ("text",),
+    "moments": ("text", "motion"),
+    "image_size": ("text", "motion"),
+    "extend": ("text", "motion"),
+    "flow": ("motion",),
+    "flow_weights": ("motion",),
+    "grid": ("motion",),
+    "window": ("motion",),
+    "classes": ("classes",),
+    "prompt": ("classes",),
+    "clip_templates": ("classes",),
+}
+DEFAULTS = {  # of those that are left open until it is known that no other cue was meant
+    "clip": "ViT-B-16",
+    "pretrained": "openai",
+    "dense": "self",
+    "flow": "codec",
+    "grid": 14,
+    "window": 5,
+}
 
 
 class Output(NamedTuple):
@@ -323,10 +347,9 @@ class MotionCue:
         self.grid = args.grid
         self.device = machine.device
         self.raft = None
-        flow = args.flow or "codec"
         moments = args.moments or 32
-        settings = {"flow": flow, "moments": moments, "grid": args.grid}
-        if flow == "raft":
+        settings = {"flow": args.flow, "moments": moments, "grid": args.grid}
+        if args.flow == "raft":
             try:
                 self.raft = motion.load_raft(args.flow_weights, machine.device)
             except motion.FlowError as error:
@@ -345,7 +368,7 @@ class MotionCue:
                 timeout=args.video_timeout,
             )
         self.outputs = [Output("motion", (moments, 2, args.grid, args.grid), settings)]
-        self.summary = f"motion by {flow}, {moments} moments x {args.grid} x {args.grid}"
+        self.summary = f"motion by {args.flow}, {moments} moments x {args.grid} x {args.grid}"
 
     def rows(self, items):
         """Yields (row, [field [S, 2, G, G]])."""
@@ -467,19 +490,19 @@ def parse_args(argv=None):
     )
     clip = parser.add_argument_group("--cue text and --cue classes")
     clip.add_argument(
-        "--clip", default="ViT-B-16", help="open_clip model name, local-dir:FOLDER or hf-hub:NAME"
+        "--clip",
+        help="open_clip model name, local-dir:FOLDER or hf-hub:NAME (default: ViT-B-16)",
     )
     clip.add_argument(
         "--pretrained",
-        default="openai",
-        help="open_clip's tag of the weights, or a file of weights; for a file give the --clip "
-        "with its activation (ViT-B-16-quickgelu for OpenAI's weights)",
+        help="open_clip's tag of the weights, or a file of weights (default: openai); for a file "
+        "give the --clip with its activation (ViT-B-16-quickgelu for OpenAI's weights)",
     )
     text = parser.add_argument_group("--cue text")
     text.add_argument(
         "--captions", help="captions to read (default: beside the manifest, train.captions.jsonl)"
     )
-    text.add_argument("--dense", choices=DENSE, default="self", help="how patch features are read")
+    text.add_argument("--dense", choices=DENSE, help="how patch features are read (default: self)")
     field = parser.add_argument_group("--cue motion")
     field.add_argument(
         "--flow", choices=("codec", "raft"), help="where motion comes from (default: codec)"
@@ -492,31 +515,31 @@ def parse_args(argv=None):
     field.add_argument(
         "--grid",
         type=grid_size,
-        default=14,
-        help="cells of the field along each side (of text's maps: --image-size)",
+        help="cells of the field along each side (default: 14; of text's maps: --image-size)",
     )
     field.add_argument(
         "--window",
         type=positive,
-        default=5,
-        help="frames around a moment that a codec's field averages",
+        help="frames around a moment that a codec's field averages (default: 5)",
     )
     add_classes_flags(parser)
     add_run_flags(parser, batch_size=16)
     args = parse_run_flags(parser, argv)
-    if args.cue != "motion" and (args.flow or args.flow_weights):
-        parser.error("--flow and --flow-weights are for --cue motion")
+    for name, cues in CUES.items():
+        flag = "--" + name.replace("_", "-")
+        if getattr(args, name) and args.cue not in cues:
+            parser.error(f"{flag} is for --cue {' and --cue '.join(cues)}")
+    if args.cue == "classes" and args.classes is None:
+        parser.error("--cue classes needs --classes FILE, a class name per line")
     if args.flow_weights and args.flow != "raft":
         parser.error("--flow-weights is for --flow raft")
-    if args.cue == "classes":
-        if args.classes is None:
-            parser.error("--cue classes needs --classes FILE, a class name per line")
-        if args.captions or args.moments or args.image_size or args.extend:
-            parser.error(
-                "--captions, --moments, --image-size and --extend are not for --cue classes"
-            )
-    elif args.classes or args.prompt or args.clip_templates:
-        parser.error("--classes, --prompt and --clip-templates are for --cue classes")
+    if args.window and args.flow == "raft":
+        parser.error("--window is for --flow codec")
+    if args.image_size and args.cue == "motion" and args.flow != "raft":
+        parser.error("--image-size is for --cue text and --flow raft")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.clip_templates:
         import open_clip
 

@@ -310,7 +310,7 @@ def parse_args(argv=None):
         "--train", type=positive_int, default=3000, help="videos in each of train.csv and probe.csv"
     )
     parser.add_argument("--val", type=positive_int, default=600, help="videos in val.csv")
-    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the whole world")
     parser.add_argument(
         "--workers", type=whole(1, 1024), default=2, help="processes that draw and encode"
     )

@@ -18,6 +18,7 @@ import pytest
 from conftest import BLIP, CLIP, run
 
 from tgm import arrays
+from tgm.flags import Parser
 
 SHORT = ("--workers", 0, "--batch-size", 2, "--max-steps", 1)
 TINY = ("--size", "tiny", *SHORT, "--epochs", 1, "--resume", "none", "--out", "out/run")
@@ -286,6 +287,25 @@ def number_flags(stage):
 
 
 CASES = [(stage, flag, values) for stage in STAGES for flag, values in number_flags(stage)]
+
+
+def test_help_says_each_default():
+    parser = Parser(prog="x.py")
+    parser.add_argument("--open", help="first")
+    parser.add_argument("--off", action="store_true", help="second")
+    parser.add_argument("--said", default=3, help="third (default: all)")
+    parser.add_argument("--zero", default=0, help="fourth")
+    parser.add_argument("--pair", nargs=2, default=(5, 3), help="fifth, 5 %% of it")
+    parser.add_argument("--percent", default="50 %", help="sixth")
+    parser.add_argument("--on", action=argparse.BooleanOptionalAction, default=True, help="last")
+    parser.add_argument("files", nargs="*", default=[], help="files")
+    words = " ".join(parser.format_help().split())
+    assert words.endswith(
+        "files files options: -h, --help show this help message and exit "
+        "--open OPEN first --off second --said SAID third (default: all) "
+        "--zero ZERO fourth (default: 0) --pair PAIR PAIR fifth, 5 % of it (default: 5 3) "
+        "--percent PERCENT sixth (default: 50 %) --on, --no-on last (default: on)"
+    )
 
 
 def test_flags_are_found():

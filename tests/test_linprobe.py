@@ -486,12 +486,11 @@ def test_features_are_reused_until_something_changes(copy):
 
     torch.save({"model": VideoMAE("tiny").state_dict()}, copy / "c.pt")
     run("linprobe.py", *flags, cwd=copy)
-    assert (
-        marked()
-        and marked("--label-column", "object")
-        and marked("--seed", 1)
-        and marked("--protocol", "videomae")
-    )
+    assert marked() and marked("--label-column", "object") and marked("--seed", 1)
+    sweep = (copy / "p/label.json").read_bytes()
+    assert marked("--protocol", "videomae")
+    assert json.loads((copy / "p/label.videomae.json").read_text())["protocol"] == "videomae"
+    assert (copy / "p/label.json").read_bytes() == sweep
     assert not marked("--resume", "none") and marked("--resume", "auto")
     assert not marked("--stride", 1) and not marked("--crops", 2) and not marked("--augment", 1)
     assert not marked("--augment", 1, "--seed", 1) and not marked()

@@ -425,8 +425,14 @@ def test_flags_that_contradict(copy, capsys):
     import saliency
 
     for flags, reason in (
-        (["--flow", "raft"], "for --cue motion"),
-        (["--cue", "motion", "--flow-weights", "x"], "for --flow raft"),
+        (["--flow", "raft"], "--flow is for --cue motion"),
+        (["--grid", "28"], "--grid is for --cue motion"),
+        (["--window", "3"], "--window is for --cue motion"),
+        (["--cue", "motion", "--dense", "last"], "--dense is for --cue text"),
+        (["--cue", "motion", "--clip", "RN50"], "--clip is for --cue text and --cue classes"),
+        (["--cue", "motion", "--flow-weights", "x"], "--flow-weights is for --flow raft"),
+        (["--cue", "motion", "--flow", "raft", "--window", "3"], "--window is for --flow codec"),
+        (["--cue", "motion", "--image-size", "64"], "--image-size is for --cue text and --flow"),
     ):
         with pytest.raises(SystemExit) as stop:
             saliency.parse_args(flags)

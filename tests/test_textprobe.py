@@ -118,10 +118,11 @@ def test_names_that_are_refused(copy, content, line):
     [
         (("--prompt", "a thing"), "expected {} where the name goes, found 'a thing'"),
         (("--prompt", "{}", "--clip-templates"), "not allowed with argument --prompt"),
-        (("--moments", 3), "--captions, --moments, --image-size and --extend are not for"),
-        (("--extend",), "--captions, --moments, --image-size and --extend are not for"),
-        (("--flow", "raft"), "--flow and --flow-weights are for --cue motion"),
-        (("--cue", "text"), "--classes, --prompt and --clip-templates are for --cue classes"),
+        (("--moments", 3), "--moments is for --cue text and --cue motion"),
+        (("--extend",), "--extend is for --cue text and --cue motion"),
+        (("--captions", "c.jsonl"), "--captions is for --cue text"),
+        (("--flow", "raft"), "--flow is for --cue motion"),
+        (("--cue", "text"), "--classes is for --cue classes"),
     ],
 )
 def test_flags_that_are_refused(copy, flags, line):

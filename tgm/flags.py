@@ -14,13 +14,29 @@ import os
 from tgm.video import TIMEOUT
 
 
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines, and ends the help of a flag with its default, unless that is
+    said there, or is None or False."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if "(default" in action.help or default is None or default is False:
+            return action.help
+        if default == argparse.SUPPRESS or not action.option_strings:
+            return action.help
+        if default is True:
+            return f"{action.help} (default: on)"
+        values = default if isinstance(default, tuple) else (default,)
+        shown = " ".join(map(str, values)).replace("%", "%%")
+        return f"{action.help} (default: {shown})"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but its help keeps the docstring's lines, and a wrong flag ends in one
-    line, not in the whole usage.
-    """
+    """argparse's parser, but its help says each default and keeps the docstring's lines, and a
+    wrong flag ends in one line, not in the whole usage."""
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", HelpWithDefaults)
         super().__init__(**options)
 
     def error(self, message):
@@ -159,15 +175,20 @@ def add_optimizer_flags(
         default=1,
         help="batches per step, whose gradients are added up: raise it if you have fewer GPUs",
     )
-    group.add_argument("--epochs", type=positive_int, default=epochs)
-    group.add_argument("--warmup-epochs", type=not_negative, default=warmup_epochs)
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the videos")
+    group.add_argument(
+        "--warmup-epochs",
+        type=not_negative,
+        default=warmup_epochs,
+        help="epochs in which the learning rate rises",
+    )
     group.add_argument(
         "--blr",
         type=positive,
         default=blr,
         help="learning rate for 256 videos per step, repeats not counted",
     )
-    group.add_argument("--weight-decay", type=not_negative, default=0.05)
+    group.add_argument("--weight-decay", type=not_negative, default=0.05, help="of AdamW")
     group.add_argument(
         "--clip-grad",
         type=not_negative,
@@ -180,7 +201,9 @@ def add_training_flags(group):
     """The flags of a training run: the seed, and how it runs, which does not change what it
     learns."""
     add_machine_flags(group, workers=min(8, os.cpu_count()))
-    group.add_argument("--seed", type=seed_number, default=0)
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="of the samples, their order and new weights"
+    )
     group.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),

@@ -427,7 +427,9 @@ def parse_args(argv=None):
         default=16,
         help="a video with fewer than frames x stride frames is called short",
     )
-    parser.add_argument("--stride", type=positive_int, default=4)
+    parser.add_argument(
+        "--stride", type=positive_int, default=4, help="the stride that training will use"
+    )
     parser.add_argument(
         "--good", metavar="CSV", help="write a manifest without the rows that cannot be used"
     )
