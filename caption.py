@@ -4,8 +4,8 @@ Reads   a manifest (train.csv) and its videos
 Writes  train.captions.jsonl, one object per video, in the manifest's order:
             {"path": ..., "captions": ["a dog runs", ...]}, or
             {"path": ..., "captions": [], "error": why there are none}
-        train.captions.json, what made them: model, prompt, beams, frames, and a hash of the
-        manifest's rows
+        train.captions.json, what made them: model, prompt, beams, frames, a hash of the manifest's
+        rows, and the sizes of some videos' files
 
     # CPU, the toy world: about 160 videos/s
     python caption.py --data data/train.csv --model data/toy/blip
@@ -24,13 +24,14 @@ model has to caption a blank image before any video is opened. No remote code is
 `--labels` the caption is the label itself (a class number becomes text through `--classes`);
 captions that a model made are replaced only with `--resume none`.
 
-Run it again after a kill: it goes on where it stopped, and tries failed videos again. Each rank
-appends to a part file of its own; when all are done rank 0 joins them. A caption may be an empty
-text, which is no failure; a line at the end counts the videos whose captions are all empty. Where
-rows were added at the manifest's end, `--extend` captions only those; `--labels` makes all captions
-again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the exit
-status is the signal's. Captions made with other settings, or of other rows or videos, are refused
-(tgm/manifest.py says how replaced videos are noticed)."""
+Run it again after a kill: it goes on where it stopped, and tries failed videos again (if one is
+captioned then, saliency.py has to start again, as it says). Each rank appends to a part file of its
+own; when all are done rank 0 joins them. A caption may be an empty text, which is no failure; a
+line at the end counts the videos whose captions are all empty. Where rows were added at the
+manifest's end, `--extend` captions only those, and tries no failed videos; `--labels` makes all
+captions again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the
+exit status is the signal's. Captions made with other settings, or of other rows or videos, are
+refused (tgm/manifest.py says how replaced videos are noticed)."""
 
 import os
 from functools import partial
@@ -153,7 +154,8 @@ def load_model(name, device, dtype):
 
 
 def check_model(name, model, processor, prompt, describe_items):
-    """Captions two blank images, one wide and one tall, as videos will be; RunError if it fails.
+    """Captions two blank images, one wide and one tall, in one batch, as is done with videos;
+    RunError if it fails.
 
     describe_items(items): `describe` with this model
     """
@@ -220,6 +222,7 @@ def label_captions(videos, classes):
 def write_labels(captions, classes, resume):
     """Captions without a model, always from the start. A model's captions, which may have taken
     hours, are replaced only with --resume none."""
+    # labels are never continued, so "none": that old captions may be replaced is checked below
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()
@@ -341,6 +344,7 @@ def main(argv=None):
     if machine.rank == 0:
         require_files(videos, args.data)
         captions.claim(args.resume, args.extend)
+    # Every rank must see the same files in `done`: between the waits nothing is written or removed.
     wait_for_ranks()  # until rank 0 has refused, or not
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
@@ -349,8 +353,7 @@ def main(argv=None):
     # leaves no trace.
     if mine:
         processor, describe_items = load_captioner(args, machine)
-    # until every rank has chosen its videos: new lines would change what is done, and so the choice
-    wait_for_ranks()
+    wait_for_ranks()  # until every rank has chosen its videos
     if machine.rank == 0:
         captions.begin(args.resume)
     wait_for_ranks()  # until old files are removed

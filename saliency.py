@@ -38,9 +38,9 @@ token; its patch tokens are a by-product, and how they are read matters (`--dens
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
     self    each patch gathers the values of patches that look like it. Three ideas together:
             query-query plus key-key attention in the place of query-key (SCLIP, arXiv 2312.01597),
-            without residual and MLP (ClearCLIP, arXiv 2407.12442), summed over blocks whose own
-            input stays the ordinary one (CLIP Surgery, arXiv 2304.05653). Here these blocks are the
-            second half.
+            without residual and MLP (ClearCLIP, arXiv 2407.12442), summed over several blocks; the
+            input of each block is still what CLIP computes without this (CLIP Surgery, arXiv
+            2304.05653). Here these are the blocks of the second half.
 
 The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600
 held-out videos `./demo.sh` gave pointing accuracy and AUC of 0.36, 0.41 for `last`, 0.74, 0.79 for
@@ -51,10 +51,10 @@ raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
 Classes. Line i of the file --classes, from 0, is the name of class i; linprobe.py's label column
-holds names or these numbers. --data names the output alone. Each --prompt, with the name in the
-place of {}, makes a text; a class is the mean of its texts, of unit length again. The default, "a
-video of {}.", suits videos; --clip-templates takes the 80 prompts that CLIP's authors wrote for
-ImageNet's photos.
+holds names or these numbers. The manifest --data only gives the output its name. Each --prompt,
+with the name in the place of {}, makes a text; a class is the mean of its texts, of unit length
+again. The default, "a video of {}.", suits videos; --clip-templates takes the 80 prompts that
+CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
@@ -128,7 +128,7 @@ CUES = {  # flags that only these cues read
     "prompt": ("classes",),
     "clip_templates": ("classes",),
 }
-DEFAULTS = {  # of those that are left open until it is known that no other cue was meant
+DEFAULTS = {  # argparse gets None, which tells `parse_args` that the flag was not given
     "clip": "ViT-B-16",
     "pretrained": "openai",
     "dense": "self",
@@ -237,6 +237,7 @@ class TextCue:
     outputs: the arrays to write
     videos: those that can have a row
     summary: a line to print
+    caption_path: the file of captions
     read(video): decodes a video, in the loader's workers
     rows(items): computes the rows of a batch; yields (row, [its value for each of the outputs])
     """
@@ -257,6 +258,7 @@ class TextCue:
         self.device = machine.device
         self.autocast = autocast(machine)
         model, tokenizer = load_clip(args.clip, args.pretrained, args.image_size, machine.device)
+        # every rank embeds all texts: they are few beside the frames
         texts = list(chain.from_iterable(self.captions))
         with self.autocast:
             self.embedded = embed_texts(
@@ -338,9 +340,9 @@ def read_pairs(video, moments, size, timeout):
 
 
 class MotionCue:
-    """How every cell moves. It has the same attributes and methods as TextCue."""
+    """How every cell moves. It has the attributes and methods that are listed in TextCue."""
 
-    caption_path = None
+    caption_path = None  # it needs no captions
 
     def __init__(self, args, videos, machine):
         self.videos = videos
@@ -404,7 +406,7 @@ def make_classes(args, path, machine):
 
 def check_places(args, videos, prefix):
     """RunError or ManifestError, before models are loaded, if no video exists, if the folder cannot
-    be written to, or if a file of another program would be overwritten."""
+    be written to, or if a file that is none of ours would be overwritten."""
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(args.out, Path(args.data).stem)
         raise RunError(
@@ -419,8 +421,8 @@ def check_places(args, videos, prefix):
 
 
 def rows_made(arrays):
-    """Which rows are there in all arrays of a cue, bool [N]: one of them may have been removed, and
-    begun again."""
+    """Which rows are there in all arrays of a cue, bool [N]. They may differ: a user may have
+    deleted text.npy, so that it is begun again beside a full saliency.npy."""
     return np.logical_and.reduce([filled(array) for array in arrays])
 
 
@@ -486,7 +488,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--image-size",
         type=pixel_count,
-        help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256)",
+        help="pixels for CLIP (default: the model's; more give a finer grid) or RAFT (256; a "
+        "multiple of 8, at least 128)",
     )
     clip = parser.add_argument_group("--cue text and --cue classes")
     clip.add_argument(
@@ -515,7 +518,8 @@ def parse_args(argv=None):
     field.add_argument(
         "--grid",
         type=grid_size,
-        help="cells of the field along each side (default: 14; of text's maps: --image-size)",
+        help="cells of the field along each side (default: 14); the grid of text's maps follows "
+        "from --image-size",
     )
     field.add_argument(
         "--window",

@@ -186,7 +186,9 @@ def test_labels_replace_a_models_captions_only_when_told_to(copy):
     path, about = copy / "data/train.captions.jsonl", copy / "data/train.captions.json"
     part = copy / "data/train.captions.jsonl.part-0"
     before = path.read_bytes()
-    refusal = "data/train.captions.jsonl: made with another model; --resume none remakes it"
+    refusal = (
+        "data/train.captions.jsonl: has captions of another origin; --resume none replaces them"
+    )
     assert run("caption.py", "--labels", cwd=copy, fails=True) == refusal
     part.write_bytes(json.dumps({"row": 0} | entries(copy)[0]).encode())
     path.unlink()  # a pass that was stopped
@@ -201,6 +203,24 @@ def test_labels_replace_a_models_captions_only_when_told_to(copy):
     made = path.read_bytes()
     run("caption.py", "--labels", cwd=copy)  # labels may be replaced by labels
     assert path.read_bytes() == made != before
+
+
+def test_captions_of_another_manifest_without_a_json_are_not_replaced(copy):
+    path = copy / "data/train.captions.jsonl"
+    (copy / "data/train.captions.json").unlink()
+    lines = path.read_text().splitlines()
+    foreign = json.dumps({"path": "theirs.mp4", "captions": ["a caption"]})
+    path.write_text("\n".join([lines[0], foreign, *lines[2:]]) + "\n")
+    before = path.read_bytes()
+    assert run("caption.py", "--model", BLIP, cwd=copy, fails=True) == (
+        "data/train.captions.jsonl: has captions of theirs.mp4, which is not row 1 (from 0) of the "
+        "manifest: --out writes elsewhere; --resume none replaces them"
+    )
+    assert path.read_bytes() == before
+    path.write_text("\n".join(lines) + "\n")  # of this manifest: they are kept
+    run("caption.py", "--model", BLIP, cwd=copy)
+    assert entries(copy) == [json.loads(line) for line in lines]
+    assert not (copy / "data/train.captions.json").exists()
 
 
 @pytest.mark.parametrize(

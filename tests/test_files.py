@@ -451,8 +451,8 @@ def test_captions_on_a_full_disk_and_on_one_that_cannot_be_written_to(disks):
         ),
         (
             "8k",
-            "disk/x.jsonl: cannot be written (No space left on device): what it would hold "
-            "is in x.jsonl.part-*",
+            "disk/x.jsonl: cannot be written (No space left on device): the new captions "
+            "are kept in x.jsonl.part-*",
         ),
     ):
         # the .json, and with 8k all captions in a part

@@ -107,8 +107,8 @@ def hold(path: FilePath) -> None:
             if is_open_as(file, lock):
                 HELD.append(file)
                 return
-            # Between the two lines above, the process that held the lock removed the file: what is
-            # locked here is the removed file, which others cannot see. Try again.
+            # Between open and lockf the process that held the lock removed the file: what is locked
+            # here is the removed file, which others cannot see. Try again.
             file.close()
     except BlockingIOError:
         raise ManifestError(
@@ -147,7 +147,8 @@ def is_held(path: FilePath) -> bool:
     """Whether another process holds `path`."""
     lock = f"{path}.lock"
     if fcntl is None or any(is_open_as(file, lock) for file in HELD):
-        # A lock of this process must not be tried: closing any open file of PATH.lock ends it.
+        # A lock of this process must not be tried. POSIX locks belong to the process: closing any
+        # open file of PATH.lock ends it.
         return False
     try:
         with open(lock) as file:
@@ -192,6 +193,7 @@ def refuse_foreign_array(path: Path) -> None:
 def is_about(path: Path) -> bool:
     """Whether this is a .json that tells what an array or captions were made of."""
     about = json.loads(path.read_text(encoding="utf-8"))
+    # prompts: of the embedded class names, which have no manifest
     return isinstance(about, dict) and ("manifest" in about or "prompts" in about)
 
 
@@ -268,7 +270,7 @@ def open_array(
         was made before rows were added to the manifest, or for another manifest,
         is not N rows of floats, or of another shape than its .json says,
         was made with other settings (`expect`: what its .json must hold, such as captions=hash),
-        was made of videos that were replaced since (`changed_rows`),
+        was made of videos that were replaced since (`describe_change`),
         was made by CLIP, and its .json does not say with which activation.
     `describe_gaps` says how many rows are made."""
     path = Path(path)
@@ -390,7 +392,7 @@ def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend:
     count = rows_before_growth(videos, about)
     if count and not extend:
         raise ManifestError(f"{path}: {describe_growth(count, videos)}: --extend adds the rest")
-    return count or len(videos)
+    return count or len(videos)  # not grown, or of another manifest
 
 
 def refuse_other_origin(
@@ -422,8 +424,9 @@ def ensure_array(
     """Makes or keeps a float16 array [len(videos), *shape] at `path`, and holds its lock. New rows
     are NaN; `open_rows` maps the array to fill them in. For one process, rank 0.
 
-    resume: "none" makes a new array. "auto" keeps one that exists. "extend" does so, too, if the
-    manifest has grown since, and adds the new rows. An array that is kept must be of the same
+    resume: "none" makes a new array. "auto" keeps one that exists with its .json (a kill while it
+    was made may have left it without one). "extend" does so, too, if the manifest has grown since,
+    and adds the new rows. An array that is kept must be of the same
     settings and captions, and none of its rows of a video that was replaced since; else a
     ManifestError says how to remake it.
     settings, captions: what the .json says besides the manifest; of the captions' file, a hash of
@@ -478,6 +481,7 @@ def create_array(
         if head is None:
             file.flush()  # a full disk must not cost the .json of the old array
             # A kill before the new .json is written must not leave the old one beside a new array.
+            # With `head` the old .json is still right about the first rows: --extend goes on.
             about_path.unlink(missing_ok=True)
     write_about(about_path, about | {"shape": list(shape)})
 

@@ -34,7 +34,7 @@ LABELS = "labels"  # in the place of the model, where captions are labels
 def make_entry(video: Video, captions: list[str], error: str | None = None) -> dict:
     """What the file says of one video; error: why it has no captions.
 
-    captions: one per frame, as the model gave them. An empty one stays: it is the model's answer,
+    captions: one per frame (of labels: one). An empty one stays: it is the model's answer,
     and would be empty again. `join` prints how many videos have no other."""
     entry = {"row": video.row, "path": video.name, "captions": captions}
     if error is not None:
@@ -95,6 +95,9 @@ class CaptionFile:
     append    on every rank, after each batch
     join      on rank 0, after the last `append` on all: writes the joined file
 
+    The files do not change between `claim` and `begin`, so each step may look at them again. Labels
+    are written without `done`, after `refuse_to_replace`.
+
     path: the joined file, which ends in .jsonl; settings: how they are made, for the .json
     """
 
@@ -125,11 +128,13 @@ class CaptionFile:
             self.check_origin(extend)
 
     def refuse_to_replace(self) -> None:
-        """ManifestError where there are captions that were not made with these settings. Captions
-        without a .json may be anybody's."""
+        """ManifestError where there are captions that another model made. Captions without a .json
+        may be anybody's."""
         about = read_about(self.about_path) or {}
         if self.keeps_old("auto") and about.get("model") != self.settings["model"]:
-            raise ManifestError(f"{self.path}: made with another model; --resume none remakes it")
+            raise ManifestError(
+                f"{self.path}: has captions of another origin; --resume none replaces them"
+            )
 
     def parts(self) -> list[Path]:
         """The files that hold what the ranks have done so far."""
@@ -172,6 +177,13 @@ class CaptionFile:
         entries = self.entries()  # reads every line: a line that is no entry is refused here
         about = read_about(self.about_path)
         if about is None:  # somebody else's captions: only the paths can be compared
+            for row, entry in self.lines():
+                if has_captions(entry) and row not in entries:
+                    raise ManifestError(
+                        f"{self.path}: has captions of {entry['path']}, which is not row {row} "
+                        f"(from 0) of the manifest: --out writes elsewhere; --resume none "
+                        "replaces them"
+                    )
             return
         if about.get("model") == LABELS:
             raise ManifestError(
@@ -197,9 +209,8 @@ class CaptionFile:
         old = {}
         if self.keeps_old(resume):
             old = read_about(self.about_path)
-            if old is None and any(map(has_captions, self.entries().values())):
+            if old is None:
                 return
-            old = old or {}
         else:
             for file in (self.path, *self.parts()):
                 file.unlink(missing_ok=True)
@@ -259,6 +270,6 @@ class CaptionFile:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}): what it would hold is in "
+                f"{self.path}: cannot be written ({error.strerror}): the new captions are kept in "
                 f"{self.path.name}.part-*"
             ) from None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tgm.run import RunError, quiet_libraries, reason_of
 
 NOT_PLAIN = (
-    "patch maps need an open_clip model whose image tower is a plain vision transformer, without "
+    "expected an open_clip model whose image tower is a plain vision transformer, without "
     "attentional pooling"
 )
 
@@ -32,7 +32,8 @@ def load_clip(
     image_size: pixels; None for the model's own. For another size the position table is
         interpolated.
 
-    The activation is the one that the weights were trained with. RunError if
+    The activation is the one that the weights were trained with, by open_clip's table of weights;
+    for a file of weights, which is not in the table, it is that of the model `name`. RunError if
 
     * open_clip's tables contradict each other about the activation,
     * the image tower is not a plain vision transformer,
@@ -54,12 +55,14 @@ def load_clip(
         with quiet_libraries():
             config = open_clip.get_model_config(name)
             check_configuration(name, pretrained, config, weights, asked_for)
+            # before the download, if the configuration tells the patch size
             if image_size is not None and "patch_size" in config["vision_cfg"]:
                 check_image_size(image_size, config["vision_cfg"]["patch_size"])
             model = open_clip.create_model(
                 name,
                 pretrained=pretrained,
-                # 19 of open_clip's weights would otherwise run with GELU
+                # create_model goes by the model's configuration alone. For 19 weights that says
+                # GELU, and the table of weights says QuickGELU.
                 force_quick_gelu=weights.get("quick_gelu", False),
                 require_pretrained=True,
                 device=device,
@@ -139,10 +142,11 @@ def change_image_size(model: torch.nn.Module, pixels: int) -> None:
     visual.image_size = (pixels, pixels)
     visual.grid_size = (pixels // patch, pixels // patch)
     table = visual.positional_embedding.detach()
+    # on the CPU, so that the result does not depend on the device
     state = {"visual.positional_embedding": table.cpu()}
     open_clip.model.resize_pos_embed(state, model)
-    table = state["visual.positional_embedding"].to(table.device)
-    visual.positional_embedding = torch.nn.Parameter(table, requires_grad=False)
+    resized = state["visual.positional_embedding"].to(table.device)
+    visual.positional_embedding = torch.nn.Parameter(resized, requires_grad=False)
 
 
 def activation_of(model: torch.nn.Module) -> str:
@@ -164,7 +168,7 @@ def embed_texts(
     embedded = {}
     for start in tqdm(range(0, len(texts), batch), "texts", unit="batch", delay=5, disable=quiet):
         part = texts[start : start + batch]
-        # normalised in float32: a length that is rounded to bf16 is off by up to 0.25 %
+        # normalised in float32: bf16 has 8 bits, so a rounded length is off by up to 0.4 %
         features = model.encode_text(tokenizer(part).to(device)).float()
         embedded.update(zip(part, F.normalize(features, dim=-1).cpu(), strict=True))
     return embedded

@@ -16,11 +16,11 @@ from tgm.video import TIMEOUT
 
 class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and ends the help of a flag with its default, unless that is
-    said there, or is None or False."""
+    said there, or is None, empty or False."""
 
     def _get_help_string(self, action):
         default = action.default
-        if "(default" in action.help or default is None or default is False:
+        if "(default" in action.help or default in (None, "") or default is False:
             return action.help
         if default == argparse.SUPPRESS or not action.option_strings:
             return action.help

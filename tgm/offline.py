@@ -1,10 +1,11 @@
 """Helpers that caption.py and saliency.py share: one pass over all videos, before training.
 
-Needs flags.py, manifest.py, run.py and video.py.
+Needs flags.py, loading.py, manifest.py, run.py and video.py.
 
     add_run_flags(parser, batch_size=32)
     videos = read_videos(args.data, args.root)
     machine = join_machine(args.device)  # this process among torchrun's
+    mine = part_of_rank(videos, machine.rank, machine.ranks)
     for items in batches(machine, mine, read, 32, workers=2):
         ...  # read(video) ran in a loader's worker; save the batch's results here
     leave_ranks()
@@ -31,6 +32,7 @@ from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
 from tgm.video import VideoError
 
 # Ranks wait for each other only at the start and at the end; one may finish days before another.
+# (Training, in run.py, waits for less.)
 LONGEST_WAIT = datetime.timedelta(days=7)
 
 
@@ -82,7 +84,7 @@ def read_videos(data: FilePath, root: FilePath | None, label_column: str = "labe
 
 
 class Machine(NamedTuple):
-    """Where this process works, and in which precision."""
+    """Where this process works, and in which precision. (Training has another Machine.)"""
 
     rank: int
     ranks: int
@@ -154,6 +156,7 @@ def batches(
 
     After SIGTERM or Ctrl-C the current batch is finished, and the program ends by that signal when
     the next one is asked for: write a batch before that."""
+    # without ranks=: they need not agree when to stop, as all results are on the disk
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(VideoItems(videos, read), batch_size, workers)
     with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:
@@ -162,7 +165,7 @@ def batches(
             bar.update(len(items))
             if step == max_steps or stop.name:  # a signal came
                 break
-    if stop.name:  # ranks need not agree when to stop: all results are on the disk
+    if stop.name:
         print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
         stop.end()  # ends the program
-    stop.immediately()  # what follows is short: a signal may end it directly
+    stop.immediately()  # all is on the disk: a signal may end what follows directly
