@@ -12,13 +12,14 @@ Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on 
         --warmup-epochs 1 --blr 4e-3
     # eight GPUs
     torchrun --nproc_per_node=8 finetune.py --checkpoint runs/text/checkpoint.pt --accum 3
+    # test again, with other views
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
 
 Recipes for ViT-B on eight GPUs, after VideoMAE's scripts (scripts/DATA/.../finetune.sh). Learning
 rates are scaled as in its run_class_finetuning.py: lr = blr x videos / 256, where videos = batch
 size x accum x ranks, whatever --repeat is; the floor, where the rate ends, is min-blr x videos /
-256. With fewer GPUs raise --accum by as much. "384 x 2" stands for 384 videos per step with 2
-samples of each (--repeat 2, the default).
+256. With fewer GPUs raise --accum by as much. "384 x 2" stands for 384 videos per step (16 per GPU,
+the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default).
 
     Kinetics-400 (VideoMAE's epoch_1600: 384 x 2)                       lr 7.5e-4, floor 1.5e-6
         --accum 3 --epochs 75 --blr 5e-4 --views 5 3
@@ -39,10 +40,10 @@ samples of each (--repeat 2, the default).
         --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
 
 Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and
-changed by RandAugment and random erasing, alike in every frame. Batches are mixed by mixup or
-cutmix, each clip with one of another video (with --batch-size 1, of the same video). The learning
-rate falls by --layer-decay from layer to layer towards the input. An epoch is one pass over the
-videos; --repeat R takes R samples of each decoded clip.
+changed by RandAugment and random erasing, with the same operations and boxes in every frame.
+Batches are mixed by mixup or cutmix, each clip with one of another video (with --batch-size 1, of
+the same video). The learning rate is multiplied by --layer-decay from layer to layer towards the
+input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip.
 
 --val is tested after every epoch with one view. The result is that of --test (without it --val),
 with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
@@ -64,9 +65,10 @@ What differs from VideoMAE's fine-tuning:
     precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
-it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, with the
-flags that the run was begun with. Free to change are the other flags of MAY_CHANGE; --epochs,
-upwards; and --batch-size, --accum and the number of ranks, if their product stays. Those three
+it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on: give the
+flags that the run was begun with again. Free to change are --device, --workers, --amp, --test,
+--views, --use and others (MAY_CHANGE, here and in tgm/resume.py, has all); --epochs, upwards; and
+--batch-size, --accum and the number of ranks, if their product stays. Those three
 change which clips are mixed and what dropout and drop path drop, because each rank draws that for
 each accumulated batch: the weights are the same, to rounding, only with --mixup 0 --cutmix 0
 --drop-path 0 --head-dropout 0.
@@ -124,7 +126,8 @@ def train(state, loader, val, schedule, machine, stop, args):
     videos = loader.dataset.videos
     log = TrainingLog(out, videos, args.max_bad, schedule, machine, state.step)
     if schedule.ends_epoch(state.step) and state.validated != state.step:
-        # the checkpoint is saved before it is validated: a kill may have come in between
+        # The checkpoint is saved before it is validated: a kill may have come in between. (At step
+        # 0 both are 0.)
         validate(state, val, log, machine, args)
     stop.after_saving()  # a signal now waits for the step and the checkpoint
 
@@ -138,7 +141,8 @@ def train(state, loader, val, schedule, machine, stop, args):
             batch = log.fetch(batches)
             clips = repeats_first(batch["clip"].to(machine.device, non_blocking=True))
             labels = repeats_first(batch["label"].to(machine.device, non_blocking=True))
-            # mixing, dropout and drop path are the same in a resumed run
+            # Mixing, dropout and drop path are the same in a resumed run. repeat_seed makes a seed
+            # of any four numbers, here of others than in its signature.
             torch.manual_seed(repeat_seed(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
@@ -223,8 +227,8 @@ def predict(model, videos, views, machine, args):
 
 
 def repeats_first(x):
-    """[B, R, ...] -> [R * B, ...]: every video's first sample, then every second one, so that
-    neighbours are of different videos."""
+    """[B, R, ...] -> [R * B, ...]: the first sample of every video, then the second sample of every
+    video, so that neighbours are of different videos."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
@@ -468,8 +472,8 @@ def parse_args(argv=None):
     data.add_argument(
         "--sampling",
         choices=("dense", "uniform"),
-        default="dense",
-        help="frames --stride apart, or one frame from each of --frames equal parts",
+        help="frames --stride apart, or one frame from each of --frames equal parts (default: the "
+        "checkpoint's, of a fine-tuned one, else dense)",
     )
     add_augmentation_flags(parser.add_argument_group("augmentation"))
     model = parser.add_argument_group("model")
@@ -562,8 +566,8 @@ def open_splits(args, machine):
 
 
 def make_model(args, machine):
-    """The classifier, on its device. Where the flags leave args.size, frames, image_size and stride
-    open, fills them from the checkpoint."""
+    """The classifier, on its device. Where the flags leave args.size, frames, image_size, stride
+    and sampling open, fills them from the checkpoint."""
     saved = checkpoints.saved_args(args.checkpoint)
     args.size = args.size or saved.get("size", "base")
     torch.manual_seed(args.seed)
@@ -578,6 +582,7 @@ def make_model(args, machine):
     args.frames = model.config["frames"]
     args.image_size = model.config["image_size"]
     args.stride = args.stride or saved.get("stride", model.config["stride"])
+    args.sampling = args.sampling or saved.get("sampling", "dense")
     weights = "from scratch"
     if args.checkpoint != "none":
         notes = checkpoints.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
@@ -650,7 +655,7 @@ def fine_tune(args, model, splits, machine, stop):
     if args.use == "last":
         return out / "checkpoint.pt"
     wait_for_ranks()  # until rank 0 has written best.pt
-    with checks.as_run_error(args.data):
+    with checks.as_run_error(args.data):  # what cannot be loaded is said in one line
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
 
@@ -702,9 +707,9 @@ def main(argv=None):
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
-            hold(Path(args.out) / "checkpoint.pt")
+            hold(Path(args.out) / "checkpoint.pt")  # the lock of the folder, as in training
         checkpoint = args.checkpoint
-        stop.immediately("with --test-only --checkpoint it is tested again")
+        stop.immediately("run it again")
     else:
         checkpoint = fine_tune(args, model, splits, machine, stop)
         stop.immediately("--resume auto tests again")

@@ -11,8 +11,8 @@ Writes  OUT/LABEL.json, the result (LABEL.videomae.json with --protocol videomae
 
     # CPU, the toy world: 20 seconds
     python linprobe.py --checkpoint runs/text/checkpoint.pt
-    # the baseline: an untrained encoder (with the same --frames, --stride and --image-size, if the
-    # checkpoint has others than its size's own)
+    # the baseline: an untrained encoder (with the checkpoint's --frames, --stride and --image-size,
+    # if they differ from the defaults of --size)
     python linprobe.py --checkpoint none --size tiny
     torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips
@@ -52,12 +52,12 @@ is asked two more things of the test videos; a video's embedding is its feature,
   retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
              and the reverse? Recall, chance and the median rank of the first right answer.
 
-Uncertainty. --seeds repetitions differ in the held-out split (not the attentive probe's), and in
-order and initial weights (kNN has neither). The table shows their mean accuracy and its 95 %
-intervals, over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
-independent); neither covers another pretraining run, nor another untrained encoder. A video that
-fails is left out of training and counts as wrong in the test set, as does a class without a
-training video.
+Uncertainty. --seeds repetitions differ in the held-out split (the attentive probe keeps the first
+seed's choice), in order, drawn views and initial weights (kNN has none of these). The table shows
+their mean accuracy and its 95 % intervals, over seeds (Student's t) and over test videos
+(bootstrap, which takes videos to be independent); neither covers another pretraining run, nor
+another untrained encoder. A video that fails is left out of training and counts as wrong in the
+test set, as does a class without a training video.
 
 SIGTERM and Ctrl-C: an extraction stops after the current batch, the probes stop at once. The next
 run uses the features that are there.
@@ -137,8 +137,8 @@ ATTENTIVE = {
 
 def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, batch=256):
     """The linear probe. train [N, A, D]; test [N', 1, D], or [N', A, D] where it is held-out
-    training videos, averaged over its views; settings: [{"rate": for batches of 256, "decay": of
-    weights and biases}, ...]."""
+    training videos, whose views are averaged here; settings: [{"rate": for batches of 256,
+    "decay": of weights and biases}, ...]."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
     train = (train - mean) / deviation
@@ -206,7 +206,7 @@ def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
     nearest = [(chunk @ train.T).topk(most, dim=1) for chunk in test.split(256)]
     similarity = torch.cat([found.values for found in nearest])  # [N', K], the nearest first
     label = labels[torch.cat([found.indices for found in nearest])]
-    weight = ((similarity - 1) / temperature).exp()  # - 1: at most 1; it changes no vote
+    weight = ((similarity - 1) / temperature).exp()  # - 1: at most 1; the winner is the same
     predicted = []
     for setting in settings:
         k = setting["k"]
@@ -234,8 +234,10 @@ class AttentiveProbe(torch.nn.Module):
         heads = len(self.query)
         key = self.key.weight.unflatten(0, (heads, -1))  # [heads, D / heads, D]
         value = self.value.weight.unflatten(0, (heads, -1))
-        # With one query no token needs a key or a value of its own: the product of q and Kx is that
-        # of K^T q and x, and the weighted mean of Vx is V of the weighted mean of x.
+        # With one query no token needs a key or a value of its own. For each head, with key matrix
+        # K, value matrix V and query q:
+        #   scores         q . (K x) = (K^T q) . x
+        #   weighted mean  sum of a V x = V (sum of a x)
         query = (self.query @ key).squeeze(1) / key.shape[1] ** 0.5  # [heads, D]
         attention = (tokens @ query.T).softmax(1)  # [B, V*M, heads]
         pooled = attention.mT @ tokens  # [B, heads, D]
@@ -378,7 +380,7 @@ def probe_all(videos, arrays, heads, args):
         test_tokens = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
         training = ATTENTIVE["training"]
         if args.epochs is not None:
-            training = {"epochs": args.epochs}
+            training = {"epochs": args.epochs}  # without least_steps, which would add to them
         probe = partial(attentive, classes=len(names), heads=heads, **training)
         settings = ATTENTIVE["settings"]
         result |= measure("attentive", probe, settings, train_tokens, test_tokens, choose_once=True)
@@ -408,7 +410,7 @@ def interval_text(bounds):
     if bounds is None:
         return "one seed"
     low, high = bounds
-    if low == high:  # all seeds agree, as where nothing is random: that is no certainty
+    if low == high:  # all seeds agree, or all videos: that is no certainty
         return f"always {low:.3f}"
     return f"{low:.3f} to {high:.3f}"
 
@@ -472,8 +474,8 @@ def parse_args(argv=None):
         type=whole(0, 100),
         default=0,
         metavar="A",
-        help="train on A random views per video, not on --clips x --crops of them (the attentive "
-        "probe keeps to these)",
+        help="train on A random views per video, not on --clips x --crops of them (not the "
+        "attentive probe)",
     )
     views.add_argument(
         "--flip",
@@ -530,7 +532,8 @@ def parse_args(argv=None):
     run.add_argument(
         "--max-steps",
         type=positive_int,
-        help="end a pass after this many batches, for a trial; the next run goes on",
+        help="end a pass after this many batches, for a trial; without --resume none the next run "
+        "goes on",
     )
     run.add_argument(
         "--resume", choices=("auto", "none"), default="auto", help="none: extract again"

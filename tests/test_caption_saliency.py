@@ -309,10 +309,13 @@ def test_captions_refuse(copy):
     assert run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True) == (
         "data/train.captions.jsonl: made with another frames; --resume none remakes it"
     )
-    (copy / "data/train.captions.json").unlink()  # without it, rows are still matched by name
+    (copy / "data/train.captions.json").unlink()  # without it, rows are still compared by path
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
-    run("caption.py", "--model", BLIP, "--workers", 0, cwd=copy)
+    assert run("caption.py", "--model", BLIP, cwd=copy, fails=True).startswith(
+        "data/train.captions.jsonl: has captions of videos/train/00000.mp4, which is not row 0"
+    )
+    run("caption.py", "--model", BLIP, "--workers", 0, "--resume", "none", cwd=copy)
     assert [entry["path"] for entry in entries(copy)] == [
         line.split(",")[0] for line in reversed(lines[1:])
     ]

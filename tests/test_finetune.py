@@ -24,6 +24,7 @@ import model as models
 from tgm import checkpoints, evaluation, resume
 from tgm.manifest import read_manifest
 from tgm.sampling import Views
+from tgm.training import Machine
 
 ON_THE_CPU = {"device": torch.device("cpu"), "autocast": contextlib.nullcontext()}
 TINY = (
@@ -172,6 +173,25 @@ def test_every_frame_is_augmented_alike(world):
     assert (
         plain.augment(square, 3) - expected
     ).abs().max() < 1.5  # torch's own uint8 arithmetic is within one of the float's
+
+
+def test_clip_settings_left_open_are_the_checkpoints(tmp_path):
+    """A fine-tuned checkpoint's, where flags are not given; --sampling of any other is dense."""
+    machine = Machine("cpu", "off")
+    saved = {"size": "tiny", "frames": 4, "image_size": 32, "stride": 3}
+    weights = finetune.models.VideoViT("tiny", 8, 4, 32).state_dict()
+
+    def settings(saved, *more):
+        torch.save({"model": weights, "args": saved}, tmp_path / "c.pt")
+        args = finetune.parse_args(["--checkpoint", str(tmp_path / "c.pt"), *more])
+        args.classes = list("abcdefgh")
+        finetune.make_model(args, machine)
+        return args.size, args.frames, args.image_size, args.stride, args.sampling
+
+    assert settings(saved) == ("tiny", 4, 32, 3, "dense")
+    assert settings(saved | {"sampling": "uniform"}) == ("tiny", 4, 32, 3, "uniform")
+    flags = ("--sampling", "dense", "--stride", "1")
+    assert settings(saved | {"sampling": "uniform"}, *flags) == ("tiny", 4, 32, 1, "dense")
 
 
 def test_uniform_sampling_spreads_over_the_video(world, monkeypatch):

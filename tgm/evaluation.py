@@ -1,5 +1,5 @@
 """Testing a classifier of videos: several views of each, every video counted once; accuracies with
-intervals, written to files. Needs model.py; of this folder manifest.py, run.py and sampling.py.
+intervals, written to files. Needs model.py; of this folder loading.py, run.py and sampling.py.
 
     views = Views(videos, frames=16, image_size=224, stride=4, clips=5, crops=3)
     probabilities = predict(model, views, classes=400, device=device, autocast=autocast)    [N, C]
@@ -52,8 +52,9 @@ def predict(
     NaN for a video that cannot be read.
 
     views: of all N videos of a manifest; each rank reads its share. autocast: the context in which
-    the model runs, entered once per batch. batch_size: views per batch and rank, but never fewer
-    than one video's. The model is in training mode afterwards. RunError if no video can be read."""
+    the model runs, entered once per batch. batch_size: views per batch and rank; a batch has
+    batch_size // V videos, at least one. The model is in training mode afterwards. RunError if no
+    video can be read."""
     per_video = views.clips * views.crops
     mine = part_of_rank(range(len(views)), rank, ranks)
     loader = make_loader(Subset(views, mine), max(1, batch_size // per_video), workers)
@@ -203,9 +204,9 @@ def write_test(
     """Writes test.json, per_class.csv and confusion.png to the folder `out`; returns the contents
     of test.json.
 
-    result: of `score`. names: of the classes. about: further entries of test.json. Its "majority"
-    is the accuracy of always answering the most frequent class of the training labels, or of the
-    test labels if those are not given. RunError if a file cannot be written."""
+    result: of `score`. names: of the classes. about: further entries of test.json. The entry
+    "majority" is the accuracy of always answering the most frequent class of the training labels,
+    or of the test labels if those are not given. RunError if a file cannot be written."""
     floor_labels = labels[labels >= 0] if train_labels is None else train_labels
     summary = about | {
         "videos": len(labels),
@@ -216,6 +217,9 @@ def write_test(
         "mean_class": result["mean_class"],
         "majority": (labels == floor_labels.mode().values).float().mean().item(),
     }
+    with writing(out / "test.json"):
+        # of an earlier test: it is written last, so where it exists the other files belong to it
+        (out / "test.json").unlink(missing_ok=True)
     path = out / "per_class.csv"
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -226,6 +230,8 @@ def write_test(
             writer.writerow((name, int((labels == number).sum()), text))
     with writing(out / "confusion.png"):
         draw_confusion(out / "confusion.png", result["confusion"], names)
-    with writing(out / "test.json"):  # written last: if it exists, the other files are complete
-        (out / "test.json").write_text(json.dumps(summary, indent=1) + "\n")
+    aside = out / "test.json.new"
+    with writing(out / "test.json"):
+        aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        aside.replace(out / "test.json")
     return summary

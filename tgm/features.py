@@ -1,5 +1,6 @@
 """Frozen features on disk: what an encoder makes of each video, extracted once, one row per video.
-Needs model.py; of this folder arrays.py, manifest.py, run.py, sampling.py and video.py.
+Needs model.py; of this folder arrays.py, checkpoints.py, loading.py, manifest.py, run.py,
+sampling.py and video.py.
 
     encoder = load_encoder("runs/text/checkpoint.pt")
     plan = plan_extractions(encoder, {"train": videos, "test": others}, clips=2)
@@ -163,7 +164,7 @@ class RandomViews(Dataset):
         return torch.from_numpy(frames).permute(0, 3, 1, 2).split(self.frames)
 
     def random_times(self, start: float, end: float, fps: float, seed: int) -> np.ndarray:
-        places = np.random.default_rng(seed).random(self.frames)  # 0 to 1; a clip needs only one
+        places = np.random.default_rng(seed).random(self.frames)  # 0 to 1; dense uses the first
         if self.sampling == "uniform":
             return uniform_times(start, end, fps, self.frames, places)
         return clip_times(start, end, fps, self.frames, self.stride, places[0])
@@ -272,6 +273,7 @@ def extract_all(
     batch_size: videos per batch and rank. again: makes all features again. A signal ends the run
     after a batch, on all ranks; once all is extracted, at once."""
     stop = StopSignal(ranks, then="ending after this batch")
+    how = "run it again without --resume none" if again else "run it again"
     found = {}
     for extraction in plan:
         arrays = open_features(encoder, extraction, folder, again, rank)
@@ -287,6 +289,7 @@ def extract_all(
             checked_batches(loader), title, total=len(loader), unit="batch", disable=quiet
         )
         for number, items in enumerate(batches):
+            # a signal to this rank; ranks that did not get it finish their part first
             if number == max_steps or stop.name:  # max_steps None: no limit
                 break
             encode_batch(encoder, items, arrays, extraction.token_grid)
@@ -296,16 +299,16 @@ def extract_all(
         left = sum_over_ranks(left)  # every rank must get here
         if stop.requested():
             if rank == 0:
-                print(f"{stop.name}: stopped; run it again to go on")
+                print(f"{stop.name}: stopped; {how} to go on")
             stop.end()
         if left > 0:
             if rank == 0:
                 count = len(extraction.videos)
                 split = extraction.split
-                print(f"{count - left} of {count} {split} videos are done; run it again to go on")
+                print(f"{count - left} of {count} {split} videos are done; {how} to go on")
             return None
         found[extraction.split] = found.get(extraction.split, {}) | arrays
-    stop.immediately("the features are kept, run it again")
+    stop.immediately(f"the features are kept, {how}")
     return found
 
 
@@ -321,7 +324,7 @@ def open_features(
     about = {
         "manifest": manifest_hash(videos),
         "root": os.path.realpath(videos.folder),  # equal paths under another root: other videos
-        "files": file_sizes(videos),  # of sampled rows: a file of another size is another video
+        "files": file_sizes(videos),  # of some rows: a file of another size is another video
         "checkpoint": encoder.identity,
         "size": encoder.size,
     }
@@ -385,7 +388,8 @@ def encode_batch(
         grid = (1, 1, 1) if kind == "features" else tuple(token_grid)
         pooled = F.adaptive_avg_pool3d(volume, grid).flatten(2).mT  # [B*V, 1 or M, D]
         pooled = pooled.reshape(len(rows), -1, pooled.shape[-1])  # [B, V or V*M, D]
-        # features of clean views are averaged, [N, D]; those of random views stay apart, [N, A, D]
+        # features of clean views are averaged, [N, D]; those of random views stay apart, [N, A, D],
+        # and so do tokens, [N, V*M, D]
         if array.ndim == 2:
             pooled = pooled.mean(1)  # [B, D]
         array[rows] = pooled.cpu().numpy()
