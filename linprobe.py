@@ -229,19 +229,33 @@ class AttentiveProbe(torch.nn.Module):
         self.value = models.XavierLinear(width, width, bias=False)
         self.head = torch.nn.Linear(width, classes)
 
+    # With one query no token needs a key or a value of its own. For each head, with key matrix K,
+    # value matrix V and query q:
+    #   scores         q . (K x) = (K^T q) . x
+    #   weighted mean  sum of a V x = V (sum of a x)
+
+    def token_query(self):
+        """What the tokens are compared with: K^T q of each head, scaled, [heads, D]."""
+        key = self.key.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
+        return (self.query @ key).squeeze(1) / key.shape[1] ** 0.5
+
+    def classify(self, pooled):
+        """The heads' weighted means of tokens [B, heads, D] -> logits [B, C]."""
+        value = self.value.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
+        return self.head(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
+
     def forward(self, tokens):
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        heads = len(self.query)
-        key = self.key.weight.unflatten(0, (heads, -1))  # [heads, D / heads, D]
-        value = self.value.weight.unflatten(0, (heads, -1))
-        # With one query no token needs a key or a value of its own. For each head, with key matrix
-        # K, value matrix V and query q:
-        #   scores         q . (K x) = (K^T q) . x
-        #   weighted mean  sum of a V x = V (sum of a x)
-        query = (self.query @ key).squeeze(1) / key.shape[1] ** 0.5  # [heads, D]
-        attention = (tokens @ query.T).softmax(1)  # [B, V*M, heads]
-        pooled = attention.mT @ tokens  # [B, heads, D]
-        return self.head((value @ pooled.unsqueeze(-1)).flatten(1))
+        return classify_all([self], tokens)[0]
+
+
+def classify_all(probes, tokens):
+    """The logits of several probes for the same tokens [B, V*M, D]: L times [B, C]. All their
+    queries meet the tokens in one product, which takes little longer than one query alone."""
+    tokens = F.layer_norm(tokens, tokens.shape[-1:])
+    queries = torch.cat([probe.token_query() for probe in probes])  # [L * heads, D]
+    attention = (tokens @ queries.T).softmax(1)  # [B, V*M, L * heads]
+    pooled = (attention.mT @ tokens).unflatten(1, (len(probes), -1))  # [B, L, heads, D]
+    return [probe.classify(each) for probe, each in zip(probes, pooled.unbind(1), strict=True)]
 
 
 def attentive(
@@ -249,32 +263,33 @@ def attentive(
 ):
     """The attentive probe. train, test: TokenRows; settings: [{"rate": learning rate}, ...];
     least_steps: adds epochs until there are so many steps. All settings are trained together, each
-    as if alone, so that a batch is read once for all."""
+    as if alone: the loss is a sum, of which each term has its own weights."""
     device = labels.device
     probes = []
-    optimizers = []
+    groups = []
     for _ in settings:
         # all settings start alike, and the order of batches does not depend on their number
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)
-        optimizers.append(torch.optim.AdamW(probe.parameters(), weight_decay=0.01))
+        groups.append({"params": list(probe.parameters())})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     steps = math.ceil(len(train) / batch)  # of an epoch
     epochs = max(epochs, math.ceil(least_steps / steps))
     for epoch in range(epochs):
         for step, index in enumerate(torch.randperm(len(train)).split(batch)):
-            tokens = train[index].read(device)
             factor = schedule(epoch + step / steps, epochs)
-            for probe, optimizer, setting in zip(probes, optimizers, settings, strict=True):
-                optimizer.param_groups[0]["lr"] = setting["rate"] * factor
-                optimizer.zero_grad()
-                F.cross_entropy(probe(tokens), labels[index]).backward()
-                optimizer.step()
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group["lr"] = setting["rate"] * factor
+            optimizer.zero_grad()
+            logits = classify_all(probes, train[index].read(device))
+            sum(F.cross_entropy(each, labels[index]) for each in logits).backward()
+            optimizer.step()
     predicted = []
     with torch.inference_mode():
         for index in torch.arange(len(test)).split(batch):
-            tokens = test[index].read(device)
-            predicted.append(torch.stack([probe(tokens).argmax(1) for probe in probes]))
+            logits = classify_all(probes, test[index].read(device))
+            predicted.append(torch.stack([each.argmax(1) for each in logits]))
     return torch.cat(predicted, dim=1)
 
 
