@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
 
 from tgm import arrays as A
@@ -434,7 +435,11 @@ def test_full_shared_memory_is_one_line_and_no_hang(disks, name):
     ]
     done, _ = mounted(disks, {"/dev/shm": "size=64k"}, command)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1] == (
+    line = done.stderr.splitlines()[-1]
+    if torch.__version__ < (2, 14) and "exited unexpectedly" in line:
+        assert "of shared memory: docker run --shm-size=16g" in line  # torch 2.8 does not tell more
+        return
+    assert line == (
         "a decoding process found no room in shared memory (/dev/shm): give the container "
         "more (docker run --shm-size=16g), "
         "or lower --batch-size or --workers; --workers 0 needs none"

@@ -287,8 +287,11 @@ def test_two_ranks_stop_at_the_same_step_and_save(copy, number):
     os.kill(int(children[-1]), number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and ": saved run/checkpoint.pt at step" in out, errors
-    # both ranks end by the signal; to torchrun that is a failure
-    assert errors.count(f"exitcode  : -{number.value}") == 2, errors
+    # Both ranks end by the signal; to torchrun that is a failure. If it looks in between, it ends
+    # the second rank by itself.
+    ended = errors.count(f"exitcode  : -{number.value}")
+    assert ended == 2 or (ended == 1 and "closing signal SIGTERM" in errors), errors
+    assert "broadcast_buffers" not in errors  # torch 2.14 warns of the deprecated argument
     assert (
         torch.load(copy / "run/checkpoint.pt", weights_only=True)["step"]
         == log(copy)[-1]["step"]

@@ -20,6 +20,8 @@ class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
+        # Python 3.10's BooleanOptionalAction adds this by itself
+        action.help = action.help.removesuffix(" (default: %(default)s)")
         if "(default" in action.help or default in (None, "") or default is False:
             return action.help
         if default == argparse.SUPPRESS or not action.option_strings:

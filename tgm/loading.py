@@ -27,8 +27,8 @@ NO_OPEN_FILES = (
     "--batch-size, or raise the limit (ulimit -n 65536); --workers 0 needs none"
 )
 WORKER_ENDED = (
-    "(out of memory, or of open files: ulimit -n? lower --workers or --batch-size; --workers 0 "
-    "decodes in the run itself and shows where)"
+    "(out of memory, of shared memory: docker run --shm-size=16g, or of open files: ulimit -n? "
+    "lower --workers or --batch-size; --workers 0 decodes in the run itself and shows where)"
 )
 LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
 

@@ -114,7 +114,8 @@ def resized_crop(frames, box, size):
     """Cuts a box out of frames and scales it to a square: uint8 [T, 3, H, W] -> [T, 3, size, size].
 
     box: top, left, height, width in pixels. These are the pixels of torchvision's resized_crop on a
-    CPU, whose import would cost every process of a stage more than a second."""
+    CPU (with torch 2.8, to one level of 255), whose import would cost every process of a stage more
+    than a second."""
     top, left, height, width = box
     cut = frames[..., top : top + height, left : left + width]
     return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)

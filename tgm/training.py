@@ -91,11 +91,11 @@ class Machine:
         """The model whose gradients are averaged over the ranks."""
         if self.ranks == 1:
             return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.on_gpu else None,
-            broadcast_buffers=False,  # tables of positions, which never change
-        )
+        wrapped = DistributedDataParallel(model, [self.device] if self.on_gpu else None)
+        # The buffers are tables of positions, which never change. As an argument this name is
+        # deprecated in torch 2.14, and older versions do not know the new one.
+        wrapped.broadcast_buffers = False
+        return wrapped
 
     def accumulate(self, wrapped: nn.Module, is_last: bool):
         """The context of one of the batches of a step: only in the last one are gradients averaged
