@@ -33,7 +33,7 @@ second draws, for 12 random videos, a frame, its saliency, its text mask and its
 these commands need other files of this project (tgm/preview.py).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
-maps, G x G their grid, V visible tokens of one slice.
+maps, G x G their grid, V visible tokens of one slice (in model.py: of the clip).
 """
 
 import math
@@ -234,7 +234,7 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))
     visible = h * w - masked_per_slice(ratio, grid)
     own_place = token_centres(grid, noise.device)  # [h*w, 2]
-    # the tokens of the highest noise: among tokens of equal distance these are hidden last
+    # any h*w numbers of the noise would do to draw the spots: here the first slice's
     spots = own_place[noise[:, : h * w].argsort(1)[:, -visible:]]  # [B, V, 2]
     traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
     outside = ((traced < 0) | (traced > 1)).any(-1, keepdim=True)
@@ -322,11 +322,12 @@ def make_mask(
     name: a key of MASKS
     ratio: share masked in each slice, in (0, 1)
     saliency [B, t, h, w]: any real scores, for the text masks
-    motion [B, t, 2, h, w]: for the masks motion and flow: the velocity at each slice times the time
-        to the next slice, dx and dy as fractions of the crop's width and height, as `cut_motion`
-        returns it. The step from slice s to s + 1 is the mean of motion[s] and motion[s + 1]. This
-        supposes that slices are equally far apart in time. Where a clip stands still because its
-        video has ended, motion[s + 1] is 0, and the step into that slice comes out half as long.
+    motion [B, t, 2, h, w]: for the masks motion and flow: the velocity at each slice times the
+        time to the next slice, dx and dy as fractions of the crop's width and height, as
+        `cut_motion` returns it. In `flow_mask` the step from slice s to s + 1 is the mean of
+        motion[s] and motion[s + 1]. This supposes that slices are equally far apart in time. Where
+        a clip stands still because its video has ended, motion[s + 1] is 0, and the step into that
+        slice comes out half as long.
     noise [B, N]: uniform in [0, 1), on the device of the maps. If it is not given, it is drawn from
         `generator` and brought to that device.
 
@@ -366,9 +367,9 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
     enough = (mask.sum(dim=1) >= count).all()
     torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
     # Sorting by the same noise again would be unfair to some slices. A tube, for example, masks the
-    # tokens of the highest noise in slice 0, and these would all come last. To multiply by a large
-    # number and keep the fraction spreads nearby values over [0, 1): the new values hardly depend
-    # on the old order.
+    # tokens of the highest noise in slice 0, and these would all come last. Multiplying by a large
+    # number and keeping the fraction spreads nearby values over [0, 1): the new values hardly
+    # depend on the old order.
     order = noise * SPREAD % 1
     order = order.masked_fill(~mask, 2)  # visible tokens come last
     return order.argsort(dim=1, stable=True)[:, :count]

@@ -7,9 +7,9 @@ head.
 
 To use these classes you need nothing but PyTorch. Architecture and state-dict keys are those of
 VideoMAE's published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes
-checkpoints. The initialisation is that of VideoMAE's pretraining for the classifier, too, where
-VideoMAE's fine-tuning code draws all linear weights from a normal distribution of deviation 0.02.
-This makes a difference only where a classifier is trained from scratch.
+checkpoints. The initialisation of VideoMAE's pretraining is used for the classifier, too (but for
+its head). VideoMAE's fine-tuning code instead draws all linear weights from a normal distribution
+of deviation 0.02. This makes a difference only where a classifier is trained from scratch.
 
     # parameters of each size, and each mask's tokens and GFLOPs
     python model.py
@@ -216,9 +216,9 @@ class Encoder(Transformer):
     """Cubes in, tokens out.
 
     frames, image_size: of the clips (None: the size's own); ValueError unless tokens fill them.
-        Any are possible, since positions are computed. But a position is the index of a token in
-        the flattened grid: in another grid the same index lies elsewhere, and weights that were
-        trained on one grid have to learn the positions of another.
+        Any multiples of a cube are possible, since positions are computed. But a position is the
+        index of a token in the flattened grid: in another grid the same index lies elsewhere, and
+        weights that were trained on one grid have to learn the positions of another.
     drop_path: see `Transformer`"""
 
     def __init__(
@@ -373,7 +373,7 @@ class VideoMAE(nn.Module):
     frames, image_size: of the clips (None: the size's own; see `Encoder`)
     text_dim: width of the text embeddings of the contrastive loss
     nce_detach: stops the contrastive gradient at the encoder's output. Then the contrastive head
-        learns and the encoder is untouched (the contrastive loss that the paper only monitors)."""
+        learns and the encoder is untouched (for runs in which this loss is only monitored)."""
 
     def __init__(
         self,
@@ -429,7 +429,7 @@ class VideoMAE(nn.Module):
             torch._assert_async(
                 mask.gather(1, decoded).all(), "decoded: some of these tokens are not masked"
             )
-            decoded = decoded.unsqueeze(-1)
+            decoded = decoded.unsqueeze(-1)  # [B,M,1], as `masked` is
         tokens = self.encoder.encode(cubes, seen)
         prediction = self.decode(tokens, seen, decoded)
         with torch.autocast(video.device.type, enabled=False):

@@ -6,7 +6,7 @@ Reads   a manifest and its videos; train.saliency.npy for the text masks, train.
 Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last line),
         reconstruction_*.png, curves.png (where matplotlib is installed)
 
-    # CPU, toy world: 5 minutes
+    # CPU, toy world, after the stages before it (demo.sh): 5 minutes
     python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2.4e-2
     # one GPU, ViT-B
     python pretrain.py --mask text
@@ -16,10 +16,10 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last li
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         pretrain.py --mask text
 
-The training step is in the loop of `train`, the first function below. The loss is VideoMAE's
-mean squared error on masked cubes (predicting each cube's mean gives about 1.0) plus --nce-weight
-times a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the
-other videos of the batch, over all ranks. With --accum they are those of one of the accumulated
+The training step is in the loop of `train`, the first function below. The loss is VideoMAE's mean
+squared error on masked cubes (predicting each cube's mean gives about 1.0) plus --nce-weight times
+a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the videos of
+the batch with other captions, over all ranks. With --accum they are those of one of the accumulated
 batches, so for this loss, unlike the other, accumulating is not the same as a larger batch. With
 weight 0 the contrastive loss is only monitored: its head trains on detached features and the
 encoder is untouched (figure 4 of the TGM paper).
@@ -33,10 +33,11 @@ x accum x ranks) / 256.
 Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
 nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
 from the checkpoint in --out, if there is one, and refuses flags and data other than those that it
-was begun with; without --resume a checkpoint there is refused. Free to change are the other flags
-of MAY_CHANGE; the number of ranks and --batch-size, if their product stays; and --epochs, upwards:
-the rest of the run follows the longer cosine, so the rate jumps up to where that one is. --resume
-none renames an old checkpoint to checkpoint.old.pt, at once.
+was begun with; without --resume a checkpoint there is refused. Free to change are --device,
+--workers, --max-steps and others (MAY_CHANGE, here and in tgm/resume.py, has all); the number of
+ranks and --batch-size, if their product stays; and --epochs, upwards: the rest of the run follows
+the longer cosine, so the rate jumps up to where that one is. --resume none renames an old
+checkpoint to checkpoint.old.pt, at once.
 
 SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143
 and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as many as
@@ -91,9 +92,9 @@ def train(state, loader, schedule, machine, args):
     to_clip = list(model.parameters())
     monitored = args.nce_weight == 0
     if monitored:
-        # Only the contrastive head gets the gradient of its loss, at full weight. The
-        # head has no part in the gradient's norm, because clipping would let it change the
-        # encoder's steps.
+        # Only the contrastive head gets the gradient of its loss, at full weight (make_model sets
+        # nce_detach). The head has no part in the gradient's norm, because clipping would let it
+        # change the encoder's steps.
         loss_weight = 1.0
         to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -154,7 +155,7 @@ def train(state, loader, schedule, machine, args):
         if stopped:
             machine.say(f"{stop.name}: saved {checkpoint} at step {step}; --resume auto goes on")
             machine.leave()
-            stop.end()
+            stop.end()  # does not return
     machine.leave()
     stop.immediately()  # a signal that came after the last step
 
@@ -358,24 +359,26 @@ def make_clips(videos, rows, grid, arrays, args):
 def open_data(manifest, mask, nce_weight, root=None, companions=None):
     """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
 
-    identity: {file or what: text}, which changes with the data. companions: as --companions.
+    identity: {file or what: text or None}, which changes with the data. companions: as the flag.
     ManifestError where a file is missing or is not of this manifest."""
     videos = read_manifest(manifest, root)
-    prefix = companions or Path(manifest).with_suffix("")
+    prefix = Path(companions or Path(manifest).with_suffix(""))
     arrays = open_arrays(manifest, prefix, videos, mask, nce_weight)
+    used = []
     usable = np.ones(len(videos), bool)
     identity = {manifest: manifest_hash(videos)}
     for kind, array in arrays.items():
         path = Path(f"{prefix}.{kind}.npy")
         identity[str(path)] = None
         if array is not None:
+            used.append(str(path))
             usable &= filled(array)
             identity[str(path)] = file_hash(path.with_suffix(".json"))
     rows = np.flatnonzero(usable)
     if len(rows) == 0:
         raise ManifestError(
-            f"{manifest}: none of the {len(videos)} videos has what --mask {mask} needs: each "
-            "lacks its row of an array; captions.jsonl and what saliency.py printed say why"
+            f"{manifest}: none of the {len(videos)} videos has a row in {' and '.join(used)}; what "
+            "caption.py and saliency.py printed says why"
         )
     identity["usable videos"] = f"{len(rows)} ({hashlib.sha256(rows).hexdigest()[:16]})"
     return videos, rows, arrays, identity
@@ -433,8 +436,8 @@ def parse_args(argv=None):
         "--mask",
         choices=tuple(masking.MASKS),
         default="text",
-        help="what the masks follow: text needs caption.py and saliency.py, motion and flow "
-        "saliency.py --cue motion, random and tube nothing",
+        help="what the masks follow: text and text-inverse need caption.py and saliency.py, motion "
+        "and flow saliency.py --cue motion; with --nce-weight above 0 all need captions",
     )
     method.add_argument(
         "--mask-ratio", type=flags.ratio, help="share of tokens masked (default: the mask's own)"
@@ -496,8 +499,8 @@ def make_model(args, text):
 
 
 def make_state(args, model, machine):
-    """The model on its device and its optimizer, as they are trained: from the checkpoint in --out
-    where the run goes on."""
+    """The model, on its device, and its optimizer, ready to train: restored from the checkpoint in
+    --out if the run goes on."""
     saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
     if saved is None and args.init:
         with checks.as_run_error(args.data):

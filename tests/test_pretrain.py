@@ -1134,8 +1134,9 @@ def test_what_is_left_out_and_what_is_half_made_is_said(copy):
     assert "the warm-up of 40 epochs is longer than the run" in out and "the text array" not in out
     array[:] = np.nan
     array.flush()
-    assert "none of the 32 videos has what --mask text needs" in run(
-        "pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True
+    assert run("pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True) == (
+        "data/train.csv: none of the 32 videos has a row in data/train.text.npy and "
+        "data/train.saliency.npy; what caption.py and saliency.py printed says why"
     )
 
 
