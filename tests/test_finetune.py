@@ -1374,16 +1374,25 @@ def test_a_full_disk_is_one_line_with_the_reason(copy, name, monkeypatch):
     if name == "log.jsonl":
         # it puts a new file in the link's place
         monkeypatch.setattr(resume, "keep_log", lambda path, step: None)
-    if name == "args.json":
-        written = "args.json.new"  # it is written aside
+    if name in ("args.json", "test.json"):
+        written = f"{name}.new"  # it is written aside
     (copy / "run" / written).symlink_to("/dev/full")
-    if name == "test.json":  # of a run: it is taken away when training begins
-        run("finetune.py", *TINY, "--max-steps", 1, "--out", "other", cwd=copy)
-        flags = ("--test-only", "--checkpoint", "other/checkpoint.pt")
-    else:
-        flags = ("--max-steps", 1)
-    line = run("finetune.py", *TINY, *flags, "--out", "run", cwd=copy, fails=True)
+    line = run("finetune.py", *TINY, "--max-steps", 1, "--out", "run", cwd=copy, fails=True)
     assert line == f"run/{name}: cannot be written (No space left on device)"
+
+
+def test_a_test_that_was_not_finished_leaves_no_older_result(copy, monkeypatch):
+    run("finetune.py", *TINY, "--max-steps", 1, "--out", "run", cwd=copy)
+    assert (copy / "run/test.json").exists()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "draw_confusion", fails)
+    again = ("--test-only", "--checkpoint", "run/checkpoint.pt", "--views", 2, 1)
+    line = run("finetune.py", *TINY, *again, "--out", "run", cwd=copy, fails=True)
+    assert line == "run/confusion.png: cannot be written (No space left on device)"
+    assert not (copy / "run/test.json").exists()
 
 
 def test_numbers_without_meaning_are_refused_when_they_are_read(copy):
