@@ -112,7 +112,7 @@ KINDS = {  # arrays of each cue
     "classes": ("classes",),
 }
 PROMPT = "a video of {}."
-CUES = {  # flags that only these cues read
+CUES_OF_FLAG = {  # no other cue reads the flag
     "clip": ("text", "classes"),
     "pretrained": ("text", "classes"),
     "captions": ("text",),
@@ -237,7 +237,7 @@ class TextCue:
     outputs: the arrays to write
     videos: those that can have a row
     summary: a line to print
-    caption_path: the file of captions
+    caption_path: the file of captions; None if none are needed
     read(video): decodes a video, in the loader's workers
     rows(items): computes the rows of a batch; yields (row, [its value for each of the outputs])
     """
@@ -342,7 +342,7 @@ def read_pairs(video, moments, size, timeout):
 class MotionCue:
     """How every cell moves. It has the attributes and methods that are listed in TextCue."""
 
-    caption_path = None  # it needs no captions
+    caption_path = None
 
     def __init__(self, args, videos, machine):
         self.videos = videos
@@ -529,7 +529,7 @@ def parse_args(argv=None):
     add_classes_flags(parser)
     add_run_flags(parser, batch_size=16)
     args = parse_run_flags(parser, argv)
-    for name, cues in CUES.items():
+    for name, cues in CUES_OF_FLAG.items():
         flag = "--" + name.replace("_", "-")
         if getattr(args, name) and args.cue not in cues:
             parser.error(f"{flag} is for --cue {' and --cue '.join(cues)}")

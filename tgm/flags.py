@@ -21,16 +21,16 @@ class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         default = action.default
         # Python 3.10's BooleanOptionalAction adds this by itself
-        action.help = action.help.removesuffix(" (default: %(default)s)")
-        if "(default" in action.help or default in (None, "") or default is False:
-            return action.help
+        text = action.help.removesuffix(" (default: %(default)s)")
+        if "(default" in text or default in (None, "") or default is False:
+            return text
         if default == argparse.SUPPRESS or not action.option_strings:
-            return action.help
+            return text
         if default is True:
-            return f"{action.help} (default: on)"
+            return f"{text} (default: on)"
         values = default if isinstance(default, tuple) else (default,)
         shown = " ".join(map(str, values)).replace("%", "%%")
-        return f"{action.help} (default: {shown})"
+        return f"{text} (default: {shown})"
 
 
 class Parser(argparse.ArgumentParser):

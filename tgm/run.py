@@ -8,7 +8,7 @@ one line. Needs arrays.py and manifest.py.
         stop = StopSignal(ranks)
         for batch in ...:
             ...
-            if stop.requested():                               the same answer on every rank
+            if stop.requested():                            the same answer on every rank
                 save
                 stop.end()
 
