@@ -495,6 +495,8 @@ def test_refusals_name_the_command_that_mends(copy):
     captions = (copy / "data/train.captions.jsonl").read_text()
     (copy / "data/train.captions.jsonl").write_text(captions.replace("red", "blue"))
     assert "expected captions" in run("pretrain.py", *TINY, cwd=copy, fails=True)
+    own = ("--companions", "data/train")  # what is read without the flag
+    assert "expected captions" in run("pretrain.py", *TINY, *own, cwd=copy, fails=True)
     (copy / "data/train.captions.jsonl").write_text(captions)
     (copy / "data/train.saliency.npy").unlink()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)

@@ -1018,3 +1018,18 @@ def test_ranks_wait_as_long_for_a_stop_as_for_a_step(monkeypatch):
     run.StopSignal(ranks=2)
     assert asked == {"backend": "gloo", "timeout": run.LONGEST_WAIT}
     assert run.LONGEST_WAIT.total_seconds() > 30 * 60  # what torch would wait by itself
+
+
+def test_buffers_are_not_sent_in_every_step(tmp_path):
+    """Tables of positions never change."""
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("table", torch.ones(3))
+    place = f"file://{tmp_path}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    try:
+        machine = training.Machine("cpu", "off")
+        machine.ranks = 2
+        wrapped = machine.wrap(model)
+        assert len(wrapped.modules_buffers) == 1 and not wrapped.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
