@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,13 @@ def run(script, *args, cwd=".", ranks=1, fails=False, process=False):
     assert done.returncode in ((1, 2) if fails else (0,)), done.stdout + done.stderr
     assert not fails or "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1] if fails else done.stdout
+
+
+def outputs(processes, timeout):
+    """Waits for all processes -> [(stdout, stderr), ...]. They are read side by side: one that is
+    not read stops when its pipe is full, and others may wait for it."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
 
 
 def run_here(module, args, cwd, fails):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, run
+from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, outputs, run
 
 from tgm import arrays as A
 from tgm import manifest as M
@@ -826,7 +826,7 @@ def test_two_nodes_and_a_restart(copy, name):
 
     wait_until(begun, nodes[0])
     os.kill(children(nodes[1])[0], signal.SIGKILL)
-    results = [node.communicate(timeout=180) for node in nodes]
+    results = outputs(nodes, timeout=180)
     assert [node.returncode for node in nodes] == [0, 0], results
     assert any("2 ranks" in out or "rank 0 of 2" in out for out, _ in results)
     assert output.read_bytes() == expected

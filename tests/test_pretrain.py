@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run
+from conftest import ENVIRONMENT, ROOT, outputs, run
 
 import masking
 import pretrain
@@ -875,7 +875,7 @@ def test_two_nodes_equal_one_with_two_ranks(copy):
     flags = (*TINY, "--epochs", 1, "--log-every", 1)
     run("pretrain.py", *flags, "--out", "one", cwd=copy, ranks=2)
     nodes = two_nodes([(*flags, "--out", "two")] * 2, [copy] * 2)
-    said = [node.communicate(timeout=200) for node in nodes]
+    said = outputs(nodes, timeout=200)
     assert [node.returncode for node in nodes] == [0, 0], said
     one, two = weights(copy / "one"), weights(copy / "two")
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -894,7 +894,7 @@ def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
     other.mkdir()
     (other / "data").symlink_to(copy / "data")
     nodes = two_nodes([(*flags, "--resume", "auto")] * 2, [copy, other])
-    said = [node.communicate(timeout=200) for node in nodes]
+    said = outputs(nodes, timeout=200)
     assert [node.returncode for node in nodes] == [1, 1], said
     lines = [
         line
@@ -909,7 +909,7 @@ def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
     nodes = two_nodes(
         [(*flags, "--resume", "none"), (*flags, "--resume", "none", "--seed", 1)], [other, other]
     )
-    said = [node.communicate(timeout=200) for node in nodes]
+    said = outputs(nodes, timeout=200)
     lines = [
         line
         for _, errors in said
@@ -945,7 +945,7 @@ def test_two_nodes_heal_by_one_restart(copy):
     nodes = two_nodes([(*flags, "--out", "run")] * 2, [copy] * 2, restarts=1)
     wait_for_step(copy / "run", 7, nodes)
     os.kill(ranks_of(nodes[1])[0], signal.SIGKILL)
-    said = [node.communicate(timeout=200) for node in nodes]
+    said = outputs(nodes, timeout=200)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum(out.count("48 = 12 epochs x 4, from step") for out, _ in said) == 2
     whole, healed = weights(copy / "whole"), weights(copy / "run")
