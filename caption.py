@@ -4,8 +4,8 @@ Reads   a manifest (train.csv) and its videos
 Writes  train.captions.jsonl, one object per video, in the manifest's order:
             {"path": ..., "captions": ["a dog runs", ...]}, or
             {"path": ..., "captions": [], "error": why there are none}
-        train.captions.json, what made them: model, prompt, beams, frames, a hash of the manifest's
-        rows, and the sizes of some videos' files
+        train.captions.json, what made them: model, prompt, beams, frames, the longest caption in
+        tokens, a hash of the manifest's rows, and the sizes of some videos' files
 
     # CPU, the toy world: about 160 videos/s
     python caption.py --data data/train.csv --model data/toy/blip
@@ -25,13 +25,14 @@ model has to caption a blank image before any video is opened. No remote code is
 captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again (if one is
-captioned then, saliency.py has to start again, as it says). Each rank appends to a part file of its
+captioned then, saliency.py refuses its arrays, which are of the old captions, and has to begin
+again with --resume none). Each rank appends to a part file of its
 own; when all are done rank 0 joins them. A caption may be an empty text, which is no failure; a
 line at the end counts the videos whose captions are all empty. Where rows were added at the
 manifest's end, `--extend` captions only those, and tries no failed videos; `--labels` makes all
 captions again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the
-exit status is the signal's. Captions made with other settings, or of other rows or videos, are
-refused (tgm/manifest.py says how replaced videos are noticed)."""
+exit status is the signal's. Captions that a model made with other settings, or of other rows or
+videos, are refused (tgm/manifest.py says how replaced videos are noticed)."""
 
 import os
 from functools import partial
@@ -42,6 +43,7 @@ import torch
 
 from tgm.arrays import companion
 from tgm.captions import LABELS, CaptionFile, make_entry
+from tgm.classes import read_names
 from tgm.flags import Parser, add_video_flags, frame_count, positive_int
 from tgm.manifest import require_files
 from tgm.offline import (
@@ -184,17 +186,6 @@ def check_model(name, model, processor, prompt, describe_items):
 # ---- labels as captions --------------------------------------------------------------------------
 
 
-def read_classes(path):
-    """The lines of a text file of class names; None without one."""
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: Excel writes a byte order mark
-            return [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError:
-        raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
-
-
 def label_captions(videos, classes):
     """Entries with one caption per video: its label i, or classes[i], counted from 0."""
     entries = []
@@ -207,8 +198,6 @@ def label_captions(videos, classes):
                     f"{video.name}: label {caption!r} is not a line of --classes, "
                     f"0 to {len(classes) - 1}"
                 )
-            if not classes[int(caption)]:
-                raise RunError(f"{video.name}: line {caption} of --classes, from 0, is empty")
             caption = classes[int(caption)]
         if not caption:
             raise RunError(
@@ -330,7 +319,8 @@ def main(argv=None):
     if args.labels:
         if torchrun_ranks()[0] == 0:
             captions = CaptionFile(path, videos, {"model": LABELS})
-            write_labels(captions, read_classes(args.classes), args.resume)
+            classes = read_names(args.classes) if args.classes else None
+            write_labels(captions, classes, args.resume)
         return
     settings = {
         "model": args.model,
@@ -349,8 +339,7 @@ def main(argv=None):
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
-    # All that may fail comes before anything is written or removed: a model that cannot be used
-    # leaves no trace.
+    # All that may fail comes before any file is written or removed.
     if mine:
         processor, describe_items = load_captioner(args, machine)
     wait_for_ranks()  # until every rank has chosen its videos

@@ -39,11 +39,11 @@ the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default
     Diving48 (ours: mirroring would mix up left and right)              lr 2.5e-4, floor 5e-7
         --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
 
-Training clips are cropped at random, mirrored (not where direction is the label: --no-flip), and
-changed by RandAugment and random erasing, with the same operations and boxes in every frame.
-Batches are mixed by mixup or cutmix, each clip with one of another video (with --batch-size 1, of
-the same video). The learning rate is multiplied by --layer-decay from layer to layer towards the
-input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip.
+Training clips are cropped at random, half of them mirrored (give --no-flip where direction is the
+label), and changed by RandAugment and random erasing, with the same operations and boxes in every
+frame. Batches are mixed by mixup or cutmix, each clip with one of another video (with --batch-size
+1, of the same video). The learning rate is multiplied by --layer-decay from layer to layer towards
+the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip.
 
 --val is tested after every epoch with one view. The result is that of --test (without it --val),
 with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
@@ -129,11 +129,11 @@ def train(state, loader, val, schedule, machine, stop, args):
         # The checkpoint is saved before it is validated: a kill may have come in between. (At step
         # 0 both are 0.)
         validate(state, val, log, machine, args)
-    stop.after_saving()  # a signal now waits for the step and the checkpoint
+    stop.note_signals()  # from here on a signal waits for `requested`, below
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
-        lr = learning_rate(state.step, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
+        lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr
         losses = []
@@ -141,8 +141,8 @@ def train(state, loader, val, schedule, machine, stop, args):
             batch = log.fetch(batches)
             clips = repeats_first(batch["clip"].to(machine.device, non_blocking=True))
             labels = repeats_first(batch["label"].to(machine.device, non_blocking=True))
-            # Mixing, dropout and drop path are the same in a resumed run. repeat_seed makes a seed
-            # of any four numbers, here of others than in its signature.
+            # so that mixing, dropout and drop path are the same in a resumed run (repeat_seed makes
+            # a seed of any four numbers)
             torch.manual_seed(repeat_seed(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
@@ -170,9 +170,9 @@ def train(state, loader, val, schedule, machine, stop, args):
             machine.leave()
             stop.end()
         if schedule.ends_epoch(step):
-            stop.immediately("--resume auto goes on from this epoch's end")
+            stop.end_at_once("--resume auto goes on from this epoch's end")
             validate(state, val, log, machine, args)
-            stop.after_saving()
+            stop.note_signals()
 
 
 def validate(state, val, log, machine, args):
@@ -234,8 +234,8 @@ def repeats_first(x):
 
 def make_mix(mixup, cutmix, classes):
     """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
-    above 0: clips [B, 3, T, H, W] float, labels [B] -> clips, targets [B, C]. Each sample is mixed
-    with its neighbour in the batch."""
+    above 0: clips [R*B, 3, T, H, W] float, labels [R*B] -> clips, targets [R*B, C]. Each sample is
+    mixed with its neighbour in the batch."""
     kinds = []
     if mixup > 0:
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))
@@ -246,7 +246,7 @@ def make_mix(mixup, cutmix, classes):
     def mix(clips, labels):
         if mixer is None:
             return clips, F.one_hot(labels, classes).float()
-        # torchvision mixes [B, T, 3, H, W], and wants to be told that these are videos
+        # torchvision mixes [R*B, T, 3, H, W], and wants to be told that these are videos
         videos, targets = mixer(tv_tensors.Video(clips.transpose(1, 2)), labels)
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
 
@@ -364,7 +364,8 @@ class Clips(TrainingClips):
         operations, magnitude = rand_augment
         bilinear = TF.InterpolationMode.BILINEAR
         operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
-        # as VideoMAE's rand-m7-n4: each operation with probability 0.5, magnitude 7/10 = 21/30
+        # as VideoMAE's rand-m7-n4: so many times, one random operation with probability 0.5;
+        # magnitude 7/10 = 21/30
         self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
         self.erase = EraseWithNoise(erase)
 
@@ -530,6 +531,8 @@ def parse_args(argv=None):
     low, high = args.crop_scale
     if low > high:
         parser.error(f"argument --crop-scale: expected MIN before MAX, found {low:g} {high:g}")
+    if args.test_only and args.checkpoint == "none":
+        parser.error("--test-only tests the classifier of a --checkpoint: give its file or folder")
     args.stage = "finetune.py"
     return args
 
@@ -554,7 +557,7 @@ def open_splits(args, machine):
         videos = read_labelled(manifest, args.root, args.label_column)
         if args.classes is None:
             args.classes = class_names(videos)
-        splits[split] = videos, number_labels(manifest, videos, args.classes)
+        splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
     if "train" in splits:
         seen = shared_rows(splits["train"][0], splits["test"][0])
         if seen > 0:
@@ -703,16 +706,16 @@ def main(argv=None):
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    stop.immediately()
+    stop.end_at_once()
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
             hold(Path(args.out) / "checkpoint.pt")  # the lock of the folder, as in training
         checkpoint = args.checkpoint
-        stop.immediately("run it again")
+        stop.end_at_once("run it again")
     else:
         checkpoint = fine_tune(args, model, splits, machine, stop)
-        stop.immediately("--resume auto tests again")
+        stop.end_at_once("--resume auto tests again")
     test(args, model, splits, checkpoint, machine)
     machine.leave()
 

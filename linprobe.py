@@ -14,6 +14,7 @@ Writes  OUT/LABEL.json, the result (LABEL.videomae.json with --protocol videomae
     # the baseline: an untrained encoder (with the checkpoint's --frames, --stride and --image-size,
     # if they differ from the defaults of --size)
     python linprobe.py --checkpoint none --size tiny
+    # eight GPUs extract the features; one trains the probes
     torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips
     python linprobe.py --checkpoint vit_b.pth --protocol videomae --augment 8
@@ -53,11 +54,11 @@ is asked two more things of the test videos; a video's embedding is its feature,
              and the reverse? Recall, chance and the median rank of the first right answer.
 
 Uncertainty. --seeds repetitions differ in the held-out split (the attentive probe keeps the first
-seed's choice), in order, drawn views and initial weights (kNN has none of these). The table shows
-their mean accuracy and its 95 % intervals, over seeds (Student's t) and over test videos
-(bootstrap, which takes videos to be independent); neither covers another pretraining run, nor
-another untrained encoder. A video that fails is left out of training and counts as wrong in the
-test set, as does a class without a training video.
+seed's choice), in order, drawn views and initial weights (for kNN in the split alone, so that only
+its k can differ). The table shows their mean accuracy and its 95 % intervals, over seeds (Student's
+t) and over test videos (bootstrap, which takes videos to be independent); neither covers another
+pretraining run, nor another untrained encoder. A video that fails is left out of training and
+counts as wrong in the test set, as does a class without a training video.
 
 SIGTERM and Ctrl-C: an extraction stops after the current batch, the probes stop at once. The next
 run uses the features that are there.
@@ -433,7 +434,7 @@ def interval_text(bounds):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def read_videos(args):
+def read_videos(args, rank):
     """{"train": videos, "test": videos} of the two manifests."""
     try:
         train = read_labelled(args.data, args.root, args.label_column)
@@ -442,7 +443,7 @@ def read_videos(args):
         hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
         raise RunError(f"{error}{hint}") from None
     seen = shared_rows(train, test)
-    if seen > 0:
+    if seen > 0 and rank == 0:
         print(
             f"note: {seen} of {len(test)} test videos are training videos, too: "
             "the accuracies will flatter"
@@ -564,8 +565,8 @@ def parse_args(argv=None):
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    videos = read_videos(args)
     rank, ranks, local_rank = torchrun_ranks()
+    videos = read_videos(args, rank)
     args.device, _ = choose_device(args.device, local_rank)
     if ranks > 1:
         # no gradients are exchanged, so gloo is enough; a rank may wait days for the slowest

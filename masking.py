@@ -28,9 +28,9 @@ them to the times, the crop and the flip of a training sample.
     python masking.py --data data/train.csv --row 3 --out mask.png
     python masking.py --data data/train.csv --rows 12 --out sheet.png
 
-The first draws a clip, its maps and every mask in one picture, as in figure 1 of TGM's paper; the
-second draws, for 12 random videos, a frame, its saliency, its text mask and its captions. Only
-these commands need other files of this project (tgm/preview.py).
+The first draws a clip, its maps and every mask in one picture, like figure 1 of TGM's paper (by
+notes on it); the second draws, for 12 random videos, a frame, its saliency, its text mask and its
+captions. Only these commands need other files of this project (tgm/preview.py).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
 maps, G x G their grid, V visible tokens of one slice (in model.py: of the clip).
@@ -68,8 +68,8 @@ def masked_count(ratio: float, grid: Grid) -> int:
 
 
 def top_k_mask(score: Tensor, count: int, noise: Tensor) -> Tensor:
-    """Masks the `count` highest scores [..., M] of the last axis: bool [..., M]. Among equal scores
-    those of the lowest noise [..., M] come first."""
+    """Masks the `count` highest scores [..., n] of the last axis: bool [..., n]. Among equal scores
+    those of the lowest noise [..., n] come first."""
     # Put the tokens into random order, then sort by score: a stable sort keeps the order of equals.
     shuffled = noise.argsort(dim=-1)
     shuffled_score = score.gather(-1, shuffled)
@@ -261,7 +261,10 @@ def trace_to_middle(motion: Tensor) -> Tensor:
     (see `make_mask`) -> float32 [B, t, h, w, 2], x and y as fractions of the picture.
 
     Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;
-    those of later slices go backwards, against it. A trace that leaves the picture goes on with the
+    those of later slices go backwards, against it. A step between slices s and s + 1 is the mean of
+    motion[s] and motion[s + 1] where the trace is, which supposes that slices are equally far apart
+    in time. Where a clip stands still because its video has ended, motion[s + 1] is 0, and the step
+    into that slice comes out half as long. A trace that leaves the picture goes on with the
     motion at the border; the caller decides what it is worth."""
     batch, t, _, h, w = motion.shape
     middle = t // 2
@@ -322,17 +325,14 @@ def make_mask(
     name: a key of MASKS
     ratio: share masked in each slice, in (0, 1)
     saliency [B, t, h, w]: any real scores, for the text masks
-    motion [B, t, 2, h, w]: for the masks motion and flow: the velocity at each slice times the
-        time to the next slice, dx and dy as fractions of the crop's width and height, as
-        `cut_motion` returns it. In `flow_mask` the step from slice s to s + 1 is the mean of
-        motion[s] and motion[s + 1]. This supposes that slices are equally far apart in time. Where
-        a clip stands still because its video has ended, motion[s + 1] is 0, and the step into that
-        slice comes out half as long.
+    motion [B, t, 2, h, w]: for the masks motion and flow: the displacement from each slice to the
+        next (velocity x time), dx and dy as fractions of the crop's width and height, as
+        `cut_motion` returns it
     noise [B, N]: uniform in [0, 1), on the device of the maps. If it is not given, it is drawn from
         `generator` and brought to that device.
 
-    ValueError for an unknown name, for a ratio that masks nothing or everything, and for maps that
-    are missing or have another shape."""
+    ValueError for an unknown name, for a ratio that masks nothing or everything, for maps that are
+    missing, and for maps or noise of another shape."""
     if name not in MASKS:
         raise ValueError(f"unknown mask {name!r}: one of {', '.join(MASKS)}")
     shape = (batch, math.prod(grid))
@@ -362,8 +362,8 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
     same for the same sample. mask bool [B, N]; noise [B, N], from which the mask was made.
 
     A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
-    2303.16727), which takes a fixed pattern of cells instead. RuntimeError if a row has fewer
-    masked tokens; on a GPU it comes from a later call."""
+    2303.16727), which chooses them by a fixed pattern; here the choice is random. RuntimeError if a
+    row has fewer masked tokens; on a GPU it comes from a later call."""
     enough = (mask.sum(dim=1) >= count).all()
     torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
     # Sorting by the same noise again would be unfair to some slices. A tube, for example, masks the
@@ -388,8 +388,9 @@ def cut_maps(
     times [B, t]: the middle of each token slice, as a fraction of the video's length
     box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip
     flip bool [B]: mirrored left to right
-    oversample: each token is the mean of oversample x oversample points, so that no cell is skipped
-        if the map is up to 2 * oversample times as fine as the tokens"""
+    oversample: each token is the mean of oversample x oversample points, and each point that of the
+        two cells around it in each direction: no cell is skipped if the map is up to 2 * oversample
+        times as fine as the tokens"""
     t, h, w = grid
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # each [B, 1]
     high = h * oversample

@@ -3,20 +3,18 @@ head.
 
     video [B,3,T,H,W] -patchify-> cubes -drop the masked-> encoder -> visible tokens [B,V,D]
     visible tokens and mask tokens -> decoder -> predicted cubes <-MSE-> their normalised pixels
-    mean of the visible tokens -> projection <-InfoNCE-> text [B,text_dim]
+    mean of the visible tokens -> projection <-InfoNCE-> text [B,E]
 
 To use these classes you need nothing but PyTorch. Architecture and state-dict keys are those of
 VideoMAE's published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes
-checkpoints. The initialisation of VideoMAE's pretraining is used for the classifier, too (but for
-its head). VideoMAE's fine-tuning code instead draws all linear weights from a normal distribution
-of deviation 0.02. This makes a difference only where a classifier is trained from scratch.
+checkpoints.
 
     # parameters of each size, and each mask's tokens and GFLOPs
     python model.py
 
 Shapes: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M
-decoded tokens, D width, P = 3 * tubelet * patch^2 numbers in one cube. Everywhere, mask is bool
-[B,N], True = masked.
+decoded tokens, D width of the encoder, E width of the text embeddings, P = 3 * tubelet * patch^2
+numbers in one cube. Everywhere, mask is bool [B,N], True = masked.
 """
 
 import argparse
@@ -89,8 +87,8 @@ def unpatchify(
 
 
 def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor]:
-    """mask [B,N] -> indices of the visible tokens [B,V,1] and of the masked tokens [B,N-V,1], in
-    token order.
+    """mask [B,N] -> indices of the visible tokens [B,V] and of the masked tokens [B,N-V], in token
+    order.
 
     num_visible: how many tokens every row keeps. If it is not given, it is read from the device.
         That read makes the host wait for a GPU and breaks the graph of torch.compile.
@@ -102,18 +100,17 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
     torch._assert_async(
         (kept == num_visible).all(), f"mask: not every row keeps {num_visible} tokens"
     )
-    # False sorts before True
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # False sorts before True
     return order[:, :num_visible], order[:, num_visible:]
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of x [B,N,D] at index [B,M,1]: [B,M,D]. x may also be [1,N,D], one table for all
+    """The tokens of x [B,N,D] at index [B,M]: [B,M,D]. x may also be [1,N,D], one table for all
     rows."""
-    # torch.take_along_dim would need one index per number in place of one per token, and is 15
-    # times slower.
+    # torch.take_along_dim reads one index for every number, this one for every token: 15 times as
+    # fast.
     rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, index.squeeze(-1)]
+    return x[rows, index]
 
 
 def sincos_table(n: int, width: int) -> Tensor:
@@ -274,7 +271,7 @@ class Encoder(Transformer):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """Collects the rows of all ranks, [2,B,D] -> [2,ranks*B,D], and passes gradients back."""
+    """Collects the rows of all ranks, [2,B,E] -> [2,ranks*B,E], and passes gradients back."""
 
     @staticmethod
     def forward(ctx, own):
@@ -304,7 +301,7 @@ def info_nce(
 ) -> Tensor:
     """The symmetric InfoNCE loss (CLIP, arXiv:2103.00020, fig. 3) of B videos and their texts.
 
-    video_emb, text_emb [B,D]: of any length; they are normalised here
+    video_emb, text_emb [B,E]: of any length; they are normalised here
     scale: 1 / temperature
     group [B] integers: equal for samples of one video (None: all differ)
 
@@ -317,14 +314,14 @@ def info_nce(
     summed over ranks, and DistributedDataParallel then averages them: the result is the gradient of
     the mean over the whole batch."""
     together = dist.is_available() and dist.is_initialized()
-    # [2,B,D]: both in one tensor, so that they are gathered at once
+    # [2,B,E]: both in one tensor, so that they are gathered at once
     own = torch.stack(
         [F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)]
     )
     if group is None:
         first = dist.get_rank() * len(video_emb) if together else 0
         group = first + torch.arange(len(video_emb), device=own.device)
-    every = GatherWithGradient.apply(own) if together else own  # [2,ranks*B,D]
+    every = GatherWithGradient.apply(own) if together else own  # [2,ranks*B,E]
     every_group = torch.cat(gather_ranks(group)) if together else group  # [ranks*B]
     video, text = own
     every_video, every_text = every
@@ -338,7 +335,7 @@ def info_nce(
 
 
 class ContrastiveHead(nn.Module):
-    """tokens [B,V,D], text [B,text_dim], group [B] -> the InfoNCE loss between the projected mean
+    """tokens [B,V,D], text [B,E], group [B] -> the InfoNCE loss between the projected mean
     of the tokens and the text, in float32 under autocast, too."""
 
     def __init__(self, width: int, text_dim: int):
@@ -414,11 +411,12 @@ class VideoMAE(nn.Module):
         decoded: Tensor | None = None,
         group: Tensor | None = None,
     ) -> MAEOutput:
-        """video [B,3,T,H,W] normalised, mask [B,N], text [B,text_dim] or None -> the two losses.
+        """video [B,3,T,H,W] normalised, mask [B,N], text [B,E] or None -> the two losses.
 
         num_visible: how many tokens each row of the mask keeps (see `split_mask`)
         decoded [B,M]: indices of the masked tokens that the decoder sees and predicts (VideoMAE V2,
-            arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked.
+            arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked, on a GPU
+            at a later call.
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)
@@ -429,7 +427,6 @@ class VideoMAE(nn.Module):
             torch._assert_async(
                 mask.gather(1, decoded).all(), "decoded: some of these tokens are not masked"
             )
-            decoded = decoded.unsqueeze(-1)  # [B,M,1], as `masked` is
         tokens = self.encoder.encode(cubes, seen)
         prediction = self.decode(tokens, seen, decoded)
         with torch.autocast(video.device.type, enabled=False):
@@ -453,7 +450,7 @@ class VideoMAE(nn.Module):
         return self.encoder.encode(cubes, seen)
 
     def decode(self, tokens: Tensor, seen: Tensor, decoded: Tensor) -> Tensor:
-        """tokens [B,V,D], indices of the visible tokens [B,V,1] and of those to predict [B,M,1] ->
+        """tokens [B,V,D], indices of the visible tokens [B,V] and of those to predict [B,M] ->
         predicted cubes [B,M,P]. The mask tokens come after the visible ones: each token carries its
         own position, so that order does not matter."""
         known = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, seen)
@@ -484,7 +481,8 @@ class VideoMAE(nn.Module):
         seen, masked = split_mask(mask, num_visible)
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
         normalised, mean, deviation = self.pixel_targets(cubes)
-        normalised = normalised.scatter(1, masked.expand_as(prediction), prediction)
+        index = masked.unsqueeze(-1).expand_as(prediction)
+        normalised = normalised.scatter(1, index, prediction)
         pixels = (normalised.unflatten(-1, (-1, 3)) * deviation + mean).flatten(-2)
         video = unpatchify(pixels, self.grid, self.config["tubelet"], self.config["patch"])
         return video.clamp(0, 1)
@@ -495,7 +493,13 @@ class VideoMAE(nn.Module):
 
 class VideoViT(Encoder):
     """The classifier in the layout of VideoMAE's fine-tuning files: encoder without its final norm,
-    mean over tokens, fc_norm, dropout, head. The arguments are those of `Encoder`, and:
+    mean over tokens, fc_norm, dropout, head.
+
+    The first weights are drawn as in pretraining, but for the head's. VideoMAE's fine-tuning draws
+    all linear weights from a normal distribution of deviation 0.02 instead, which makes a
+    difference only where a classifier is trained from scratch.
+
+    The arguments are those of `Encoder`, and:
 
     classes: number of outputs
     head_dropout: probability of dropout before the head"""
@@ -563,7 +567,7 @@ def print_sizes() -> None:
         "GFLOPs: multiply-adds of a clip's forward pass in pretraining, encoder + decoder "
         "(tokens kept)"
     )
-    print("size  encoder  whole   tokens" + "".join(f"{column:>25}" for column in columns))
+    print("size  encoder   whole tokens" + "".join(f"{column:>25}" for column in columns))
     for size in SIZES:
         with torch.device("meta"):
             model = VideoMAE(size)

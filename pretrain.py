@@ -21,8 +21,9 @@ squared error on masked cubes (predicting each cube's mean gives about 1.0) plus
 a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the videos of
 the batch with other captions, over all ranks. With --accum they are those of one of the accumulated
 batches, so for this loss, unlike the other, accumulating is not the same as a larger batch. With
-weight 0 the contrastive loss is only monitored: its head trains on detached features and the
-encoder is untouched (figure 4 of the TGM paper).
+weight 0 it is only monitored, if there is a text array: its head trains on detached features and
+the encoder does not see it (as in the paper's figure 4, by notes on the paper). The videos are then
+those of a run with captions: one without a row in that array is left out.
 
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
 its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
@@ -33,17 +34,17 @@ x accum x ranks) / 256.
 Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
 nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
 from the checkpoint in --out, if there is one, and refuses flags and data other than those that it
-was begun with; without --resume a checkpoint there is refused. Free to change are --device,
---workers, --max-steps and others (MAY_CHANGE, here and in tgm/resume.py, has all); the number of
-ranks and --batch-size, if their product stays; and --epochs, upwards: the rest of the run follows
-the longer cosine, so the rate jumps up to where that one is. --resume none renames an old
-checkpoint to checkpoint.old.pt, at once.
+was begun with; without --resume a checkpoint there is refused. Free to change are --device (if
+--amp gives the same precision there), --workers, --max-steps and others (MAY_CHANGE, here and in
+tgm/resume.py, has all); the number of ranks and --batch-size, if their product stays; and --epochs,
+upwards: the rest of the run follows the longer cosine, so that the rate changes at once to that
+one's. --resume none renames an old checkpoint to checkpoint.old.pt, at once.
 
-SIGTERM and Ctrl-C save after the step, on all ranks, and end the run by that signal (exit codes 143
-and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as many as
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT says), does not restart them then, and exits with 1. If
-one rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is
-kill -9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
+After SIGTERM and Ctrl-C rank 0 saves after the step, all ranks end, and the run ends by that signal
+(exit codes 143 and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as
+many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says), does not restart them then, and exits with 1. If one
+rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is kill
+-9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
 moments, G x G the grid of stored maps, D text embedding.
@@ -93,8 +94,8 @@ def train(state, loader, schedule, machine, args):
     monitored = args.nce_weight == 0
     if monitored:
         # Only the contrastive head gets the gradient of its loss, at full weight (make_model sets
-        # nce_detach). The head has no part in the gradient's norm, because clipping would let it
-        # change the encoder's steps.
+        # nce_detach). The head is not clipped: its gradient would enlarge the common norm, and so
+        # shrink the encoder's steps.
         loss_weight = 1.0
         to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -107,7 +108,7 @@ def train(state, loader, schedule, machine, args):
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
-        lr = learning_rate(state.step, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
+        lr = learning_rate(step - 1, args.lr, schedule.warmup_steps, schedule.total_steps, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = []
@@ -157,7 +158,7 @@ def train(state, loader, schedule, machine, args):
             machine.leave()
             stop.end()  # does not return
     machine.leave()
-    stop.immediately()  # a signal that came after the last step
+    stop.end_at_once()  # also by a signal that came after the last `requested`
 
 
 def flatten_repeats(batch, device):
@@ -170,9 +171,9 @@ def flatten_repeats(batch, device):
     }
 
 
-def mask_batch(batch, mask, ratio, grid):
+def mask_batch(batch, mask_name, ratio, grid):
     """The masks of a batch of `Clips`, its repeats flattened -> bool [B*R, N] on its device, True
-    where masked. mask: a name of masking.MASKS."""
+    where masked. mask_name: a key of masking.MASKS."""
     maps = {}
     place = (batch["times"], batch["box"], batch["flip"], grid)
     if "saliency" in batch:
@@ -180,7 +181,7 @@ def mask_batch(batch, mask, ratio, grid):
     if "motion" in batch:
         maps["motion"] = masking.cut_motion(batch["motion"], *place, batch["seconds"])
     samples = len(batch["clip"])
-    return masking.make_mask(mask, ratio, samples, grid, noise=batch["noise"], **maps)
+    return masking.make_mask(mask_name, ratio, samples, grid, noise=batch["noise"], **maps)
 
 
 def draw(path, model, clips, machine, args):
@@ -296,16 +297,18 @@ class Clips(TrainingClips):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed GPUs, too, which costs 0.5 ms per sample
             torch.default_generator.manual_seed(seed)
-            top, left, h, w = multi_scale_crop(height, width)
+            top, left, crop_height, crop_width = multi_scale_crop(height, width)
             flip = self.flip and bool(torch.rand(()) < 0.5)
             noise = torch.rand(math.prod(self.grid))
             choice = torch.rand(()).item()
-        clip = resized_crop(frames, (top, left, h, w), self.image_size)
+        clip = resized_crop(frames, (top, left, crop_height, crop_width), self.image_size)
         if flip:
             clip = clip.flip(-1)
-        box = [left / width, top / height, (left + w) / width, (top + h) / height]
+        right = left + crop_width
+        bottom = top + crop_height
+        box = [left / width, top / height, right / width, bottom / height]
         view = {
-            "clip": clip.transpose(0, 1).contiguous(),  # uint8 [3, T, H, W]
+            "clip": clip.transpose(0, 1).contiguous(),  # uint8 [3, T, image_size, image_size]
             "box": torch.tensor(box),  # x0, y0, x1, y1
             "flip": torch.tensor(flip),
             "noise": noise,  # [N]
@@ -356,14 +359,14 @@ def make_clips(videos, rows, grid, arrays, args):
     )
 
 
-def open_data(manifest, mask, nce_weight, root=None, companions=None):
+def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
     """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
 
     identity: {file or what: text or None}, which changes with the data. companions: as the flag.
-    ManifestError where a file is missing or is not of this manifest."""
+    ManifestError where a file is missing or is not of this manifest, or no video has all rows."""
     videos = read_manifest(manifest, root)
     prefix = Path(companions or Path(manifest).with_suffix(""))
-    arrays = open_arrays(manifest, prefix, videos, mask, nce_weight)
+    arrays = open_arrays(manifest, prefix, videos, mask_name, nce_weight)
     used = []
     usable = np.ones(len(videos), bool)
     identity = {manifest: manifest_hash(videos)}
@@ -378,16 +381,16 @@ def open_data(manifest, mask, nce_weight, root=None, companions=None):
     if len(rows) == 0:
         raise ManifestError(
             f"{manifest}: none of the {len(videos)} videos has a row in {' and '.join(used)}; what "
-            "caption.py and saliency.py printed says why"
+            "caption.py or saliency.py printed says why"
         )
     identity["usable videos"] = f"{len(rows)} ({hashlib.sha256(rows).hexdigest()[:16]})"
     return videos, rows, arrays, identity
 
 
-def open_arrays(manifest, prefix, videos, mask, nce_weight):
+def open_arrays(manifest, prefix, videos, mask_name, nce_weight):
     """The arrays PREFIX.*.npy that the method needs: {"text", "saliency", "motion": a mapped array
     or None}. ManifestError says which command makes one that is missing or stale."""
-    needed = masking.NEEDS[mask]
+    needed = masking.NEEDS[mask_name]
     command = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")
     expected = {}
@@ -405,9 +408,12 @@ def open_arrays(manifest, prefix, videos, mask, nce_weight):
         try:
             arrays["text"], _ = open_array(text, videos, command, **expected)
         except ManifestError as error:
-            if needed == "saliency" or nce_weight == 0:
+            if needed == "saliency":
                 raise
-            raise ManifestError(f"{error}; or train without captions: --nce-weight 0") from None
+            remedy = "train without captions: --nce-weight 0"
+            if nce_weight == 0:
+                remedy = f"move {text} away, which --nce-weight 0 does not need"
+            raise ManifestError(f"{error}; or {remedy}") from None
     return arrays
 
 

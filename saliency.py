@@ -29,11 +29,12 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
     python saliency.py --data data/val.csv --cue classes --classes names.txt
 
 Text. Any open_clip model with a plain vision transformer can be used. CLIP's loss trained its class
-token; its patch tokens are a by-product, and how they are read matters (`--dense`):
+token (only CLIPA's models average the patches); its patch tokens are a by-product, and how they are
+read matters (`--dense`):
 
     last    the patch tokens as they leave the last block. No loss was applied to them in training,
-            and they match the *background* better than the object: the class token gathers what it
-            needs, and patches keep what it does not.
+            and most of the *background* matches the caption better than the object does: the class
+            token gathers what it needs, and patches keep what it does not.
     value   in the last block each patch sees only itself: its value vector, through the output
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
     self    each patch gathers the values of patches that look like it. Three ideas together:
@@ -42,28 +43,30 @@ token; its patch tokens are a by-product, and how they are read matters (`--dens
             input of each block is still what CLIP computes without this (CLIP Surgery, arXiv
             2304.05653). Here these are the blocks of the second half.
 
-The default is `self`, chosen by measurement on the toy world, whose objects are known: on its 600
-held-out videos `./demo.sh` gave pointing accuracy and AUC of 0.36, 0.41 for `last`, 0.74, 0.79 for
-`value` and 0.88, 0.92 for `self` (chance: 0.16, 0.50).
+The default is `self`, chosen by measurement on the toy world, whose objects are known. Pointing is
+the share of maps whose highest patch lies on the object, AUC the probability that a patch of the
+object scores higher than one beside it: on 600 held-out videos `./demo.sh` gave 0.36, 0.41 for
+`last`, 0.74, 0.79 for `value` and 0.88, 0.92 for `self` (chance: 0.16, 0.50).
 
 Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
 Classes. Line i of the file --classes, from 0, is the name of class i; linprobe.py's label column
-holds names or these numbers. The manifest --data only gives the output its name. Each --prompt,
+holds names or these numbers. Of the manifest --data only the name matters here. Each --prompt,
 with the name in the place of {}, makes a text; a class is the mean of its texts, of unit length
 again. The default, "a video of {}.", suits videos; --clip-templates takes the 80 prompts that
 CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
-caption; training leaves it out. Where rows were added at the manifest's end, `--extend` keeps the
+caption; training leaves it out. K is that of the video with the most captions; where one has fewer,
+the rest of its row is NaN. Where rows were added at the manifest's end, `--extend` keeps the
 old rows and computes the new ones (after caption.py --extend). SIGTERM and Ctrl-C finish the
 current batch first; the exit status is the signal's.
 
-Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B batch, H W pixels,
-L = 1 + G*G tokens, E their width.
+Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B videos of a batch,
+F = B*S frames, H W pixels, L = 1 + G*G tokens, E their width.
 """
 
 import argparse
@@ -149,12 +152,13 @@ class Output(NamedTuple):
 # ---- text: CLIP's patches against the captions ---------------------------------------------------
 
 
+@torch.inference_mode()
 def patch_features(visual, images, dense):
-    """Unit-length patch embeddings in the space of the texts: [B, G*G, D] float32.
+    """Unit-length patch embeddings in the space of the texts: [F, G*G, D] float32.
 
-    images [B, 3, H, W], normalised: B is videos x moments
+    images [F, 3, H, W], normalised
     dense: how they are read, see the top of this file"""
-    x = visual._embeds(images)  # [B, L, E], class token first
+    x = visual._embeds(images)  # [F, L, E], class token first
     blocks = visual.transformer.resblocks
     if dense == "last":
         for block in blocks:
@@ -174,8 +178,8 @@ def patch_features(visual, images, dense):
 
 
 def self_path(blocks, x):
-    """What tokens gather from those that look like them, summed over the blocks: x [B, L, E] ->
-    [B, L, E]. The blocks' own input stays the ordinary one."""
+    """What tokens gather from those that look like them, summed over the blocks: x [F, L, E] ->
+    [F, L, E]. The blocks' own input stays the ordinary one."""
     attend = F.scaled_dot_product_attention
     gathered = 0.0
     for block in blocks:
@@ -196,15 +200,15 @@ def score_patches(patches, texts):
 
 
 def project(block, x):
-    """Queries, keys and values of a residual block's attention: x [B, L, E] -> three of
-    [B, heads, L, E / heads].
+    """Queries, keys and values of a residual block's attention: x [F, L, E] -> three of
+    [F, heads, L, E / heads].
     """
     qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def join_heads(block, heads):
-    """heads [B, heads, L, E / heads] through the block's output projection -> [B, L, E]."""
+    """heads [F, heads, L, E / heads] through the block's output projection -> [F, L, E]."""
     return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -289,7 +293,7 @@ class TextCue:
 
     def rows(self, items):
         """Yields (row, [text embeddings [K, D], maps [K, S, G, G]])."""
-        images = torch.cat([item.value for item in items]).to(self.device)  # [B*S, 3, H, W]
+        images = torch.cat([item.value for item in items]).to(self.device)  # [F, 3, H, W]
         with self.autocast:
             normalised = (images / 255 - self.mean) / self.std
             patches = patch_features(self.visual, normalised, self.dense)
@@ -320,8 +324,8 @@ def read_codec_field(video, moments, window, grid, timeout):
         near = np.zeros(len(times), bool)
         if len(times):
             near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
-        # A window that is shorter than a frame may have no frame in it, at any moment: then the
-        # frames at the moments are read.
+        # A window shorter than a frame may have no frame in it. If that is so at all moments, the
+        # frame on screen at each moment is read, which counts for that moment.
         frames = reader.read_vectors(times[near] if near.any() else middles)
     return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
 
@@ -541,6 +545,8 @@ def parse_args(argv=None):
         parser.error("--window is for --flow codec")
     if args.image_size and args.cue == "motion" and args.flow != "raft":
         parser.error("--image-size is for --cue text and --flow raft")
+    if args.image_size and args.flow == "raft" and (args.image_size < 128 or args.image_size % 8):
+        parser.error("--image-size of --flow raft: expected a multiple of 8, at least 128")
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

@@ -13,6 +13,7 @@ from conftest import BLIP, CLIP, run
 
 import caption
 import saliency
+from tgm.captions import CaptionFile, make_entry
 from tgm.manifest import Video
 from tgm.run import RunError
 from tgm.video import read_frames, segment_midpoints
@@ -571,7 +572,24 @@ def test_class_names_may_begin_with_a_mark_and_labels_are_decimal(copy):
     assert "is not a line of --classes" in run(*flags, cwd=copy, fails=True)
 
 
-def test_an_empty_line_of_classes_is_named():
+@pytest.mark.parametrize("text, line", [("", 1), ("cat\n \ndog\n", 2)])
+def test_an_empty_line_of_classes_is_named(tmp_path, text, line):
+    (tmp_path / "ids.csv").write_text("path,label\na.mp4,0\n")
+    (tmp_path / "names.txt").write_text(text)
+    command = ("caption.py", "--data", "ids.csv", "--labels", "--classes", "names.txt")
+    assert run(*command, cwd=tmp_path, fails=True) == (
+        f"--classes names.txt:{line}: expected a class name, found none"
+    )
+
+
+def test_parts_of_a_name_with_brackets_are_found_and_no_others(tmp_path):
     videos = [Video("a.mp4", "1", None, None, row=0, name="a.mp4")]
-    with pytest.raises(RunError, match="^a.mp4: line 1 of --classes, from 0, is empty$"):
-        caption.label_captions(videos, ["cat", ""])
+    ours, other = (
+        CaptionFile(tmp_path / f"{name}.captions.jsonl", videos, {"model": "m"})
+        for name in ("train[1]", "train1")
+    )
+    for file in (ours, other):
+        file.append(0, [make_entry(videos[0], ["a dog"])])
+        assert [part.name for part in file.parts()] == [f"{file.path.name}.part-0"]
+    ours.join()
+    assert ours.path.exists() and not ours.parts() and len(other.parts()) == 1

@@ -766,6 +766,9 @@ def test_refusals_name_what_mends(copy):
     assert "a column 'kind'" in run(
         "finetune.py", *TINY, "--label-column", "kind", cwd=copy, fails=True
     )
+    assert "--test-only tests the classifier of a --checkpoint" in run(
+        "finetune.py", *TINY, "--test-only", cwd=copy, fails=True
+    )
     torch.save({"model": models.VideoMAE("tiny").state_dict()}, copy / "pre.pt")
     assert "holds no classifier" in run(
         "finetune.py", *TINY, "--test-only", "--checkpoint", "pre.pt", cwd=copy, fails=True
@@ -1428,6 +1431,6 @@ def test_the_banner_says_what_is_left_out_and_a_warm_up_without_end(copy):
         cwd=copy,
     )
     assert "each epoch leaves out 5 videos, others each time" in out
-    assert "the warm-up of 3 epochs is longer than the run" in out
+    assert "the warm-up of 3 epochs lasts the whole run" in out
     out = run("finetune.py", *TINY, "--max-steps", 1, "--views", 1, 1, "--out", "b", cwd=copy)
     assert "left out" not in out and "leaves out" not in out

@@ -328,6 +328,7 @@ def test_the_attentive_probe_adds_epochs_on_a_small_training_set(monkeypatch, le
 
 FAST = ("--workers", 0, "--epochs", 2, "--seeds", 1, "--k", 5)
 UNTRAINED = ("--checkpoint", "none", "--size", "tiny")
+KINDS = ("features", "tokens")
 
 
 def both(world):
@@ -416,6 +417,9 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
         2,
         2,
     )
+    about = {kind: json.loads((tmp_path / f"test.{kind}.json").read_text()) for kind in KINDS}
+    assert about["tokens"]["token_grid"] == [2, 2, 1]
+    assert "token_grid" not in about["features"]  # so that another grid makes no new features
     # the broken one is wrong
     assert max(result[probe] for probe in ("linear", "knn", "attentive", "majority")) <= 0.75
 

@@ -658,14 +658,14 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
     target, plain = mae.pixel_targets(cubes)[0], F.scaled_dot_product_attention
     tokens = mae.encoder.encode(cubes, seen)
-    order = torch.cat([seen, every], 1)[..., 0]
+    order = torch.cat([seen, every], 1)
     monkeypatch.setattr(
         F,
         "scaled_dot_product_attention",
         lambda q, k, v: plain(q, k, v, attn_mask=~barred.gather(1, order)[:, None, None, :]),
     )
     prediction = torch.zeros_like(target).scatter(
-        1, every.expand(-1, -1, target.shape[-1]), mae.decode(tokens, seen, every)
+        1, every[..., None].expand(-1, -1, target.shape[-1]), mae.decode(tokens, seen, every)
     )
     monkeypatch.undo()
     errors = (prediction - target).square().mean(-1)

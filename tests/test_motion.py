@@ -433,6 +433,14 @@ def test_flags_that_contradict(copy, capsys):
         (["--cue", "motion", "--flow-weights", "x"], "--flow-weights is for --flow raft"),
         (["--cue", "motion", "--flow", "raft", "--window", "3"], "--window is for --flow codec"),
         (["--cue", "motion", "--image-size", "64"], "--image-size is for --cue text and --flow"),
+        (
+            ["--cue", "motion", "--flow", "raft", "--image-size", "100"],
+            "--image-size of --flow raft: expected a multiple of 8, at least 128",
+        ),
+        (
+            ["--cue", "motion", "--flow", "raft", "--image-size", "132"],
+            "--image-size of --flow raft: expected a multiple of 8, at least 128",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             saliency.parse_args(flags)

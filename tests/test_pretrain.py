@@ -716,7 +716,7 @@ def test_more_epochs_follow_the_longer_schedule(begun):
         floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * (step - 4) / (total - 4)))
     )
     assert (
-        "begun for 3 epochs, now 6: the learning rate jumps up to that of the longer schedule"
+        "begun for 3 epochs, now 6: the learning rate is that of the longer schedule from here on"
         in out
     )
     assert [line["lr"] for line in log(copy / "run") if line["step"] > 8] == pytest.approx(
@@ -882,6 +882,19 @@ def test_two_nodes_equal_one_with_two_ranks(copy):
     assert sorted(
         "16 = 8 videos x 1 repeats x 1 accumulated x 2 ranks" in out for out, _ in said
     ) == [False, True]
+
+
+def test_nodes_may_have_their_data_in_other_places(copy, tmp_path):
+    """Also when the run goes on, though the checkpoint holds rank 0's paths."""
+    other = tmp_path / "other"
+    shutil.copytree(copy / "data", other, symlinks=True)
+    flags = (*TINY, "--epochs", 2, "--log-every", 1, "--out", "run", "--resume", "auto")
+    commands = [flags, (*flags, "--data", other / "train.csv")]
+    for more in (("--max-steps", 1), ()):
+        nodes = two_nodes([(*command, *more) for command in commands], [copy] * 2)
+        said = outputs(nodes, timeout=200)
+        assert [node.returncode for node in nodes] == [0, 0], said
+    assert any("from step 1" in out for out, _ in said)
 
 
 def test_nodes_that_do_not_share_a_folder_are_refused(copy, tmp_path):
@@ -1133,12 +1146,12 @@ def test_what_is_left_out_and_what_is_half_made_is_said(copy):
         "the saliency array: 29 of 32 rows are made; the rest failed or are still to do, and are "
         "left out" in out
     )
-    assert "the warm-up of 40 epochs is longer than the run" in out and "the text array" not in out
+    assert "the warm-up of 40 epochs lasts the whole run" in out and "the text array" not in out
     array[:] = np.nan
     array.flush()
     assert run("pretrain.py", *TINY, "--out", "x", cwd=copy, fails=True) == (
         "data/train.csv: none of the 32 videos has a row in data/train.text.npy and "
-        "data/train.saliency.npy; what caption.py and saliency.py printed says why"
+        "data/train.saliency.npy; what caption.py or saliency.py printed says why"
     )
 
 

@@ -3,6 +3,7 @@ processes of their own: most of them forks of this one, which saves the seconds 
 torch."""
 
 import argparse
+import datetime
 import errno
 import json
 import math
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ENVIRONMENT, ROOT
 
 from tgm import flags, loading, offline, resume, run, training
@@ -496,6 +498,7 @@ LOADING = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import torch.distributed as dist
 from tgm import loading, run
 
 class Clips(torch.utils.data.Dataset):
@@ -593,7 +596,7 @@ sys.exit("one line")
 def work(at_once=False):
     stop = run.StopSignal()
     if at_once:
-        stop.immediately()
+        stop.end_at_once()
     print("ready")
     for _ in range(2000):
         time.sleep(0.005)
@@ -636,7 +639,7 @@ def test_a_signal_that_came_before_at_once_ends_the_run_there(tmp_path):
         stop = run.StopSignal()
         os.kill(os.getpid(), signal.SIGTERM)
         print("noted")
-        stop.immediately()
+        stop.end_at_once()
         print("never")
 
     child = Child(tmp_path / "out", program)
@@ -889,6 +892,13 @@ def log_steps(log, first, norms):
     log.write_step(first + len(norms) - 1, 1e-3)
 
 
+def test_printed_numbers_of_four_digits_but_all_digits_of_a_step(tmp_path, capsys):
+    log = make_log(tmp_path, "off")
+    log.write(step=12345, loss=0.123456, step_ms=12345.6, lr=1.5e-5, loss_nce=None, skipped=0)
+    out = capsys.readouterr().out
+    assert out == "step 12345  loss 0.1235  step_ms 12346  lr 1.5e-05  skipped 0\n"
+
+
 def test_fp16_ends_where_no_gradient_is_finite_any_more(tmp_path):
     log = make_log(tmp_path, "fp16")
     log_steps(log, 1, [math.inf] * 39 + [2.0])  # the scale is found
@@ -1009,6 +1019,39 @@ def test_other_flags_and_data_are_refused_by_name_old_and_new_value():
         with pytest.raises(run.RunError, match=r"^c\.pt: no checkpoint of x\.py: write elsewhere"):
             resume.refuse_changes("c.pt", other, now, may_change)
     assert math.isfinite(run.GRACE)
+
+
+def test_another_node_may_have_its_data_elsewhere_but_not_other_data(tmp_path, monkeypatch):
+    """The checkpoint holds the flags of rank 0."""
+    saved = {
+        "stage": "x.py",
+        "epochs": 2,
+        "data": "a.csv",
+        "seed": 0,
+        "identity": {"a.csv": "ab", "a.text.npy": "cd"},
+    }
+    torch.save({"args": saved}, tmp_path / "checkpoint.pt")
+    here = saved | {"data": "b.csv", "identity": {"b.csv": "ab", "b.text.npy": "cd"}}
+    find = lambda flags: resume.find_run(tmp_path, "auto", flags, {"identity"})
+    monkeypatch.setenv("RANK", "1")
+    assert find(here)["args"] == saved
+    for changes, said in (
+        ({"identity": {"b.csv": "ab", "b.text.npy": "ef"}}, "a.text.npy was cd, is ef"),
+        ({"seed": 1}, "--seed was 0, is 1"),
+    ):
+        with pytest.raises(run.RunError, match=f"another run: {said}. Give"):
+            find(here | changes)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(run.RunError, match="another run: --data was a.csv, is b.csv; b.csv was"):
+        find(here)
+
+
+@pytest.mark.parametrize("rank, other", [(0, 1), (1, 0)])
+def test_a_rank_that_never_starts_is_named(rank, other):
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=0.2))
+    with pytest.raises(run.RunError, match=f"^rank {other} did not start within 0:00:00.2"):
+        run.attempt_name(store, rank, 2)
 
 
 def test_ranks_wait_as_long_for_a_stop_as_for_a_step(monkeypatch):

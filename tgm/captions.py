@@ -11,6 +11,7 @@ Needs arrays.py, manifest.py and run.py.
 """
 
 import contextlib
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,7 +139,7 @@ class CaptionFile:
 
     def parts(self) -> list[Path]:
         """The files that hold what the ranks have done so far."""
-        return sorted(self.path.parent.glob(self.path.name + ".part-*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
 
     def lines(self) -> Iterator[tuple[int, dict]]:
         """(row, entry) of every line of the joined file and the parts."""
@@ -239,7 +240,10 @@ class CaptionFile:
         entries = self.entries()
         count = len(self.videos)
         if len(entries) < count:
-            print(f"{len(entries)} of {count} videos tried: run it again to go on")
+            print(
+                f"{len(entries)} of {count} videos tried: run it again to go on (not with "
+                "--resume none, which throws them away)"
+            )
             return
         self._write([entries[row] for row in range(count)])
         for path in self.parts():

@@ -3,7 +3,7 @@ which linprobe.py compares videos. Needs arrays.py, clip.py, manifest.py and run
 
     names = read_names("data/val.objects.txt")
     array = embed_names(model, tokenizer, names, ["a video of {}."], device)   float16 [C, D]
-    classes, about = open_classes("data/val.classes.npy")                      float32 [C, D]
+    classes, about = open_classes(path, "python saliency.py ...")              float32 [C, D]
 
 Row i is line i of the file of names. The .json beside the array holds the names, a hash of their
 file, the prompts, and what else embedded them.
@@ -38,13 +38,14 @@ def read_names(path: str | Path) -> list[str]:
     """The lines of a text file, stripped; blank lines may stand at its end. RunError for a file
     that cannot be read, one without names, and an empty or repeated name."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
+        # -sig: Excel writes a byte order mark. Not splitlines(): some names have its other breaks.
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except OSError as error:
         raise RunError(f"--classes {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise RunError(f"--classes {path}: expected UTF-8 text, a class name per line") from None
     number_of = {}
-    for number, line in enumerate(lines or [""], 1):
+    for number, line in enumerate(lines, 1):
         name = line.strip()
         if not name:
             raise RunError(f"--classes {path}:{number}: expected a class name, found none")
@@ -83,13 +84,14 @@ def claim_classes(path: Path, settings: dict, resume: str) -> bool:
     about = read_about(path.with_suffix(".json"))
     if resume == "none" or about is None or not path.exists():
         return True
-    refuse_other_origin(path, (), about, settings, is_made=bool)
+    refuse_other_origin(path, (), about, settings, is_made=bool)  # no videos: is_made is not asked
     return False
 
 
 def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
     """Writes the array, if `claim_classes` said that it is to be made, and its .json."""
-    # an array without its .json is not an array: a kill leaves no array with another's settings
+    # `head` is all rows here, and create_array would keep the old .json until it has written them:
+    # a kill in between must not leave another array's settings. open_classes wants both files.
     path.with_suffix(".json").unlink(missing_ok=True)
     create_array(path, array.shape, array.dtype, settings, head=array)
 

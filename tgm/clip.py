@@ -33,7 +33,8 @@ def load_clip(
         interpolated.
 
     The activation is the one that the weights were trained with, by open_clip's table of weights;
-    for a file of weights, which is not in the table, it is that of the model `name`. RunError if
+    for a file of weights, which is not in the table, it is that of the model `name`; a local-dir:
+    or hf-hub: has a configuration of its own. RunError if
 
     * open_clip's tables contradict each other about the activation,
     * the image tower is not a plain vision transformer,
@@ -61,8 +62,8 @@ def load_clip(
             model = open_clip.create_model(
                 name,
                 pretrained=pretrained,
-                # create_model goes by the model's configuration alone. For 19 weights that says
-                # GELU, and the table of weights says QuickGELU.
+                # create_model goes by the model's configuration alone. For 19 weights of vision
+                # transformers that says GELU, and the table of weights says QuickGELU.
                 force_quick_gelu=weights.get("quick_gelu", False),
                 require_pretrained=True,
                 device=device,
@@ -154,6 +155,7 @@ def activation_of(model: torch.nn.Module) -> str:
     return type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
 
 
+@torch.inference_mode()
 def embed_texts(
     model: torch.nn.Module,
     tokenizer: Callable,

@@ -116,8 +116,8 @@ def score(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> di
     ranked = probabilities.nan_to_num(0).topk(min(5, classes), dim=1).indices  # best class first
     hit = (ranked == labels[:, None]) & readable[:, None]  # [N, 5, or C if there are fewer]
     correct = hit[:, 0]
-    # a correct video has a label of 0 or more
     videos_of_class = torch.bincount(labels[labels >= 0], minlength=classes)
+    # the label of a correct video is never -1
     per_class = torch.bincount(labels[correct], minlength=classes) / videos_of_class  # 0 / 0: NaN
     usable = readable & (labels >= 0)
     pairs = labels[usable] * classes + ranked[usable, 0]

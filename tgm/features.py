@@ -12,7 +12,7 @@ the videos whose rows are NaN. The .json next to each array holds the encoder, t
 videos that it was made of; if one of them changes, the array is made again.
 
 Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
-grid, M tokens kept of each view, D width.
+grid, M tokens kept of each view, D width; A random views per video (`augment`).
 """
 
 import math
@@ -115,7 +115,7 @@ class RandomViews(Dataset):
     """Views for training a probe: `augment` of each video, at random times and crops. A view is a
     pure function of (seed, row, number of the view).
 
-    Items are those of tgm.sampling.Views: (row, uint8 [V, 3, T, size, size], None), or (row, None,
+    Items are those of tgm.sampling.Views: (row, uint8 [A, 3, T, size, size], None), or (row, None,
     the reason) for a video that cannot be read. flip: mirrors half of the views."""
 
     def __init__(
@@ -160,7 +160,7 @@ class RandomViews(Dataset):
         with VideoReader(video.path, timeout=self.timeout) as reader:
             start, end = reader.span(video)
             times = [self.random_times(start, end, reader.fps, seed) for seed in seeds]
-            frames = reader.read(np.concatenate(times))  # [V*T, H, W, 3]
+            frames = reader.read(np.concatenate(times))  # [A*T, H, W, 3]
         return torch.from_numpy(frames).permute(0, 3, 1, 2).split(self.frames)
 
     def random_times(self, start: float, end: float, fps: float, seed: int) -> np.ndarray:
@@ -210,10 +210,10 @@ def plan_extractions(
 
     Each video has clips x crops clean views. With augment > 0 the training set's features are of
     that many random views instead, but its tokens are not. tokens: keeps tokens, too. token_grid:
-    None for all moments and 4 x 4 places, or as many as there are; RunError if the encoder has
-    fewer tokens than that."""
+    None for all t time steps and 4 x 4 of the h x w positions, or as many as there are; RunError if
+    the encoder has fewer tokens than that."""
     time, height, width = encoder.model.grid
-    # moments tell motion; of the places, which cost disk, few suffice
+    # time steps tell motion; of the positions, which cost disk, few suffice
     token_grid = list(token_grid or (time, min(height, 4), min(width, 4)))
     if any(kept > full for kept, full in zip(token_grid, encoder.model.grid, strict=True)):
         raise RunError(
@@ -231,11 +231,10 @@ def plan_extractions(
     rows = {"features": (channels,)}
     if tokens:
         rows["tokens"] = (clips * crops * math.prod(token_grid), channels)
-    settings = clean_settings | {"token_grid": token_grid}
     plan = []
     for split in ("train", "test"):
         views = Views(videos[split], **clean_settings, timeout=timeout)
-        plan.append(Extraction(split, videos[split], views, settings, rows, token_grid))
+        plan.append(Extraction(split, videos[split], views, clean_settings, rows, token_grid))
     if augment == 0:
         return plan
 
@@ -271,7 +270,7 @@ def extract_all(
     did not suffice.
 
     batch_size: videos per batch and rank. again: makes all features again. A signal ends the run
-    after a batch, on all ranks; once all is extracted, at once."""
+    after a batch (torchrun sends it to all ranks); once all is extracted, at once."""
     stop = StopSignal(ranks, then="ending after this batch")
     how = "run it again without --resume none" if again else "run it again"
     found = {}
@@ -289,7 +288,7 @@ def extract_all(
             checked_batches(loader), title, total=len(loader), unit="batch", disable=quiet
         )
         for number, items in enumerate(batches):
-            # a signal to this rank; ranks that did not get it finish their part first
+            # A signal to this rank: the others do not ask, because their parts differ in length.
             if number == max_steps or stop.name:  # max_steps None: no limit
                 break
             encode_batch(encoder, items, arrays, extraction.token_grid)
@@ -308,7 +307,7 @@ def extract_all(
                 print(f"{count - left} of {count} {split} videos are done; {how} to go on")
             return None
         found[extraction.split] = found.get(extraction.split, {}) | arrays
-    stop.immediately(f"the features are kept, {how}")
+    stop.end_at_once(f"the features are kept, {how}")
     return found
 
 
@@ -321,19 +320,22 @@ def open_features(
     videos, is made, full of NaN; with `again` every array is. ManifestError if a file is damaged or
     cannot be written."""
     videos = extraction.videos
-    about = {
+    settings = {
         "manifest": manifest_hash(videos),
         "root": os.path.realpath(videos.folder),  # equal paths under another root: other videos
         "files": file_sizes(videos),  # of some rows: a file of another size is another video
         "checkpoint": encoder.identity,
         "size": encoder.size,
     }
-    about |= extraction.settings
+    settings |= extraction.settings
     arrays = {}
     for kind, row in extraction.rows.items():
         path = folder / f"{extraction.split}.{kind}.npy"
         shape = (len(videos), *row)
         if rank == 0:
+            about = settings
+            if kind == "tokens":
+                about = settings | {"token_grid": list(extraction.token_grid)}
             expected = about | {"shape": list(shape)}  # create_array adds the shape
             same = read_about(path.with_suffix(".json")) == expected
             if again or not same or not path.exists():

@@ -31,9 +31,9 @@ def class_order(name: str):
     return 1, 0, name
 
 
-def number_labels(manifest: str, videos: Videos, names: list[str]) -> torch.Tensor:
+def number_labels(manifest: str, videos: Videos, names: list[str], say=print) -> torch.Tensor:
     """The class number of each video, int64 [N]: the place of its label in `names`, -1 if it is not
-    among them. ManifestError if that holds for every label."""
+    among them, which say(text) tells the user. ManifestError if that holds for every label."""
     class_of = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():
@@ -43,7 +43,7 @@ def number_labels(manifest: str, videos: Videos, names: list[str]) -> torch.Tens
         raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
     unknown = sorted({video.label for video in videos} - class_of.keys())
     if unknown:
-        print(
+        say(
             f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "
             f"{', '.join(unknown[:20])}"
         )

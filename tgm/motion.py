@@ -1,5 +1,5 @@
 """Motion fields: the velocity of each part of the picture, at S moments of a video. Needs numpy and
-torch; no other module of this project. Two sources:
+torch, and torchvision for RAFT; no other module of this project. Two sources:
 
     codec   the motion vectors that a video carries anyway (as MGM uses them): nothing but decoding,
             no weights
@@ -40,7 +40,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MAX_SPEED = 1000.0  # frame widths per second; more comes from vectors over almost no time
+MAX_SPEED = (
+    1000.0  # frame widths or heights per second; more comes from vectors over almost no time
+)
 
 
 class FlowError(Exception):
@@ -73,7 +75,7 @@ def paint(blocks: np.ndarray, shift: np.ndarray, seconds: np.ndarray, grid: int)
 def fill_in_time(field: np.ndarray) -> np.ndarray:
     """NaN cells of field [S, 2, G, G] take the value of the nearest moment that has one, of two
     equally near the earlier. A cell that no moment has a value for takes the median of the moment's
-    other cells."""
+    other cells; if there is no value at all, the field is 0."""
     moments = len(field)
     known = ~np.isnan(field[:, :1])  # [S, 1, G, G]; dx and dy are NaN together
     moment = np.arange(moments).reshape(-1, 1, 1, 1)
@@ -104,13 +106,13 @@ def median_3x3(field: np.ndarray) -> np.ndarray:
 def codec_field(frames: Sequence, moments: np.ndarray, window: float, grid: int) -> np.ndarray:
     """The field at each moment from a codec's vectors -> float32 [S, 2, G, G], finite.
 
-    frames: a list of objects with time, blocks, shift, seconds, as video.VideoReader.read_vectors
-        returns them
+    frames: a list of objects with time (the one asked for, at which the frame is on screen),
+        blocks, shift, seconds, as video.VideoReader.read_vectors returns them
     moments [S]: seconds, an array
     window: seconds; frames within half of it, before or after a moment, count for that moment
 
-    Cells that no vector covers in a window (key frames, intra blocks) are filled from the moments
-    before and after."""
+    Cells that no vector covers in a window (key frames, intra blocks) are filled, see
+    `fill_in_time`."""
     fine = 2 * grid
     totals = np.zeros((len(moments), 3, fine, fine), np.float32)
     for frame in frames:
@@ -155,8 +157,8 @@ def pair_times(
     moments: np.ndarray, start: float, end: float, fps: float, apart: float = 0.1
 ) -> tuple[np.ndarray, float]:
     """Two frame times around each moment, about `apart` seconds from one another but at least one
-    frame -> (times float64 [S, 2], the seconds between the two). Both lie inside [start, end], if
-    it holds so many frames."""
+    frame -> (times float64 [S, 2], the seconds between the two). Both are frames that begin
+    in [start, end), if it holds so many."""
     # All numbers from here on are frame numbers. 1e-6 is for rounding: 1 s at 30 fps is frame 30.
     step = max(1, round(apart * fps))
     first_frame = math.ceil(start * fps - 1e-6)

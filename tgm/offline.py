@@ -166,6 +166,10 @@ def batches(
             if step == max_steps or stop.name:  # a signal came
                 break
     if stop.name:
-        print(f"{stop.name}: stopped; the same command goes on", file=sys.stderr)
+        print(
+            f"{stop.name}: stopped; the same command goes on (not with --resume none, which throws "
+            "away what is done)",
+            file=sys.stderr,
+        )
         stop.end()  # ends the program
-    stop.immediately()  # all is on the disk: a signal may end what follows directly
+    stop.end_at_once()  # all is on the disk: a signal may end what follows directly

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from tgm import checkpoints
 from tgm.arrays import hold
-from tgm.run import RunError, give_up_together, make_folder, writing
+from tgm.run import RunError, give_up_together, make_folder, torchrun_ranks, writing
 
 # What may differ from the checkpoint: how a run is carried out, up to where, and where it writes.
 # The batch size and the number of ranks are among it because the identity holds their product, the
@@ -70,7 +70,8 @@ class TrainingState:
         self.begun_for = saved["args"]["epochs"]
 
     def save(self, path: Path, flags: dict):
-        """Writes a checkpoint. `path` is a whole one, this or the last, if the run is killed."""
+        """Writes a checkpoint. If the run is killed meanwhile, `path` still holds a whole one: this
+        or the one before."""
         numbers = {name: getattr(self, name) for name in self.names}
         checkpoints.save_checkpoint(
             path,
@@ -96,6 +97,12 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
     except Exception as error:  # garbage makes the parser raise anything
         reason = type(error).__name__
         raise RunError(f"{path}: no checkpoint that can be read safely ({reason})") from None
+    if torchrun_ranks()[0] > 0:
+        # The checkpoint holds rank 0's paths. Those of another node may differ, if what they hold
+        # is the same: the identity's values are compared, in their order.
+        may_change = may_change | OF_A_NODE
+        values = flags["identity"].values()
+        flags = flags | {"identity": dict(zip(before["identity"], values, strict=False))}
     refuse_changes(path, before, flags, may_change)
     if resume is None:
         raise RunError(
@@ -107,7 +114,7 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
 
 def refuse_changes(path: Path, before: dict, now: dict, may_change: set):
     """RunError, naming what differs, if the flags and the identity of a run are not those that its
-    checkpoint holds. What only one of the two has is not compared.
+    checkpoint holds. A flag that only one of the two has is not compared.
 
     path: the checkpoint; may_change: the names of flags that may differ; --epochs may grow. Values
     are compared as json has them, so that a tuple equals its list."""

@@ -82,16 +82,24 @@ def attempt_name(store, rank, ranks):
 
     Rank 0 makes it, and answers the question of every other rank with it. A question that a dead
     rank left in the store is answered too, but only a living rank confirms the answer; rank 0 waits
-    for that."""
+    for that. RunError if a rank does not come within the store's timeout (torch's: 30 minutes): on
+    another node it may have ended with a reason of its own."""
+    missing = f"did not start within {store.timeout}: if it ended, its node says why"
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question of {rank}", question)
-        name = store.get(f"answer to {question}").decode()
+        try:
+            name = store.get(f"answer to {question}").decode()
+        except RuntimeError:
+            raise RunError(f"rank 0 {missing}") from None
         store.set(f"{name} heard by {rank}", "yes")
         return name
     name = uuid.uuid4().hex
+    latest = time.monotonic() + store.timeout.total_seconds()
     for other in range(1, ranks):
         while not store.check([f"{name} heard by {other}"]):
+            if time.monotonic() > latest:
+                raise RunError(f"rank {other} {missing}")
             if store.check([f"question of {other}"]):
                 question = store.get(f"question of {other}").decode()
                 store.set(f"answer to {question}", name)
@@ -278,8 +286,8 @@ class StopSignal:
         no progress         After GRACE seconds the run ends without saving. A torchrun that got the
                             signal kills its ranks after 30 seconds in all, or as many as
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
-        immediately()       From here on there is nothing to save: the first signal ends the run.
-        after_saving()      From here on a signal is noted again.
+        end_at_once()       From here on there is nothing to save: the first signal ends the run.
+        note_signals()      From here on a signal is noted again.
 
     Python runs these handlers only between its own instructions, so none runs while a rank waits
     inside torch for the others. `requested` and `wait_for_ranks` wait in Python. Not covered are
@@ -290,7 +298,7 @@ class StopSignal:
         self.name = None
         self._number = None
         self._when = None  # seconds on the monotonic clock
-        self._immediately = False
+        self._ends_at_once = False
         self._then = then
         self._remark = ""
         self._group = None
@@ -303,7 +311,7 @@ class StopSignal:
         signal.signal(signal.SIGINT, self._hear)
 
     def _hear(self, number, _):
-        if self._immediately:
+        if self._ends_at_once:
             os.write(2, f"\n{signal.Signals(number).name}: ended{self._remark}\n".encode())
             self._leave(number)
         elif self._number is None:
@@ -330,17 +338,17 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
-    def immediately(self, remark=""):
-        """From here on a signal ends the run immediately; so does one that was noted before.
+    def end_at_once(self, remark=""):
+        """From here on a signal ends the run at once; so does one that was noted before.
         remark: what the message adds, for the user."""
-        self._immediately = True
+        self._ends_at_once = True
         self._remark = f": {remark}" if remark else ""
         if self._number is not None:
             self._leave(self._number)
 
-    def after_saving(self):
+    def note_signals(self):
         """From here on a signal is noted again, and the run asks `requested`."""
-        self._immediately = False
+        self._ends_at_once = False
 
     def requested(self):
         """Whether any rank was told to stop, the same answer on all of them; every rank must ask,

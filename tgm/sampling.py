@@ -3,8 +3,8 @@ batch. Needs video.py.
 
 Dense sampling takes frames a fixed stride apart from one place of the video; uniform (TSN, arXiv
 1608.00859) takes one frame from each of T equal parts. Everything random in a sample is a pure
-function of (seed, epoch, row, repeat): the numbers of workers and of ranks do not change a batch,
-and a resumed run draws what an uninterrupted one does.
+function of (seed, epoch, row, repeat): a resumed run draws what an uninterrupted one does, and the
+number of workers changes nothing; nor does the number of ranks, if batch size x ranks stays.
 
 Shapes: V views per video, T frames, H W pixels.
 """
@@ -74,7 +74,8 @@ def center_crop(frames, size):
 
 def side_crops(frames, size, count):
     """`count` squares of frames [T, H, W, 3] whose short side is `size` -> [count, T, size, size,
-    3]. They lie evenly along the long side, from one end to the other; one is the middle."""
+    3]. They lie evenly along the long side, from one end to the other; a single one (count 1) is
+    the middle."""
     if count == 1:
         return center_crop(frames, size)[0][None]
     height, width = frames.shape[1:3]
@@ -173,8 +174,8 @@ def repeat_seed(seed, epoch, row, repeat):
 
 class EpochBatches:
     """Batch sampler of one rank: lists of (epoch, row). The order is a function of (seed, epoch)
-    alone. The ranks' batches one after another are the global batch, the same for any number of
-    ranks. `start` batches of the epoch are left out, to resume."""
+    alone. The ranks' batches one after another are the global batch: it is the same for any number
+    of ranks if batch x ranks is. `start` batches of the epoch are left out, to resume."""
 
     def __init__(self, rows, batch, batches, seed, rank, ranks):
         self.rows = rows

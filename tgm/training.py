@@ -40,8 +40,8 @@ from tgm.run import (
 )
 
 MOST_NAMED = 20  # videos that a message names, of those that cannot be read
-# Steps that fp16's scaler may skip in a row. It halves its scale, at first 2^16, with each of them,
-# so a gradient that is still not finite is not so because of the scale.
+# The run ends where fp16's scaler has skipped so many steps in a row. It halves its scale, at first
+# 2^16, with each of them, so a gradient that is still not finite is not so because of the scale.
 MOST_SKIPPED = 40
 
 
@@ -155,10 +155,13 @@ class Schedule(NamedTuple):
         return self.warmup_epochs * self.steps_per_epoch
 
     def epoch(self, step: int) -> float:
+        """How many epochs are done after `step`, with its fraction."""
         return round(step / self.steps_per_epoch, 3)
 
     def ends_epoch(self, step: int, every: int = 1) -> bool:
-        """Whether this is the last step of every Nth epoch, or of the run; never if N is 0."""
+        """Whether an epoch ends with this step, of which only those count whose number is a
+        multiple of `every`; or the run ends. True for step 0, before the first; always False if
+        `every` is 0."""
         if every == 0:
             return False
         return step == self.last_step or step % (every * self.steps_per_epoch) == 0
@@ -190,13 +193,13 @@ class Schedule(NamedTuple):
             )
         if self.warmup_steps >= self.last_step:
             lines.append(
-                f"note         the warm-up of {self.warmup_epochs:g} epochs is longer than the "
-                "run, whose learning rate only rises"
+                f"note         the warm-up of {self.warmup_epochs:g} epochs lasts the whole run: "
+                "the learning rate only rises"
             )
         if begun_for is not None and begun_for < self.epochs:
             lines.append(
                 f"note         begun for {begun_for} epochs, now {self.epochs}: the learning rate "
-                "jumps up to that of the longer schedule"
+                "is that of the longer schedule from here on"
             )
         return "\n".join(lines)
 
@@ -204,14 +207,19 @@ class Schedule(NamedTuple):
 # ---- the log -------------------------------------------------------------------------------------
 
 
+def short(value: float) -> str:
+    """A number for the terminal: to four digits, but never as 1.234e+04."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
 class TrainingLog:
     """log.jsonl, its curves, and what happened since its last line: losses, waiting, videos that
     failed.
 
-    It ends the run, on all ranks with one line, where a loss or a gradient is not finite, or where
-    too many videos cannot be read. fp16's scaler finds infinite gradients itself and skips their
-    steps, so with it only the losses are looked at, and the run ends where MOST_SKIPPED steps in a
-    row were skipped.
+    When a line is written, it ends the run, on all ranks with one message, if a loss or a gradient
+    since the last line was not finite, or if too many videos cannot be read. fp16's scaler finds
+    infinite gradients itself and skips their steps, so with it only the losses are looked at, and
+    the run ends where MOST_SKIPPED steps in a row were skipped.
 
     The steps since the last line are called the window."""
 
@@ -228,7 +236,7 @@ class TrainingLog:
         self.failed = set()  # rows that could not be read, of all ranks
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
-        self.skipped_steps = 0  # the last ones, if their gradient was not finite
+        self.skipped_steps = 0  # how many in a row, up to the last: their gradient was not finite
         self.undrawn = None  # why curves.png was left out
         self._begin_after(start)
 
@@ -237,12 +245,12 @@ class TrainingLog:
         self.began = None  # when the first batch was asked for, seconds
         self.waited = 0.0  # seconds
         self.newly_failed = set()  # rows, of this rank
-        self.rows = []  # for each step since: the rows of its batches, a set
+        self.rows = []  # for each step since: the rows of its batches on this rank, a set
         self.window = []  # for each step since: its losses and its norm, [L + 1], on the device
 
     def fetch(self, batches) -> dict:
         """The next batch. The wait for it and its videos that failed are counted."""
-        if len(self.rows) == len(self.window):  # the first batch of a step
+        if len(self.rows) == len(self.window):  # `add` ended the last step: a new one begins
             self.rows.append(set())
         asked = time.time()
         if self.began is None:  # not earlier: saving and validating are not counted
@@ -262,7 +270,8 @@ class TrainingLog:
 
     def write_step(self, step: int, lr: float):
         """Writes a line on the steps since the last one: means over them and over the ranks, all of
-        which must call this. Ends the run if it must end: see the class."""
+        which must call this; "skipped" is the number of videos that could not be read since the
+        start. Ends the run if it must end: see the class."""
         *losses, norm = self._reduce_and_check()
         seconds = (time.time() - self.began) / len(self.window)
         self.write(
@@ -282,7 +291,7 @@ class TrainingLog:
 
     def write(self, **entry):
         """Rank 0 prints a line and appends it to the file. A value of None is not printed."""
-        known = [f"{name} {value:.4g}" for name, value in entry.items() if value is not None]
+        known = [f"{name} {short(value)}" for name, value in entry.items() if value is not None]
         self.machine.say("  ".join(known))
         if self.machine.rank == 0:
             with writing(self.path), open(self.path, "a") as file:

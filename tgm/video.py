@@ -89,7 +89,8 @@ class Vectors(NamedTuple):
     `seconds`.
     """
 
-    time: float  # seconds since the first displayed frame
+    # seconds since the first displayed frame: from `read_vectors`, the time that was asked for
+    time: float
     # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave
     # gaps
     blocks: np.ndarray
