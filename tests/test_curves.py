@@ -112,5 +112,9 @@ def test_the_command_line(tmp_path):
     assert line == "nothing to draw: no log has a value but 0"
     line = run("tgm.curves", "a/log.jsonl", "--out", "no/x.png", cwd=tmp_path, fails=True)
     assert line == "no/x.png: cannot be written (No such file or directory)"
+    line = run("tgm.curves", "a/log.jsonl", "--out", "x.xyz", cwd=tmp_path, fails=True)
+    assert line.startswith("--out x.xyz: Format 'xyz' is not supported")
+    assert run("tgm.curves", "a/log.jsonl", "--out", "x", cwd=tmp_path).strip() == "x.png"
+    assert (tmp_path / "x.png").exists()
     with pytest.raises(RunError):
         curves.read_log(tmp_path)

@@ -19,6 +19,7 @@ import masking
 from masking import MASKS, cut_maps, make_mask
 from tgm import arrays, pictures, preview
 from tgm.manifest import read_manifest
+from tgm.run import RunError
 
 
 def maps_for(name, batch, grid, seed=0):
@@ -908,6 +909,26 @@ def test_a_row_without_motion_is_drawn_without_it(copy):
         )
     with Image.open(copy / "mask.png") as picture:
         assert rows_and_columns(picture) == (2 + 4, 4)
+
+
+def test_the_remedy_writes_where_it_is_looked_for(copy):
+    """With --companions, saliency.py needs their prefix."""
+    shutil.copy(copy / "data/val.saliency.npy", copy / "other.saliency.npy")
+    shutil.copy(copy / "data/val.saliency.json", copy / "other.saliency.json")
+    lines = run("masking.py", *SMALL, "--companions", "other", cwd=copy)
+    remedy = "python saliency.py --data data/val.csv --out other --cue motion"
+    assert f"motion: left out, there is no other.motion.npy; make it with: {remedy}\n" in lines
+    (copy / "other.saliency.npy").unlink()
+    line = run("masking.py", *SMALL, "--companions", "other", cwd=copy, fails=True)
+    assert line.endswith("python saliency.py --data data/val.csv --out other")
+
+
+def test_a_sheet_of_gigabytes_is_refused(copy):
+    args = preview.parse_args(["--image-size", "1120"])
+    grid = preview.preview_grid(args)
+    preview.refuse_gigabytes(args, grid, 1)
+    with pytest.raises(RunError, match=r"-size 16, 20 rows: drawing that takes 4 GB of memory"):
+        preview.refuse_gigabytes(args, grid, 20)
 
 
 def test_a_row_without_saliency_is_refused_with_the_reason(copy):

@@ -1033,7 +1033,7 @@ def test_notes_in_words(tmp_path):
     # 13 keys of one block, norm and head with weight and bias, encoder_to_decoder, mask_token
     decoder = "decoder (19 keys)"
     head = "contrastive head (2 keys)"
-    new = "new, as the file has none"
+    new = "new"
     classifier = f"{new}: final norm (2 keys), classifier (2 keys)"
     unused = f"not used: {decoder}, {head}, final norm (2 keys)"
     found = words(VideoViT("nano", classes=3), "mae.pt")
@@ -1043,9 +1043,7 @@ def test_notes_in_words(tmp_path):
     found = words(VideoViT("nano", classes=7), "vit.pt", new_head=True)
     assert found == f"encoder loaded; {new}: classifier (2 keys)"
     found = words(VideoMAE("nano"), "vit.pt")
-    assert found.startswith(
-        "encoder loaded; not used: classifier (2 keys); new, as the file has none: "
-    )
+    assert found.startswith("encoder loaded; not used: classifier (2 keys); new: ")
     assert decoder in found and head in found
 
 

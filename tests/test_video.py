@@ -237,6 +237,10 @@ def test_rotation(tmp_path, rotation, turns):
     path = write(tmp_path / "turned.mp4", pictures(8), rotation=rotation)
     expected = np.rot90(decode(path)[1][3], turns)
     assert np.array_equal(V.read_frames(path, [0.1])[0], expected)
+    with V.VideoReader(path) as reader:
+        _, frame = list(reader.frames())[3]
+        picture = reader.picture(frame)
+    assert np.array_equal(picture, expected) and picture.flags.c_contiguous
     shape = (1, 64, 48, 3) if turns % 2 else (1, 48, 64, 3)
     assert V.read_frames(path, [0.1], size=48).shape == shape
     assert V.read_frames(path, [0.1], size=(30, 20)).shape == (1, 30, 20, 3)
@@ -408,6 +412,22 @@ def test_errors(tmp_path, gop250):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     refuse(str(tmp_path / "sound.mp4"), "no video stream")
+
+
+def test_what_a_caller_asks_wrongly_is_not_blamed_on_the_file(gop250):
+    with V.VideoReader(gop250) as reader:
+        for times, size in (([], None), ([np.nan], None), ([[0]], None), ([0], (256,))):
+            with pytest.raises(ValueError, match="^times: |^size: "):
+                reader.read(times, size)
+        with pytest.raises(ValueError, match="vectors=True"):
+            reader.read_vectors([0])
+    with V.VideoReader(gop250, vectors=True) as reader:
+        for times in ([], [np.nan]):
+            with pytest.raises(ValueError, match="^times: "):
+                reader.read_vectors(times)
+        # two times on one frame count once, and a time past the end is moved there
+        found = reader.read_vectors([0.20001, 0.20002, 1e9])
+        assert [vectors.time for vectors in found] == [0.20001, reader.duration + 1]
 
 
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])

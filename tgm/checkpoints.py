@@ -3,7 +3,7 @@ our own files and Hugging Face's folders. Needs model.py; the command needs othe
 
     notes = load_pretrained(model, "videomae.pth")  # a VideoMAE or a VideoViT, of any clip size
     print(summary_of(notes))
-    # encoder loaded; new, as the file has none: contrastive head (2 keys)
+    # encoder loaded; new: contrastive head (2 keys)
     save_checkpoint(path, model=model.state_dict(), args=vars(args))
 
     # a checkpoint of pretrain.py or finetune.py as a folder for Hugging Face's transformers
@@ -117,6 +117,8 @@ def open_safely(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes the parsers raise anything
         reason = type(error).__name__
         raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
@@ -213,11 +215,12 @@ class Fit(NamedTuple):
 def fit_autoencoder(state: State) -> Fit:
     """How a VideoMAE takes a file:
 
-    pretrained       every key; the decoder or the contrastive head may be missing
-    a bare encoder   as pretrained; the final norm may be missing, too
+    pretrained       every key; the decoder, the contrastive head and the final norm may each be
+                     missing (a Hugging Face VideoMAEModel may have no final norm)
     fine-tuned       the encoder, with fc_norm as its final norm, without the classifier. This norm
                      is our choice: fc_norm was trained on the mean of the tokens."""
     may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
+    # with both, it is none of the layouts that we know: the classifier's keys are then refused
     fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
     if fine_tuned:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
@@ -320,7 +323,7 @@ def summary_of(notes: list[str]) -> str:
         kind, key = note.split(" ", 1)
         counts[kind][part_of(key)] += 1
     sentences = ["encoder loaded"]
-    for kind, words in (("unused", "not used"), ("missing", "new, as the file has none")):
+    for kind, words in (("unused", "not used"), ("missing", "new")):
         listed = [f"{part} ({number} keys)" for part, number in counts[kind].items()]
         if listed:
             sentences.append(f"{words}: {', '.join(listed)}")
@@ -465,6 +468,8 @@ def export(path: str | Path, folder: str | Path) -> VideoMAE | VideoViT:
     """Write the checkpoint `path`, pretrain.py's or finetune.py's, as a Hugging Face folder, and
     return the model. ValueError, one line with the file, if it is neither's."""
     file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{path}: is a folder; expected a file of pretrain.py or finetune.py")
     content = open_safely(file)
     state = tensors_of(content, file)
     saved = args_of(content)

@@ -156,17 +156,21 @@ def names_of(paths: list[Path]) -> list[str]:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.jsonl of each run")
-    parser.add_argument("--out", default="curves.png", help="picture to write")
+    parser.add_argument("--out", type=Path, default="curves.png", help="picture to write")
     return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    out = args.out if args.out.suffix else args.out.with_suffix(".png")
     logs = {name: read_log(path) for name, path in zip(names_of(args.logs), args.logs, strict=True)}
-    with writing(args.out):
-        draw_curves(logs, args.out)
-    print(args.out)
+    try:
+        with writing(out):
+            draw_curves(logs, out)
+    except ValueError as error:  # an ending that matplotlib does not write
+        raise RunError(f"--out {out}: {reason_of(error)}") from None
+    print(out)
 
 
 if __name__ == "__main__":

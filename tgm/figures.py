@@ -5,7 +5,7 @@ where its encoder attends (TGM's figures 3 and 5, for any checkpoint and video).
 
 Reads   a manifest, one video, the map that the mask follows, and a checkpoint: of pretrain.py,
         a VideoMAE .pth, a Hugging Face folder of a pretrained VideoMAE; none is an untrained one
-Writes  one picture with four lines and a column per token slice; prints the reconstruction loss of
+Writes  one picture with four rows and a column per token slice; prints the reconstruction loss of
         this clip
 
 Shapes: T frames, H W pixels, (t, h, w) token grid, N tokens, D width.
@@ -49,8 +49,8 @@ def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 
-def four_lines(model: VideoMAE, clip: Tensor, video: Tensor, mask: Tensor) -> pictures.Tiles:
-    """The four lines of the picture.
+def four_rows(model: VideoMAE, clip: Tensor, video: Tensor, mask: Tensor) -> pictures.Tiles:
+    """The four rows of the picture.
 
     clip: float [3, T, H, W] in [0, 1]; video: the same normalised, [1, 3, T, H, W]; mask: bool
         [1, N]. Video and mask are on the model's device."""
@@ -73,13 +73,16 @@ def read_mask(
     video = videos[args.row]
     title = video.name
     need = masking.NEEDS[args.mask]
-    path = Path(f"{preview.prefix_of(args.data, args.companions)}.{need}.npy")
+    prefix = preview.prefix_of(args.data, args.companions)
     if need == "saliency":
+        path = Path(f"{prefix}.saliency.npy")
         stored, caption = preview.open_saliency(args.data, path, videos).read(video, args.caption)
         title = f"{title}: {caption}"
         maps["saliency"] = masking.cut_maps(stored[None], *clip.place(grid))
     if need == "motion":
-        stored = preview.read_motion(args.data, path, videos, args.row)
+        path = Path(f"{prefix}.motion.npy")
+        remedy = preview.motion_command(args.data, prefix)
+        stored = preview.read_motion(path, videos, args.row, remedy)
         if stored is None:
             raise RunError(f"--row {args.row}: {path} is empty for {title}; choose another row")
         seconds = torch.tensor([clip.seconds])
@@ -133,8 +136,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_autoencoder(args: argparse.Namespace) -> FrozenEncoder:
-    """The model, with its decoder. Sets args.mask and args.mask_ratio where their flags were not
-    given."""
+    """The whole VideoMAE, as the `model` of a FrozenEncoder. Sets args.mask and args.mask_ratio
+    where their flags were not given."""
     device, _ = choose_device(args.device)
     loaded = load_encoder(args.checkpoint, size=args.size, device=device)
     if args.checkpoint != "none":
@@ -169,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     video = normalize(255 * clip.frames[None].to(loaded.device))  # it takes 0 to 255
     with torch.no_grad():
         loss = model(video, mask).loss_mae.item()
-    tiles = four_lines(model, clip.frames, video, mask)
+    tiles = four_rows(model, clip.frames, video, mask)
     title = f"{title} ({args.mask} {args.mask_ratio:g}, loss {loss:.3f})"
     title += "; reconstructed with each cube's true mean and deviation, which flatters it"
     with pictures.saving("--out", args.out):

@@ -5,7 +5,7 @@
     write_video("mask.mp4", draw_frames(tiles), fps=5)
 
 A tile is what one row of the still picture shows: the frames of a clip with one map or one mask
-drawn over them, float [T, H, W, 3] in [0, 1].
+drawn over them, float [T, H, W, 3] in [0, 1]. Pictures of tiles are for square frames, H = W.
 
 Shapes: T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens.
 """
@@ -29,7 +29,7 @@ from tgm.run import RunError
 # what names of files may end in
 STILL = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 MOVING = (".mp4", ".gif", ".mov", ".mkv")
-GREY = 0.55  # brightness of masked tokens
+GREY = 0.55  # brightness of masked tokens in tiles
 GAP = 4  # pixels between tiles
 SMALLEST = 14  # size of the smallest letters, in pixels
 COLUMNS = 3  # tiles in a line of a moving picture
@@ -98,7 +98,7 @@ def tint(frames: Tensor, colours: Tensor) -> Tensor:
 
 def draw_strip(tiles: Tiles, slices: int, title: str) -> Image.Image:
     """Draws tiles as one picture: below the title one row per tile, with its name on the left, and
-    one column per token slice, which shows its first frame."""
+    one column per token slice, which shows its first frame. `slices` divides the frames."""
     frames, size = tiles["clip"].shape[:2]
     side = tile_side(size)
     step = side + GAP
@@ -190,10 +190,10 @@ def to_picture(frame: Tensor, side: int) -> Image.Image:
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> str:
     """Breaks `text` into at most `lines` lines of at most `width` pixels. A text that is too long
-    is cut and ends in dots."""
+    is cut and ends in dots; where not a letter fits, "" is returned."""
     text = " ".join(text.split())[:1000]
-    for columns in range(min(len(text), int(width)), 0, -1):
-        wrapped = textwrap.wrap(text, columns, max_lines=lines, placeholder="…")
+    for letters in range(min(len(text), int(width)), 0, -1):  # per line, until each line fits
+        wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder="…")
         if max(font.getlength(line) for line in wrapped) <= width:
             return "\n".join(wrapped)
     return ""
@@ -211,6 +211,11 @@ def drawing_bytes(tiles: int, frames: int, slices: int, size: int) -> int:
     floats = 4 * frames * size**2
     pixels = (frames + slices) * tile_side(size) ** 2
     return 3 * tiles * (floats + pixels)
+
+
+def sheet_bytes(rows: int, columns: int, size: int) -> int:
+    """The memory that a contact sheet takes: its tiles, and the picture, half of which is text."""
+    return rows * columns * 3 * (4 * size**2 + 2 * tile_side(size) ** 2)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -266,18 +271,20 @@ def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
 
 @torch.no_grad()
 def draw_reconstruction(path: Path, model: VideoMAE, clips, mask, autocast):
-    """Three lines for the first clip: as it is, masked, reconstructed. Masked cubes keep their true
-    mean and deviation, which flatters the picture.
+    """Three rows for the first clip: as it is, masked, reconstructed. Predicted cubes get the mean
+    and the deviation of the true ones, which flatters the picture.
 
-    clips: uint8 [B, 3, T, H, W]; mask: bool [B, N]"""
+    clips: uint8 [B, 3, T, H, W]; mask: bool [B, N]; autocast: the context of the forward pass"""
+    clips = clips[:1]
+    mask = mask[:1]
     from torchvision.utils import save_image  # here: importing it takes a second
 
     with autocast:
-        made = model.reconstruct(normalize(clips), mask)[:1]  # [1, 3, T, H, W], 0 to 1
-    true = clips[:1] / 255
-    hidden = F.interpolate(mask[:1].view(1, 1, *model.grid).float(), true.shape[2:])
+        made = model.reconstruct(normalize(clips), mask)  # [1, 3, T, H, W], 0 to 1
+    true = clips / 255
+    hidden = F.interpolate(mask.view(1, 1, *model.grid).float(), true.shape[2:])
     masked = torch.where(hidden > 0, 0.5, true)
-    lines = torch.cat([true, masked, made])[:, :, :: model.config["tubelet"]]  # [3, 3, t, H, W]
-    tiles = lines.transpose(1, 2).flatten(0, 1)  # [3 * t, 3, H, W]
+    rows = torch.cat([true, masked, made])[:, :, :: model.config["tubelet"]]  # [3, 3, t, H, W]
+    tiles = rows.transpose(1, 2).flatten(0, 1)  # [3 * t, 3, H, W]
     tiles = F.interpolate(tiles, scale_factor=max(1, 128 // true.shape[-1]))
-    save_image(tiles, path, nrow=lines.shape[2], padding=4, pad_value=1.0)
+    save_image(tiles, path, nrow=rows.shape[2], padding=4, pad_value=1.0)

@@ -113,8 +113,8 @@ def draw_text_mask(
 
 
 def middle_frame(frames: Tensor) -> Tensor:
-    """[T, H, W, 3] -> [H, W, 3]"""
-    return frames[len(frames) // 2]
+    """[T, H, W, 3] -> [H, W, 3], a copy: a sheet keeps it, and should not keep all frames."""
+    return frames[len(frames) // 2].clone()
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Clip(NamedTuple):
     times: Tensor  # float64 [t], the middle of each slice as a fraction of the video's length
     box: Tensor  # float32 [4], the crop's x0, y0, x1, y1 as fractions of the frame
     seconds: float  # the video's length
-    fps: float  # frames of the clip per second
+    fps: float  # at which it is shown: frames of the clip per second, at least 1
 
     def place(self, grid: masking.Grid) -> tuple:
         """Where the clip lies in its video: what `masking.cut_maps` asks for, of a batch of 1."""
@@ -178,18 +178,19 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
         title = f"{title}: {text}"
     else:
         missing["saliency"] = (
-            f"there is no {saliency_path}; make it with: {saliency_commands(data)}"
+            f"there is no {saliency_path}; make it with: {saliency_commands(data, prefix)}"
         )
     if motion_path.exists():
-        motion = read_motion(data, motion_path, videos, row)
+        motion = read_motion(motion_path, videos, row, motion_command(data, prefix))
         if motion is None:
             missing["motion"] = (
                 f"{motion_path} is empty for {videos[row].name}: saliency.py has not come to it, "
                 "or its codec has no motion vectors (for any codec: "
-                f"{motion_command(data)} --flow raft --resume none)"
+                f"{motion_command(data, prefix)} --flow raft --resume none)"
             )
     else:
-        missing["motion"] = f"there is no {motion_path}; make it with: {motion_command(data)}"
+        command = motion_command(data, prefix)
+        missing["motion"] = f"there is no {motion_path}; make it with: {command}"
     return Stored(title, saliency, motion, missing)
 
 
@@ -198,12 +199,18 @@ def prefix_of(data: str, prefix: str | None) -> str:
     return prefix or str(Path(data).with_suffix(""))
 
 
-def saliency_commands(data: str) -> str:
-    return f"python caption.py --data {data} && python saliency.py --data {data}"
+def out_flag(data: str, prefix: str) -> str:
+    """What saliency.py needs to write to a prefix that is not the manifest's own."""
+    return "" if prefix == prefix_of(data, None) else f" --out {prefix}"
 
 
-def motion_command(data: str) -> str:
-    return f"python saliency.py --data {data} --cue motion"
+def saliency_commands(data: str, prefix: str) -> str:
+    out = out_flag(data, prefix)
+    return f"python caption.py --data {data} && python saliency.py --data {data}{out}"
+
+
+def motion_command(data: str, prefix: str) -> str:
+    return f"python saliency.py --data {data}{out_flag(data, prefix)} --cue motion"
 
 
 class Saliency(NamedTuple):
@@ -232,7 +239,9 @@ class Saliency(NamedTuple):
             )
         maps = torch.from_numpy(self.maps[video.row, caption].copy())
         if not maps.isfinite().all():  # a row that was not made is NaN
-            make = f"to be made with: python saliency.py --data {self.data}"
+            prefix = str(self.path).removesuffix(".saliency.npy")
+            out = out_flag(self.data, prefix)
+            make = f"to be made with: python saliency.py --data {self.data}{out}"
             reason = why_unreadable(video) or make
             raise RunError(f"{row}: {self.path} is empty for {video.name} ({reason})")
         return maps, captions[caption]
@@ -241,7 +250,7 @@ class Saliency(NamedTuple):
 def open_saliency(data: str, path: Path, videos: Videos) -> Saliency:
     """Opens the saliency at `path` and the manifest's captions. ManifestError as
     `arrays.open_array`."""
-    remedy = saliency_commands(data)
+    remedy = saliency_commands(data, str(path).removesuffix(".saliency.npy"))
     captions_path = arrays.companion(data, "captions.jsonl")
     captions = arrays.read_captions(captions_path, videos, remedy)
     expect = {}
@@ -253,9 +262,10 @@ def open_saliency(data: str, path: Path, videos: Videos) -> Saliency:
     return Saliency(data, path, captions, maps)
 
 
-def read_motion(data: str, path: Path, videos: Videos, row: int) -> Tensor | None:
-    """The motion field of a row [S, 2, G, G], or None if the row is empty."""
-    motion, _ = arrays.open_array(path, videos, motion_command(data))
+def read_motion(path: Path, videos: Videos, row: int, remedy: str) -> Tensor | None:
+    """The motion field of a row [S, 2, G, G], or None if the row is empty. remedy: the command that
+    makes the array."""
+    motion, _ = arrays.open_array(path, videos, remedy)
     field = torch.from_numpy(motion[row].copy())
     return field if field.isfinite().all() else None
 
@@ -357,9 +367,27 @@ def choose_rows(args: argparse.Namespace, videos: Videos) -> list[int]:
     return sorted(chosen.tolist())
 
 
+def refuse_gigabytes(args: argparse.Namespace, grid: masking.Grid, rows: int) -> None:
+    """RunError if the flags ask for a picture that takes gigabytes of memory. rows: to be drawn."""
+    tiles = 3 + len(masking.MASKS)  # the clip, its two maps and the masks
+    tokens = math.prod(grid)
+    visible = (tokens - masking.masked_count(chosen_ratios(args)["flow"], grid)) // grid[0]
+    distances = 4 * tokens * visible  # flow_mask's largest array, float32
+    needed = pictures.drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
+    if rows > 1:
+        needed += pictures.sheet_bytes(rows, 3, args.image_size)
+    if needed > MOST_MEMORY:
+        given = f"--image-size {args.image_size} --patch-size {args.patch_size}"
+        of_rows = f", {rows} rows" if rows > 1 else ""
+        raise RunError(
+            f"--frames {args.frames} {given}{of_rows}: drawing that takes {needed / 1e9:.0f} GB of "
+            "memory: ask for less"
+        )
+
+
 def preview_grid(args: argparse.Namespace) -> masking.Grid:
     """The tokens (t, h, w) of the clip to be drawn. RunError, naming the flags, if they do not fit
-    together or ask for gigabytes."""
+    together."""
     ratios = chosen_ratios(args)
     if args.frames % TUBELET:
         raise RunError(
@@ -377,14 +405,6 @@ def preview_grid(args: argparse.Namespace) -> masking.Grid:
             masking.masked_count(ratio, grid)
         except ValueError as error:
             raise RunError(f"{given}: {name}'s {error}") from None
-
-    tiles = 3 + len(masking.MASKS)  # the clip, its two maps and the masks
-    tokens = math.prod(grid)
-    visible = (tokens - masking.masked_count(ratios["flow"], grid)) // grid[0]
-    distances = 4 * tokens * visible  # flow_mask's largest array, float32
-    needed = pictures.drawing_bytes(tiles, args.frames, grid[0], args.image_size) + distances
-    if needed > MOST_MEMORY:
-        raise RunError(f"{given}: drawing that takes {needed / 1e9:.0f} GB of memory: ask for less")
     return grid
 
 
@@ -394,6 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = preview_grid(args)
     videos = read_manifest(args.data, args.root)
     rows = choose_rows(args, videos)
+    refuse_gigabytes(args, grid, len(rows))
     pictures.require_writable("--out", args.out, pictures.STILL)
     if args.rows is None and len(rows) == 1:
         row = rows[0]

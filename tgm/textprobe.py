@@ -29,7 +29,7 @@ from tgm.zeroshot import Ranks, retrieval, zero_shot
 
 FOLDER = "local-dir:"  # how open_clip's name of a folder begins
 MOST = (1, 5, 10)  # the k of recall at k
-CLIP = ("clip", "pretrained", "activation")  # what a .json says of the model that embedded texts
+CLIP_KEYS = ("clip", "pretrained", "activation")  # of a .json: the model that embedded texts
 
 
 class TextHead(NamedTuple):
@@ -46,6 +46,7 @@ def find_head(checkpoint: str | Path) -> TextHead | None:
     saved = saved_args(checkpoint)
     if "nce_weight" not in saved:
         return None
+    # identity: {file: hash of its .json, or None if the training had no such file}
     for path, digest in saved.get("identity", {}).items():
         if path.endswith(".text.npy") and digest is not None:
             weight = read_checkpoint(checkpoint)["contrastive.proj.weight"].float().numpy()
@@ -67,7 +68,7 @@ def project(head: TextHead, features: np.ndarray) -> np.ndarray:
     return video / np.linalg.norm(video, axis=1, keepdims=True)
 
 
-def identity(about: dict, key: str) -> str | None:
+def comparable(about: dict, key: str) -> str | None:
     """An entry of a .json about CLIP. A folder becomes its real path, so that two ways of writing
     it are equal."""
     value = about.get(key)
@@ -86,8 +87,8 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
         )
     if not head.about:
         return
-    for key in CLIP:
-        if identity(about, key) != identity(head.about, key):
+    for key in CLIP_KEYS:
+        if comparable(about, key) != comparable(head.about, key):
             raise ManifestError(
                 f"{path}: made with {key} {about.get(key)}, the checkpoint's head was trained with "
                 f"{head.about.get(key)}: make it with the CLIP of the training"
@@ -127,7 +128,8 @@ def probe_head(
 def probe_zero_shot(
     head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels, which are names of classes or their numbers. ManifestError
+    """Zero-shot accuracy on the labels, which every video has: names of classes or their numbers.
+    ManifestError
     if there is no array of names, or if it does not fit the head or the labels."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
@@ -192,7 +194,7 @@ def print_head(result: dict) -> None:
             low, high = result[f"{key}_bootstrap"]
             chance = min(1, most / classes)
             accuracy = f"{result[key]:.3f} ({chance:.3f})"
-            print(f"  {name:<16}{accuracy:<16}95 %, videos: {low:.3f} to {high:.3f}")
+            print(f"  {name:<16}{accuracy:<16}95 % over videos: {low:.3f} to {high:.3f}")
     if "video_to_text" in result:
         columns = "".join(f"{f'recall at {most}':<16}" for most in MOST)
         print(f"{f'retrieval{mark}':<28}{columns}median rank of the first right answer")

@@ -1,9 +1,8 @@
-"""Videos: the only file of the project that opens one. Needs PyAV and numpy.
+"""Videos: the only file of the project that reads one. Needs PyAV and numpy.
 
-    videos = read_manifest("data/train.csv")
-    with VideoReader(videos[0].path) as reader:
-        start, end = reader.span(videos[0])
-        frames = reader.read(segment_midpoints(start, end, 3), size=256)    # uint8 [3, H, W, 3]
+    with VideoReader("a.mp4") as reader:
+        times = segment_midpoints(0, reader.duration, 3)
+        frames = reader.read(times, size=256)    # uint8 [3, H, W, 3]
 
 `python -m tgm.prepare data/train.csv` checks every file of a manifest, or re-encodes it.
 
@@ -17,8 +16,9 @@
     4. Only wanted frames are converted and resized, in one swscale call each, on one thread.
 
 On ordinary H.264 clips this is about 1.5 times faster than decord (experiments/BENCHMARKS.md).
-Where it cannot work (AVI has no pts, a damaged index, hidden frames), the file is decoded from its
-start. Both ways give the same frames, bit for bit.
+Where it cannot work (AVI has no pts; a damaged index; frames that the decoder does not show, so
+that a packet gives none), the file is decoded from its start. Both ways give the same frames, bit
+for bit.
 
 What comes out is what FFmpeg shows: turned and mirrored as the file says, edit lists honoured, YUV
 converted by the matrix (BT.601, 709, 2020) and range that the stream declares; where it declares
@@ -71,7 +71,7 @@ class QuickWayFails(Exception):
 class Orientation(NamedTuple):
     """How a player shows a stored frame: these three steps, in this order."""
 
-    turned: bool  # rows and columns swapped
+    transposed: bool  # rows and columns swapped
     mirror_x: bool  # left to right
     mirror_y: bool  # upside down
 
@@ -89,7 +89,8 @@ class Vectors(NamedTuple):
     `seconds`.
     """
 
-    # seconds since the first displayed frame: from `read_vectors`, the time that was asked for
+    # Seconds since the first displayed frame. `read_vectors` gives the time that was asked for,
+    # moved into the video where it lay outside.
     time: float
     # float32 [n, 4]: x0, y0, x1, y1 as fractions of the displayed frame; they may overlap and leave
     # gaps
@@ -100,9 +101,9 @@ class Vectors(NamedTuple):
 
 
 def side_data(frame):
-    """A decoded frame's side data. In PyAV they and their frame refer to each other, so a frame of
-    full size would wait for the garbage collector. They are read from a copy of 16 x 16 pixels
-    instead, and only that waits."""
+    """A decoded frame's side data, read from a copy of 16 x 16 pixels: in PyAV a frame and its side
+    data refer to each other, so that only the garbage collector frees them, and a frame of full
+    size would stay in memory until then."""
     return (
         VideoReformatter()
         .reformat(frame, 16, 16, "gray", threads=1, interpolation=Interpolation.POINT)
@@ -233,12 +234,13 @@ class VideoReader:
         past the end the last. A time may fall short of its frame by half a tick of the stream's
         clock (at most 0.5 ms), for rounding.
         size: None as displayed; an int scales the short side to it; (H, W) squashes to it. Bicubic,
-        its support widened when scaling down, so that nothing aliases. VideoError also if the
-        decoder reports damage, or the file ends more than a second, or a tenth of its duration,
-        before a wanted time that its header promises."""
-        times = np.asarray(times, np.float64)
-        if times.ndim != 1 or not len(times) or np.isnan(times).any():
-            raise ValueError(f"times: expected a list of one or more seconds, got {times}")
+        its support widened when scaling down, so that nothing aliases.
+
+        ValueError for no times or such a size. VideoError also if the decoder reports damage, or
+        the file ends too long before a wanted time that its header promises: more than a second, or
+        than a tenth of its duration, whichever is less."""
+        if np.ndim(size) > 0 and np.shape(size) != (2,):
+            raise ValueError(f"size: expected pixels, (height, width) or None, got {size}")
         times = self._inside(times)
         images = self._decode(times, lambda frames: self._convert(frames, size))
         return np.stack([images[time] for time in times])
@@ -246,15 +248,20 @@ class VideoReader:
     def _inside(self, times):
         """Times as a list, those outside of the video moved to its ends. One second is added at its
         end, since the duration in a header may be a few frames too short."""
-        return np.asarray(times, np.float64).clip(0, self.duration + 1).tolist()
+        times = np.asarray(times, np.float64)
+        if times.ndim != 1 or not len(times) or np.isnan(times).any():
+            raise ValueError(f"times: expected a list of one or more seconds, got {times}")
+        return times.clip(0, self.duration + 1).tolist()
 
     def read_vectors(self, times: Sequence[float]) -> list[Vectors]:
         """The codec's motion vectors of the frames on screen at each time -> list of Vectors, in
-        order of time.
+        order of time. Of times with the same frame on screen the first counts.
 
         Frames without any, such as key frames, are left out. Errors as for `read`, and VideoError
         if no frame has any: libav exports those of H.264, MPEG-1, -2 and -4, and their older kin,
-        not of HEVC, VP9, AV1, or MJPEG."""
+        not of HEVC, VP9, AV1, or MJPEG. ValueError unless opened with vectors=True."""
+        if not self._vectors:
+            raise ValueError("motion vectors: open the file with VideoReader(path, vectors=True)")
         frames = self._decode(self._inside(times), self._vectors_of)
         if not frames:
             raise VideoError(
@@ -265,7 +272,8 @@ class VideoReader:
 
     def _decode(self, times, use):
         """What use(frames) makes of the frames on screen at these times, frames being (time, frame,
-        Distances) in order of time."""
+        Distances) in order of time. Where the quick way fails half-way, `use` is called a second
+        time, with all frames again."""
         wanted = sorted(set(times))
         with self.errors():
             try:
@@ -455,7 +463,8 @@ class VideoReader:
         return wanted
 
     def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Yield (seconds, frame) of every frame displayed, decoding from the file's start."""
+        """Yields (seconds, frame) of every frame displayed, decoding from the file's start. What
+        goes wrong is libav's error: `with reader.errors():` makes it a VideoError."""
         for seconds, frame in self._all_frames():
             if seconds >= 0:
                 yield seconds, frame
@@ -567,7 +576,7 @@ class VideoReader:
                     raise VideoError(f"{self.path}: damaged frame near {time:.2f} s")
                 if latest is None:  # the first frame decides, should a stream change its size
                     shown_as = orientation(side_data(frame))
-                    height, width = stored_size(frame, shown_as.turned, size)
+                    height, width = stored_size(frame, shown_as.transposed, size)
                 image = to_image(reformatter, frame, height, width, shown_as)
                 latest = frame
             images[time] = image
@@ -577,7 +586,8 @@ class VideoReader:
         self, frame: av.VideoFrame, size: int | tuple[int, int] | None = None
     ) -> np.ndarray:
         """One of `frames` as `read` gives it, uint8 [H, W, 3]."""
-        return self._convert([(0.0, frame, None)], size)[0.0]
+        image = self._convert([(0.0, frame, None)], size)[0.0]
+        return np.ascontiguousarray(image)  # a mirrored one is a view that torch refuses
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -597,10 +607,10 @@ class VideoReader:
             raise VideoError(" ".join(f"{self.path}: {reason}".split())) from error
 
 
-def stored_size(frame, turned, size):
+def stored_size(frame, transposed, size):
     """The (height, width) to resize a stored frame to, so that it is displayed in `size`."""
     height, width = frame.height, frame.width
-    if turned:  # from here on as displayed
+    if transposed:  # from here on as displayed
         height, width = width, height
     if np.ndim(size) == 1:
         height, width = map(int, size)
@@ -608,20 +618,20 @@ def stored_size(frame, turned, size):
         short_side = min(height, width)
         height = round(height * size / short_side)
         width = round(width * size / short_side)
-    if turned:
+    if transposed:
         height, width = width, height
     return height, width
 
 
 def to_image(reformatter, frame, height, width, shown_as):
     """A stored frame as uint8 RGB, resized and then turned."""
-    # in its own size only chroma is scaled, as players do
+    # in the frame's own size swscale only enlarges the planes of colour: bilinear, as players do
     same = (height, width) == (frame.height, frame.width)
     interpolation = Interpolation.BILINEAR if same else Interpolation.BICUBIC
     image = reformatter.reformat(
         frame, width, height, "rgb24", threads=1, interpolation=interpolation
     ).to_ndarray()
-    if shown_as.turned:
+    if shown_as.transposed:
         image = image.swapaxes(0, 1)
     if shown_as.mirror_x:
         image = image[:, ::-1]

@@ -10,7 +10,7 @@ Stands alone.
 Both take unit vectors of one space: a video's is the projected mean of its tokens, a text's is
 CLIP's. Videos that could not be read have a row of NaN: they are never found, and find nothing.
 
-Shapes: N videos, K captions, C classes, D embedding, Q queries, A answers to choose from.
+Shapes: N videos, K captions, C classes, E embedding, Q queries, A answers to choose from.
 """
 
 from math import comb
@@ -23,7 +23,7 @@ BLOCK = 1024  # queries compared with all answers at once
 def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int = 5) -> np.ndarray:
     """Whether the class of each video is among its 1, 2, ... k most similar ones.
 
-    video: float [N, D]; classes: float [C, D]; labels: int [N], -1 for a class that has no
+    video: float [N, E]; classes: float [C, E]; labels: int [N], -1 for a class that has no
     embedding. Returns bool [N, k]; -1 and NaN count as wrong. Of equally similar classes the right
     one is ranked last, so that a head for which all classes are equal gets no hit."""
     correct = np.zeros((len(video), k), bool)
@@ -73,7 +73,7 @@ def rank_of_first(similar: np.ndarray, right: np.ndarray) -> Ranks:
 
 
 def search(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> Ranks:
-    """`rank_of_first` of queries [Q, D] among answers [A, D], without all similarities at once."""
+    """`rank_of_first` of queries [Q, E] among answers [A, E], without all similarities at once."""
     ranks = []
     for start in range(0, len(queries), BLOCK):
         block = slice(start, start + BLOCK)
@@ -84,7 +84,7 @@ def search(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> Ranks
 def retrieval(video: np.ndarray, text: np.ndarray) -> tuple[Ranks, Ranks]:
     """Ranks from videos to texts, and from texts to videos.
 
-    video: float [N, D]; text: float [N, K, D], NaN where a video has fewer captions, but not
+    video: float [N, E]; text: float [N, K, E], NaN where a video has fewer captions, but not
     everywhere. Texts that are equal count once, and each is right for every video that has it."""
     texts, of_caption = np.unique(text.reshape(-1, text.shape[-1]), axis=0, return_inverse=True)
     of_caption = of_caption.reshape(text.shape[:2])  # [N, K]: which of the texts
