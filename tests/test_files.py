@@ -497,12 +497,13 @@ def test_the_check_prints_before_it_cannot_write_its_report(disks):
     done, _ = mounted(
         disks,
         {"disk": READ_ONLY.replace("1m", "30m")},
-        ["-m", "tgm.prepare", "disk/train.csv", "--workers", 1],
+        ["-m", "tgm.prepare", "disk/train.csv", "--workers", 1, "--good", "good.csv"],
     )
     assert (
         done.returncode == 1
         and "disk/train.csv: 32 rows in 32 files" in done.stdout
         and "problems    none" in done.stdout
+        and "good.csv: 32 rows" in done.stdout  # another folder, so it is written
     )
     assert (
         done.stderr.splitlines()[-1]

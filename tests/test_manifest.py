@@ -211,7 +211,7 @@ def test_an_array_that_is_being_written_is_not_called_missing(saved):
 
 
 def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path, monkeypatch, capsys):
-    with pytest.raises(M.ManifestError, match="x.npy.lock: cannot be locked .No such file"):
+    with pytest.raises(M.ManifestError, match="x.npy.lock: cannot be made .No such file"):
         A.hold(tmp_path / "none" / "x.npy")
     (tmp_path / "y.npy.lock").mkdir()
     with pytest.raises(M.ManifestError) as error:
@@ -231,6 +231,50 @@ def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path, monkeypatch, capsys):
         "file\n"
     )
     assert A.HELD == []
+
+
+def test_a_lock_that_was_deleted_meanwhile_is_not_taken_from_its_new_holder(tmp_path):
+    A.hold(tmp_path / "x.npy")
+    lock = tmp_path / "x.npy.lock"
+    lock.unlink()
+    lock.write_text("another's")
+    A.release()
+    assert lock.exists() and A.HELD == []
+
+
+def test_arrays_without_a_json_are_ours_only_if_nothing_is_filled_in(tmp_path):
+    videos = M.Videos(str(tmp_path), [f"{i}.mp4" for i in range(3)], *[[None] * 3] * 3)
+    path = tmp_path / "x.npy"
+    np.save(path, np.full((3, 2, 4), np.nan, np.float16))  # what a kill leaves
+    A.ensure_array(path, videos, (2, 4), {}, "auto")
+    A.open_rows(path)[1] = 1
+    path.with_suffix(".json").unlink()
+    kept = path.read_bytes()
+    for resume in ("auto", "none"):
+        with pytest.raises(M.ManifestError, match="none of the files that this command writes"):
+            A.ensure_array(path, videos, (2, 4), {}, resume)
+    assert path.read_bytes() == kept
+    A.release()
+
+
+def test_an_array_that_its_json_does_not_describe_is_refused(tmp_path):
+    videos = M.Videos(str(tmp_path), [f"{i}.mp4" for i in range(3)], *[[None] * 3] * 3)
+    path = tmp_path / "x.npy"
+    A.ensure_array(path, videos, (2, 4), {"grid": (1, 2)}, "auto")
+    A.ensure_array(path, videos, (2, 4), {"grid": (1, 2)}, "auto")  # a tuple is a list in the .json
+    for shape, dtype in (((2, 2, 4), np.float16), ((3, 2, 4), np.float32)):
+        np.save(path, np.zeros(shape, dtype))
+        with pytest.raises(M.ManifestError, match="is not as its .json says; --resume none rem"):
+            A.ensure_array(path, videos, (2, 4), {"grid": (1, 2)}, "auto")
+    A.release()
+
+
+def test_what_is_written_aside_goes_with_any_error(tmp_path):
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), A.written_aside(tmp_path / "x", "wb") as file:
+            file.write(b"gigabytes")
+            raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_to_ask_for_a_lock_does_not_end_it(tmp_path):

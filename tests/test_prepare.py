@@ -5,11 +5,13 @@ show the same at the same times.
 import csv
 import os
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from test_video import pictures, write
 
 from tgm import prepare
@@ -81,7 +83,7 @@ def test_every_planted_fault_among_200_files_is_found(tmp_path):
         fails=True,
         process=True,
     )
-    assert line == "8 of 201 rows cannot be used"
+    assert line == f"8 of 201 rows cannot be used: {tmp_path / 'all.check.csv'}"
     assert problems(tmp_path / "all.check.csv") == planted
     kept = read_manifest(tmp_path / "sub.csv")
     assert (
@@ -116,9 +118,54 @@ def test_the_summary(tmp_path):
         "--stride 5): their last frame is repeated\n" in out
     )
     assert (
-        "\nproblems    none: two.check.csv\n" in out and problems(tmp_path / "two.check.csv") == {}
+        "\nproblems    none\ntwo.check.csv: 0 rows\n" in out
+        and problems(tmp_path / "two.check.csv") == {}
     )
     assert "none.csv:1: expected" in run("tgm.prepare", "none.csv", cwd=tmp_path, fails=True)
+
+
+def test_the_good_rows_are_those_of_the_manifest_that_was_checked(tmp_path, monkeypatch):
+    """Also where it grows meanwhile. Absolute names stay, and a folder may be a link."""
+    (tmp_path / "v").mkdir()
+    path = write(tmp_path / "v/a.mp4", pictures(5), fps=10)
+    manifest = tmp_path / "all.csv"
+    manifest.write_text(f"path,label\nv/b.mp4,1\nv/a.mp4,2\n{path},3\n")
+    (tmp_path / "deep/real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep/real")
+    check = prepare.check_files
+
+    def grows(args, videos):
+        manifest.write_text("path,label\nv/new.mp4,0\n" + manifest.read_text().split("\n", 1)[1])
+        return check(args, videos)
+
+    monkeypatch.setattr(prepare, "check_files", grows)
+    flags = ("--workers", 1, "--good", tmp_path / "link/good.csv")
+    line = run("tgm.prepare", manifest, *flags, fails=True)
+    assert line == f"1 of 3 rows cannot be used: {tmp_path / 'all.check.csv'}"
+    good = (tmp_path / "deep/real/good.csv").read_text().splitlines()
+    assert good == ["path,label", "../../v/a.mp4,2", f"{path},3"]
+    assert all(os.path.exists(video.path) for video in read_manifest(tmp_path / "link/good.csv"))
+
+
+def test_two_re_encodings_into_one_folder_are_refused(tmp_path):
+    write(tmp_path / "a.mp4", pictures(5), fps=10)
+    (tmp_path / "one.csv").write_text("path\na.mp4\n")
+    (tmp_path / "out").mkdir()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
+        "arrays.hold('out/one.csv'); print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(ROOT)]
+    flags = ("tgm.prepare", "one.csv", "--reencode", "out", "--workers", 1)
+    with subprocess.Popen(
+        words, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        line = run(*flags, cwd=tmp_path, fails=True)
+        assert line.startswith("out/one.csv: another process is writing it")
+        holder.communicate(b"\n")
+    assert "1 of 1 files" in run(*flags, cwd=tmp_path)
+    assert "--good belongs to a check" in run(*flags, "--good", "g.csv", cwd=tmp_path, fails=True)
 
 
 @pytest.mark.parametrize(

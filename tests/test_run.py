@@ -192,9 +192,13 @@ def test_devices(monkeypatch):
     assert run.choose_device("auto", 1) == (torch.device("cuda", 1), "there is a GPU")
     assert run.choose_device("cuda", 1) == (torch.device("cuda", 1), "as asked")
     assert run.choose_device("cuda:0", 1) == (torch.device("cuda", 0), "as asked")
-    with pytest.raises(run.RunError, match="^--device cuda:7: rank 0 wants cuda:7, found 2 GPUs$"):
+    with pytest.raises(
+        run.RunError, match="^--device cuda:7: local rank 0 wants cuda:7, found 2 GPUs$"
+    ):
         run.choose_device("cuda:7")
-    with pytest.raises(run.RunError, match="^--device auto: rank 2 wants cuda:2, found 2 GPUs$"):
+    with pytest.raises(
+        run.RunError, match="^--device auto: local rank 2 wants cuda:2, found 2 GPUs$"
+    ):
         run.choose_device("auto", 2)
 
 

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ from tgm.manifest import (
 )
 
 HELD = []  # open lock files of this process
+PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
@@ -83,10 +85,12 @@ def written_aside(path: FilePath, mode: str = "w") -> Iterator[IO]:
         with open(aside, mode, **as_text) as file:
             yield file
         aside.replace(path)
-    except OSError as error:
+    except BaseException as error:  # also a signal: PATH.new may be gigabytes
         with contextlib.suppress(OSError):  # on a read-only disk this fails as well
             aside.unlink(missing_ok=True)
-        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
 
 
 # ---- locks ---------------------------------------------------------------------------------------
@@ -100,10 +104,18 @@ def hold(path: FilePath) -> None:
     if fcntl is None:
         return
     lock = os.path.abspath(f"{path}.lock")
+    latest = time.monotonic() + PATIENCE
     try:
         while True:
             file = open(lock, "a")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Another process writes, or asks by `is_held`, which takes no time.
+                if time.monotonic() > latest:
+                    raise
+                time.sleep(0.02)
+                continue
             if is_open_as(file, lock):
                 HELD.append(file)
                 return
@@ -115,6 +127,10 @@ def hold(path: FilePath) -> None:
             f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)"
         ) from None
     except OSError as error:
+        if not os.path.exists(lock):
+            raise ManifestError(
+                f"{lock}: cannot be made ({error.strerror}): write elsewhere (--out)"
+            ) from None
         if error.errno not in NO_LOCKS:
             raise ManifestError(
                 f"{lock}: cannot be locked ({error.strerror}): delete it if nothing writes "
@@ -139,7 +155,8 @@ def release() -> None:
     """Gives up every lock of this process; so does its end."""
     while HELD:
         file = HELD.pop()
-        Path(file.name).unlink(missing_ok=True)
+        if is_open_as(file, file.name):  # else it was deleted, and may be another process's by now
+            Path(file.name).unlink(missing_ok=True)
         file.close()
 
 
@@ -198,13 +215,16 @@ def is_about(path: Path) -> bool:
 
 
 def is_array(path: Path) -> bool:
-    """Whether this is an array as `create_array` makes it, going by its .json or, as a kill may
-    have left it without one, its header.
+    """Whether this is an array as `create_array` makes it: it has a .json, or, as a kill may have
+    left it, none and nothing but NaN (a thousand of its numbers are looked at).
     """
     with contextlib.suppress(OSError, ValueError):
         if is_about(path.with_suffix(".json")):
             return True
-    return map_array(path).dtype.kind == "f"
+    array = map_array(path)
+    if array.dtype.kind != "f":
+        return False
+    return bool(np.isnan(array.reshape(-1)[:: array.size // 1000 + 1]).all())
 
 
 # ---- the .json beside a file ---------------------------------------------------------------------
@@ -268,7 +288,7 @@ def open_array(
     {remedy}", if the array
         is missing, unreadable or truncated,
         was made before rows were added to the manifest, or for another manifest,
-        is not N rows of floats, or of another shape than its .json says,
+        is not N rows [K, ...] of floats, or of another shape than its .json says,
         was made with other settings (`expect`: what its .json must hold, such as captions=hash),
         was made of videos that were replaced since (`describe_change`),
         was made by CLIP, and its .json does not say with which activation.
@@ -283,7 +303,7 @@ def open_array(
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest", remedy)
     shape = list(array.shape)
-    if array.dtype.kind != "f" or array.ndim == 0 or len(array) != len(videos):
+    if array.dtype.kind != "f" or array.ndim < 2 or len(array) != len(videos):
         reason = f"expected {len(videos)} rows of floats, found {array.dtype} of shape {shape}"
         raise make_it_with(path, reason, remedy)
     for key, value in {"shape": shape, **expect}.items():
@@ -351,13 +371,17 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
             for line in file:  # not splitlines(), which also cuts at U+2028, inside a caption
                 entry = json.loads(line)
                 if not isinstance(entry["captions"], list):
-                    raise TypeError(f"line {len(names) + 1}: its captions are no list")
+                    raise TypeError("its captions are no list")
                 names.append(entry["path"])
                 captions.append([str(text) for text in entry["captions"]])
     except OSError as error:
         raise make_it_with(path, f"cannot be read ({error.strerror})", remedy) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise make_it_with(path, f"is damaged ({error})", remedy) from None
+    except KeyError as error:
+        reason = f"is damaged (line {len(names) + 1}: no {error})"
+        raise make_it_with(path, reason, remedy) from None
+    except (ValueError, TypeError) as error:
+        reason = f"is damaged (line {len(names) + 1}: {error})"
+        raise make_it_with(path, reason, remedy) from None
     expected = [video.name for video in videos]
     if names != expected:
         if names == expected[: len(names)]:
@@ -386,9 +410,9 @@ def origin(videos: Sequence[Video], count: int, settings: dict) -> dict:
 
 
 def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend: bool) -> int:
-    """The number of rows of a file that is continued. It is the manifest's, or less if rows were
-    added to the manifest since: that needs `extend`, else it is a ManifestError. A file of another
-    manifest is left to `refuse_other_origin`. about: the contents of the file's .json."""
+    """How many rows a file had that is continued: fewer than the manifest if rows were added to it
+    since, which needs `extend`, else it is a ManifestError. Otherwise len(videos), also for a file
+    of another manifest, which `refuse_other_origin` refuses. about: the contents of the .json."""
     count = rows_before_growth(videos, about)
     if count and not extend:
         raise ManifestError(f"{path}: {describe_growth(count, videos)}: --extend adds the rest")
@@ -404,7 +428,8 @@ def refuse_other_origin(
 ) -> None:
     """ManifestError unless a file can be continued: its .json, `about`, says what is expected, and
     no video of a row that is made was replaced since."""
-    different = [key for key, value in expected.items() if about.get(key) != value]
+    as_saved = json.loads(json.dumps(expected))  # a tuple becomes a list, as there
+    different = [key for key, value in as_saved.items() if about.get(key) != value]
     if different:
         names = ", ".join(different)
         raise ManifestError(f"{path}: made with another {names}; --resume none remakes it")
@@ -424,9 +449,9 @@ def ensure_array(
     """Makes or keeps a float16 array [len(videos), *shape] at `path`, and holds its lock. New rows
     are NaN; `open_rows` maps the array to fill them in. For one process, rank 0.
 
-    resume: "none" makes a new array. "auto" keeps one that exists with its .json (a kill while it
-    was made may have left it without one). "extend" does so, too, if the manifest has grown since,
-    and adds the new rows. An array that is kept must be of the same
+    resume: "none" makes a new array. "auto" keeps one that exists with its .json; one without,
+    which a kill left before any row was filled in, is made again. "extend" does so, too, if the
+    manifest has grown since, and adds the new rows. An array that is kept must be of the same
     settings and captions, and none of its rows of a video that was replaced since; else a
     ManifestError says how to remake it.
     settings, captions: what the .json says besides the manifest; of the captions' file, a hash of
@@ -451,6 +476,8 @@ def ensure_array(
         return
     count = rows_of_before(path, videos, old, extend=resume == "extend")
     array = open_rows(path)
+    if array.dtype != np.float16 or list(array.shape) != old.get("shape"):
+        raise ManifestError(f"{path}: is not as its .json says; --resume none remakes it")
     refuse_other_origin(path, videos, old, about_rows(count), lambda row: is_filled(array[row]))
     if count < len(videos):
         create(array[:count])
@@ -499,8 +526,8 @@ def open_rows(path: FilePath) -> np.memmap:
 
 
 def fill(array: np.ndarray, row: int, value: np.ndarray) -> None:
-    """Writes value[K - 1], ..., value[0] to array[row], in this order: `filled` looks at part 0, so
-    it tells a row from half of one.
+    """Writes value[K - 1], ..., value[0] to array[row], in this order, each from its front to its
+    end. `filled` looks at the end of part 0, so it tells a row from half of one.
     """
     for part in reversed(range(len(value))):
         array[row, part] = value[part]

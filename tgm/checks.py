@@ -15,7 +15,7 @@ from model import SIZES, VideoMAE, count_flops
 from tgm.manifest import ManifestError
 from tgm.run import RunError
 
-LOOKED_FOR = 256  # about this many videos, evenly from all, are looked for
+LOOKED_FOR = 256  # so many videos or up to twice as many, evenly from all, are looked for
 
 
 @contextlib.contextmanager
@@ -57,7 +57,8 @@ def refuse_gigabytes(
 
 
 def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float):
-    """RunError if too many of the rows' files are not there, before each is skipped by a worker."""
+    """RunError if too many of the files of these row numbers are not there, before each is skipped
+    by a worker."""
     looked_for = rows[:: max(1, len(rows) // LOOKED_FOR)]
     missing = [row for row in looked_for if not os.path.exists(videos[int(row)].path)]
     if len(missing) > max_bad * len(looked_for):
@@ -68,9 +69,11 @@ def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float
         )
 
 
-def refuse_few(manifest: str, usable: int, batch_size: int, accum: int, ranks: int, trial=""):
+def refuse_few(
+    manifest: str, usable: int, batch_size: int, accum: int, ranks: int, trial: str = ""
+):
     """RunError if the usable videos fill no step. trial: more flags for the trial run that the
-    message suggests."""
+    message suggests, with a space at their end."""
     if usable >= batch_size * accum * ranks:
         return
     reason = (
@@ -95,9 +98,9 @@ def time_on_cpu(model: VideoMAE, samples: int, num_visible: int, num_decoded: in
     samples: per rank and step; num_visible, num_decoded: tokens per sample"""
     x = torch.ones(1024, 1024)
     x @ x
-    began = time.time()
+    began = time.perf_counter()
     x @ x
-    multiply_adds_per_second = 1024**3 / (time.time() - began)
+    multiply_adds_per_second = 1024**3 / (time.perf_counter() - began)
     return (
         3 * samples * sum(count_flops(model, num_visible, num_decoded)) / multiply_adds_per_second
     )

@@ -110,7 +110,7 @@ def add_video_flags(group):
     )
     group.add_argument(
         "--video-timeout",
-        type=not_negative,
+        type=positive,
         default=TIMEOUT,
         metavar="S",
         help="seconds after which a video is given up",
@@ -200,8 +200,7 @@ def add_optimizer_flags(
 
 
 def add_training_flags(group):
-    """The flags of a training run: the seed, and how it runs, which does not change what it
-    learns."""
+    """The flags of a training run: the seed, and how it runs."""
     add_machine_flags(group, workers=min(8, os.cpu_count()))
     group.add_argument(
         "--seed", type=seed_number, default=0, help="of the samples, their order and new weights"
@@ -230,7 +229,8 @@ def add_training_flags(group):
     group.add_argument(
         "--resume",
         choices=("auto", "none"),
-        help="auto: go on from the checkpoint in --out, if any; none: begin again",
+        help="auto: go on from the checkpoint in --out, if any; none: begin again (default: refuse "
+        "if there is one)",
     )
     group.add_argument(
         "--save-every",

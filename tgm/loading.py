@@ -35,8 +35,9 @@ LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
 
 def begin_worker(number: int) -> None:
     """The worker_init_fn of every loader. The worker ignores signals. It also hides the tracebacks
-    of a thread of Python's in which tensors wait to be fetched: if too many files are open, that
-    thread tries again and again, and prints one each time. The run prints the reason once."""
+    of multiprocessing's thread in which tensors wait to be fetched (resource_sharer): if too many
+    files are open, that thread tries again and again, and prints one each time. The run prints the
+    reason once."""
     ignore_signals(number)
     shown = sys.excepthook
 
@@ -130,7 +131,8 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
         try:
             yield from checked_batches(loader)
         except VideoError as error:  # a worker puts its traceback before the message
-            reason = str(error).strip().splitlines()[-1].removeprefix("tgm.video.VideoError: ")
+            name = f"{VideoError.__module__}.{VideoError.__qualname__}: "
+            reason = str(error).strip().splitlines()[-1].removeprefix(name)
             raise RunError(reason) from None
         step = (epoch + 1) * schedule.steps_per_epoch
 
@@ -149,7 +151,12 @@ def checked_batches(loader: DataLoader):
         del locks
         batches = iter(loader)
     except OSError as error:
-        raise RunError(f"{NO_SHARED_MEMORY} ({error.strerror})") from None
+        reason = f"the decoding processes cannot be started ({error.strerror}): lower --workers"
+        if error.errno == errno.ENOSPC:
+            reason = f"{NO_SHARED_MEMORY} ({error.strerror})"
+        if error.errno == errno.EMFILE:
+            reason = NO_OPEN_FILES
+        raise RunError(reason) from None
     try:
         yield from batches
     except (RuntimeError, OSError) as error:

@@ -314,4 +314,4 @@ def shared_rows(a: Sequence[Video], b: Sequence[Video]) -> int:
 
 
 def place_and_time(video):
-    return os.path.abspath(video.path), video.start, video.end
+    return os.path.abspath(video.path), video.start or 0.0, video.end

@@ -37,9 +37,9 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from tgm.arrays import companion, refuse_foreign, written_aside
+from tgm.arrays import companion, hold, refuse_foreign, written_aside
 from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
-from tgm.manifest import FilePath, Video, read_manifest, require_files
+from tgm.manifest import FilePath, Video, Videos, read_manifest, require_files
 from tgm.run import (
     RunError,
     StopSignal,
@@ -229,10 +229,9 @@ class Problem(NamedTuple):
     what: str  # the reason
 
 
-def check_files(args, videos, report):
-    """Probes every file of a manifest once, prints what they are, writes the csv `report`;
-    returns the rows that cannot be used.
-    """
+def check_files(args, videos) -> list[Problem]:
+    """Probes every file of a manifest once and prints what they are -> the rows that cannot be
+    used."""
     paths = dict.fromkeys(video.path for video in videos)  # each once
     jobs = [(path,) for path in paths]
     found = {}
@@ -262,10 +261,8 @@ def check_files(args, videos, report):
             "their last frame is repeated"
         )
     kinds = most_common(problem.kind for problem in problems) or "none"
-    print(f"problems    {kinds}: {report}", flush=True)
-    rows = [(video.row, video.name, kind, what) for video, kind, what in problems]
-    write_csv(report, [REPORT, *rows])
-    return {problem.video.row for problem in problems}
+    print(f"problems    {kinds}", flush=True)
+    return problems
 
 
 def problem_of(video, file):
@@ -313,29 +310,28 @@ def write_csv(path: FilePath, rows: Iterable[Sequence]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def copied_rows(source: FilePath, path_of: Callable[[int], str | None]) -> list[list[str]]:
+def copied_rows(source: FilePath, path_of: Callable[[int], str]) -> list[list[str]]:
     """The csv rows of the manifest `source`, the header first, with the path of row i replaced by
-    path_of(i); rows for which that is None are left out."""
+    path_of(i). To be read before long work: the manifest may change meanwhile."""
     with open(source, encoding="utf-8-sig", newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row]
     column = [name.strip() for name in header].index("path")
     copied = [header]
     for index, row in enumerate(rows):
-        path = path_of(index)
-        if path is not None:
-            copied.append([*row[:column], path, *row[column + 1 :]])
+        copied.append([*row[:column], path_of(index), *row[column + 1 :]])
     return copied
 
 
-def write_good(args, videos, bad):
-    """The manifest without the rows `bad`, its paths relative to the folder of args.good."""
-    folder = os.path.dirname(args.good) or "."
+def rows_for(manifest: FilePath, videos: Videos, folder: FilePath) -> list[list[str]]:
+    """The csv rows of a manifest as they are in `folder`, the header first: absolute paths stay,
+    others become relative to it."""
+    folder = os.path.realpath(folder)  # a path that goes up from a link goes up from its target
 
     def path_of(row):
-        return None if row in bad else os.path.relpath(videos[row].path, folder)
+        video = videos[row]
+        return video.name if os.path.isabs(video.name) else os.path.relpath(video.path, folder)
 
-    write_csv(args.good, copied_rows(args.manifest, path_of))
-    print(f"{args.good}: {len(videos) - len(bad)} rows")
+    return copied_rows(manifest, path_of)
 
 
 def name_inside(name: str) -> str:
@@ -364,8 +360,9 @@ def reencode_all(args, videos):
     refuse_foreign(
         new_manifest,
         lambda path: is_copy(path, args.manifest, rows),
-        "--reencode names another folder",
+        "--reencode names another folder; if it is of an older version of the manifest, delete it",
     )
+    hold(new_manifest)  # two processes would write the same files
     jobs = [(path, target, args.short_side) for path, target in targets.items()]
     errors = []
     try:
@@ -444,7 +441,10 @@ def parse_args(argv=None):
         default=256,
         help="pixels of the short side of re-encoded videos, at most",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.good and args.reencode:
+        parser.error("--good belongs to a check: check first, then --reencode its manifest")
+    return args
 
 
 @one_line_errors
@@ -464,17 +464,26 @@ def main(argv=None):
     report = companion(args.manifest, "check.csv")
     refuse_foreign(report, is_report, "move it away")
     if args.good:
-        make_folder(os.path.dirname(args.good) or ".", "--good")
+        folder = os.path.dirname(args.good) or "."
+        make_folder(folder, "--good")
+        header, *rows = rows_for(args.manifest, videos, folder)
         if os.path.exists(args.good) and os.path.getsize(args.good) > 0:
             raise RunError(
                 f"{args.good}: exists already: not overwritten (--good names another file, or "
                 "delete it)"
             )
-    bad = check_files(args, videos, report)
+    problems = check_files(args, videos)
     if args.good:
-        write_good(args, videos, bad)
-    if bad:
-        raise RunError(f"{len(bad)} of {len(videos)} rows cannot be used")
+        bad = {problem.video.row for problem in problems}
+        good = [row for number, row in enumerate(rows) if number not in bad]
+        write_csv(args.good, [header, *good])
+        print(f"{args.good}: {len(good)} rows")
+    # last: the data set's folder may be read-only
+    reasons = [(video.row, video.name, kind, what) for video, kind, what in problems]
+    write_csv(report, [REPORT, *reasons])
+    print(f"{report}: {len(problems)} rows")
+    if problems:
+        raise RunError(f"{len(problems)} of {len(videos)} rows cannot be used: {report}")
 
 
 if __name__ == "__main__":

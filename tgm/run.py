@@ -5,6 +5,8 @@ one line. Needs arrays.py and manifest.py.
     def main(argv=None):
         rank, ranks, local_rank = torchrun_ranks()
         device, why = choose_device(args.device, local_rank)
+        if ranks > 1:
+            join_ranks("gloo", timeout=LONGEST_WAIT)        "nccl" on GPUs
         stop = StopSignal(ranks)
         for batch in ...:
             ...
@@ -119,7 +121,7 @@ def finish(work):
             pause = min(2 * pause, 0.05)
         work.wait()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = reason_of(error)[:200]
         raise RunError(
             f"another rank ended, and this one with it; the other says why ({reason})"
         ) from None
@@ -178,7 +180,7 @@ def choose_device(name, local_rank=0):
     number = int(name.removeprefix("cuda:")) if ":" in name else local_rank
     if number >= torch.cuda.device_count():
         raise RunError(
-            f"--device {name}: rank {local_rank} wants cuda:{number}, "
+            f"--device {name}: local rank {local_rank} wants cuda:{number}, "
             f"found {torch.cuda.device_count()} GPUs"
         )
     why = "there is a GPU" if name == "auto" else "as asked"
@@ -252,8 +254,8 @@ def ignore_signals(_):
 
 @atexit.register
 def kill_workers():
-    """Kills loader workers that are left when the process ends: they ignore SIGTERM, and would
-    be waited for.
+    """Kills all children of multiprocessing, such as loader workers, that are left when the process
+    ends: workers ignore SIGTERM, and would be waited for.
     """
     workers = multiprocessing.active_children()
     if workers:
@@ -273,6 +275,13 @@ class Stopped(SystemExit):
         self.number = number
 
 
+def tell(text):
+    """Writes to stderr from a signal's handler. Nobody may read it any more, because in
+    `... 2>&1 | tee log` Ctrl-C ends tee as well; the run still has to save."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
 class StopSignal:
     """Handles SIGTERM, which schedulers send, and Ctrl-C, from the moment this is made: the run
     saves and ends, on all ranks at the same step.
@@ -288,6 +297,8 @@ class StopSignal:
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
         end_at_once()       From here on there is nothing to save: the first signal ends the run.
         note_signals()      From here on a signal is noted again.
+
+    ranks: if there are several, they have joined (`join_ranks`).
 
     Python runs these handlers only between its own instructions, so none runs while a rank waits
     inside torch for the others. `requested` and `wait_for_ranks` wait in Python. Not covered are
@@ -312,11 +323,11 @@ class StopSignal:
 
     def _hear(self, number, _):
         if self._ends_at_once:
-            os.write(2, f"\n{signal.Signals(number).name}: ended{self._remark}\n".encode())
+            tell(f"\n{signal.Signals(number).name}: ended{self._remark}\n")
             self._leave(number)
         elif self._number is None:
             self._note(number, signal.Signals(number).name)
-            os.write(2, f"\n{self.name}: {self._then}; once more ends at once\n".encode())
+            tell(f"\n{self.name}: {self._then}; once more ends at once\n")
         elif time.monotonic() - self._when > SAME_SIGNAL:
             self._leave(number)
 
@@ -327,7 +338,7 @@ class StopSignal:
         signal.alarm(GRACE)
 
     def _give_up(self, *_):
-        os.write(2, f"{self.name}: no progress in {GRACE} seconds\n".encode())
+        tell(f"{self.name}: no progress in {GRACE} seconds\n")
         self._leave(self._number)
 
     def _leave(self, number):
