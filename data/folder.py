@@ -5,13 +5,13 @@ nested deeper if you like.
     python data/folder.py --videos ROOT --out data/mine --val 0.2 --seed 0 --group '(.*?)(_c\d+)?$'
 
 writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. Within each class, `--val`
-of its groups go to val.csv, drawn by the seed, at least one and never all. A group is what must not
-be torn apart, such as the clips cut from one recording: clips of one scene on both sides make
-accuracies meaningless. `--group` is a regular expression, searched in the file's name without
-extension; its first parentheses are the group. The one above leaves a number of the clip at the
-name's end out: UCF's v_Archery_g01_c02 and v_Archery_g01_c03 are one group, and a name without such
-a number, holiday, is a group of its own. A name in which it finds nothing is refused. Without
---group every file is a group of its own.
+of its groups go to val.csv, drawn by the seed, at least one and never all, where it has two. A
+group is what must not be torn apart, such as the clips cut from one recording: clips of one scene
+on both sides make accuracies meaningless. `--group` is a regular expression, searched in the file's
+name without extension; its first parentheses are the group. The one above leaves a number of the
+clip at the name's end out: UCF's v_Archery_g01_c02 and v_Archery_g01_c03 are one group, and a name
+without such a number, holiday, is a group of its own. A name in which it finds nothing is refused.
+Without --group every file is a group of its own.
 
 If ROOT holds nothing but train/ and val/ (or validation/, or test/), these are the split, with the
 classes inside. A test/ beside a val/ becomes test.csv.

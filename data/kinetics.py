@@ -46,6 +46,12 @@ def split_of(path):
     return names[0]
 
 
+def is_official(path):
+    """Whether a file begins as the official csv files do."""
+    with open(path, "rb") as file:
+        return b"youtube_id" in file.readline(1000)
+
+
 def read_official(paths, names, args):
     """{split: [Row]} and the classes' names, of the official csv files."""
     lines = []
@@ -149,7 +155,9 @@ def main(argv=None):
     else:
         paths = []
         for path in args.annotations:
-            inside = sorted(Path(path).glob("*.csv")) if os.path.isdir(path) else ()
+            inside = sorted(Path(path).glob("*.csv")) if os.path.isdir(path) else []
+            # Kinetics-600 as the CVD Foundation has it: train.txt and val.txt are csv files, too
+            inside += [name for name in sorted(Path(path).glob("*.txt")) if is_official(name)]
             paths += [
                 name
                 for name in inside

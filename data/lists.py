@@ -251,13 +251,15 @@ def write(out, splits, classes, columns=(), folder="", within=()):
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for split, rows in kept.items():
+        for split in kept:  # all, before one is written
             path = out / f"{split}.csv"
             if path.exists() and path.open("rb").read(5) != b"path,":
                 sys.exit(
                     f"{path}: is there and is no manifest: not overwritten "
                     "(--out sets another folder)"
                 )
+        for split, rows in kept.items():
+            path = out / f"{split}.csv"
             spans = ("start", "end") if any(row.end is not None for row in rows) else ()
             lines = [("path", "label", "class", *spans, *columns)]
             lines += [

@@ -1,16 +1,17 @@
 """The toy world: small H.264 videos of shapes that act, with everything about them known.
 
-Nothing is downloaded. Two things of one size and brightness move before a textured scene. The
-actor, whose two tones are halves, does what the video's label says, and the caption names its
-colour and shape. The bystander, whose two tones are stripes, does something else or stands still;
-its colour and shape tell nothing of the actor's. In half of the videos the actor moves most, in a
-quarter the bystander and in a quarter the camera.
+Nothing is downloaded. Two things, whose sizes and colours are drawn alike, move before a textured
+scene, the actor in front of the bystander. The actor, whose two tones are halves, does what the
+video's label says, and the caption names its colour and shape. The bystander, whose two tones are
+stripes, does something else or stands still; its colour and shape tell nothing of the actor's. In
+half of the videos the actor moves most, in a quarter the bystander and in a quarter the camera,
+which follows the things: only the scene behind them scrolls.
 
 In train.csv, for pretraining, three of four actors are put in front of their shape's home scene, as
 boats keep to water (and some of the rest are there by chance). In val.csv (the test videos) and
 probe.csv (the training videos of probes, which choose their rates on a part of them) shape and
 scene are independent: who learnt only the scene scores at chance there. A probe trained on
-train.csv itself would learn to name the object by its scene, whatever the encoder knows. The split
+train.csv itself would be rewarded for naming the object by its scene. The split
 "images", on which the tiny models are trained, has no such habit either.
 
     python data/toy.py                    about 90 seconds on two cores; writes, into data/:
@@ -289,8 +290,8 @@ def write_split(out, split, count, seed, workers):
         for row, (line, both) in enumerate(tqdm(rows, f"{split} videos", count, disable=None)):
             writer.writerow(line)
             masks[:, row] = both
-    np.save(out / f"{split}.masks.npy", masks[0])
     np.save(out / f"{split}.bystander.npy", masks[1])
+    np.save(out / f"{split}.masks.npy", masks[0])  # last: it says that the split is whole
 
 
 def write_world(out, train, val, seed=0, workers=2):

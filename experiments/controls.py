@@ -2,8 +2,9 @@
 
     python experiments/controls.py bystander --data data/train.csv --out runs/study/maps/bystander
 
-    bystander  CLIP's patches against the caption of the other thing in the video: the manifest's
-               column bystander (data/toy.py), as often as the video has captions of its own
+    bystander  CLIP's patches against the true caption of the other thing in the video: the
+               manifest's column bystander (data/toy.py), one text, repeated as often as the video
+               has captions of its own, which the captioner made
     shuffled   CLIP's patches against the captions of another video: a permutation of the videos,
                drawn at random, in which videos change places until none has a text that it had
     no-text    the cosine of each patch to the class token of its own image, both by CLIP; the same
@@ -36,13 +37,17 @@ import toy
 import saliency
 from tgm.arrays import companion, open_array, read_captions
 from tgm.manifest import manifest_hash, read_manifest
-from tgm.run import one_line_errors
+from tgm.run import RunError, one_line_errors
 from tgm.video import VideoReader, segment_midpoints
 
 
 def shuffle(captions, seed=0):
-    """captions: the texts of each video, a list of lists -> a permutation of the videos after which
-    none has a text that it had: int [N]."""
+    (
+        """captions: the texts of each video, a list of lists -> a permutation of the videos after
+        which
+    none has a text that it had: int [N]. RunError if none is found."""
+        ""
+    )
     rng = np.random.default_rng(seed)
     texts = [frozenset(of_video) for of_video in captions]
     order = rng.permutation(len(texts))
@@ -52,8 +57,8 @@ def shuffle(captions, seed=0):
             other = rng.integers(len(texts))
             order[[row, other]] = order[[other, row]]
         if not clashes:
-            break
-    return order
+            return order
+    raise RunError("shuffled: too many videos have the same texts")
 
 
 def other_captions(control, data, videos):
@@ -133,9 +138,14 @@ def main(argv=None):
             for video, texts in zip(videos, captions, strict=True)
         ]
         path.write_text("".join(lines), encoding="utf-8")
-        flags = ["--data", args.data, "--captions", str(path), "--out", args.out]
+        # under another name, because this writes a text.npy of the other captions
+        other = f"{args.out}.other"
+        flags = ["--data", args.data, "--captions", str(path), "--out", other]
         flags += ["--clip", args.clip, "--moments", str(own.shape[2]), "--resume", "none"]
         saliency.main(flags)
+        for ending in ("json", "npy"):
+            Path(f"{other}.saliency.{ending}").replace(f"{args.out}.saliency.{ending}")
+            Path(f"{other}.text.{ending}").unlink()
     else:
         if args.control == "no-text":
             maps = no_text(args.clip, videos, own.shape[2])

@@ -7,12 +7,12 @@
 A cell is one pretraining run of the tiny model on the toy world (data/toy.py), and what probes that
 are trained on probe.csv make of its frozen encoder on val.csv: the actor's action, object (shape)
 and scene, each by a linear probe, by nearest neighbours and by an attentive probe. All cells have
-the same videos, steps and learning rate; cells of one seed have the same order, crops and first
-weights, so that differences are taken seed by seed. The masks named text differ in the map
-that they follow:
+the same videos, learning rate and, but for a curve of lengths, steps; cells of one seed have the
+same order, crops and first weights, so that differences are taken seed by seed. The masks named
+text differ in the map that they follow:
 
-    text         CLIP's patches against the video's own captions, as saliency.py makes them
-    bystander    the same against the caption of the other thing in the video
+    text         CLIP's patches against the video's own captions, three that the captioner made
+    bystander    the same against the true caption of the other thing in the video
     shuffled     the same against the captions of another video
     no-text      each patch against the class token of its own image, by the same CLIP
     truth        the share of each patch that the actor covers

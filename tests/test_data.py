@@ -137,6 +137,36 @@ def test_kinetics_official(script, tmp_path):
     assert not list((tmp_path / "out").glob("*.new"))
 
 
+def test_kinetics_600_has_csv_files_with_another_ending(script, tmp_path):
+    """The CVD Foundation's train.txt and val.txt; another list in the folder is left alone."""
+    kinetics_lists(tmp_path)
+    (tmp_path / "lists/train.csv").rename(tmp_path / "lists/train.txt")
+    (tmp_path / "lists/validate.csv").rename(tmp_path / "lists/val.txt")
+    put(tmp_path / "lists/train_list.txt", "a.mp4 0")
+    touch(
+        tmp_path / "videos",
+        "flat_000000_000010.mp4",
+        "vvv_000100_000110.mp4",
+        "ttt_000100_000110.mp4",
+    )
+    script("kinetics")
+    for split in ("train", "val", "test"):
+        assert len(rows(tmp_path / f"out/{split}.csv")) == 1
+
+
+def test_nothing_is_written_beside_a_file_that_is_none_of_ours(script, tmp_path):
+    kinetics_lists(tmp_path)
+    touch(
+        tmp_path / "videos",
+        "flat_000000_000010.mp4",
+        "vvv_000100_000110.mp4",
+        "ttt_000100_000110.mp4",
+    )
+    put(tmp_path / "out/val.csv", "mine")
+    assert "out/val.csv: is there and is no manifest" in script("kinetics", fails=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.csv"]
+
+
 def test_kinetics_untrimmed(script, tmp_path):
     put(
         tmp_path / "lists/train.csv",

@@ -18,6 +18,7 @@ from conftest import CLIP, run
 import masking
 from tgm.arrays import open_array, read_captions
 from tgm.manifest import read_manifest
+from tgm.run import RunError
 
 
 def test_the_plan():
@@ -81,7 +82,8 @@ def test_shuffled_captions_are_others(world):
     assert not any(set(captions[row]) & set(captions[other]) for row, other in enumerate(order))
     many = [[f"a {i % 6} {i // 6 % 8}"] for i in range(3000)]
     assert not any(many[row] == many[other] for row, other in enumerate(controls.shuffle(many)))
-    controls.shuffle([["one"]] * 5)  # impossible: it ends
+    with pytest.raises(RunError, match="too many videos have the same texts"):
+        controls.shuffle([["one"]] * 5)
 
 
 def test_controls(copy):
