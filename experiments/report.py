@@ -107,8 +107,8 @@ def about_intervals(count):
         return "One seed of each: no intervals yet."
     return (
         f"In bold: the 95 % interval leaves out 0. Of {count} differences with an interval about\n"
-        f"{count / 20:.0f} would be in bold if nothing made a difference. They come in groups: the\n"
-        "columns of a line are of the same encoders, and one cell stands in several lines."
+        f"{count / 20:.0f} would be in bold if nothing made a difference. They come in groups:\n"
+        "the columns of a line are of the same encoders, and one cell stands in several lines."
     )
 
 
