@@ -1,5 +1,5 @@
 """What a pretrained model makes of a clip: what its encoder sees of it, the reconstruction, and
-where its encoder attends (TGM's figures 3 and 5, for any checkpoint and video).
+where its encoder attends (like figures 3 and 5 of TGM, by notes on them).
 
     python -m tgm.figures --checkpoint runs/text/checkpoint.pt --data data/val.csv --row 3
 
