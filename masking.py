@@ -13,9 +13,11 @@ the mask. So all masks of one ratio leave the same number of visible tokens, at 
                    2408.00759, the method of this repository)
     text-inverse   in each slice, the tokens that match the caption least: a control
     motion         in each slice, a window around what moves (MGM, arXiv 2308.12962)
-    flow           all but random spots that travel with what they lie on (MGMAE, arXiv 2308.10794)
+    flow           all tokens but those near random spots, which travel with what they lie on
+                   (MGMAE, arXiv 2308.10794)
 
-We know from notes on TGM's paper, not from its text, that it selects the tokens in each slice.
+We have not read TGM's paper itself, only notes on it. That it selects the tokens slice by slice is
+taken from these.
 
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
@@ -124,16 +126,17 @@ def motion_mask(ratio, grid, noise, saliency, motion):
     """Masks, in each slice, the tokens nearest to a centre that follows what moves.
 
     1. Take the camera's motion out of each slice.
-    2. Find the window that holds most of the remaining energy. Its sides are those of the frame
+    2. Find the window that holds most of the remaining energy. Its sides are those of the picture
        times the square root of the ratio: for 0.75 of 14 x 14 tokens, 12 x 12.
     3. Smooth the centre of the window along time.
-    4. Mask the tokens nearest to that centre, measured in the window's shape.
+    4. Mask the tokens nearest to that centre. Across, distance is counted in widths of the window,
+       down in its heights, and the larger of the two counts.
 
     From MGM: motion vectors place one moving rectangle that never jumps. Its exact rule is not
     public.
-    Ours: the median as the camera's motion; the window in the shape of the frame; the smoothing
-    over five slices; tokens next to the window, where it holds fewer tokens than the ratio asks
-    for."""
+    Ours: the median as the camera's motion; the window in the shape of the picture; the smoothing
+    over five slices; tokens next to the window where it holds too few (12 x 12 are 144, and 0.75
+    asks for 147)."""
     t, h, w = grid
     check_map("motion", "motion", motion, (len(noise), t, 2, h, w))
     scale = math.sqrt(ratio)
@@ -191,8 +194,8 @@ def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tens
     """How far each token is from centre [B, 2, t]: [B, t, h*w].
 
     The unit is the window's width along x and its height along y, and the larger of the two
-    distances counts. So tokens of equal distance lie on the border of a window; that of the window
-    itself is at 0.5."""
+    distances counts. So tokens of equal distance lie on the border of a window; the border of
+    the window itself is at distance 0.5."""
     _, h, w = grid
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
@@ -242,7 +245,8 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     distance = torch.cdist(
         in_tokens(traced, grid).flatten(1, 2),
         in_tokens(spots, grid),
-        # The other mode is inexact, which would decide between tokens of equal distance.
+        # By matrix products it would be rounded, and errors of rounding would decide between tokens
+        # of equal distance, not the noise.
         compute_mode="donot_use_mm_for_euclid_dist",
     )  # [B, N, V]
     nearest = distance.amin(-1).unflatten(1, (t, h * w))
@@ -323,7 +327,7 @@ def make_mask(
     row. They are on the device of the noise.
 
     name: a key of MASKS
-    ratio: share masked in each slice, in (0, 1)
+    ratio: share masked, in (0, 1): in each slice, but for random, which takes it of the whole clip
     saliency [B, t, h, w]: any real scores, for the text masks
     motion [B, t, 2, h, w]: for the masks motion and flow: the displacement from each slice to the
         next (velocity x time), dx and dy as fractions of the crop's width and height, as
@@ -388,9 +392,9 @@ def cut_maps(
     times [B, t]: the middle of each token slice, as a fraction of the video's length
     box [B, 4]: the crop's x0, y0, x1, y1 as fractions of the frame, before the flip
     flip bool [B]: mirrored left to right
-    oversample: each token is the mean of oversample x oversample points, and each point that of the
-        two cells around it in each direction: no cell is skipped if the map is up to 2 * oversample
-        times as fine as the tokens"""
+    oversample: each token is the mean of oversample x oversample points, and each point is
+        interpolated between its two nearest cells in each direction: no cell is skipped while a
+        token covers at most 2 * oversample cells along a side"""
     t, h, w = grid
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # each [B, 1]
     high = h * oversample

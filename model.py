@@ -107,8 +107,8 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The tokens of x [B,N,D] at index [B,M]: [B,M,D]. x may also be [1,N,D], one table for all
     rows."""
-    # torch.take_along_dim reads one index for every number, this one for every token: 15 times as
-    # fast.
+    # torch.take_along_dim would need an index for every number, [B,M,D]. This needs one for every
+    # token, and is 15 times as fast.
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index]
 
@@ -212,10 +212,11 @@ class Transformer(nn.Module):
 class Encoder(Transformer):
     """Cubes in, tokens out.
 
-    frames, image_size: of the clips (None: the size's own); ValueError unless tokens fill them.
-        Any multiples of a cube are possible, since positions are computed. But a position is the
-        index of a token in the flattened grid: in another grid the same index lies elsewhere, and
-        weights that were trained on one grid have to learn the positions of another.
+    frames, image_size: of the clips (None: the size's own); ValueError unless they are multiples of
+        the tubelet and of the patch. Any multiples of a cube are possible, since positions are
+        computed. But a position is the index of a token in the flattened grid: in another grid the
+        same index lies elsewhere, and weights that were trained on one grid have to learn the
+        positions of another.
     drop_path: see `Transformer`"""
 
     def __init__(
@@ -254,7 +255,7 @@ class Encoder(Transformer):
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
     def encode(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
-        """cubes [B,N,P], index [B,V,1] of the visible ones (None: all) -> [B,V,D]. Nothing is
+        """cubes [B,N,P], index [B,V] of the visible ones (None: all) -> [B,V,D]. Nothing is
         computed from the other cubes."""
         position = self.pos_embed
         if index is not None:
@@ -310,9 +311,9 @@ def info_nce(
     are our choice.
 
     Under torch.distributed every rank must call this, with the same B. The loss of a rank compares
-    its own rows with the columns of all ranks. The gradients that return through the gathering are
-    summed over ranks, and DistributedDataParallel then averages them: the result is the gradient of
-    the mean over the whole batch."""
+    its own rows with the columns of all ranks. So the embeddings of a rank are in the losses of the
+    others, too: the gathering's backward pass adds up these gradients. DistributedDataParallel then
+    divides by the number of ranks, which gives the gradient of the mean over the whole batch."""
     together = dist.is_available() and dist.is_initialized()
     # [2,B,E]: both in one tensor, so that they are gathered at once
     own = torch.stack(
@@ -415,8 +416,8 @@ class VideoMAE(nn.Module):
 
         num_visible: how many tokens each row of the mask keeps (see `split_mask`)
         decoded [B,M]: indices of the masked tokens that the decoder sees and predicts (VideoMAE V2,
-            arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked, on a GPU
-            at a later call.
+            arXiv:2303.16727; None: all masked tokens). RuntimeError if one is not masked; on a GPU
+            it comes only at a later call.
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)

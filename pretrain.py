@@ -18,12 +18,13 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last li
 
 The training step is in the loop of `train`, the first function below. The loss is VideoMAE's mean
 squared error on masked cubes (predicting each cube's mean gives about 1.0) plus --nce-weight times
-a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the videos of
-the batch with other captions, over all ranks. With --accum they are those of one of the accumulated
-batches, so for this loss, unlike the other, accumulating is not the same as a larger batch. With
-weight 0 it is only monitored, if there is a text array: its head trains on detached features and
-the encoder does not see it (as in the paper's figure 4, by notes on the paper). The videos are then
-those of a run with captions: one without a row in that array is left out.
+a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the samples of
+other videos, on all ranks, that have another caption; samples of one video are positives of each
+other. With --accum they come from the same accumulated batch alone, so for this loss, unlike the
+other, accumulating is not the same as a larger batch. With weight 0 it is only monitored, if there
+is a text array: its head trains on detached features and the encoder does not see it (as in the
+paper's figure 4, by notes on the paper). Videos without a row in that array are left out, with
+weight 0 as well, so that runs of all weights train on the same videos.
 
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
 its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
@@ -47,7 +48,7 @@ rank alone gets the signal, all save and end as well, but to torchrun that is a 
 -9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
-moments, G x G the grid of stored maps, D text embedding.
+moments, G x G the grid of stored maps, E text embedding.
 """
 
 import argparse
@@ -80,8 +81,8 @@ MAY_CHANGE = resume.MAY_CHANGE | {"picture_every"}  # flags that may differ when
 
 
 def train(state, loader, schedule, machine, args):
-    """Trains to the last step, or until a signal ends the run. state: a TrainingState; loader: of
-    Clips."""
+    """Trains to the last step, or until a signal ends the run. state: a TrainingState; loader:
+    gives batches of the samples of `Clips`."""
     model = state.model
     optimizer = state.optimizer
     scaler = state.scaler
@@ -317,11 +318,12 @@ class Clips(TrainingClips):
 
     def guides(self, row, choice):
         """The arrays' part of a sample, as far as the method uses them: the embedding and the
-        saliency of one caption, and the motion. choice, in [0, 1): which caption."""
+        saliency of one caption, and the motion. choice, in [0, 1): where in the list of
+        captions."""
         guides = {}
         caption = int(choice * self.count_captions(row))
         if self.text is not None:
-            guides["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))  # [D]
+            guides["text"] = torch.from_numpy(self.text[row, caption].astype(np.float32))  # [E]
         if self.saliency is not None:
             guides["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())  # [S, G, G]
         if self.motion is not None:
