@@ -279,7 +279,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         ("saliency.py", "--data", "data/train.csv", "--cue", "motion", "--out", "none"),
     ):
         assert "none of its videos gave a row" in run(
-            *args, "--workers", 0, "--video-timeout", 0, cwd=copy, fails=True
+            *args, "--workers", 0, "--video-timeout", 1e-9, cwd=copy, fails=True
         )
     line = run(
         "caption.py",
@@ -292,7 +292,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         "--workers",
         0,
         "--video-timeout",
-        0,
+        1e-9,
         cwd=copy,
         fails=True,
     )
@@ -301,7 +301,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         == "data/train.captions.jsonl: none of the videos could be captioned; the reasons are in it"
     )
     assert all(
-        "more than 0 s (the stages' --video-timeout allows more)" in json.loads(line)["error"]
+        "more than 1e-09 s (the stages' --video-timeout allows more)" in json.loads(line)["error"]
         for line in (copy / "data/train.captions.jsonl").read_text().splitlines()
     )
     assert "no video has a caption" in run(
@@ -329,7 +329,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         "--workers",
         0,
         "--video-timeout",
-        0,
+        1e-9,
         cwd=copy,
         fails=True,
     )
@@ -343,7 +343,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         "--workers",
         0,
         "--video-timeout",
-        0,
+        1e-9,
         cwd=copy,
         fails=True,
     )
@@ -357,7 +357,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         "--workers",
         0,
         "--video-timeout",
-        0,
+        1e-9,
         cwd=copy,
         fails=True,
     )

@@ -1072,7 +1072,7 @@ def test_videos_that_are_gone_are_one_line(copy):
 
 
 def test_videos_that_no_worker_can_read_are_one_line(copy):
-    line = run("pretrain.py", *TINY, "--video-timeout", 0, "--workers", 1, cwd=copy, fails=True)
+    line = run("pretrain.py", *TINY, "--video-timeout", 1e-9, "--workers", 1, cwd=copy, fails=True)
     assert "nine videos drawn in its place cannot be read" in line and "Traceback" not in line
 
 

@@ -474,7 +474,7 @@ def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):
 
 
 def test_what_cannot_be_packed_is_an_error_and_not_a_wait():
-    with pytest.raises(AttributeError, match="Can't pickle local object"):
+    with pytest.raises(AttributeError, match="Can't (pickle|get) local object"):
         list(
             loading.checked_batches(loading.make_loader(Numbers(lambda index: lambda: index), 2, 1))
         )

@@ -197,6 +197,7 @@ def in_processes(function: Callable, jobs: Sequence[tuple], workers: int, title:
                 yield given_out[0][1].result()
                 given_out.popleft()
         except BrokenProcessPool:
+            kill_workers()  # the others ignore the SIGTERM by which the pool ends them
             raise RunError(broken_pool(title, given_out, workers)) from None
         except BaseException:
             kill_workers()
