@@ -86,6 +86,25 @@ def test_shuffled_captions_are_others(world):
         controls.shuffle([["one"]] * 5)
 
 
+def test_a_control_that_is_interrupted_is_not_taken_for_whole(copy, monkeypatch):
+    """study.py goes by its text.npy, which saliency.py makes as well, first of all."""
+
+    def interrupted(flags):
+        make(flags)
+        raise KeyboardInterrupt
+
+    make = controls.saliency.main
+    monkeypatch.setattr(controls.saliency, "main", interrupted)
+    monkeypatch.chdir(copy)
+    flags = ["shuffled", "--data", "data/train.csv", "--out", "shuffled", "--clip", CLIP]
+    with pytest.raises(KeyboardInterrupt):
+        controls.main(flags)
+    assert not (copy / "shuffled.text.npy").exists()
+    monkeypatch.setattr(controls.saliency, "main", make)
+    controls.main(flags)
+    assert (copy / "shuffled.text.npy").read_bytes() == (copy / "data/train.text.npy").read_bytes()
+
+
 def test_controls(copy):
     videos = read_manifest(copy / "data/train.csv")
     maps, texts = {}, {}
