@@ -26,13 +26,13 @@ captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again (if one is
 captioned then, saliency.py refuses its arrays, which are of the old captions, and has to begin
-again with --resume none). Each rank appends to a part file of its
-own; when all are done rank 0 joins them. A caption may be an empty text, which is no failure; a
-line at the end counts the videos whose captions are all empty. Where rows were added at the
-manifest's end, `--extend` captions only those, and tries no failed videos; `--labels` makes all
-captions again, and needs no flag for that. SIGTERM and Ctrl-C finish the current batch first; the
-exit status is the signal's. Captions that a model made with other settings, or of other rows or
-videos, are refused (tgm/manifest.py says how replaced videos are noticed)."""
+again with --resume none). Each rank appends to a part file of its own; when all are done rank 0
+joins them. A caption may be an empty text, which is no failure; a line at the end counts the videos
+whose captions are all empty. Where rows were added at the manifest's end, `--extend` captions only
+those, and tries no failed videos; `--labels` makes all captions again, and needs no flag for that.
+SIGTERM and Ctrl-C finish the current batch first; the exit status is the signal's. Captions that a
+model made with other settings, or of other rows or videos, are refused (tgm/manifest.py says how
+replaced videos are noticed)."""
 
 import os
 from functools import partial

@@ -364,8 +364,8 @@ class Clips(TrainingClips):
         operations, magnitude = rand_augment
         bilinear = TF.InterpolationMode.BILINEAR
         operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
-        # as VideoMAE's rand-m7-n4: so many times, one random operation with probability 0.5;
-        # magnitude 7/10 = 21/30
+        # VideoMAE's rand-m7-n4 is four times one random operation, each with probability 0.5, of
+        # magnitude 7/10 = 21/30.
         self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
         self.erase = EraseWithNoise(erase)
 

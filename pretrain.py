@@ -159,7 +159,7 @@ def train(state, loader, schedule, machine, args):
             machine.leave()
             stop.end()  # does not return
     machine.leave()
-    stop.end_at_once()  # also by a signal that came after the last `requested`
+    stop.end_at_once()  # here ends the run if a signal came after the last `requested`
 
 
 def flatten_repeats(batch, device):

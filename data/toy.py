@@ -11,8 +11,8 @@ In train.csv, for pretraining, three of four actors are put in front of their sh
 boats keep to water (and some of the rest are there by chance). In val.csv (the test videos) and
 probe.csv (the training videos of probes, which choose their rates on a part of them) shape and
 scene are independent: who learnt only the scene scores at chance there. A probe trained on
-train.csv itself would be rewarded for naming the object by its scene. The split
-"images", on which the tiny models are trained, has no such habit either.
+train.csv itself would be rewarded for naming the object by its scene. The split "images", on which
+the tiny models are trained, has no such habit either.
 
     python data/toy.py                    about 90 seconds on two cores; writes, into data/:
         train.csv, probe.csv, val.csv     path, label (the action), object (the shape), scene, and

@@ -42,12 +42,8 @@ from tgm.video import VideoReader, segment_midpoints
 
 
 def shuffle(captions, seed=0):
-    (
-        """captions: the texts of each video, a list of lists -> a permutation of the videos after
-        which
+    """captions: the texts of each video, a list of lists -> a permutation of the videos after which
     none has a text that it had: int [N]. RunError if none is found."""
-        ""
-    )
     rng = np.random.default_rng(seed)
     texts = [frozenset(of_video) for of_video in captions]
     order = rng.permutation(len(texts))

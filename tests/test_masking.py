@@ -626,7 +626,7 @@ def test_each_caption_has_its_own_map(copy):
     shutil.copy(data, path)
     (copy / "other.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     videos = read_manifest(path)
-    opened = preview.open_saliency(str(path), copy / "data/val.saliency.npy", videos)
+    opened = preview.open_saliency(str(path), str(copy / "data/val"), videos)
     for number, text in enumerate("abc"):
         maps, caption = opened.read(videos[4], number)
         assert caption == text

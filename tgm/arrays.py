@@ -112,6 +112,7 @@ def hold(path: FilePath) -> None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 # Another process writes, or asks by `is_held`, which takes no time.
+                file.close()
                 if time.monotonic() > latest:
                     raise
                 time.sleep(0.02)

@@ -75,8 +75,8 @@ def read_mask(
     need = masking.NEEDS[args.mask]
     prefix = preview.prefix_of(args.data, args.companions)
     if need == "saliency":
-        path = Path(f"{prefix}.saliency.npy")
-        stored, caption = preview.open_saliency(args.data, path, videos).read(video, args.caption)
+        saliency = preview.open_saliency(args.data, prefix, videos)
+        stored, caption = saliency.read(video, args.caption)
         title = f"{title}: {caption}"
         maps["saliency"] = masking.cut_maps(stored[None], *clip.place(grid))
     if need == "motion":

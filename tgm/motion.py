@@ -40,9 +40,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MAX_SPEED = (
-    1000.0  # frame widths or heights per second; more comes from vectors over almost no time
-)
+# frame widths or heights per second; more comes from vectors over almost no time
+MAX_SPEED = 1000.0
 
 
 class FlowError(Exception):

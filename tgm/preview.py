@@ -76,8 +76,7 @@ def draw_sheet(
 ) -> None:
     """Draws a frame of each row, its saliency, its text mask and its captions, as --out. A row that
     lacks some of them says why."""
-    saliency_path = Path(f"{prefix_of(args.data, args.companions)}.saliency.npy")
-    saliency = open_saliency(args.data, saliency_path, videos)
+    saliency = open_saliency(args.data, prefix_of(args.data, args.companions), videos)
     lines = []
     for row in rows:
         tiles = []
@@ -174,7 +173,7 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
     missing = {}
     # where both are missing, opening one gives the error and its remedy
     if saliency_path.exists() or not motion_path.exists():
-        saliency, text = open_saliency(data, saliency_path, videos).read(videos[row], caption)
+        saliency, text = open_saliency(data, prefix, videos).read(videos[row], caption)
         title = f"{title}: {text}"
     else:
         missing["saliency"] = (
@@ -217,7 +216,7 @@ class Saliency(NamedTuple):
     """The captions of a manifest, and what saliency.py stored for them."""
 
     data: str  # the manifest
-    path: Path  # of the array
+    prefix: str  # the array is PREFIX.saliency.npy
     captions: list[list[str]]
     maps: np.ndarray  # [videos, K, S, G, G]
 
@@ -226,6 +225,7 @@ class Saliency(NamedTuple):
         if there is none."""
         captions = self.captions[video.row]
         captions_path = arrays.companion(self.data, "captions.jsonl")
+        path = f"{self.prefix}.saliency.npy"
         row = f"--row {video.row}"
         if not captions:
             reason = why_uncaptioned(captions_path, video.row)
@@ -234,23 +234,23 @@ class Saliency(NamedTuple):
             raise RunError(f"--caption {caption}: row {video.row} has {len(captions)} captions")
         if caption >= self.maps.shape[1]:
             raise RunError(
-                f"--caption {caption}: {self.path} has {self.maps.shape[1]} captions per video, "
+                f"--caption {caption}: {path} has {self.maps.shape[1]} captions per video, "
                 f"{captions_path} has {len(captions)}"
             )
         maps = torch.from_numpy(self.maps[video.row, caption].copy())
         if not maps.isfinite().all():  # a row that was not made is NaN
-            prefix = str(self.path).removesuffix(".saliency.npy")
-            out = out_flag(self.data, prefix)
+            out = out_flag(self.data, self.prefix)
             make = f"to be made with: python saliency.py --data {self.data}{out}"
             reason = why_unreadable(video) or make
-            raise RunError(f"{row}: {self.path} is empty for {video.name} ({reason})")
+            raise RunError(f"{row}: {path} is empty for {video.name} ({reason})")
         return maps, captions[caption]
 
 
-def open_saliency(data: str, path: Path, videos: Videos) -> Saliency:
-    """Opens the saliency at `path` and the manifest's captions. ManifestError as
+def open_saliency(data: str, prefix: str, videos: Videos) -> Saliency:
+    """Opens PREFIX.saliency.npy and the manifest's captions. ManifestError as
     `arrays.open_array`."""
-    remedy = saliency_commands(data, str(path).removesuffix(".saliency.npy"))
+    path = Path(f"{prefix}.saliency.npy")
+    remedy = saliency_commands(data, prefix)
     captions_path = arrays.companion(data, "captions.jsonl")
     captions = arrays.read_captions(captions_path, videos, remedy)
     expect = {}
@@ -259,7 +259,7 @@ def open_saliency(data: str, path: Path, videos: Videos) -> Saliency:
         # another place may be of an experiment.
         expect["captions"] = arrays.file_hash(captions_path)
     maps, _ = arrays.open_array(path, videos, remedy, **expect)
-    return Saliency(data, path, captions, maps)
+    return Saliency(data, prefix, captions, maps)
 
 
 def read_motion(path: Path, videos: Videos, row: int, remedy: str) -> Tensor | None:

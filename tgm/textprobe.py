@@ -128,8 +128,7 @@ def probe_head(
 def probe_zero_shot(
     head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels, which every video has: names of classes or their numbers.
-    ManifestError
+    """Zero-shot accuracy on the labels, names of classes or their numbers. ManifestError
     if there is no array of names, or if it does not fit the head or the labels."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
