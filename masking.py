@@ -157,8 +157,7 @@ def moving_energy(motion: Tensor) -> Tensor:
 
 def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Tensor:
     """The centre of the window that holds most of energy [B, t, h, w] in each slice: [B, 2, t], x
-    and y as fractions of the picture. window: its (height, width) in tokens; noise [B, 1, h*w]."""
-    h, w = energy.shape[2:]
+    and y in tokens. window: its (height, width) in tokens; noise [B, 1, h*w]."""
     high, wide = window
     energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
     # Bring the largest value of a clip to 1, so that the two small terms below mean the same in
@@ -170,10 +169,10 @@ def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Te
     # In a clip without motion the noise chooses one place for all slices.
     score = score + 1e-5 * noise[:, :, : energy_inside.shape[-1]]
     place = score.argmax(-1)  # [B, t], an index into the places in row-major order
-    columns = w - wide + 1
+    columns = energy.shape[-1] - wide + 1
     left = place % columns
     top = place // columns
-    return torch.stack([(left + wide / 2) / w, (top + high / 2) / h], dim=1)
+    return torch.stack([left + wide / 2, top + high / 2], dim=1)
 
 
 BINOMIAL = (1, 4, 6, 4, 1)  # weights of five neighbouring slices; their sum is 16
@@ -193,23 +192,24 @@ def smooth_in_time(centre: Tensor) -> Tensor:
 def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tensor:
     """How far each token is from centre [B, 2, t]: [B, t, h*w].
 
-    The unit is the window's width along x and its height along y, and the larger of the two
-    distances counts. So tokens of equal distance lie on the border of a window; the border of
-    the window itself is at distance 0.5."""
-    _, h, w = grid
+    The larger of the distances counts, along x in widths of the window and along y in its heights,
+    both times high * wide: without a division nothing is rounded, so that not errors of rounding
+    but the noise decides between tokens of equal distance. These lie on the border of a window; the
+    border of the window itself is at distance 0.5 * high * wide."""
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
     centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
-    across = (x - centre_x).abs() / (wide / w)
-    down = (y - centre_y).abs() / (high / h)
+    across = (x - centre_x).abs() * high
+    down = (y - centre_y).abs() * wide
     return torch.maximum(across, down)
 
 
 def token_centres(grid: Grid, device: torch.device) -> Tensor:
-    """The middle of each token of a slice as fractions of the picture: float32 [h*w, 2], x, y."""
+    """The middle of each token of a slice, x and y in tokens: float32 [h*w, 2]. The first token's
+    is at 0.5, 0.5."""
     _, h, w = grid
-    y = (torch.arange(h, device=device) + 0.5) / h
-    x = (torch.arange(w, device=device) + 0.5) / w
+    y = torch.arange(h, device=device) + 0.5
+    x = torch.arange(w, device=device) + 0.5
     y, x = torch.meshgrid(y, x, indexing="ij")  # each [h, w]: rows first, as tokens are counted
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
@@ -240,11 +240,12 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     # any h*w numbers of the noise would do to draw the spots: here the first slice's
     spots = own_place[noise[:, : h * w].argsort(1)[:, -visible:]]  # [B, V, 2]
     traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
-    outside = ((traced < 0) | (traced > 1)).any(-1, keepdim=True)
-    traced = torch.where(outside, own_place, traced)
+    x, y = traced.unbind(-1)
+    outside = (x < 0) | (x > w) | (y < 0) | (y > h)
+    traced = torch.where(outside[..., None], own_place, traced)
     distance = torch.cdist(
-        in_tokens(traced, grid).flatten(1, 2),
-        in_tokens(spots, grid),
+        traced.flatten(1, 2),
+        spots,
         # By matrix products it would be rounded, and errors of rounding would decide between tokens
         # of equal distance, not the noise.
         compute_mode="donot_use_mm_for_euclid_dist",
@@ -253,16 +254,9 @@ def flow_mask(ratio, grid, noise, saliency, motion):
     return top_k_per_slice(nearest, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
-def in_tokens(points: Tensor, grid: Grid) -> Tensor:
-    """Points [..., 2], x and y as fractions of the picture, in widths and heights of a token."""
-    _, h, w = grid
-    x, y = points.unbind(-1)
-    return torch.stack([x * w, y * h], dim=-1)
-
-
 def trace_to_middle(motion: Tensor) -> Tensor:
     """Where the centre of each token was, or will be, in the middle slice: motion [B, t, 2, h, w]
-    (see `make_mask`) -> float32 [B, t, h, w, 2], x and y as fractions of the picture.
+    (see `make_mask`) -> float32 [B, t, h, w, 2], x and y in tokens.
 
     Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;
     those of later slices go backwards, against it. A step between slices s and s + 1 is the mean of
@@ -273,20 +267,22 @@ def trace_to_middle(motion: Tensor) -> Tensor:
     batch, t, _, h, w = motion.shape
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
-    position = token_centres((t, h, w), motion.device).view(1, 1, h, w, 2)
-    position = position.expand(batch, t, h, w, 2)
+    centres = token_centres((t, h, w), motion.device).unflatten(0, (h, w))
+    x, y = centres.expand(batch, t, h, w, 2).unbind(-1)  # each [B, t, h, w]
     slice_of_trace = torch.arange(t, device=motion.device, dtype=torch.float32)
     for _ in range(middle):  # the first slice has the longest way: `middle` steps
         direction = (middle - slice_of_trace).sign()  # 1 forwards, -1 backwards, 0 arrived
         half_way = slice_of_trace + 0.5 * direction  # a step reads the motion between two slices
         fraction = (half_way + 0.5) / t  # slice 0 lies at the middle of the first of t equal parts
-        fraction = fraction.view(1, t, 1, 1, 1).expand(batch, t, h, w, 1)
-        points = torch.cat([position, fraction], dim=-1) * 2 - 1  # grid_sample counts from -1 to 1
+        fraction = fraction[:, None, None].expand(batch, t, h, w)
+        points = torch.stack([x / w, y / h, fraction], dim=-1)
+        points = points * 2 - 1  # grid_sample counts from -1 to 1
         step = F.grid_sample(field, points, padding_mode="border", align_corners=False)
-        step = step.permute(0, 2, 3, 4, 1)  # [B, t, h, w, 2]
-        position = position + direction.view(1, t, 1, 1, 1) * step
+        dx, dy = (direction[:, None, None] * step).unbind(1)  # each [B, t, h, w]
+        x = x + dx * w
+        y = y + dy * h
         slice_of_trace = slice_of_trace + direction
-    return position
+    return torch.stack([x, y], dim=-1)
 
 
 # ---- one interface -------------------------------------------------------------------------------

@@ -201,8 +201,8 @@ def sample_maps(batch, grid):
 
 @pytest.mark.parametrize("mask", masking.MASKS)
 def test_masks_equal_those_of_the_cpu(mask):
-    """Bit for bit where a mask only sorts. The motion masks add and divide, which a GPU may round
-    in another way: there a few tokens at equal distances may change places."""
+    """Bit for bit where a mask only sorts. The motion masks add up the motion, which a GPU may
+    round in another way: there a window or a few tokens may change places."""
     grid = (8, 14, 14)
     noise, maps = sample_maps(64, grid)
     need = masking.NEEDS[mask]

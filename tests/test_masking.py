@@ -250,9 +250,31 @@ def test_traces_through_a_motion_that_changes():
     field = torch.zeros(1, 4, 2, 5, 5)
     field[0, :, 0] = torch.tensor([0.05, 0.15, 0.25, 0.35])[:, None, None]
     at = masking.trace_to_middle(field)[0, :, 2, 2]
-    assert torch.allclose(
-        at[:, 0], torch.tensor([0.5 + 0.3, 0.5 + 0.2, 0.5, 0.5 - 0.3]), atol=1e-6
-    ) and torch.allclose(at[:, 1], torch.tensor(0.5))
+    # the middle of five tokens is at 2.5
+    expected = torch.tensor([2.5 + 1.5, 2.5 + 1.0, 2.5, 2.5 - 1.5])
+    assert torch.allclose(at[:, 0], expected, atol=1e-5)
+    assert torch.allclose(at[:, 1], torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("name", ["motion", "flow"])
+def test_the_noise_decides_between_tokens_of_equal_distance(name, monkeypatch):
+    """CPUs divide by a number, GPUs multiply by its inverse, which is rounded: the masks are the
+    same, because distances are whole multiples of a part of a token and nothing is rounded."""
+    grid = (8, 14, 14)
+    generator = torch.Generator().manual_seed(0)
+    field = torch.rand(64, 8, 2, 14, 14, generator=generator) * 0.1
+    if name == "flow":
+        field = torch.zeros(64, 8, 2, 14, 14)  # where the trace moves, hardly any are equal
+    noise = torch.rand(64, 8 * 14 * 14, generator=generator)
+    on_cpu = make_mask(name, 0.6, 64, grid, motion=field, noise=noise)
+    divide = torch.Tensor.__truediv__
+
+    def by_inverse(x, y):
+        return x * (1 / y) if isinstance(y, int | float) else divide(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__truediv__", by_inverse)
+    as_on_gpu = make_mask(name, 0.6, 64, grid, motion=field, noise=noise)
+    assert torch.equal(as_on_gpu, on_cpu)
 
 
 def test_cut_motion_known_answers():
