@@ -64,7 +64,7 @@ from torch.utils.data import default_collate
 import masking
 import model as models
 from tgm import checkpoints, checks, flags, resume
-from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array
+from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array, text_commands
 from tgm.loading import batches_from, make_clip_loader
 from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.pictures import draw_reconstruction
@@ -393,17 +393,19 @@ def open_arrays(manifest, prefix, videos, mask_name, nce_weight):
     """The arrays PREFIX.*.npy that the method needs: {"text", "saliency", "motion": a mapped array
     or None}. ManifestError says which command makes one that is missing or stale."""
     needed = masking.NEEDS[mask_name]
-    command = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")
     expected = {}
-    beside = prefix == Path(manifest).with_suffix("")
-    if captions.exists() and beside:  # if they were made again, the arrays are stale
+    out = ""
+    if prefix.absolute() != Path(manifest).with_suffix("").absolute():
+        out = f" --out {prefix}"
+    elif captions.exists():  # if they were made again, the arrays are stale
         expected = {"captions": file_hash(captions)}
+    command = text_commands(manifest, videos, out)
     arrays = {"text": None, "saliency": None, "motion": None}
     if needed == "saliency":
         arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, command, **expected)
     if needed == "motion":
-        motion_command = f"python saliency.py --data {manifest} --cue motion"
+        motion_command = f"python saliency.py --data {manifest}{out} --cue motion"
         arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, motion_command)
     text = Path(f"{prefix}.text.npy")
     if nce_weight > 0 or text.exists():  # with weight 0 it is used if it is there

@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import toy
 
 import saliency
-from tgm.arrays import companion, open_array, read_captions
+from tgm.arrays import companion, open_array, read_captions, text_commands
 from tgm.manifest import manifest_hash, read_manifest
 from tgm.run import RunError, one_line_errors
 from tgm.video import VideoReader, segment_midpoints
@@ -121,9 +121,9 @@ def parse_args(argv=None):
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    remedy = f"python caption.py --data {args.data} && python saliency.py --data {args.data}"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     videos = read_manifest(args.data)
+    remedy = text_commands(args.data, videos)
     own, _ = open_array(companion(args.data, "saliency.npy"), videos, remedy)  # [N, K, S, G, G]
     open_array(companion(args.data, "text.npy"), videos, remedy)
     if args.control in ("bystander", "shuffled"):

@@ -299,6 +299,8 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
             ((*caption, "data"), "data: is a folder"),
             ((*caption, "train.jsonl"), f"train.json: {ours}"),
             ((*caption, "new.json"), "--out new.json: expected a name that ends in .jsonl"),
+            ((*caption, "."), "--out .: expected a name that ends in .jsonl"),
+            ((*caption, "data/train.motion.jsonl"), f"data/train.motion.json: {ours}"),
             (
                 (*caption, "data/train.csv/x.jsonl"),
                 "--out data/train.csv: is a file, expected a folder",

@@ -38,6 +38,8 @@ def test_manifest(tmp_path):
     assert [row.path for row in rows] == ["/videos/a b.mp4", "/videos/c,d.mp4", "/abs/e.mp4"]
     assert [row.label for row in rows] == ["x", "y", "z"]
     assert manifest(tmp_path, "path\nx.mp4")[0][1:] == (None, None, None, 0, "x.mp4")
+    rows = manifest(tmp_path, "path,label\nx.mp4, a dog\ny.mp4,a dog \nz.mp4, \n")
+    assert [row.label for row in rows] == ["a dog", "a dog", None]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,7 @@ def test_manifest(tmp_path):
         ("path\na\n\nb\n", 3, "1 fields"),
         ("path,start\na,x\n", 2, "start in seconds, 0 or more, found 'x'"),
         ("path,start\na,-1\n", 2, "found '-1'"),
+        ("path,start\na,1_5\n", 2, "found '1_5'"),
         ("path,end\na,nan\n", 2, "end in seconds"),
         ("path,end\na,inf\n", 2, "end in seconds"),
         ("path,start,end\na,1,2\nb,2,2\n", 3, "end after start, found 2 to 2"),
@@ -144,10 +147,10 @@ def test_open_array(saved):
 @pytest.mark.parametrize(
     "spoil, reason",
     [
-        (lambda path, meta: path.unlink(), "train.saliency.npy cannot be read (No such file"),
+        (lambda path, meta: path.unlink(), "train.saliency.npy: cannot be read (No such file"),
         (
             lambda path, meta: path.with_suffix(".json").unlink(),
-            "train.saliency.json cannot be read (No such file",
+            "its .json cannot be read (No such file",
         ),
         (lambda path, meta: path.with_suffix(".json").write_text("{"), "cannot be read"),
         (lambda path, meta: path.with_suffix(".json").write_text("[]"), "holds no settings"),
@@ -189,7 +192,10 @@ def test_open_array_refusals(saved, spoil, reason):
         A.open_array(path, videos, "python saliency.py --data data/train.csv", captions="cafe")
     message = str(error.value)
     assert reason in message and "\n" not in message
-    assert message.endswith("; make it with: python saliency.py --data data/train.csv")
+    remedy = "; make it with: python saliency.py --data data/train.csv"
+    if not reason.endswith("(No such file") and reason != "holds no settings":
+        remedy += " --resume none"  # without it, what is there would be refused
+    assert message.endswith(remedy)
 
 
 def test_an_array_that_is_being_written_is_not_called_missing(saved):
@@ -381,3 +387,23 @@ def test_captions_of_other_programs(tmp_path):
     path.write_text('{"path": "a.mp4", "captions": "a dog"}\n')  # not a caption for each letter
     with pytest.raises(M.ManifestError, match="is damaged .line 1: its captions are no list"):
         A.read_captions(path, videos, "")
+
+
+def test_an_extension_that_was_killed_before_its_json_goes_on(tmp_path):
+    path = tmp_path / "x.npy"
+    few = M.Videos(str(tmp_path), [f"{i}.mp4" for i in range(3)], *[[None] * 3] * 3)
+    videos = M.Videos(str(tmp_path), [f"{i}.mp4" for i in range(5)], *[[None] * 5] * 3)
+    A.ensure_array(path, few, (2, 4), {}, "auto")
+    A.open_rows(path)[:] = 7
+    about = path.with_suffix(".json").read_text()
+    A.ensure_array(path, videos, (2, 4), {}, "extend")
+    whole = path.with_suffix(".json").read_text()
+    assert whole != about
+    path.with_suffix(".json").write_text(about)
+    with pytest.raises(M.ManifestError, match="the first 3 of 5 rows of the manifest: --extend"):
+        A.ensure_array(path, videos, (2, 4), {}, "auto")
+    A.ensure_array(path, videos, (2, 4), {}, "extend")
+    assert path.with_suffix(".json").read_text() == whole
+    array = A.map_array(path)
+    assert (array[:3] == 7).all() and np.isnan(array[3:]).all()
+    A.release()

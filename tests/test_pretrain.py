@@ -500,9 +500,18 @@ def test_refusals_name_the_command_that_mends(copy):
     (copy / "data/train.captions.jsonl").write_text(captions)
     (copy / "data/train.saliency.npy").unlink()
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
-    assert line.endswith(
-        "make it with: python caption.py --data data/train.csv && python saliency.py --data data/train.csv"
+    assert line.endswith("; make it with: python saliency.py --data data/train.csv")
+    other = run("pretrain.py", *TINY, "--companions", "other/train", cwd=copy, fails=True)
+    assert other.endswith(
+        "; make it with: python saliency.py --data data/train.csv --out other/train"
     )
+    (copy / "data/train.captions.jsonl").unlink()
+    line = run("pretrain.py", *TINY, cwd=copy, fails=True)
+    assert line.endswith(
+        "; make it with: python caption.py --data data/train.csv "
+        "&& python saliency.py --data data/train.csv"
+    )
+    (copy / "data/train.captions.jsonl").write_text(captions)
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join(lines[:-1]) + "\n")
     assert "is of another manifest" in run(
@@ -1128,7 +1137,8 @@ def test_without_captions_the_flag_that_needs_none_is_named(copy):
     (copy / "data/train.text.npy").unlink()
     line = run("pretrain.py", *TINY, "--mask", "tube", cwd=copy, fails=True)
     assert line.endswith(
-        "make it with: python caption.py --data data/train.csv && python saliency.py --data data/train.csv; or train without captions: --nce-weight 0"
+        "; make it with: python saliency.py --data data/train.csv; "
+        "or train without captions: --nce-weight 0"
     )
     assert "--nce-weight" not in run("pretrain.py", *TINY, "--mask", "text", cwd=copy, fails=True)
 

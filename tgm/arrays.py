@@ -251,6 +251,8 @@ def rows_before_growth(videos: Sequence[Video], about: dict) -> int:
     """How many rows the manifest had when a file was made, if rows were only added at its end since
     then; else 0. about: the contents of the file's .json."""
     count = about.get("videos", 0)
+    if not isinstance(count, int):  # edited by hand
+        return 0
     if 0 < count < len(videos) and about.get("manifest") == manifest_hash(videos, count):
         return count
     return 0
@@ -301,24 +303,25 @@ def open_array(
     count = rows_before_growth(videos, about)
     if count:
         raise make_it_with(path, describe_growth(count, videos), with_flag(remedy, "--extend"))
+    # What is there cannot be continued. If the remedy has two commands, the flag is for the last,
+    # which makes this array.
+    make_again = f"{remedy} --resume none"
     if about.get("manifest") != manifest_hash(videos):
-        raise make_it_with(path, "is of another manifest", remedy)
+        raise make_it_with(path, "is of another manifest", make_again)
     shape = list(array.shape)
     if array.dtype.kind != "f" or array.ndim < 2 or len(array) != len(videos):
         reason = f"expected {len(videos)} rows of floats, found {array.dtype} of shape {shape}"
-        raise make_it_with(path, reason, remedy)
+        raise make_it_with(path, reason, make_again)
     for key, value in {"shape": shape, **expect}.items():
         if about.get(key) != json.loads(json.dumps(value)):  # a tuple becomes a list, as there
             reason = f"expected {key} {value!r}, its .json says {about.get(key)!r}"
-            raise make_it_with(path, reason, remedy)
+            raise make_it_with(path, reason, make_again)
     change = describe_change(videos, about, lambda row: is_filled(array[row]))
     if change:
         raise make_it_with(path, change, with_flag(remedy, "--resume none"))
     if "clip" in about and "activation" not in about:
-        # 19 of open_clip's weights, OpenAI's among them, may have run with the wrong one. The flag
-        # is for the last command only, the one that runs CLIP.
-        reason = "its .json does not tell CLIP's activation"
-        raise make_it_with(path, reason, f"{remedy} --resume none")
+        # 19 of open_clip's weights, OpenAI's among them, may have run with the wrong one
+        raise make_it_with(path, "its .json does not tell CLIP's activation", make_again)
     return array, about
 
 
@@ -328,11 +331,13 @@ def load_array(path, remedy):
         array = map_array(path)
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except OSError as error:
-        name = os.path.basename(error.filename or path)
-        reason = f"{name} cannot be read ({error.strerror or error})"
+        # of the array, or of the .json beside it
+        of_json = "its .json " if error.filename and error.filename.endswith(".json") else ""
+        reason = f"{of_json}cannot be read ({error.strerror or error})"
         raise make_it_with(path, reason, remedy) from None
     except UNREADABLE as error:
-        raise make_it_with(path, f"cannot be read ({error})", remedy) from None
+        reason = f"cannot be read ({error})"
+        raise make_it_with(path, reason, f"{remedy} --resume none") from None
     if not isinstance(about, dict):
         raise make_it_with(path, "its .json holds no settings", remedy)
     return array, about
@@ -371,10 +376,11 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
         with open(path, encoding="utf-8") as file:
             for line in file:  # not splitlines(), which also cuts at U+2028, inside a caption
                 entry = json.loads(line)
-                if not isinstance(entry["captions"], list):
-                    raise TypeError("its captions are no list")
+                texts = entry["captions"]
+                if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                    raise TypeError("its captions are no list of texts")
                 names.append(entry["path"])
-                captions.append([str(text) for text in entry["captions"]])
+                captions.append(texts)
     except OSError as error:
         raise make_it_with(path, f"cannot be read ({error.strerror})", remedy) from None
     except KeyError as error:
@@ -402,6 +408,19 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     return captions
 
 
+def text_commands(manifest: FilePath, videos: Sequence[Video], out: str = "") -> str:
+    """The commands that make a manifest's arrays of text and saliency. caption.py is one of them
+    only if captions are missing or stale, since its default model need not be the one that made
+    them. out: " --out PREFIX" for arrays that are not the manifest's own."""
+    captions = f"python caption.py --data {manifest}"
+    saliency = f"python saliency.py --data {manifest}{out}"
+    try:
+        read_captions(companion(manifest, "captions.jsonl"), videos, captions)
+    except ManifestError:
+        return f"{captions} && {saliency}"
+    return saliency
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -411,9 +430,10 @@ def origin(videos: Sequence[Video], count: int, settings: dict) -> dict:
 
 
 def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend: bool) -> int:
-    """How many rows a file had that is continued: fewer than the manifest if rows were added to it
-    since, which needs `extend`, else it is a ManifestError. Otherwise len(videos), also for a file
-    of another manifest, which `refuse_other_origin` refuses. about: the contents of the .json."""
+    """The number of rows of a file that is to be continued: fewer than the manifest's if rows were
+    added to the manifest since, which is a ManifestError without `extend`; else len(videos), also
+    for a file of another manifest, which `refuse_other_origin` refuses then. about: the contents of
+    the .json."""
     count = rows_before_growth(videos, about)
     if count and not extend:
         raise ManifestError(f"{path}: {describe_growth(count, videos)}: --extend adds the rest")
@@ -477,7 +497,10 @@ def ensure_array(
         return
     count = rows_of_before(path, videos, old, extend=resume == "extend")
     array = open_rows(path)
-    if array.dtype != np.float16 or list(array.shape) != old.get("shape"):
+    # A kill may have left an array that has the new rows already, and the .json of the old ones.
+    has_grown = count < len(videos) and list(array.shape) == [len(videos), *shape]
+    as_said = has_grown or list(array.shape) == old.get("shape")
+    if array.dtype != np.float16 or not as_said:
         raise ManifestError(f"{path}: is not as its .json says; --resume none remakes it")
     refuse_other_origin(path, videos, old, about_rows(count), lambda row: is_filled(array[row]))
     if count < len(videos):

@@ -10,7 +10,6 @@ Needs arrays.py, manifest.py and run.py.
     train.captions.json            what made them
 """
 
-import contextlib
 import glob
 import json
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tgm.arrays import (
     refuse_other_origin,
     rows_of_before,
     write_about,
+    written_aside,
 )
 from tgm.manifest import ManifestError, Video, Videos, renewed_sizes
 from tgm.run import RunError, make_folder
@@ -53,6 +53,11 @@ def is_captions(path: Path) -> bool:
     with open(path, encoding="utf-8") as file:
         entry = json.loads(file.readline(1 << 20))  # at most 1 MB: it may be any file
     return isinstance(entry, dict) and "captions" in entry
+
+
+def is_about_captions(path: Path) -> bool:
+    """Whether this is a .json that tells what captions were made of; an array's has a shape."""
+    return is_about(path) and "shape" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -103,15 +108,15 @@ class CaptionFile:
     """
 
     def __init__(self, path: Path, videos: Videos, settings: dict):
+        if path.name == "" or path.suffix == ".json":  # the name of "." is empty
+            raise RunError(
+                f"--out {path}: expected a name that ends in .jsonl; the same name with .json is "
+                "for what made the captions"
+            )
         self.path = path
         self.about_path = path.with_suffix(".json")
         self.videos = videos
         self.settings = settings
-        if self.about_path == path:
-            raise RunError(
-                f"--out {path}: expected a name that ends in .jsonl, as {path.name} holds what "
-                "made the captions"
-            )
 
     def claim(self, resume: str, extend: bool) -> None:
         """For rank 0, before any work. Takes the lock until the process ends. Refuses
@@ -123,7 +128,7 @@ class CaptionFile:
         resume: "none" keeps nothing; extend: the captions may be of the manifest's first rows"""
         make_folder(self.path.parent)
         refuse_foreign(self.path, is_captions)
-        refuse_foreign(self.about_path, is_about)
+        refuse_foreign(self.about_path, is_about_captions)
         hold(self.path)
         if self.keeps_old(resume):
             self.check_origin(extend)
@@ -154,7 +159,7 @@ class CaptionFile:
 
     def entries(self) -> dict[int, dict]:
         """{row: entry} of this manifest. Captions of a row replace its failures; of two failures
-        the later one is kept."""
+        the one in the last of `lines` is kept."""
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
@@ -262,18 +267,10 @@ class CaptionFile:
             )
 
     def _write(self, entries):
-        lines = []
-        for entry in entries:
-            without_row = {key: value for key, value in entry.items() if key != "row"}
-            lines.append(json.dumps(without_row) + "\n")
-        temporary = self.path.with_name(self.path.name + ".new")
         try:
-            temporary.write_text("".join(lines), encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            with written_aside(self.path) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except ManifestError as error:
             raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}): the new captions are kept in "
-                f"{self.path.name}.part-*"
+                f"{error}: the new captions are kept in {self.path.name}.part-*"
             ) from None

@@ -30,7 +30,7 @@ class ManifestError(Exception):
 
 class Video(NamedTuple):
     path: str  # file to open, absolute or relative to the working directory
-    label: str | None  # as written; None if there is no such column or it is empty
+    label: str | None  # None if there is no such column or it is empty
     start: float | None  # seconds from the first frame; None: the beginning
     end: float | None  # None: the end
     row: int  # counted from 0 after the header; the same row of every array made for the manifest
@@ -179,7 +179,8 @@ def parse_row(header, fields, label_column):
     first = start or 0.0
     if end is not None and end <= first:
         raise WrongLine(f"end after start, found {first:g} to {end:g}")
-    return name, values.get(label_column) or None, start, end
+    label = values.get(label_column, "").strip()  # "a.mp4, dog" is of the class "dog"
+    return name, label or None, start, end
 
 
 def wrong_count(header, found):
@@ -192,7 +193,7 @@ def parse_seconds(name, text):
     if not text:
         return None
     try:
-        seconds = float(text)
+        seconds = float(text.replace("_", "?"))  # float() would take 1_5 for 15
     except ValueError:
         seconds = math.nan  # refused below, too
     if not 0 <= seconds < math.inf:

@@ -177,7 +177,8 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
         title = f"{title}: {text}"
     else:
         missing["saliency"] = (
-            f"there is no {saliency_path}; make it with: {saliency_commands(data, prefix)}"
+            f"there is no {saliency_path}; make it with: "
+            f"{arrays.text_commands(data, videos, out_flag(data, prefix))}"
         )
     if motion_path.exists():
         motion = read_motion(motion_path, videos, row, motion_command(data, prefix))
@@ -201,11 +202,6 @@ def prefix_of(data: str, prefix: str | None) -> str:
 def out_flag(data: str, prefix: str) -> str:
     """What saliency.py needs to write to a prefix that is not the manifest's own."""
     return "" if prefix == prefix_of(data, None) else f" --out {prefix}"
-
-
-def saliency_commands(data: str, prefix: str) -> str:
-    out = out_flag(data, prefix)
-    return f"python caption.py --data {data} && python saliency.py --data {data}{out}"
 
 
 def motion_command(data: str, prefix: str) -> str:
@@ -250,9 +246,9 @@ def open_saliency(data: str, prefix: str, videos: Videos) -> Saliency:
     """Opens PREFIX.saliency.npy and the manifest's captions. ManifestError as
     `arrays.open_array`."""
     path = Path(f"{prefix}.saliency.npy")
-    remedy = saliency_commands(data, prefix)
+    remedy = f"python saliency.py --data {data}{out_flag(data, prefix)}"
     captions_path = arrays.companion(data, "captions.jsonl")
-    captions = arrays.read_captions(captions_path, videos, remedy)
+    captions = arrays.read_captions(captions_path, videos, f"python caption.py --data {data}")
     expect = {}
     if path == arrays.companion(data, "saliency.npy"):
         # The manifest's own saliency must belong to its captions, or it is out of date. A file in
