@@ -554,9 +554,12 @@ def open_splits(args, machine):
         ]
     splits = {}
     for split, manifest in manifests.items():
+        if split == "test" and manifest == manifests.get("val"):
+            splits["test"] = splits["val"]
+            continue
         videos = read_labelled(manifest, args.root, args.label_column)
         if args.classes is None:
-            args.classes = class_names(videos)
+            args.classes = class_names(manifest, videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
     if "train" in splits:
         seen = shared_rows(splits["train"][0], splits["test"][0])
@@ -573,6 +576,7 @@ def make_model(args, machine):
     and sampling open, fills them from the checkpoint."""
     saved = checkpoints.saved_args(args.checkpoint)
     args.size = args.size or saved.get("size", "base")
+    checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, args.frames, args.image_size)
     torch.manual_seed(args.seed)
     model = models.VideoViT(
         args.size,
@@ -620,6 +624,7 @@ def fine_tune(args, model, splits, machine, stop):
     videos, labels = splits["train"]
     args.ranks = machine.ranks
     checks.refuse_few(args.data, len(videos), args.batch_size, args.accum, args.ranks)
+    checks.refuse_missing(args.data, videos, range(len(videos)), args.root, args.max_bad)
     schedule = Schedule(
         videos=len(videos),
         batch_size=args.batch_size,

@@ -754,9 +754,30 @@ def test_bad_videos(copy):
 
 def test_refusals_name_what_mends(copy):
     assert "python data/toy.py" in run("finetune.py", cwd=copy / "data", fails=True, process=True)
-    assert "nowhere.pt: no checkpoint there" in run(
+    assert "nowhere.pt: no checkpoint there (pretrain.py writes one)" in run(
         "finetune.py", *TINY, "--checkpoint", "nowhere.pt", cwd=copy, fails=True
     )
+    huge = ("--image-size", 8192, "--frames", 256)
+    assert "lower --batch-size, --repeat, --frames or --image-size" in run(
+        "finetune.py", *TINY, *huge, cwd=copy, fails=True
+    )
+    rows = list(csv.DictReader((copy / "data/train.csv").read_text().splitlines()))
+    label = rows[0]["label"]
+    one = [row for row in rows if row["label"] == label]
+    with open(copy / "data/one.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, one[0])
+        writer.writeheader()
+        writer.writerows(one)
+    assert f"data/one.csv: all its videos have one label, {label!r}" in run(
+        "finetune.py", *TINY, "--data", "data/one.csv", cwd=copy, fails=True
+    )
+    gone = [row | {"path": f"gone{number}"} for number, row in enumerate(one)]
+    with open(copy / "data/gone.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, one[0])
+        writer.writeheader()
+        writer.writerows(gone + rows)
+    line = run("finetune.py", *TINY, "--data", "data/gone.csv", cwd=copy, fails=True)
+    assert f"{len(gone)} of {len(gone) + 32} videos that were looked for are not there" in line
     assert "lower --batch-size" in run(
         "finetune.py", *TINY, "--batch-size", 33, cwd=copy, fails=True
     )

@@ -1151,7 +1151,9 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
     assert (
         line == f"--export {tmp_path}/official.pth: not a checkpoint of pretrain.py or finetune.py"
     )
-    assert export("gone.pt", tmp_path / "hf") == "--export gone.pt: no checkpoint there"
+    assert export("gone.pt", tmp_path / "hf") == (
+        "--export gone.pt: no checkpoint there (pretrain.py writes one)"
+    )
     (tmp_path / "file").write_text("mine")
     save_huggingface(VideoMAE("nano"), tmp_path / "full")
     for taken in ("file", "full"):

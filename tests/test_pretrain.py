@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from conftest import ENVIRONMENT, ROOT, outputs, run
 
 import masking
 import pretrain
-from tgm import checkpoints, resume, sampling
+from tgm import checkpoints, checks, resume, sampling
+from tgm.run import RunError
 
 TINY = (
     "--size",
@@ -1078,6 +1080,16 @@ def test_videos_that_are_gone_are_one_line(copy):
         "data/train.csv: 32 of 32 videos that were looked for are not there, such as data/videos/train/00000.mp4: relative paths start "
         "at data (--root names another folder)"
     )
+
+
+def test_videos_that_are_gone_in_a_pattern_are_found_in_proportion(tmp_path):
+    """Of 10,240 rows every 40th is missing, and so is every video of one in 40 rows."""
+    videos = [SimpleNamespace(path=__file__) for _ in range(10_240)]
+    for row in range(0, 10_240, 40):
+        videos[row] = SimpleNamespace(path=str(tmp_path / "gone.mp4"))
+    checks.refuse_missing("a.csv", videos, np.arange(10_240), None, 0.05)
+    with pytest.raises(RunError, match="^a.csv: [5-9] of 256 videos that were looked for are not"):
+        checks.refuse_missing("a.csv", videos, np.arange(10_240), None, 0.01)
 
 
 def test_videos_that_no_worker_can_read_are_one_line(copy):

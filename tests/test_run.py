@@ -342,17 +342,29 @@ def test_a_rank_that_waits_for_a_stuck_one_is_ended_by_grace_and_by_a_second_sig
     assert children[0].code(5) == -2
 
 
-@run.one_line_errors
-def one_rank_gives_up(_):
-    rank, stop = join()
-    run.wait_for_ranks()
-    if rank == 1:
-        raise run.RunError("data/train.csv: wrong")
-    run.wait_for_ranks()
+def one_rank_gives_up(wait):
+    @run.one_line_errors
+    def main(_):
+        rank, stop = join()
+        run.wait_for_ranks()
+        if rank == 1:
+            raise run.RunError("data/train.csv: wrong")
+        wait()
+
+    main(None)
 
 
-def test_a_rank_that_gives_up_ends_the_others_in_one_line(tmp_path):
-    children = two_ranks(tmp_path, one_rank_gives_up, None)
+@pytest.mark.parametrize(
+    "wait",
+    [
+        run.wait_for_ranks,
+        lambda: run.sum_over_ranks(1),
+        lambda: run.union_over_ranks({1}),
+        lambda: dist.all_reduce(torch.zeros(1)),  # as the averaging of gradients
+    ],
+)
+def test_a_rank_that_gives_up_ends_the_others_in_one_line(tmp_path, wait):
+    children = two_ranks(tmp_path, one_rank_gives_up, wait)
     assert [child.code() for child in children] == [1, 1]
     assert children[1].printed().splitlines()[-1] == "data/train.csv: wrong"
     assert (
@@ -901,6 +913,7 @@ def test_printed_numbers_of_four_digits_but_all_digits_of_a_step(tmp_path, capsy
     log.write(step=12345, loss=0.123456, step_ms=12345.6, lr=1.5e-5, loss_nce=None, skipped=0)
     out = capsys.readouterr().out
     assert out == "step 12345  loss 0.1235  step_ms 12346  lr 1.5e-05  skipped 0\n"
+    assert training.short(9999.7) == "10000" and training.short(-math.inf) == "-inf"
 
 
 def test_fp16_ends_where_no_gradient_is_finite_any_more(tmp_path):
@@ -919,6 +932,15 @@ def test_without_fp16_the_first_gradient_that_is_not_finite_ends_the_run(tmp_pat
     log_steps(log, 1, [2.0])
     with pytest.raises(run.RunError, match="step 3: the loss or its gradient is not finite"):
         log_steps(log, 2, [2.0, math.inf])
+    log.videos = [SimpleNamespace(name=f"{row}.mp4") for row in range(50)]
+    assert log._names({3, 1}) == "1.mp4, 3.mp4"
+    assert log._names(set(range(50))).endswith(", 18.mp4, 19.mp4, ...")
+
+
+def test_all_ranks_do_not_train_on_one_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(run.RunError, match="^--device cuda:0: 8 ranks cannot train on one GPU: "):
+        training.Machine("cuda:0", "off")
 
 
 # ---- folders, logs, resuming ---------------------------------------------------------------------
@@ -965,10 +987,10 @@ def test_a_log_is_cut_back_and_broken_lines_go(tmp_path, capsys, monkeypatch):
     resume.keep_log(path, 3)
     assert path.read_text() == "".join(whole[:3])
     assert capsys.readouterr().err == f"{path}: 1 broken line dropped\n"
-    path.write_bytes("".join(whole).encode() + b"\n7\n{}\nnull\n\xff\xfe")
+    path.write_bytes("".join(whole).encode() + b'\n7\n{}\n{"step": null}\nnull\n\xff\xfe')
     resume.keep_log(path, 9)
     assert (
-        path.read_text() == "".join(whole) and "5 broken lines dropped" in capsys.readouterr().err
+        path.read_text() == "".join(whole) and "6 broken lines dropped" in capsys.readouterr().err
     )
     resume.keep_log(path, 9)
     assert path.read_text() == "".join(whole) and capsys.readouterr().err == ""
@@ -1045,6 +1067,10 @@ def test_another_node_may_have_its_data_elsewhere_but_not_other_data(tmp_path, m
     ):
         with pytest.raises(run.RunError, match=f"another run: {said}. Give"):
             find(here | changes)
+    torch.save({"args": {"stage": "another.py"}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(run.RunError, match="no checkpoint of x.py"):
+        find(here)
+    torch.save({"args": saved}, tmp_path / "checkpoint.pt")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(run.RunError, match="another run: --data was a.csv, is b.csv; b.csv was"):
         find(here)

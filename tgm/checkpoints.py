@@ -109,7 +109,7 @@ def open_safely(file: Path) -> Any:
             'with transformers: save_pretrained(folder, max_shard_size="100GB")'
         )
     if not file.is_file():
-        raise ValueError(f"{file}: no checkpoint there")
+        raise ValueError(f"{file}: no checkpoint there (pretrain.py writes one)")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

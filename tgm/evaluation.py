@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from model import VideoViT, normalize
 from tgm.loading import checked_batches, make_loader
-from tgm.run import RunError, part_of_rank, writing
+from tgm.run import RunError, add_up_over_ranks, part_of_rank, writing
 from tgm.sampling import Views
 
 NAMED_FAILURES = 3  # at most so many videos that cannot be read are named, on each rank
@@ -87,9 +86,8 @@ def predict(
 
     # Each row was filled by one rank and is 0 on the others; NaN survives the sum.
     unreadable = torch.tensor(float(len(reasons)), device=device)
-    if ranks > 1:
-        for tensor in (probabilities, counted, unreadable):
-            dist.all_reduce(tensor)
+    for tensor in (probabilities, counted, unreadable):
+        add_up_over_ranks(tensor)
     assert (counted == 1).all(), "a test video was left out or counted twice"
     if unreadable == len(views):
         # a rank that had no videos knows no reason

@@ -18,9 +18,13 @@ def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
     return videos
 
 
-def class_names(videos: Videos) -> list[str]:
-    """The distinct labels, sorted: numbers first, by their value."""
-    return sorted({video.label for video in videos}, key=class_order)
+def class_names(manifest: str, videos: Videos) -> list[str]:
+    """The distinct labels, sorted: numbers first, by their value. ManifestError if there is one
+    alone, with which nothing can be learnt."""
+    names = sorted({video.label for video in videos}, key=class_order)
+    if len(names) == 1:
+        raise ManifestError(f"{manifest}: all its videos have one label, {names[0]!r}")
+    return names
 
 
 def class_order(name: str):

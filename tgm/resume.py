@@ -98,11 +98,8 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
         reason = type(error).__name__
         raise RunError(f"{path}: no checkpoint that can be read safely ({reason})") from None
     if torchrun_ranks()[0] > 0:
-        # The checkpoint holds rank 0's paths. Those of another node may differ, if what they hold
-        # is the same: the identity's values are compared, in their order.
         may_change = may_change | OF_A_NODE
-        values = flags["identity"].values()
-        flags = flags | {"identity": dict(zip(before["identity"], values, strict=False))}
+        flags = flags | {"identity": under_names_of(before, flags["identity"])}
     refuse_changes(path, before, flags, may_change)
     if resume is None:
         raise RunError(
@@ -110,6 +107,13 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
             "and keeps it as checkpoint.old.pt, --out writes elsewhere"
         )
     return saved
+
+
+def under_names_of(before: dict, identity: dict) -> dict:
+    """An identity whose names are those of a checkpoint, which holds rank 0's paths. Those of
+    another node may differ, if what they hold is the same: both name the same things in the same
+    order. before: the flags of the checkpoint."""
+    return dict(zip(before.get("identity", {}), identity.values(), strict=False))
 
 
 def refuse_changes(path: Path, before: dict, now: dict, may_change: set):
@@ -201,11 +205,11 @@ def keep_log(path: Path, step: int):
     broken = 0
     for line in lines:
         try:
-            at = json.loads(line)["step"]
+            is_kept = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             broken += 1
             continue
-        if at <= step:
+        if is_kept:
             kept.append(line + "\n")
     if broken > 0:
         print(f"{path}: {broken} broken line{'s' if broken > 1 else ''} dropped", file=sys.stderr)

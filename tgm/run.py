@@ -121,10 +121,13 @@ def finish(work):
             pause = min(2 * pause, 0.05)
         work.wait()
     except RuntimeError as error:
-        reason = reason_of(error)[:200]
-        raise RunError(
-            f"another rank ended, and this one with it; the other says why ({reason})"
-        ) from None
+        raise RunError(lost_rank(error)) from None
+
+
+def lost_rank(error):
+    """The message where an operation over ranks fails."""
+    reason = reason_of(error)[:200]
+    return f"another rank ended, and this one with it; the other says why ({reason})"
 
 
 def wait_for_ranks():
@@ -156,13 +159,19 @@ def union_over_ranks(numbers: set) -> set:
     return set().union(*found)
 
 
+def add_up_over_ranks(tensor):
+    """Puts the sum over all ranks into a tensor of each, all of which must call this; without
+    ranks it stays as it is. Signals are handled while it waits."""
+    if dist.is_initialized():
+        finish(dist.all_reduce(tensor, async_op=True))
+
+
 def sum_over_ranks(number):
     """The sum of a whole number over all ranks, all of which must call this; the number itself
     without ranks. For gloo: on the CPU.
     """
     total = torch.tensor(number)
-    if dist.is_initialized():
-        finish(dist.all_reduce(total, async_op=True))
+    add_up_over_ranks(total)
     return total.item()
 
 
@@ -301,9 +310,9 @@ class StopSignal:
     ranks: if there are several, they have joined (`join_ranks`).
 
     Python runs these handlers only between its own instructions, so none runs while a rank waits
-    inside torch for the others. `requested` and `wait_for_ranks` wait in Python. Not covered are
-    the averaging of gradients and of logged values, and the exchange of Python objects: a rank that
-    is stuck there is ended by SIGKILL or by torch's own timeout."""
+    inside torch for the others. `requested`, `wait_for_ranks` and `add_up_over_ranks` wait in
+    Python. Not covered are the averaging of gradients and the exchange of Python objects: a rank
+    that is stuck there is ended by SIGKILL or by torch's own timeout."""
 
     def __init__(self, ranks=1, then="saving after this step"):
         self.name = None
@@ -415,6 +424,9 @@ def one_line_errors(main):
         except RuntimeError as error:
             if any(text in last_line(error) for text in NO_MEMORY):
                 sys.exit(memory_reason(error))
+            # NCCL's errors have a type, gloo's name its source file
+            if isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error):
+                sys.exit(lost_rank(error))
             raise
 
     return guarded

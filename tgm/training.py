@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tgm.curves import draw_own_curves
 from tgm.run import (
     LONGEST_WAIT,
+    RunError,
+    add_up_over_ranks,
     choose_device,
     give_up_together,
     join_ranks,
@@ -39,7 +41,7 @@ from tgm.run import (
     writing,
 )
 
-MOST_NAMED = 20  # videos that a message names, of those that cannot be read
+MOST_NAMED = 20  # videos that a message names
 # The run ends where fp16's scaler has skipped so many steps in a row. It halves its scale, at first
 # 2^16, with each of them, so a gradient that is still not finite is not so because of the scale.
 MOST_SKIPPED = 40
@@ -57,8 +59,14 @@ class Machine:
     about: one line on all this"""
 
     def __init__(self, device: str, amp: str):
-        """device, amp: as --device and --amp. RunError if there is no such GPU."""
+        """device, amp: as --device and --amp. RunError if there is no such GPU, or one for all
+        ranks."""
         self.rank, self.ranks, local_rank = torchrun_ranks()
+        if self.ranks > 1 and ":" in device:
+            raise RunError(
+                f"--device {device}: {self.ranks} ranks cannot train on one GPU: --device cuda "
+                "gives each its own"
+            )
         self.device, why = choose_device(device, local_rank)
         self.on_gpu = self.device.type == "cuda"
         if self.on_gpu:
@@ -159,9 +167,8 @@ class Schedule(NamedTuple):
         return round(step / self.steps_per_epoch, 3)
 
     def ends_epoch(self, step: int, every: int = 1) -> bool:
-        """Whether an epoch ends with this step, of which only those count whose number is a
-        multiple of `every`; or the run ends. True for step 0, before the first; always False if
-        `every` is 0."""
+        """Whether the run ends with this step, or an epoch whose number is a multiple of `every`.
+        True for step 0, before the first epoch; always False if `every` is 0."""
         if every == 0:
             return False
         return step == self.last_step or step % (every * self.steps_per_epoch) == 0
@@ -191,7 +198,7 @@ class Schedule(NamedTuple):
                 f"note         each epoch leaves out {left_out} videos, others each time, which "
                 f"fill no step of {self.videos_per_step}"
             )
-        if self.warmup_steps >= self.last_step:
+        if self.warmup_steps >= self.total_steps:  # not last_step: a trial may go on
             lines.append(
                 f"note         the warm-up of {self.warmup_epochs:g} epochs lasts the whole run: "
                 "the learning rate only rises"
@@ -209,7 +216,8 @@ class Schedule(NamedTuple):
 
 def short(value: float) -> str:
     """A number for the terminal: to four digits, but never as 1.234e+04."""
-    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    text = f"{value:.4g}"
+    return f"{value:.0f}" if "e+" in text else text
 
 
 class TrainingLog:
@@ -270,8 +278,8 @@ class TrainingLog:
 
     def write_step(self, step: int, lr: float):
         """Writes a line on the steps since the last one: means over them and over the ranks, all of
-        which must call this; "skipped" is the number of videos that could not be read since the
-        start. Ends the run if it must end: see the class."""
+        which must call this; "skipped" is the number of videos that could not be read since this
+        process began. Ends the run if it must end: see the class."""
         *losses, norm = self._reduce_and_check()
         seconds = (time.time() - self.began) / len(self.window)
         self.write(
@@ -318,8 +326,7 @@ class TrainingLog:
         problems = torch.tensor([newly_failed, 0.0], device=window.device)
         problems[1] = (~good).any()
         totals = torch.cat([window.mean(0), problems])
-        if self.machine.ranks > 1:
-            dist.all_reduce(totals)
+        add_up_over_ranks(totals)
         # Here, at log lines alone, the CPU waits for the GPU.
         *sums, failed, broken = totals.tolist()
         if broken > 0:
@@ -336,7 +343,7 @@ class TrainingLog:
         first = min(union_over_ranks(bad))
         # a rank whose own values are finite has no videos to name
         rows = self.rows[first - self.last - 1] if first in bad else set()
-        names = ", ".join(self.videos[row].name for row in sorted(union_over_ranks(rows)))
+        names = self._names(union_over_ranks(rows))
         give_up_together(
             f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. "
             f"Its batch: {names}"
@@ -357,8 +364,13 @@ class TrainingLog:
     def _count_failed(self):
         self.failed |= union_over_ranks(self.newly_failed)
         if len(self.failed) > self.max_bad * self.schedule.videos:
-            names = ", ".join(self.videos[row].name for row in sorted(self.failed)[:MOST_NAMED])
             give_up_together(
                 f"{len(self.failed)} of {self.schedule.videos} videos cannot be read, "
-                f"more than --max-bad {self.max_bad}: {names}"
+                f"more than --max-bad {self.max_bad}: {self._names(self.failed)}"
             )
+
+    def _names(self, rows: set) -> str:
+        """The names of videos, for a message."""
+        names = [self.videos[row].name for row in sorted(rows)]
+        more = ["..."] if len(names) > MOST_NAMED else []
+        return ", ".join(names[:MOST_NAMED] + more)
