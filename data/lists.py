@@ -252,7 +252,7 @@ def write(out, splits, classes, columns=(), folder="", within=()):
     Videos that are not on disk and duplicates are left out and counted. Before anything is written,
     a video with two labels or in two splits ends the script (splits named in `within` are a part of
     another), and so do a split without videos, a file that is not of these scripts, and a csv from
-    another run that does not fit to the new classes.txt.
+    an earlier run that would stay beside the classes.txt of other classes.
     folder: that of the videos, for a message.
     """
     out = Path(out)
@@ -280,6 +280,7 @@ def write(out, splits, classes, columns=(), folder="", within=()):
 
 
 def refuse_overlaps(splits, within):
+    """Ends with one line where a video is in two splits."""
     first = {}  # of each video: where it is named first, and the split
     for split, rows in splits.items():
         for row in rows:
@@ -323,7 +324,8 @@ def is_manifest(path):
 
 
 def refuse_to_overwrite(out, splits, numbering):
-    """numbering: the contents of the new classes.txt."""
+    """Ends with one line before a file that is not of these scripts is overwritten, or a csv is
+    left beside a classes.txt that is not its own. numbering: what classes.txt is to hold."""
     ours = [split for split in SPLITS if is_manifest(out / f"{split}.csv")]
     classes = out / "classes.txt"
     same = classes.is_file() and classes.read_bytes() == numbering.encode("utf-8")
@@ -358,15 +360,15 @@ def write_split(out, split, kept, classes, columns):
     replace(out / f"{split}.csv", text.getvalue())
 
     absent = out / f"missing-{split}.txt"
-    see = ""
+    listed_in = ""
     if kept.missing:
         replace(absent, "".join(f"{name}\n" for name in kept.missing))
-        see = f" ({absent.name})"
+        listed_in = f" ({absent.name})"
     else:
         absent.unlink(missing_ok=True)
     print(
         f"{out / split}.csv: {len(kept.rows)} rows, {len({row.label for row in kept.rows})} "
-        f"classes, {len(kept.missing)} videos missing{see}, {kept.duplicates} duplicates"
+        f"classes, {len(kept.missing)} videos missing{listed_in}, {kept.duplicates} duplicates"
     )
 
 
