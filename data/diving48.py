@@ -25,7 +25,9 @@ import lists
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "diving48")
     parser.add_argument(
-        "--annotations", default="data/diving48/annotations", help="folder of the json files"
+        "--annotations",
+        default="data/diving48/annotations",
+        help="folder of the json files (default: %(default)s)",
     )
     parser.add_argument("--v1", action="store_true", help="read the noisy labels of version 1")
     return parser.parse_args(argv)

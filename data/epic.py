@@ -32,6 +32,7 @@ narrated more than once: rows are duplicates only if their narration_id (uid) is
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import lists
 
@@ -45,6 +46,22 @@ COLUMNS = (
     "verb_class",
     "noun_class",
 )
+
+
+class Segment(NamedTuple):
+    where: str  # place in the annotations, "file:line"
+    id: str
+    participant: str
+    video: str
+    start: float  # seconds
+    end: float
+    narration: str
+    verb: int
+    noun: int
+
+    def key(self, task):
+        """What is numbered as the label: a verb, a noun, or a pair."""
+        return {"verb": self.verb, "noun": self.noun, "action": (self.verb, self.noun)}[task]
 
 
 def to_seconds(stamp, where):
@@ -67,15 +84,98 @@ def read_classes(path, number, name):
     return [fields[name] for _, fields in lines]
 
 
+def read_segments(lines, id_column, verbs, nouns):
+    """The Segments of a csv's lines, and how many were left out because they end at or before
+    their start."""
+    segments = []
+    for where, fields in lines:
+        lists.expect(fields[id_column], where, f"a {id_column}", "")
+        verb = lists.integer(fields["verb_class"], where, "a verb class")
+        noun = lists.integer(fields["noun_class"], where, "a noun class")
+        lists.expect(verb < len(verbs), where, f"a verb class below {len(verbs)}", verb)
+        lists.expect(noun < len(nouns), where, f"a noun class below {len(nouns)}", noun)
+        segment = Segment(
+            where=where,
+            id=fields[id_column],
+            participant=fields["participant_id"],
+            video=fields["video_id"],
+            start=to_seconds(fields["start_timestamp"], where),
+            end=to_seconds(fields["stop_timestamp"], where),
+            narration=fields["narration"],
+            verb=verb,
+            noun=noun,
+        )
+        if segment.end > segment.start:
+            segments.append(segment)
+    return segments, len(lines) - len(segments)
+
+
+def read_100(find):
+    """{"train", "val": lines of the csv}, the names of the verbs and of the nouns, of EPIC-100.
+    find(*names): the path of the first of these that is there."""
+    lines = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        lines[split] = lists.read_csv(find(f"EPIC_100_{name}.csv"), "narration_id", *COLUMNS)
+    verbs = read_classes(find("EPIC_100_verb_classes.csv"), "id", "key")
+    nouns = read_classes(find("EPIC_100_noun_classes.csv"), "id", "key")
+    return lines, verbs, nouns
+
+
+def read_55(find, val_from):
+    """The same of EPIC-55, whose training list is divided: kitchens from P{val_from} validate."""
+    lines = {"train": [], "val": []}
+    for where, fields in lists.read_csv(find("EPIC_train_action_labels.csv"), "uid", *COLUMNS):
+        number = lists.integer(fields["participant_id"][1:], where, "a participant such as P01")
+        lines["val" if number >= val_from else "train"].append((where, fields))
+    verbs = read_classes(find("EPIC_verb_classes.csv"), "verb_id", "class_key")
+    nouns = read_classes(find("EPIC_noun_classes.csv"), "noun_id", "class_key")
+    return lines, verbs, nouns
+
+
+def number_classes(task, segments, verbs, nouns):
+    """{key: label}, and the classes' names in this order. segments: {split: [Segment]}."""
+    if task != "action":
+        names = verbs if task == "verb" else nouns
+        return {number: number for number in range(len(names))}, names
+    in_training = {segment.key(task) for segment in segments["train"]}
+    in_val = {segment.key(task) for segment in segments["val"]}
+    known = sorted(in_training)
+    unknown = sorted(in_val - in_training)
+    lost = sum(segment.key(task) not in in_training for segment in segments["val"])
+    print(
+        f"{len(known)} actions in training; {lost} validation rows have one of "
+        f"{len(unknown)} others, numbered from {len(known)}, which count as wrong"
+    )
+    pairs = known + unknown
+    numbers = {pair: number for number, pair in enumerate(pairs)}
+    return numbers, [f"{verbs[verb]} {nouns[noun]}" for verb, noun in pairs]
+
+
+def make_row(segment, label, videos):
+    return lists.Row(
+        path=videos.find(segment.video),
+        label=label,
+        where=segment.where,
+        wanted=f"{segment.participant}/videos/{segment.video}.MP4",
+        start=segment.start,
+        end=segment.end,
+        extra=(segment.participant, segment.narration),
+        id=segment.id,
+    )
+
+
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "epic")
     parser.add_argument(
         "--annotations",
         default="data/epic/annotations",
-        help="folder of the csv files, of EPIC-100 or -55",
+        help="folder of the csv files, of EPIC-100 or -55 (default: %(default)s)",
     )
     parser.add_argument(
-        "--task", choices=("verb", "noun", "action"), default="verb", help="what the label is"
+        "--task",
+        choices=("verb", "noun", "action"),
+        default="verb",
+        help="what the label is (default: %(default)s)",
     )
     parser.add_argument(
         "--val-from",
@@ -97,76 +197,31 @@ def main(argv=None):
     if os.path.basename(first) == "EPIC_100_train.csv":
         if args.val_from is not None:
             sys.exit("--val-from is for EPIC-Kitchens-55: EPIC-100 has a validation list")
-        read = {
-            split: lists.read_csv(path, "narration_id", *COLUMNS)
-            for split, path in (("train", first), ("val", find("EPIC_100_validation.csv")))
-        }
-        verbs, nouns = (
-            read_classes(find(f"EPIC_100_{kind}_classes.csv"), "id", "key")
-            for kind in ("verb", "noun")
-        )
+        id_column = "narration_id"
+        lines, verbs, nouns = read_100(find)
     else:
         if args.unseen:
             sys.exit(
                 "--unseen is for EPIC-Kitchens-100: in EPIC-55 all kitchens of val.csv are unseen"
             )
-        border, read = 26 if args.val_from is None else args.val_from, {"train": [], "val": []}
-        for where, fields in lists.read_csv(first, "uid", *COLUMNS):
-            number = lists.integer(fields["participant_id"][1:], where, "a participant such as P01")
-            read["val" if number >= border else "train"].append((where, fields))
-        verbs, nouns = (
-            read_classes(find(f"EPIC_{kind}_classes.csv"), f"{kind}_id", "class_key")
-            for kind in ("verb", "noun")
-        )
+        id_column = "uid"
+        lines, verbs, nouns = read_55(find, 26 if args.val_from is None else args.val_from)
 
-    keys = {}  # the labels of every row: a verb, a noun, or a pair
-    for split, lines in read.items():
-        keys[split] = []
-        for where, fields in lines:
-            verb, noun = (
-                lists.integer(fields[f"{kind}_class"], where, f"a {kind} class")
-                for kind in ("verb", "noun")
-            )
-            lists.expect(verb < len(verbs), where, f"a verb class below {len(verbs)}", verb)
-            lists.expect(noun < len(nouns), where, f"a noun class below {len(nouns)}", noun)
-            keys[split].append({"verb": verb, "noun": noun, "action": (verb, noun)}[args.task])
-    if args.task == "action":
-        known, unknown = sorted(set(keys["train"])), sorted(set(keys["val"]) - set(keys["train"]))
-        numbers = {pair: i for i, pair in enumerate(known + unknown)}
-        classes = [f"{verbs[verb]} {nouns[noun]}" for verb, noun in numbers]
-        lost = sum(numbers[key] >= len(known) for key in keys["val"])
-        print(
-            f"{len(known)} actions in training; {lost} validation rows have one of "
-            f"{len(unknown)} others, numbered from {len(known)}, which count as wrong"
-        )
-    else:
-        classes = verbs if args.task == "verb" else nouns
-        numbers = {i: i for i in range(len(classes))}
-
-    videos, splits, empty = lists.Videos(args.videos, args.out), {}, 0
-    for split, lines in read.items():
-        splits[split] = []
-        for (where, fields), key in zip(lines, keys[split], strict=True):
-            start, end = (
-                to_seconds(fields[f"{name}_timestamp"], where) for name in ("start", "stop")
-            )
-            if end <= start:
-                empty += 1
-                continue
-            person, video = fields["participant_id"], fields["video_id"]
-            splits[split].append(
-                lists.Row(
-                    videos.find(video),
-                    numbers[key],
-                    where,
-                    f"{person}/videos/{video}.MP4",
-                    start,
-                    end,
-                    (person, fields["narration"]),
-                    fields.get("narration_id") or fields["uid"],
-                )
-            )
+    segments = {}
+    empty = 0
+    for split in lines:
+        segments[split], left_out = read_segments(lines[split], id_column, verbs, nouns)
+        empty += left_out
     print(f"{empty} segments end at or before their start: left out")
+    numbers, classes = number_classes(args.task, segments, verbs, nouns)
+
+    videos = lists.Videos(args.videos, args.out)
+    splits = {}
+    for split in segments:
+        splits[split] = [
+            make_row(segment, numbers[segment.key(args.task)], videos)
+            for segment in segments[split]
+        ]
     if args.unseen:
         path = find("EPIC_100_unseen_participant_ids_validation.csv")
         people = {fields["participant_id"] for _, fields in lists.read_csv(path, "participant_id")}

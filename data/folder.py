@@ -49,9 +49,11 @@ def parse_args(argv=None):
         "--val",
         type=float,
         default=0.2,
-        help="share of each class's groups for val.csv, between 0 and 1",
+        help="share of each class's groups for val.csv, between 0 and 1 (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the groups")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws the groups (default: %(default)s)"
+    )
     parser.add_argument(
         "--group",
         metavar="REGEX",
@@ -73,7 +75,8 @@ def main(argv=None):
     videos = lists.Videos(args.videos, args.out)
     tops = {name.split(os.sep)[0] for name in videos.names if os.sep in name}
     given = "train" in tops and len(tops) > 1 and tops <= set(SPLITS)
-    files, loose = [], 0  # (path, split or None, class, group)
+    files = []  # (path, split or None, class, group)
+    loose = 0
     for name in videos.names:
         split, *rest = name.split(os.sep) if given else [None, *name.split(os.sep)]
         if len(rest) < 2:
@@ -123,7 +126,8 @@ def main(argv=None):
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
         more = ", ..." if len(lone) > 10 else ""
         print(f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{more}")
-    splits, numbers = {}, {name: i for i, name in enumerate(classes)}
+    splits = {}
+    numbers = {name: i for i, name in enumerate(classes)}
     for name, split, kind, _ in files:
         splits.setdefault(split, []).append(lists.Row(videos.path(name), numbers[kind], name, name))
     if "val" not in splits:

@@ -31,10 +31,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--annotations",
         default="data/hmdb51/annotations",
-        help="folder of the CLASS_test_splitN.txt",
+        help="folder of the CLASS_test_splitN.txt (default: %(default)s)",
     )
     parser.add_argument(
-        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split"
+        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split (default: 1)"
     )
     return parser.parse_args(argv)
 
@@ -51,7 +51,9 @@ def main(argv=None):
             "(--annotations sets the folder)"
         )
     classes = [path.name[: -len(ending)] for path in paths]
-    videos, splits, odd = lists.Videos(args.videos, args.out, classes), {"train": [], "val": []}, []
+    videos = lists.Videos(args.videos, args.out, classes)
+    splits = {"train": [], "val": []}
+    odd = []
     for label, (path, name) in enumerate(zip(paths, classes, strict=True)):
         count = {"train": 0, "val": 0}
         for where, line in lists.read_lines(path):

@@ -47,9 +47,49 @@ def split_of(path):
 
 
 def is_official(path):
-    """Whether a file begins as the official csv files do."""
+    """Whether this is a file that begins as the official csv files do."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return b"youtube_id" in file.readline(1000)
+
+
+def official_files(paths):
+    """The files among the paths, and in the folders among them those named by a split."""
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = sorted(Path(path).glob("*.csv"))
+        # Kinetics-600 as the CVD Foundation has it: train.txt and val.txt are csv files, too
+        inside += [file for file in sorted(Path(path).glob("*.txt")) if is_official(file)]
+        for file in inside:
+            if any(split in file.stem.lower() for split in ("train", "val", "test")):
+                files.append(file)
+    if not files:
+        sys.exit(
+            f"{paths[0]}: expected train.csv, val.csv or validate.csv in it, found none "
+            "(--annotations)"
+        )
+    return files
+
+
+def read_names(path):
+    """The lines of --classes; blank lines may stand at its end."""
+    line_of = {}
+    for number, line in enumerate(lists.read_text(path).rstrip().split("\n"), 1):
+        where = f"--classes {path}:{number}"
+        name = line.strip()
+        lists.expect(name, where, "a class name", "")
+        lists.expect(
+            name not in line_of,
+            where,
+            "each name once",
+            f"{name!r} again (line {line_of.get(name)})",
+        )
+        line_of[name] = number
+    return list(line_of)
 
 
 def read_official(paths, names, args):
@@ -62,7 +102,9 @@ def read_official(paths, names, args):
                 f"{path}:1: has no labels and cannot be used: name the other files, "
                 "--annotations train.csv val.csv"
             )
-        for where, fields in lists.read_csv(path, "label", "youtube_id", "time_start", "time_end"):
+        found = lists.read_csv(path, "label", "youtube_id", "time_start", "time_end")
+        lists.expect(found, path, "lines after the header", "")
+        for where, fields in found:
             lists.expect(fields["label"], where, "a label", "")
             split = fields.get("split") or split_of(path)
             lists.expect(
@@ -81,9 +123,12 @@ def read_official(paths, names, args):
     for where, split, label, key, start, end in lines:
         lists.expect(label in numbers, where, "a label that --classes names", repr(label))
         clip = f"{key}_{start:06d}_{end:06d}"
-        path, span = videos.find(clip, label), (None, None)
+        path = videos.find(clip, label)
+        span = (None, None)
         if path is None:
-            path, span = videos.find(key, label), (start, end) if args.untrimmed else span
+            path = videos.find(key, label)
+            if args.untrimmed:
+                span = (start, end)
         splits.setdefault(split, []).append(
             lists.Row(path, numbers[label], where, f"{label}/{clip}.mp4", *span)
         )
@@ -93,12 +138,16 @@ def read_official(paths, names, args):
 def read_lists(paths, names, args):
     """{split: [Row]} and the classes' names, of lists "path label"."""
     lines = []
+    what = "'PATH LABEL', separated by a space, the label an integer"
     for path in paths:
-        for where, line in lists.read_lines(path):
+        found = lists.read_lines(path)
+        lists.expect(found, path, f"lines {what}", "")
+        for where, line in found:
             name, _, number = line.rpartition(" ")
-            name, what = name.strip(), "'PATH LABEL', separated by a space, the label an integer"
+            name = name.strip()
             lists.expect(name and number.isdecimal(), where, what, repr(line))
-            label, (folder, _, frames) = int(number), name.rpartition(" ")
+            label = int(number)
+            folder, _, frames = name.rpartition(" ")
             lists.expect(
                 not folder or not frames.isdigit(),
                 where,
@@ -109,9 +158,10 @@ def read_lists(paths, names, args):
                 names is None or label < len(names), where, "a label that --classes names", label
             )
             lines.append((where, split_of(path), name, label))
-    names = names or [str(i) for i in range(1 + max((label for *_, label in lines), default=0))]
+    names = names or [str(i) for i in range(1 + max(label for *_, label in lines))]
     folders = [os.path.basename(os.path.dirname(name)) or None for _, _, name, _ in lines]
-    videos, splits = lists.Videos(args.videos, args.out, set(folders) - {None}), {}
+    videos = lists.Videos(args.videos, args.out, set(folders) - {None})
+    splits = {}
     for folder, (where, split, name, label) in zip(folders, lines, strict=True):
         stem, extension = os.path.splitext(os.path.basename(name))
         stem += "" if extension.lower() in lists.EXTENSIONS else extension
@@ -129,7 +179,7 @@ def parse_args(argv=None):
         nargs="+",
         default=["data/kinetics/annotations"],
         metavar="PATH",
-        help="folder of the official csv files, or the files",
+        help="folder of the official csv files, or the files (default: data/kinetics/annotations)",
     )
     source.add_argument(
         "--list",
@@ -149,32 +199,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    names = [line for _, line in lists.read_lines(args.classes)] if args.classes else None
+    names = read_names(args.classes) if args.classes else None
     if args.list:
         splits, names = read_lists(args.list, names, args)
     else:
-        paths = []
-        for path in args.annotations:
-            inside = sorted(Path(path).glob("*.csv")) if os.path.isdir(path) else []
-            # Kinetics-600 as the CVD Foundation has it: train.txt and val.txt are csv files, too
-            inside += [name for name in sorted(Path(path).glob("*.txt")) if is_official(name)]
-            paths += [
-                name
-                for name in inside
-                if any(split in name.stem.lower() for split in ("train", "val", "test"))
-            ]
-            paths += [] if os.path.isdir(path) else [path]
-        if not paths:
-            sys.exit(
-                f"{args.annotations[0]}: expected train.csv, val.csv or validate.csv in it, found "
-                "none (--annotations)"
-            )
-        splits, names = read_official(paths, names, args)
+        splits, names = read_official(official_files(args.annotations), names, args)
     splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}
-    if not splits:
-        sys.exit(
-            f"{(args.list or args.annotations)[0]}: expected lines after the header, found none"
-        )
     lists.write(args.out, splits, names, folder=args.videos)
 
 

@@ -8,7 +8,7 @@ write manifests.
                                                          missing, classes.txt
 
 train.csv has the header path,label,class[,start,end][,further columns]. Every error is one line,
-with the file and the line."""
+with the file and the line. Nothing but the standard library is needed."""
 
 import argparse
 import csv
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 # of a video that is there twice, the first of these is taken
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+SPLITS = ("train", "val", "test", "val_unseen")  # all that the scripts write
 
 
 class Row(NamedTuple):
@@ -31,9 +32,12 @@ class Row(NamedTuple):
     start: float | None = None  # seconds
     end: float | None = None
     extra: tuple = ()  # values of the further columns
-    id: str | None = (
-        None  # rows of the same id are duplicates; None: rows of the same path, start and end are
-    )
+    # rows of the same id are duplicates; None: rows of the same path, start and end are
+    id: str | None = None
+
+    @property
+    def name(self):
+        return self.path or self.wanted
 
 
 def parser(doc, name):
@@ -44,9 +48,13 @@ def parser(doc, name):
     flags.add_argument(
         "--videos",
         default=f"data/{name}/videos",
-        help="folder of the videos; its subfolders are searched too",
+        help="folder of the videos; its subfolders are searched too (default: %(default)s)",
     )
-    flags.add_argument("--out", default=f"data/{name}", help="folder for train.csv and the rest")
+    flags.add_argument(
+        "--out",
+        default=f"data/{name}",
+        help="folder for train.csv and the rest (default: %(default)s)",
+    )
     return flags
 
 
@@ -149,6 +157,39 @@ def read_entries(path, *keys):
 # ---- videos --------------------------------------------------------------------------------------
 
 
+def list_videos(folder):
+    """The paths of the videos below a folder, relative to it. Links are followed, and each folder
+    is entered once; a link that leads nowhere is no video."""
+    names = []
+    entered = set()
+    waiting = [""]
+    while waiting:
+        inner = waiting.pop()
+        path = os.path.join(folder, inner)
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in entered:  # a link into a folder above
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_symlink() and not os.path.exists(entry.path):
+                        continue
+                    name = os.path.join(inner, entry.name)
+                    if entry.is_dir():
+                        waiting.append(name)
+                    elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+                        names.append(name)
+        except OSError as error:
+            print(f"warning: {path}: cannot be read ({error.strerror}): nothing of it is listed")
+    return names
+
+
+def preference(name):
+    """Sorts first which of two files of the same video is to be taken."""
+    return EXTENSIONS.index(os.path.splitext(name)[1].lower()), name
+
+
 class Videos:
     """The videos below a folder, listed in one walk, so that a row costs no access to the disk.
 
@@ -159,31 +200,18 @@ class Videos:
     def __init__(self, folder, out, classes=()):
         if not os.path.isdir(folder):
             sys.exit(f"{folder}: no such folder (--videos sets the folder of the videos)")
-        self.folder, self.classes = folder, {self._plain(name) for name in classes}
+        self.classes = {self._plain(name) for name in classes}
         # ".." after a symbolic link is its target's parent
-        real, base = (os.path.realpath(folder), os.path.realpath(out))
+        real = os.path.realpath(folder)
         try:
-            self._prefix = os.path.relpath(real, base)
+            self._prefix = os.path.relpath(real, os.path.realpath(out))
         except ValueError:  # another drive
             self._prefix = real
-        self.names, walked = [], set()
-        for parent, folders, files in os.walk(real, followlinks=True):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in walked:  # a link into a folder above
-                folders.clear()
-                continue
-            walked.add((status.st_dev, status.st_ino))
-            inner = "" if parent == real else os.path.relpath(parent, real)
-            self.names += [
-                os.path.join(inner, name) for name in files if name.lower().endswith(EXTENSIONS)
-            ]
-        self.names.sort(
-            key=lambda name: (EXTENSIONS.index(os.path.splitext(name)[1].lower()), name)
-        )
+        self.names = sorted(list_videos(folder))
         self._by_stem = {}
-        for name in self.names:
-            self._by_stem.setdefault(os.path.splitext(os.path.basename(name))[0], []).append(name)
-        self.names.sort()
+        for name in sorted(self.names, key=preference):
+            stem = os.path.splitext(os.path.basename(name))[0]
+            self._by_stem.setdefault(stem, []).append(name)
 
     @staticmethod
     def _plain(name):
@@ -209,82 +237,35 @@ class Videos:
 # ---- manifests -----------------------------------------------------------------------------------
 
 
+class Kept(NamedTuple):
+    """What is written of a split."""
+
+    rows: list[Row]  # on disk, each once
+    missing: list[str]  # the videos that are not on disk
+    duplicates: int
+
+
 def write(out, splits, classes, columns=(), folder="", within=()):
     """Writes {split: [Row]} as {split}.csv, missing-{split}.txt and classes.txt (line i: class i)
     into the folder `out`.
 
-    Videos that are not on disk and duplicates are left out and counted; a video with two labels or
-    in two splits ends the script before anything is written (splits named in `within` are a part of
-    another), and so does a split without videos.
-    folder: that of the videos, for this last message.
+    Videos that are not on disk and duplicates are left out and counted. Before anything is written,
+    a video with two labels or in two splits ends the script (splits named in `within` are a part of
+    another), and so do a split without videos, a file that is not of these scripts, and a csv from
+    an earlier run that would stay beside the classes.txt of other classes.
+    folder: that of the videos, for a message.
     """
-    out, kept, missing, duplicates, split_of = Path(out), {}, {}, {}, {}
-    for split, rows in splits.items():
-        unique, missing[split], duplicates[split] = {}, {}, 0
-        for row in rows:
-            name = row.path or row.wanted
-            other = unique.setdefault(row.id or (name, row.start, row.end), row)
-            if other.label != row.label:
-                old, new = classes[other.label], classes[row.label]
-                sys.exit(
-                    f"{row.where}: {name} is of class {new!r}, but of {old!r} at {other.where}"
-                )
-            duplicates[split] += other is not row
-            where, home = split_of.setdefault(name, (row.where, split))
-            if home != split and split not in within:
-                sys.exit(
-                    f"{row.where}: {name} is in {split}, but also in {home} ({where}): take it out "
-                    "of one of the two"
-                )
-            if row.path is None:
-                missing[split][row.wanted] = None
-        kept[split] = [row for row in unique.values() if row.path is not None]
-        if not kept[split]:
-            first = (
-                f": looked first for {os.path.join(folder, next(iter(missing[split])))}"
-                if missing[split]
-                else ""
-            )
-            sys.exit(
-                f"{split}: none of its {len(unique)} rows has a video on disk{first} "
-                "(--videos sets the folder)"
-            )
+    out = Path(out)
+    refuse_overlaps(splits, within)
+    kept = {split: keep(split, rows, classes, folder) for split, rows in splits.items()}
+    numbering = "".join(f"{name}\n" for name in classes)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for split in kept:  # all, before one is written
-            path = out / f"{split}.csv"
-            if path.exists() and path.open("rb").read(5) != b"path,":
-                sys.exit(
-                    f"{path}: is there and is no manifest: not overwritten "
-                    "(--out sets another folder)"
-                )
-        for split, rows in kept.items():
-            path = out / f"{split}.csv"
-            spans = ("start", "end") if any(row.end is not None for row in rows) else ()
-            lines = [("path", "label", "class", *spans, *columns)]
-            lines += [
-                (
-                    row.path,
-                    row.label,
-                    classes[row.label],
-                    *map(seconds, (row.start, row.end)[: len(spans)]),
-                    *row.extra,
-                )
-                for row in rows
-            ]
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows(lines)
-            replace(path, text.getvalue())
-            gone = out / f"missing-{split}.txt"
-            replace(gone, "".join(f"{name}\n" for name in missing[split])) if missing[
-                split
-            ] else gone.unlink(missing_ok=True)
-            print(
-                f"{path}: {len(rows)} rows, {len({row.label for row in rows})} classes, "
-                f"{len(missing[split])} videos missing"
-                f"{f' ({gone.name})' if missing[split] else ''}, {duplicates[split]} duplicates"
-            )
-        replace(out / "classes.txt", "".join(f"{name}\n" for name in classes))
+        refuse_to_overwrite(out, splits, numbering)
+        for split in splits:
+            write_split(out, split, kept[split], classes, columns)
+        # last: without a csv beside it, the next run would not know it for one of ours
+        replace(out / "classes.txt", numbering)
     except OSError as error:
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
     except UnicodeEncodeError as error:
@@ -293,7 +274,101 @@ def write(out, splits, classes, columns=(), folder="", within=()):
             "UTF-8: rename the file"
         )
     print(
-        f"next, to check the files: python -m tgm.prepare {out / next(iter(kept))}.csv, and so on"
+        "next, to check the files, in the repository's folder: "
+        f"python -m tgm.prepare {out.absolute() / next(iter(splits))}.csv, and so on"
+    )
+
+
+def refuse_overlaps(splits, within):
+    """Ends with one line where a video is in two splits."""
+    first = {}  # of each video: where it is named first, and the split
+    for split, rows in splits.items():
+        for row in rows:
+            where, home = first.setdefault(row.name, (row.where, split))
+            if home != split and split not in within:
+                sys.exit(
+                    f"{row.where}: {row.name} is in {split}, but also in {home} ({where}): take "
+                    "it out of one of the two"
+                )
+
+
+def keep(split, rows, classes, folder):
+    """The Kept of a split's rows."""
+    if not rows:
+        sys.exit(f"{split}: has no rows: check the annotations, and the flags that choose its rows")
+    unique = {}
+    for row in rows:
+        other = unique.setdefault(row.id or (row.name, row.start, row.end), row)
+        if other.label != row.label:
+            sys.exit(
+                f"{row.where}: {row.name} is of class {classes[row.label]!r}, but of "
+                f"{classes[other.label]!r} at {other.where}"
+            )
+    on_disk = [row for row in unique.values() if row.path is not None]
+    # a dict, because one video may have several rows
+    missing = list(dict.fromkeys(row.wanted for row in rows if row.path is None))
+    if not on_disk:
+        sys.exit(
+            f"{split}: none of its {len(unique)} rows has a video on disk: looked first for "
+            f"{os.path.join(folder, missing[0])} (--videos sets the folder)"
+        )
+    return Kept(on_disk, missing, len(rows) - len(unique))
+
+
+def is_manifest(path):
+    """Whether this is a csv as `write_split` writes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return (file.readline().rstrip() + b",").startswith(b"path,label,class,")
+
+
+def refuse_to_overwrite(out, splits, numbering):
+    """Ends with one line before a file that is not of these scripts is overwritten, or a csv is
+    left beside a classes.txt that is not its own. numbering: what classes.txt is to hold."""
+    ours = [split for split in SPLITS if is_manifest(out / f"{split}.csv")]
+    classes = out / "classes.txt"
+    same = classes.is_file() and classes.read_bytes() == numbering.encode("utf-8")
+    foreign = [out / f"{split}.csv" for split in splits if split not in ours]
+    if not ours:  # text files have no header: they are ours where a csv of ours is beside them
+        foreign += [out / f"missing-{split}.txt" for split in splits]
+        foreign += [] if same else [classes]
+    for path in foreign:
+        if path.exists() and path.stat().st_size > 0:
+            sys.exit(
+                f"{path}: is there, and is none of the files that this command writes: "
+                "not overwritten (--out writes elsewhere)"
+            )
+    for split in ours:
+        if split not in splits and not same:
+            sys.exit(
+                f"{out / split}.csv: is of an earlier run with other classes: delete it "
+                "(or --out writes elsewhere)"
+            )
+
+
+def write_split(out, split, kept, classes, columns):
+    """Writes {split}.csv and missing-{split}.txt, and prints a line of counts."""
+    timed = any(row.end is not None for row in kept.rows)
+    times = ("start", "end") if timed else ()
+    lines = [("path", "label", "class", *times, *columns)]
+    for row in kept.rows:
+        times = (seconds(row.start), seconds(row.end)) if timed else ()
+        lines.append((row.path, row.label, classes[row.label], *times, *row.extra))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    replace(out / f"{split}.csv", text.getvalue())
+
+    absent = out / f"missing-{split}.txt"
+    listed_in = ""
+    if kept.missing:
+        replace(absent, "".join(f"{name}\n" for name in kept.missing))
+        listed_in = f" ({absent.name})"
+    else:
+        absent.unlink(missing_ok=True)
+    print(
+        f"{out / split}.csv: {len(kept.rows)} rows, {len({row.label for row in kept.rows})} "
+        f"classes, {len(kept.missing)} videos missing{listed_in}, {kept.duplicates} duplicates"
     )
 
 

@@ -67,7 +67,9 @@ def read_test(path, answers, numbers, videos):
 def parse_args(argv=None):
     parser = lists.parser(__doc__, "ssv2")
     parser.add_argument(
-        "--annotations", default="data/ssv2/annotations", help="folder of labels.json and the rest"
+        "--annotations",
+        default="data/ssv2/annotations",
+        help="folder of labels.json and the rest (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -25,7 +25,8 @@ import lists
 
 def read_list(path, classes, videos):
     """The rows of a trainlist ("Class/file.avi 1") or testlist ("Class/file.avi")."""
-    numbers, rows = {name.casefold(): number for number, name in enumerate(classes)}, []
+    numbers = {name.casefold(): number for number, name in enumerate(classes)}
+    rows = []
     for where, line in lists.read_lines(path):
         name, _, number = line.partition(" ")
         folder, _, file = name.rpartition("/")
@@ -67,10 +68,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--annotations",
         default="data/ucf101/annotations",
-        help="folder of classInd.txt and the lists",
+        help="folder of classInd.txt and the lists (default: %(default)s)",
     )
     parser.add_argument(
-        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split"
+        "--split", type=int, choices=(1, 2, 3), default=1, help="which official split (default: 1)"
     )
     return parser.parse_args(argv)
 

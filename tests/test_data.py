@@ -8,10 +8,13 @@ import os
 import re
 import time
 
+import lists
 import pytest
 from conftest import ROOT, run
 
 from tgm.manifest import read_manifest
+
+FOREIGN = "is there, and is none of the files that this command writes: not overwritten (--out writes elsewhere)"
 
 
 def touch(folder, *names):
@@ -47,12 +50,12 @@ def script(tmp_path):
     """
 
     def call(name, *args, fails=False, annotations=True):
-        lists = ("--annotations", "lists") if annotations else ()
+        official = ("--annotations", "lists") if annotations else ()
         return run(
             f"data/{name}.py",
             "--videos",
             "videos",
-            *lists,
+            *official,
             "--out",
             "out",
             *args,
@@ -132,7 +135,8 @@ def test_kinetics_official(script, tmp_path):
     )
     assert "out/val.csv: 1 rows, 1 classes, 0 videos missing, 0 duplicates" in printed
     assert printed.endswith(
-        "next, to check the files: python -m tgm.prepare out/train.csv, and so on\n"
+        "next, to check the files, in the repository's folder: "
+        f"python -m tgm.prepare {tmp_path}/out/train.csv, and so on\n"
     )
     assert not list((tmp_path / "out").glob("*.new"))
 
@@ -143,6 +147,7 @@ def test_kinetics_600_has_csv_files_with_another_ending(script, tmp_path):
     (tmp_path / "lists/train.csv").rename(tmp_path / "lists/train.txt")
     (tmp_path / "lists/validate.csv").rename(tmp_path / "lists/val.txt")
     put(tmp_path / "lists/train_list.txt", "a.mp4 0")
+    (tmp_path / "lists/val_notes.txt").mkdir()
     touch(
         tmp_path / "videos",
         "flat_000000_000010.mp4",
@@ -162,9 +167,28 @@ def test_nothing_is_written_beside_a_file_that_is_none_of_ours(script, tmp_path)
         "vvv_000100_000110.mp4",
         "ttt_000100_000110.mp4",
     )
-    put(tmp_path / "out/val.csv", "mine")
-    assert "out/val.csv: is there and is no manifest" in script("kinetics", fails=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.csv"]
+    toy = "path,label,object,scene,caption,bystander"
+    names = "abseiling\nair drumming\nmassaging person's head"
+    for name, line in (
+        ("val.csv", "mine"),
+        ("train.csv", toy),
+        ("classes.txt", "mine"),
+        ("missing-train.txt", "mine"),
+    ):
+        path = tmp_path / "out" / name
+        put(path, line)
+        assert script("kinetics", fails=True) == f"out/{name}: {FOREIGN}"
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+        assert path.read_text() == f"{line}\n"
+        path.unlink()
+    put(tmp_path / "out/classes.txt", names)  # what would be written
+    put(tmp_path / "out/val.csv", end="")
+    script("kinetics")
+    # beside a csv of ours the text files are ours
+    put(tmp_path / "out/classes.txt", "old")
+    script("kinetics")
+    assert (tmp_path / "out/classes.txt").read_text() == f"{names}\n"
+    assert column(tmp_path / "out/val.csv", "class") == ["air drumming"]
 
 
 def test_kinetics_untrimmed(script, tmp_path):
@@ -217,6 +241,38 @@ def test_kinetics_classes_and_files(script, tmp_path):
     assert (
         line == "lists/validate.csv:2: expected a label that --classes names, found 'air drumming'"
     )
+    for names, message in (
+        (("zumba", "", "air drumming"), "2: expected a class name, found nothing"),
+        (("zumba", "a", "zumba "), "3: expected each name once, found 'zumba' again (line 1)"),
+        ((), "1: expected a class name, found nothing"),
+    ):
+        put(tmp_path / "names.txt", *names)
+        line = script("kinetics", "--classes", "names.txt", fails=True)
+        assert line == f"--classes names.txt:{message}"
+
+
+def test_kinetics_splits_one_after_the_other(script, tmp_path):
+    """Into one folder, where both number the classes alike."""
+    kinetics_lists(tmp_path)
+    touch(tmp_path / "videos", "flat.mp4", "vvv.mp4")
+    put(tmp_path / "names.txt", "abseiling", "air drumming", "massaging person's head")
+    for split in ("train", "validate"):
+        script(
+            "kinetics",
+            "--annotations",
+            f"lists/{split}.csv",
+            "--classes",
+            "names.txt",
+            annotations=False,
+        )
+    assert rows(tmp_path / "out/train.csv") == [("flat.mp4", "2", None, None)]
+    assert rows(tmp_path / "out/val.csv") == [("vvv.mp4", "1", None, None)]
+    # of itself, this list would number its one class 0
+    line = script("kinetics", "--annotations", "lists/validate.csv", annotations=False, fails=True)
+    assert line == (
+        "out/train.csv: is of an earlier run with other classes: delete it (or --out writes elsewhere)"
+    )
+    assert rows(tmp_path / "out/val.csv") == [("vvv.mp4", "1", None, None)]
 
 
 def test_kinetics_lists(script, tmp_path):
@@ -247,6 +303,7 @@ def test_kinetics_lists(script, tmp_path):
         column(tmp_path / "out/train.csv", "class") == ["1", "0", "2"] and "1 duplicates" in printed
     )
     put(tmp_path / "names.txt", "abseiling", "air drumming", "archery")
+    (tmp_path / "out/val.csv").unlink()  # its classes were numbers
     script("kinetics", "--list", "k400_train.csv", "--classes", "names.txt", annotations=False)
     assert column(tmp_path / "out/train.csv", "class") == ["air drumming", "abseiling", "archery"]
     put(tmp_path / "names.txt", "abseiling", "air drumming")
@@ -260,6 +317,14 @@ def test_kinetics_lists(script, tmp_path):
         fails=True,
     )
     assert line == "k400_train.csv:3: expected a label that --classes names, found 2"
+    put(tmp_path / "k400_train.csv", "")
+    line = script(
+        "kinetics", "--list", "k400_val.txt", "k400_train.csv", annotations=False, fails=True
+    )
+    assert line == (
+        "k400_train.csv: expected lines 'PATH LABEL', separated by a space, the label an integer, "
+        "found nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,6 +419,11 @@ def test_kinetics_what_is_not_there(script, tmp_path):
     put(tmp_path / "lists/train.csv", HEADER, "abseiling,x,0,10,train,0")
     assert (
         script("kinetics", fails=True)
+        == "lists/test.csv: expected lines after the header, found nothing"
+    )
+    (tmp_path / "lists/test.csv").unlink()
+    assert (
+        script("kinetics", fails=True)
         == "videos: no such folder (--videos sets the folder of the videos)"
     )
     (tmp_path / "videos").mkdir()
@@ -364,12 +434,7 @@ def test_kinetics_what_is_not_there(script, tmp_path):
     touch(tmp_path / "videos", "x.mp4")
     # the official train.csv is not to be lost
     line = script("kinetics", "--out", "lists", fails=True)
-    assert (
-        line
-        == "lists/train.csv: is there and is no manifest: not overwritten (--out sets another folder)"
-    )
-    put(tmp_path / "lists/train.csv", HEADER)
-    assert script("kinetics", fails=True) == "lists: expected lines after the header, found none"
+    assert line == f"lists/train.csv: {FOREIGN}"
     put(tmp_path / "lists/train.csv", "path,label", "a,b")
     assert script("kinetics", fails=True) == (
         "lists/train.csv:1: expected the columns label,youtube_id,time_start,time_end, found "
@@ -526,7 +591,7 @@ def test_200000_rows_are_quick(script, tmp_path, monkeypatch):
         json.dumps([entry("200000", "Approaching [something] with your camera", "a cup")]),
     )
     names = [f"{i}.webm" for i in range(0, 200_001, 2)]
-    monkeypatch.setattr(os, "walk", lambda folder, followlinks: [(folder, [], names)])
+    monkeypatch.setattr(lists, "list_videos", lambda folder: names)
     before = time.process_time()
     printed = script("ssv2")
     assert time.process_time() - before < 10
@@ -837,6 +902,43 @@ def test_epic_100(script, tmp_path, task, train, val, classes):
         )
 
 
+def test_epic_unseen_of_another_task(script, tmp_path):
+    write_epic_100(tmp_path)
+    script("epic", "--task", "verb", "--unseen")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert script("epic", "--task", "noun", fails=True) == (
+        "out/val_unseen.csv: is of an earlier run with other classes: delete it "
+        "(or --out writes elsewhere)"
+    )
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    script("epic", "--task", "verb")  # the same classes
+    script("epic", "--task", "noun", "--unseen")
+    assert [row[1] for row in rows(tmp_path / "out/val_unseen.csv")] == ["1"]
+    put(tmp_path / "lists/EPIC_100_unseen_participant_ids_validation.csv", "participant_id", "P32")
+    assert script("epic", "--unseen", fails=True) == (
+        "val_unseen: has no rows: check the annotations, and the flags that choose its rows"
+    )
+
+
+def test_epic_actions_of_segments_without_length(script, tmp_path):
+    """They are left out before actions are numbered and counted."""
+    write_epic_100(tmp_path)
+    line = "{},P01,P01_11,0,00:00:0{},00:00:02,1,2,x,{},{},{},{},[],[]"
+    for split, start in (("train", 2), ("validation", 3)):
+        with open(tmp_path / f"lists/EPIC_100_{split}.csv", "a") as file:
+            file.write(line.format("P01_11_8", start, "open", 1, "tap", 0) + "\n")
+    assert (
+        "3 actions in training; 1 validation rows have one of 1 others, numbered from 3, which count as wrong"
+        in script("epic", "--task", "action")
+    )
+    assert (tmp_path / "out/classes.txt").read_text().splitlines() == [
+        "take tap",
+        "open door",
+        "open fridge",
+        "take door",
+    ]
+
+
 def test_epic_55(script, tmp_path):
     put(
         tmp_path / "lists/EPIC_train_action_labels.csv",
@@ -868,6 +970,9 @@ def test_epic_55(script, tmp_path):
         "P25/P25_01.MP4",
         "P26/P26_01.MP4",
     ]
+    assert script("epic", "--val-from", 99, fails=True) == (
+        "val: has no rows: check the annotations, and the flags that choose its rows"
+    )
     assert script("epic", "--unseen", fails=True) == (
         "--unseen is for EPIC-Kitchens-100: in EPIC-55 all kitchens of val.csv are unseen"
     )
@@ -893,6 +998,15 @@ def test_epic_errors(script, tmp_path):
             f"P01_11_0,P01,P01_11,0,{fields},[],[]",
         )
         assert script("epic", fails=True) == f"lists/EPIC_100_validation.csv:2: {message}"
+    put(
+        tmp_path / "lists/EPIC_100_validation.csv",
+        EPIC_100,
+        ",P01,P01_11,0,00:00:01,00:00:03,8,202,x,open,1,door,1,[],[]",
+    )
+    assert (
+        script("epic", fails=True)
+        == "lists/EPIC_100_validation.csv:2: expected a narration_id, found nothing"
+    )
     put(tmp_path / "lists/EPIC_100_verb_classes.csv", "id,key", "0,take", "2,open")
     assert (
         script("epic", fails=True) == "lists/EPIC_100_verb_classes.csv:3: expected class 1, found 2"
@@ -911,6 +1025,7 @@ def test_folder(script, tmp_path):
         "one/x.mkv",
         "loose.mp4",
         "walk/notes.txt",
+        "walk/.mp4",
         "train/\u00e9.avi",
         "train/z.avi",
     )
@@ -1040,6 +1155,47 @@ def test_links(script, tmp_path):
     ]
     assert len(found) == 3 and all(map(os.path.isfile, found))
     assert all(not os.path.isabs(path) for path in column(tmp_path / "out/train.csv", "path"))
+
+
+def test_links_that_lead_nowhere_and_unreadable_folders(script, tmp_path, monkeypatch):
+    touch(tmp_path / "videos", "a/1.mp4", "a/2.mp4", "a/locked/3.mp4")
+    (tmp_path / "videos/a/4.mp4").symlink_to("gone.mp4")
+    (tmp_path / "videos/a/5.mp4").symlink_to("5.mp4")
+    (tmp_path / "videos/a/6.mp4").symlink_to("1.mp4")
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    printed = script("folder", annotations=False)
+    assert (
+        "warning: videos/a/locked: cannot be read (Permission denied): nothing of it is listed\n"
+        in printed
+    )
+    found = [*column(tmp_path / "out/train.csv", "path"), *column(tmp_path / "out/val.csv", "path")]
+    assert sorted(found) == ["../videos/a/1.mp4", "../videos/a/2.mp4", "../videos/a/6.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("folder", ["data/folder/videos", "data/folder", "0.2", "0"]),
+        ("kinetics", ["data/kinetics/videos", "data/kinetics", "data/kinetics/annotations"]),
+        ("epic", ["data/epic/videos", "data/epic", "data/epic/annotations", "verb"]),
+        ("ucf101", ["data/ucf101/videos", "data/ucf101", "data/ucf101/annotations", "1"]),
+        ("hmdb51", ["data/hmdb51/videos", "data/hmdb51", "data/hmdb51/annotations", "1"]),
+        ("ssv2", ["data/ssv2/videos", "data/ssv2", "data/ssv2/annotations"]),
+        ("diving48", ["data/diving48/videos", "data/diving48", "data/diving48/annotations"]),
+    ],
+)
+def test_help_says_the_defaults(name, defaults, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    printed = run(f"data/{name}.py", "--help")
+    for default in defaults:
+        assert f"(default: {default})" in printed
 
 
 def test_run_as_a_user_does(tmp_path):
