@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from conftest import ROOT, run
@@ -147,6 +149,28 @@ def test_the_good_rows_are_those_of_the_manifest_that_was_checked(tmp_path, monk
     assert all(os.path.exists(video.path) for video in read_manifest(tmp_path / "link/good.csv"))
 
 
+def test_paths_that_go_up_from_a_link_stay_right(tmp_path):
+    (tmp_path / "disk/k400").mkdir(parents=True)
+    (tmp_path / "disk/videos").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/k400").symlink_to(tmp_path / "disk/k400")
+    write(tmp_path / "disk/videos/a.mp4", pictures(5), fps=10)
+    (tmp_path / "data/k400/all.csv").write_text("path\n../videos/a.mp4\n")
+    flags = ("--workers", 1, "--good", "good/all.csv")
+    assert "good/all.csv: 1 rows" in run("tgm.prepare", "data/k400/all.csv", *flags, cwd=tmp_path)
+    assert (tmp_path / "good/all.csv").read_text().split() == ["path", "../disk/videos/a.mp4"]
+
+
+def test_a_manifest_without_good_rows_is_not_written(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    (tmp_path / "all.csv").write_text("path\nbad.mp4\n")
+    flags = ("tgm.prepare", "all.csv", "--workers", 1, "--good")
+    line = run(*flags, "all.check.csv", cwd=tmp_path, fails=True)
+    assert line == "--good all.check.csv: the report of the check goes there"
+    assert "1 of 1 rows cannot be used" in run(*flags, "good.csv", cwd=tmp_path, fails=True)
+    assert not (tmp_path / "good.csv").exists() and (tmp_path / "all.check.csv").exists()
+
+
 def test_two_re_encodings_into_one_folder_are_refused(tmp_path):
     write(tmp_path / "a.mp4", pictures(5), fps=10)
     (tmp_path / "one.csv").write_text("path\na.mp4\n")
@@ -203,6 +227,39 @@ def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
         other.min(),
     )
     assert len(keys) <= 5
+
+
+def test_a_last_frame_that_stays_on_screen_stays_in_the_copy(tmp_path):
+    short = write(tmp_path / "short.mp4", pictures(10), fps=10, b_frames=0)
+    path = tmp_path / "long.mp4"
+    with av.open(short) as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets:
+            packet.stream = stream
+            if packet.pts == max(each.pts for each in packets):
+                packet.duration *= 40
+        out.mux(packets)
+    target = str(tmp_path / "out/long.mp4")
+    assert prepare.reencode(str(path), target, 64) is None
+    with VideoReader(path) as source, VideoReader(target) as copy:
+        assert source.duration == pytest.approx(4.9, abs=0.01)
+        assert copy.duration == pytest.approx(4.9, abs=0.01)
+        times = [0.85, 0.95, 2.5, 4.8]
+        got = copy.read(times)
+        expected = source.read(times, got.shape[1:3]).astype(int)
+        assert np.abs(expected - got).mean((1, 2, 3)).max() < 14
+
+
+def test_a_file_that_is_cut_off_is_not_re_encoded(tmp_path):
+    path = write(tmp_path / "a.mkv", pictures(120), options={"g": "10"})
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    error = prepare.reencode(path, str(tmp_path / "out/a.mp4"), 64)
+    assert error.startswith(f"{path}: truncated: ") and error.endswith(
+        "of the 4.00 s in its header"
+    )
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_manifest_of_copies_goes_on_where_it_stopped(tmp_path):

@@ -307,9 +307,17 @@ def test_frames_before_the_first_displayed_are_left_out(tmp_path):
     new = remux(path, tmp_path / "late.mp4", change=without_key)
     with V.VideoReader(new) as reader:
         times = [seconds for seconds, _ in reader.frames()]
-        first = reader.read([0])[0]
+        first, last = reader.read([0, reader.duration])
+        assert reader.duration == pytest.approx(0.6)
     assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert np.array_equal(first, decode(path)[1][6])
+    assert np.array_equal(last, decode(path)[1][11])
+
+
+@pytest.mark.parametrize("size", [0, -1, (0, 5), (5, 5, 3), [48]])
+def test_a_size_that_no_picture_has_is_not_the_files_fault(gop250, size):
+    with pytest.raises(ValueError, match="^size: expected pixels, "):
+        V.read_frames(gop250, [1.0], size=size)
 
 
 def test_a_bug_is_not_taken_for_a_file_to_be_decoded_plainly(gop250, monkeypatch):

@@ -118,7 +118,7 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
             encode_frames(reader, container, short_side)
         os.replace(aside, target)
     except VideoError as error:
-        # of reading, encoding or writing: all happen inside reader.errors()
+        # of reading, encoding or writing frames: all inside reader.errors()
         number = getattr(error.__cause__, "errno", None)
         if number in NO_ROOM:
             raise RunError(f"{target}: cannot be written ({os.strerror(number)})") from None
@@ -134,17 +134,33 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
 def encode_frames(reader, container, short_side):
     """Encodes every displayed frame of an open video into an open container."""
     stream = None
+
+    def encode(image, seconds):
+        picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+        picture.pts = round(seconds * TICKS)
+        picture.time_base = Fraction(1, TICKS)
+        container.mux(stream.encode(picture))
+
+    gap = 1 / reader.fps  # seconds between the last two frames
+    before = 0.0
     for seconds, frame in reader.frames():
         if stream is None:
             size = encoded_size(reader.picture(frame), short_side)
             stream = add_stream(container, size, reader.fps)
-        picture = av.VideoFrame.from_ndarray(reader.picture(frame, size), format="rgb24")
-        picture.pts = round(seconds * TICKS)
-        picture.time_base = Fraction(1, TICKS)
-        container.mux(stream.encode(picture))
+        else:
+            gap = max(1 / 60, seconds - before)
+        before = seconds
+        image = reader.picture(frame, size)
+        encode(image, seconds)
     if stream is None:
         raise VideoError(f"{reader.path}: no frame could be decoded")
-    container.mux(stream.encode())
+    # Where the last frame stays on screen, it is repeated to the end: the copy would end after it.
+    for later in np.arange(seconds + gap, reader.duration - gap / 2, gap):
+        encode(image, later)
+    packets = stream.encode()  # the last ones
+    for packet in packets:
+        packet.duration = round(gap * TICKS)  # by itself it is that of the average frame rate
+    container.mux(packets)
 
 
 def encoded_size(image: np.ndarray, short_side: int) -> tuple[int, int]:
@@ -326,11 +342,15 @@ def copied_rows(source: FilePath, path_of: Callable[[int], str]) -> list[list[st
 def rows_for(manifest: FilePath, videos: Videos, folder: FilePath) -> list[list[str]]:
     """The csv rows of a manifest as they are in `folder`, the header first: absolute paths stay,
     others become relative to it."""
-    folder = os.path.realpath(folder)  # a path that goes up from a link goes up from its target
+    folder = os.path.realpath(folder)
 
     def path_of(row):
         video = videos[row]
-        return video.name if os.path.isabs(video.name) else os.path.relpath(video.path, folder)
+        if os.path.isabs(video.name):
+            return video.name
+        # ".." after a link is the parent of its target; the video itself may stay a link
+        parent, name = os.path.split(video.path)
+        return os.path.relpath(os.path.join(os.path.realpath(parent), name), folder)
 
     return copied_rows(manifest, path_of)
 
@@ -468,6 +488,8 @@ def main(argv=None):
         folder = os.path.dirname(args.good) or "."
         make_folder(folder, "--good")
         header, *rows = rows_for(args.manifest, videos, folder)
+        if os.path.abspath(args.good) == os.path.abspath(report):
+            raise RunError(f"--good {args.good}: the report of the check goes there")
         if os.path.exists(args.good) and os.path.getsize(args.good) > 0:
             raise RunError(
                 f"{args.good}: exists already: not overwritten (--good names another file, or "
@@ -477,8 +499,11 @@ def main(argv=None):
     if args.good:
         bad = {problem.video.row for problem in problems}
         good = [row for number, row in enumerate(rows) if number not in bad]
-        write_csv(args.good, [header, *good])
-        print(f"{args.good}: {len(good)} rows")
+        if good:
+            write_csv(args.good, [header, *good])
+            print(f"{args.good}: {len(good)} rows")
+        else:
+            print(f"{args.good}: not written, no row can be used")
     # last: the data set's folder may be read-only
     reasons = [(video.row, video.name, kind, what) for video, kind, what in problems]
     write_csv(report, [REPORT, *reasons])

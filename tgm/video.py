@@ -236,10 +236,10 @@ class VideoReader:
         size: None as displayed; an int scales the short side to it; (H, W) squashes to it. Bicubic,
         its support widened when scaling down, so that nothing aliases.
 
-        ValueError for no times or such a size. VideoError also if the decoder reports damage, or
-        the file ends too long before a wanted time that its header promises: more than a second, or
-        than a tenth of its duration, whichever is less."""
-        if np.ndim(size) > 0 and np.shape(size) != (2,):
+        ValueError for no times, or for another size. VideoError also if the decoder reports damage,
+        or the file ends too long before a wanted time that its header promises: more than a second,
+        or than a tenth of its duration, whichever is less."""
+        if size is not None and (np.shape(size) not in ((), (2,)) or np.min(size) < 1):
             raise ValueError(f"size: expected pixels, (height, width) or None, got {size}")
         times = self._inside(times)
         images = self._decode(times, lambda frames: self._convert(frames, size))
@@ -361,7 +361,11 @@ class VideoReader:
 
     def _find_duration(self):
         if self._stream.duration:
-            return self._stream.duration * self._tick
+            # of the frames before the first that is displayed, too
+            before = (self._first or 0) - (self._stream.start_time or 0)
+            if self._first is None or before < 0:
+                before = 0
+            return (self._stream.duration - before) * self._tick
         # what follows are ends, not durations
         offset = (self._first or 0) * self._tick
         # Matroska: "00:00:10.333000000", when the stream ends
@@ -463,11 +467,22 @@ class VideoReader:
         return wanted
 
     def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Yields (seconds, frame) of every frame displayed, decoding from the file's start. What
-        goes wrong is libav's error: `with reader.errors():` makes it a VideoError."""
+        """Yields (seconds, frame) of every frame displayed, decoding from the file's start.
+        VideoError at the end, if the file ends too early, as for `read`. What else goes wrong is
+        libav's error: `with reader.errors():` makes it a VideoError."""
+        end = None
         for seconds, frame in self._all_frames():
             if seconds >= 0:
+                end = seconds + self._shown_for(frame)
                 yield seconds, frame
+        if end is not None:
+            self._check_end(self.duration, end)
+
+    def _shown_for(self, frame):
+        """How long a frame is displayed, in seconds; by the frame rate where it does not say."""
+        if frame.duration:
+            return frame.duration * self._tick
+        return 1 / self.fps
 
     def _all_frames(self):
         """Yields (seconds, frame), also of the frames before the first that is displayed, at
@@ -505,7 +520,7 @@ class VideoReader:
                 last_reference = begins
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
-        self._check_end(times[-1], begins + 1 / self.fps)
+        self._check_end(times[-1], begins + self._shown_for(frame))
         for time in times:
             yield time, frame, distances
 
