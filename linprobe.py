@@ -1,10 +1,12 @@
 """Stage 4: linear, nearest-neighbour and attentive probes of the frozen features of an encoder.
 
+videos -> views -> features -> choose a setting -> train -> test
+
 Reads   a training and a test manifest with labels, their videos, and a checkpoint: ours, VideoMAE's
         .pth, a Hugging Face folder, or none for an untrained encoder; if they are there, the test
         manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
         (caption.py, then saliency.py --data val.csv)
-Writes  OUT/LABEL.json, the result (LABEL.videomae.json with --protocol videomae);
+Writes  OUT/LABEL.json, the result and its settings (LABEL.videomae.json with --protocol videomae);
         OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
         with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; next to each array a .json
         of what it was made with: if that changes, it is made again
@@ -27,15 +29,14 @@ multi-scale crop, half of them mirrored), and each epoch of the linear probe dra
 Features are extracted once: a second run, for another --label-column or after a kill, reads only
 the videos whose features are missing.
 
-Probes: videos -> views -> features -> choose a setting -> train -> test. A setting is chosen on a
-tenth of the *training* set that is held out for it, never on the test set. Of equally good settings
-the first in the list is taken.
+Probes. A setting is chosen on a tenth of the *training* set that is held out for it, never on the
+test set. Of equally good settings the first in the list is taken.
   linear     one linear layer on features standardised by training-set statistics; SGD with momentum
-             0.9, cosine. --protocol sweep: all learning rates x weight decays in one batched
-             product, then the best again on the whole training set. --protocol videomae, made for
-             augmented clips (--augment): VideoMAE's one published setting, learning rate 0.1 x
-             batch / 256, no weight decay, batch 1024 (or the training set, if it is smaller), 100
-             epochs of which 10 warm up.
+             0.9, cosine. --protocol sweep: all learning rates x weight decays are trained together,
+             in one batched product; then the best is trained again, on the whole training set.
+             --protocol videomae, made for augmented clips (--augment): VideoMAE's one published
+             setting, learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or the training
+             set, if it is smaller), 100 epochs of which 10 warm up.
   knn        the k nearest by cosine vote with weight exp(similarity / 0.07) (Wu et al. 2018, arXiv
              1805.01978); random views are averaged
   attentive  one learned query cross-attends, with the encoder's number of heads, over the
@@ -53,12 +54,13 @@ is asked two more things of the test videos; a video's embedding is its feature,
   retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
              and the reverse? Recall, chance and the median rank of the first right answer.
 
-Uncertainty. --seeds repetitions differ in the held-out split (the attentive probe keeps the first
-seed's choice), in order, drawn views and initial weights (for kNN in the split alone, so that only
-its k can differ). The table shows their mean accuracy and its 95 % intervals, over seeds (Student's
-t) and over test videos (bootstrap, which takes videos to be independent); neither covers another
-pretraining run, nor another untrained encoder. A video that fails is left out of training and
-counts as wrong in the test set, as does a class without a training video.
+Uncertainty. Each of --seeds repetitions has its own held-out split, order of videos, drawn views
+and initial weights. (The attentive probe keeps the setting that the first seed chose. kNN draws
+nothing but the split, which can change its k alone.) The table shows their mean accuracy and its
+95 % intervals, over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
+independent); neither covers another pretraining run, nor another untrained encoder. A video that
+fails is left out of training and counts as wrong in the test set, as does a class without a
+training video.
 
 SIGTERM and Ctrl-C: an extraction stops after the current batch, the probes stop at once. The next
 run uses the features that are there.
@@ -67,7 +69,6 @@ Shapes: N videos, N' test videos, V views, A random views, M tokens kept of a vi
 C classes, L settings, S seeds, B batch, K neighbours."""
 
 import argparse
-import datetime
 import json
 import math
 from functools import partial
@@ -75,18 +76,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import model as models
-from tgm.arrays import hold
+from tgm.arrays import hold, written_aside
+from tgm.checks import as_run_error
 from tgm.evaluation import bootstrap, t_interval
 from tgm.features import (
     TokenRows,
-    complete_rows,
     extract_all,
+    filled_rows,
     load_encoder,
     plan_extractions,
+    weights_identity,
 )
 from tgm.flags import (
     Parser,
@@ -98,17 +100,16 @@ from tgm.flags import (
     seed_number,
     whole,
 )
-from tgm.labels import read_labelled
-from tgm.manifest import ManifestError, shared_rows
+from tgm.labels import class_names, number_labels, read_labelled
+from tgm.manifest import shared_rows
+from tgm.offline import join_machine, leave_ranks
 from tgm.run import (
     RunError,
-    choose_device,
-    join_ranks,
+    give_up_together,
     launch,
     make_folder,
     one_line_errors,
-    torchrun_ranks,
-    writing,
+    union_over_ranks,
 )
 from tgm.textprobe import find_head, print_head, probe_head
 
@@ -218,10 +219,10 @@ def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
 
 
 class AttentiveProbe(torch.nn.Module):
-    """tokens [B, V*M, D] -> logits [B, C]: multi-head cross-attention from one learned query, then
-    a linear layer. Left out is what would not add to what it can express: a bias of keys cancels in
-    the softmax; the norm's scale and shift, a bias of values and an output projection merge into
-    key, value or head."""
+    """tokens [B, V*M, D] -> logits [B, C], by `classify_all`: multi-head cross-attention from one
+    learned query, then a linear layer. Left out is what would not add to what it can express: a
+    bias of keys cancels in the softmax; the norm's scale and shift, a bias of values and an output
+    projection merge into key, value or head."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
@@ -244,9 +245,6 @@ class AttentiveProbe(torch.nn.Module):
         """The heads' weighted means of tokens [B, heads, D] -> logits [B, C]."""
         value = self.value.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
         return self.head(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
-
-    def forward(self, tokens):
-        return classify_all([self], tokens)[0]
 
 
 def classify_all(probes, tokens):
@@ -338,29 +336,32 @@ def repeat(name, probe, settings, train, test, *, labels, truth, seeds, choose_o
     }
 
 
-def class_numbers(videos, readable, names):
-    """The place of each video's label in `names`, int64 [N]; -1 if it is not there, or if the video
-    could not be read."""
-    number = {name: index for index, name in enumerate(names)}
-    numbers = torch.tensor([number.get(video.label, -1) for video in videos])
-    return numbers.where(torch.from_numpy(readable), -1)
+def refuse_unreadable(manifest, videos, readable, least):
+    """RunError if fewer than `least` of a manifest's videos could be read."""
+    count = int(readable.sum())
+    if count >= least:
+        return
+    word = "video" if count == 1 else "videos"
+    reason = ""
+    if count == 0:
+        reason = (
+            f": the reasons are above (paths start at {videos.folder}; --root names another folder)"
+        )
+    raise RunError(f"{manifest}: found {count} readable {word}, expected {least} or more{reason}")
 
 
 def probe_all(videos, arrays, heads, args):
     """Trains and tests every probe on the features -> the result."""
-    readable = {split: complete_rows(arrays[split]) for split in arrays}
+    readable = {split: filled_rows(arrays[split]) for split in arrays}
+    refuse_unreadable(args.data, videos["train"], readable["train"], least=2)
+    refuse_unreadable(args.test, videos["test"], readable["test"], least=1)
     rows = torch.from_numpy(readable["train"].nonzero()[0])
-    if len(rows) < 2:
-        hint = ""
-        if len(rows) == 0:
-            hint = f" (paths start at {videos['train'].folder}; --root names another folder)"
-        raise RunError(f"{args.data}: {len(rows)} readable videos: nothing to train on{hint}")
-    names = sorted({video.label for video in videos["train"] if readable["train"][video.row]})
-    unknown = sorted({video.label for video in videos["test"]} - set(names))
-    if unknown:
-        print(f"{args.test}: classes without a training video count as wrong: {', '.join(unknown)}")
-    labels = class_numbers(videos["train"], readable["train"], names)[rows].to(args.device)
-    truth = class_numbers(videos["test"], readable["test"], names).to(args.device)
+    train_videos = [videos["train"][row] for row in rows.tolist()]
+    # sorted as texts: the order decides which of the initial weights a class gets
+    names = sorted({video.label for video in train_videos})
+    labels = number_labels(args.data, train_videos, names).to(args.device)
+    truth = number_labels(args.test, videos["test"], names)
+    truth = truth.where(torch.from_numpy(readable["test"]), -1).to(args.device)
     result = {
         "label": args.label_column,
         "checkpoint": args.checkpoint,
@@ -385,6 +386,11 @@ def probe_all(videos, arrays, heads, args):
     training = protocol["training"]
     if args.epochs is not None:
         training = training | {"epochs": args.epochs}
+    if training["epochs"] <= training["warmup"]:
+        print(
+            f"note: --epochs {args.epochs}: the linear probe of --protocol {args.protocol} warms "
+            f"up for {training['warmup']} epochs, and will not reach its learning rate"
+        )
     linear_probe = partial(linear, classes=len(names), **training)
     result |= measure("linear", linear_probe, protocol["settings"], train, test)
 
@@ -423,12 +429,13 @@ def print_table(result):
 
 
 def interval_text(bounds):
+    """Both ends of an interval. That over seeds may leave 0 to 1: Student's t knows no bounds."""
     if bounds is None:
         return "one seed"
-    low, high = bounds
+    low, high = [f"{bound:.3f}" for bound in bounds]  # as texts: rounding parts equal numbers
     if low == high:  # all seeds agree, or all videos: that is no certainty
-        return f"always {low:.3f}"
-    return f"{low:.3f} to {high:.3f}"
+        return f"always {low}"
+    return f"{low} to {high}"
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -436,12 +443,11 @@ def interval_text(bounds):
 
 def read_videos(args, rank):
     """{"train": videos, "test": videos} of the two manifests."""
-    try:
+    with as_run_error(args.data):
         train = read_labelled(args.data, args.root, args.label_column)
         test = read_labelled(args.test, args.root, args.label_column)
-    except ManifestError as error:
-        hint = "" if Path(args.data).exists() else " (the toy world: python data/toy.py)"
-        raise RunError(f"{error}{hint}") from None
+        # before hours of extraction; `probe_all` asks again, for the videos that could be read
+        number_labels(args.test, test, class_names(train), say=lambda text: None)
     seen = shared_rows(train, test)
     if seen > 0 and rank == 0:
         print(
@@ -548,13 +554,17 @@ def parse_args(argv=None):
     run.add_argument(
         "--max-steps",
         type=positive_int,
-        help="end a pass after this many batches, for a trial; without --resume none the next run "
-        "goes on",
+        help="end a pass over the videos after this many batches, for a trial; the next run goes "
+        "on from there, unless it has --resume none",
     )
     run.add_argument(
         "--resume", choices=("auto", "none"), default="auto", help="none: extract again"
     )
     args = parser.parse_args(argv)
+    if not args.flip and args.augment == 0:
+        parser.error("--no-flip is for --augment")
+    if args.token_grid and not args.attentive:
+        parser.error("--token-grid is for --attentive")
     if args.out is None and args.checkpoint == "none":
         args.out = Path("runs/untrained/probe")
     elif args.out is None:
@@ -562,15 +572,8 @@ def parse_args(argv=None):
     return args
 
 
-@one_line_errors
-def main(argv=None):
-    args = parse_args(argv)
-    rank, ranks, local_rank = torchrun_ranks()
-    videos = read_videos(args, rank)
-    args.device, _ = choose_device(args.device, local_rank)
-    if ranks > 1:
-        # no gradients are exchanged, so gloo is enough; a rank may wait days for the slowest
-        join_ranks("gloo", timeout=datetime.timedelta(days=7))
+def load_checkpoint(args, machine):
+    """-> (the encoder, the contrastive head or None), of one and the same file on every rank."""
     encoder = load_encoder(
         args.checkpoint,
         size=args.size,
@@ -578,8 +581,38 @@ def main(argv=None):
         stride=args.stride,
         image_size=args.image_size,
         seed=args.seed,
-        device=args.device,
+        device=machine.device,
     )
+    head = find_head(args.checkpoint) if machine.rank == 0 else None
+    # A pretraining that still runs replaces its checkpoint. The encoder's identity was taken before
+    # its weights were read; the file must still have it now.
+    seen = {encoder.identity, weights_identity(args.checkpoint, args.seed)}
+    if len(union_over_ranks(seen)) > 1:
+        give_up_together(
+            f"--checkpoint {args.checkpoint}: was replaced while it was read: run it again"
+        )
+    return encoder, head
+
+
+def settings_of(args, plan):
+    """What a result was made with, besides what its other entries tell."""
+    return {
+        "data": args.data,
+        "test": args.test,
+        "train_views": plan[0].settings,  # those that the linear probe and kNN learned from
+        "test_views": plan[-1].settings,
+        "epochs": args.epochs,  # None: as many as the docstring says
+        "k": list(args.k),
+    }
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+    machine = join_machine(args.device)
+    args.device = machine.device
+    videos = read_videos(args, machine.rank)
+    encoder, head = load_checkpoint(args, machine)
     plan = plan_extractions(
         encoder,
         videos,
@@ -594,7 +627,7 @@ def main(argv=None):
         timeout=args.video_timeout,
     )
     make_folder(args.out)
-    if rank == 0:
+    if machine.rank == 0:
         hold(args.out / "features")  # a lock until the end: only one run writes to this folder
     arrays = extract_all(
         encoder,
@@ -604,25 +637,21 @@ def main(argv=None):
         workers=args.workers,
         max_steps=args.max_steps,
         again=args.resume == "none",
-        rank=rank,
-        ranks=ranks,
+        rank=machine.rank,
+        ranks=machine.ranks,
     )
-    if ranks > 1:
-        dist.destroy_process_group()
-    if rank > 0 or arrays is None:
+    leave_ranks()
+    if machine.rank > 0 or arrays is None:
         return
     result = probe_all(videos, arrays, encoder.model.config["heads"], args)
-    head = find_head(args.checkpoint)
     features = arrays["test"]["features"]
     result |= probe_head(head, features, videos["test"], args.test, seed=args.seed)
+    result["settings"] = settings_of(args, plan)
     name = args.label_column.replace("/", "_")
     if args.protocol != "sweep":
         name += f".{args.protocol}"
-    path = args.out / f"{name}.json"
-    aside = path.with_name(path.name + ".new")
-    with writing(path):
-        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+    with written_aside(args.out / f"{name}.json") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
     print_table(result)
     print_head(result)
 

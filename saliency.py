@@ -1,5 +1,8 @@
-"""Stage 2: saliency. Which patches of a video show what a caption names? Or: how does each patch
-move? Also embeds the names of classes with the same CLIP.
+"""Stage 2: saliency, or another cue.
+
+    --cue text      (default) Which patches of a video show what a caption names?
+    --cue motion    How does each patch move?
+    --cue classes   The names of classes, embedded with the same CLIP.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -13,8 +16,8 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               heights per second
         val.classes.npy       with --cue classes --data val.csv: [C, D] float16, unit length: text
                               embeddings of class names, for linprobe.py's zero-shot lines
-        a .json beside each array: model, its activation, flags, and hashes of the manifest's rows
-                              and of the captions; the classes' names
+        a .json beside each array: model, its activation, flags, and hashes of the manifest's rows,
+                              of the captions and of a local model's weights; the classes' names
 
     # CPU, the toy world: about 60 videos/s
     python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
@@ -94,7 +97,7 @@ from tgm.arrays import (
     refuse_foreign_array,
 )
 from tgm.classes import claim_classes, embed_names, read_names, write_classes
-from tgm.clip import activation_of, embed_texts, load_clip
+from tgm.clip import activation_of, embed_texts, load_clip, local_weights, plain_name
 from tgm.flags import Parser, add_video_flags, frame_count, grid_size, pixel_count, positive
 from tgm.manifest import ManifestError, require_files
 from tgm.offline import (
@@ -139,6 +142,15 @@ DEFAULTS = {  # argparse gets None, which tells `parse_args` that the flag was n
     "grid": 14,
     "window": 5,
 }
+
+
+# A cue, TextCue or MotionCue, has
+#     videos         those that can have a row
+#     outputs        the arrays to write, each an Output
+#     summary        a line to print
+#     caption_path   the file of captions; None if none are needed
+#     read(video)    decodes a video, in the loader's workers
+#     rows(items)    computes the rows of a batch; yields (row, [its value for each of the outputs])
 
 
 class Output(NamedTuple):
@@ -228,23 +240,17 @@ def autocast(machine):
 
 def clip_settings(args, model):
     """What the .json of an array says of CLIP."""
+    weights = local_weights(args.clip, args.pretrained)
     return {
-        "clip": args.clip,
+        "clip": plain_name(args.clip),
         "pretrained": None if ":" in args.clip else args.pretrained,
+        "weights": weights and file_hash(weights),
         "activation": activation_of(model),
     }
 
 
 class TextCue:
-    """How well every patch fits each caption of its video.
-
-    outputs: the arrays to write
-    videos: those that can have a row
-    summary: a line to print
-    caption_path: the file of captions; None if none are needed
-    read(video): decodes a video, in the loader's workers
-    rows(items): computes the rows of a batch; yields (row, [its value for each of the outputs])
-    """
+    """How well every patch fits each caption of its video."""
 
     def __init__(self, args, videos, machine):
         self.caption_path = args.captions or companion(args.data, "captions.jsonl")
@@ -344,7 +350,7 @@ def read_pairs(video, moments, size, timeout):
 
 
 class MotionCue:
-    """How every cell moves. It has the attributes and methods that are listed in TextCue."""
+    """How every cell moves."""
 
     caption_path = None
 
@@ -401,6 +407,11 @@ def make_classes(args, path, machine):
     if claim_classes(path, settings, args.resume):
         with autocast(machine):
             array = embed_names(model, tokenizer, names, args.prompt, machine.device)
+        for name, row in zip(names, array, strict=True):
+            if not np.isfinite(row).all():
+                raise RunError(
+                    f"--clip {args.clip}: embeds {name!r} with numbers that are not finite"
+                )
         write_classes(path, array, settings)
     print(f"{path}: {len(names)} classes, {len(args.prompt)} prompts, {args.clip}")
 

@@ -4,15 +4,19 @@ refusals.
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from conftest import BLIP, CLIP, run
+from safetensors.torch import load_file, save_file
 
 import caption
 import saliency
+from tgm import clip
+from tgm.arrays import file_hash
 from tgm.captions import CaptionFile, make_entry
 from tgm.manifest import Video
 from tgm.run import RunError
@@ -466,6 +470,47 @@ def test_saliency_refuses(copy):
     assert "cannot load it" in run(
         "saliency.py", "--data", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True
     )
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_other_weights_under_the_same_name_are_refused(copy, monkeypatch, form):
+    """Of a folder and of a file. Arrays from before their hash was kept go on."""
+    weights = copy / "clip/open_clip_model.safetensors"
+    shutil.copytree(CLIP.removeprefix("local-dir:"), copy / "clip")
+    flags = ("--clip", "local-dir:clip")
+    if form == "file":
+        flags = ("--clip", "ViT-B/16", "--pretrained", weights)
+        own, _ = saliency.load_clip(CLIP, None, None, "cpu")
+        tokenizer = open_clip.get_tokenizer(CLIP)
+        monkeypatch.setattr(saliency, "load_clip", lambda *_: (own, tokenizer))
+    base = ("saliency.py", *flags, "--moments", 2, "--workers", 0, "--out", "x")
+    run(*base, "--max-steps", 1, "--batch-size", 4, cwd=copy)
+    abouts = [copy / f"x.{kind}.json" for kind in ("text", "saliency")]
+    about = json.loads(abouts[0].read_text())
+    assert about["weights"] == file_hash(weights)
+    assert about["clip"] == ("local-dir:clip" if form == "folder" else "ViT-B-16")
+    assert "8 of 32 videos" in run(*base, "--max-steps", 1, "--batch-size", 4, cwd=copy)
+    state = load_file(weights)
+    state["logit_scale"] = state["logit_scale"] + 1
+    save_file(state, weights)
+    line = run(*base, cwd=copy, fails=True)
+    assert line == "x.text.npy: made with another weights; --resume none remakes it"
+    for path in abouts:
+        older = json.loads(path.read_text())
+        del older["weights"]
+        if form == "file":
+            older["clip"] = "ViT-B/16"  # as it was given
+        path.write_text(json.dumps(older))
+    before = [path.read_text() for path in abouts]
+    out = run(*base, "--max-steps", 1, "--batch-size", 4, cwd=copy)
+    assert "12 of 32 videos" in out
+    assert [path.read_text() for path in abouts] == before
+
+
+def test_published_weights_have_no_file():
+    assert clip.local_weights("ViT-B/16", "openai") is None
+    assert clip.local_weights("hf-hub:some/clip", "openai") is None
+    assert clip.plain_name("hf-hub:some/clip") == "hf-hub:some/clip"
 
 
 def test_the_full_size_towers_patches():

@@ -21,7 +21,7 @@ from model import VideoMAE, normalize
 from tgm.evaluation import bootstrap, t_interval
 from tgm.features import RandomViews, TokenRows
 from tgm.manifest import Video, read_manifest
-from tgm.sampling import clip_times, uniform_times
+from tgm.sampling import Views, clip_times, uniform_times
 from tgm.video import read_frames
 
 RATES = [{"rate": rate, "decay": 0.0} for rate in linprobe.RATES]
@@ -128,7 +128,9 @@ def test_schedule_and_protocols():
     "protocol, epochs, trained",
     [("sweep", None, 50), ("videomae", None, 100), ("videomae", 7, 7)],
 )
-def test_the_protocol_sets_how_the_linear_probe_is_trained(monkeypatch, protocol, epochs, trained):
+def test_the_protocol_sets_how_the_linear_probe_is_trained(
+    monkeypatch, capsys, protocol, epochs, trained
+):
     """In every call of it, to choose and to test; --epochs alone goes before it."""
     seen = []
 
@@ -149,6 +151,11 @@ def test_the_protocol_sets_how_the_linear_probe_is_trained(monkeypatch, protocol
     count = len(linprobe.PROTOCOLS[protocol]["settings"])
     rounds = [count, 1] if count > 1 else [1]  # nothing to choose among one
     assert seen == [(settings, expected) for settings in rounds * 2]
+    note = (
+        "note: --epochs 7: the linear probe of --protocol videomae warms up for 10 epochs, and "
+        "will not reach its learning rate"
+    )
+    assert (note in capsys.readouterr().out.splitlines()) == (epochs == 7)
 
 
 def test_an_epoch_draws_one_view_of_each_video():
@@ -266,6 +273,14 @@ def test_intervals():
     assert bootstrap(half, seed=1) == bootstrap(half, seed=1)
 
 
+def test_intervals_in_words():
+    assert linprobe.interval_text(None) == "one seed"
+    assert linprobe.interval_text([0.1, 0.2]) == "0.100 to 0.200"
+    low, high = t_interval([0.1, 0.1, 0.1])
+    assert low != high  # by rounding
+    assert linprobe.interval_text([low, high]) == "always 0.100"
+
+
 # ---- the attentive probe -------------------------------------------------------------------------
 
 
@@ -281,7 +296,9 @@ def test_the_attentive_probe_is_torchs_multi_head_attention():
     normed = torch.nn.LayerNorm(24)(tokens)
     pooled, attention = reference(probe.query.reshape(1, 1, 24).expand(4, 1, 24), normed, normed)
     assert attention.max() > 0.3
-    assert torch.allclose(probe(tokens), probe.head(pooled[:, 0]), atol=1e-5)
+    assert torch.allclose(
+        linprobe.classify_all([probe], tokens)[0], probe.head(pooled[:, 0]), atol=1e-5
+    )
 
 
 def test_the_attentive_probe_finds_the_token_that_tells():
@@ -602,7 +619,10 @@ def test_features_of_another_root_are_not_reused(world, copy):
         "data/val.csv",
     )
     (copy / "few.csv").write_text(
-        "path,label\n" + "".join(f"videos/train/{row:05d}.mp4,{row % 2}\n" for row in range(8))
+        "path,label\n"
+        + "".join(
+            f"videos/train/{row:05d}.mp4,{('move up', 'move down')[row % 2]}\n" for row in range(8)
+        )
     )
     run("linprobe.py", *flags, "--root", "data", cwd=copy)
     first = of(copy / "p", "train.features").copy()
@@ -660,7 +680,7 @@ def test_unreadable_unknown_and_few(copy):
     lines[2] = lines[2].split(",")[0] + ",fly,bird,sea,a bird,a fish"
     (copy / "data/val.csv").write_text("\n".join(lines) + "\n")
     out = run("linprobe.py", *flags, cwd=copy)
-    assert "classes without a training video count as wrong: fly" in out
+    assert "data/val.csv: classes that are not among the 8 trained count as wrong: fly\n" in out
     result = json.loads((copy / "p/label.json").read_text())
     assert result["test"] == 24 and result["unreadable"] == 1
     # five videos, one of class 900, labels with gaps; the sweep holds one out, k is cut to those
@@ -702,7 +722,115 @@ def test_unreadable_unknown_and_few(copy):
     )
     (copy / "one.csv").write_text("path,label\ndata/videos/train/00000.mp4,3\ngone.mp4,8\n")
     refusal = run("linprobe.py", *flags, "--data", "one.csv", cwd=copy, fails=True)
-    assert refusal == "one.csv: 1 readable videos: nothing to train on"
+    assert refusal == "one.csv: found 1 readable video, expected 2 or more"
+
+
+def test_labels_without_a_common_class_are_refused_before_videos_are_read(copy):
+    names = [line.split(",")[0] for line in (copy / "data/val.csv").read_text().splitlines()[1:]]
+    rows = [f"data/{name},class {row}\n" for row, name in enumerate(names)]
+    (copy / "other.csv").write_text("path,label\n" + "".join(rows))
+    flags = (*UNTRAINED, *FAST, "--test", "other.csv", "--data", "few.csv", "--out", "p")
+    (copy / "few.csv").write_text(
+        "path,label\n" + "".join(f"data/{name},{row}\n" for row, name in enumerate(names[:10]))
+    )
+    refusal = run("linprobe.py", *flags, cwd=copy, fails=True)
+    assert refusal == (
+        "other.csv: none of its labels is among the classes 0, 1, 2, 3, 4, 5, 6, 7, ..."
+    )
+    assert not (copy / "p").exists()
+    # a long list of unknown classes is cut
+    (copy / "few.csv").write_text("path,label\n" + "".join(rows[:3]))
+    out = run("linprobe.py", *flags, cwd=copy)
+    line = next(line for line in out.splitlines() if line.startswith("other.csv: classes"))
+    assert line.startswith("other.csv: classes that are not among the 3 trained count as wrong: ")
+    assert line.count("class ") == 20
+
+
+def test_a_test_set_of_which_nothing_can_be_read_is_refused(copy):
+    (copy / "broken.mp4").write_bytes(b"broken")
+    (copy / "broken.csv").write_text("path,label\nbroken.mp4,move up\n")
+    flags = (*UNTRAINED, *FAST, "--test", "broken.csv", "--clips", 1, "--out", "p")
+    assert run("linprobe.py", *flags, cwd=copy, fails=True) == (
+        "broken.csv: found 0 readable videos, expected 1 or more: the reasons are above (paths "
+        "start at .; --root names another folder)"
+    )
+    assert not (copy / "p/label.json").exists()
+
+
+def test_a_checkpoint_that_diverged_is_named(copy):
+    state = VideoMAE("tiny").state_dict()
+    torch.save(
+        {"model": state | {"encoder.norm.weight": torch.full((96,), torch.nan)}}, copy / "c.pt"
+    )
+    flags = ("--checkpoint", "c.pt", "--size", "tiny", *FAST, "--clips", 1, "--out", "p")
+    assert run("linprobe.py", *flags, cwd=copy, fails=True) == (
+        "--checkpoint c.pt: its weights are not finite, and so would be its features: the "
+        "training diverged; take an earlier checkpoint, or train with a lower learning rate"
+    )
+    assert not (copy / "p").exists()
+    # weights that are finite, but too large
+    torch.save({"model": state | {"encoder.norm.weight": torch.full((96,), 3e38)}}, copy / "c.pt")
+    child = Child(copy / "child", probing, copy, *flags)
+    assert child.code(60) == 1
+    out = child.printed()
+    assert out.count("its features are not finite") == 32 + 24
+    assert "data/videos/train/00003.mp4: its features are not finite" in out
+    assert (
+        "data/train.csv: found 0 readable videos, expected 2 or more: the reasons are above" in out
+    )
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(copy, monkeypatch):
+    flags = ("--checkpoint", "c.pt", "--size", "tiny", *FAST, "--clips", 1, "--out", "p")
+    state = VideoMAE("tiny").state_dict()
+    torch.save({"model": state}, copy / "c.pt")
+    find_head = linprobe.find_head
+
+    def replace(path):
+        torch.save({"model": state | {"encoder.norm.bias": torch.ones(96)}}, path)
+        return find_head(path)
+
+    monkeypatch.setattr(linprobe, "find_head", replace)
+    assert run("linprobe.py", *flags, cwd=copy, fails=True) == (
+        "--checkpoint c.pt: was replaced while it was read: run it again"
+    )
+    assert not (copy / "p").exists()
+
+
+def test_the_result_tells_its_settings(copy):
+    flags = (*UNTRAINED, *FAST, "--augment", 2, "--no-flip", "--crops", 3, "--out", "p")
+    run("linprobe.py", *flags, cwd=copy)
+    clip = {"frames": 8, "stride": 2, "image_size": 48, "sampling": "dense"}
+    assert json.loads((copy / "p/label.json").read_text())["settings"] == {
+        "data": "data/train.csv",
+        "test": "data/val.csv",
+        "train_views": clip | {"augment": 2, "flip": False, "seed": 0},
+        "test_views": clip | {"clips": 2, "crops": 3},
+        "epochs": 2,
+        "k": [5],
+    }
+
+
+def test_max_steps_reads_no_video_beyond_them(copy, monkeypatch):
+    read = []
+    of_video = Views.__getitem__
+    monkeypatch.setattr(
+        Views, "__getitem__", lambda self, row: read.append(row) or of_video(self, row)
+    )
+    flags = (*UNTRAINED, *FAST, "--clips", 1, "--batch-size", 1, "--max-steps", 1, "--out", "p")
+    run("linprobe.py", *flags, cwd=copy)
+    assert read == [0]
+
+
+@pytest.mark.parametrize(
+    "flags, refusal",
+    [
+        (("--no-flip",), "--no-flip is for --augment"),
+        (("--token-grid", 1, 1, 1), "--token-grid is for --attentive"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(tmp_path, flags, refusal):
+    assert refusal in run("linprobe.py", *UNTRAINED, *flags, cwd=tmp_path, fails=True)
 
 
 def test_refusals(copy):
@@ -716,7 +844,7 @@ def test_refusals(copy):
         "linprobe.py", "--checkpoint", "none", "--label-column", "verb", cwd=copy, fails=True
     )
     assert "--token-grid [9, 1, 1]: expected" in run(
-        "linprobe.py", *UNTRAINED, "--token-grid", 9, 1, 1, cwd=copy, fails=True
+        "linprobe.py", *UNTRAINED, "--attentive", "--token-grid", 9, 1, 1, cwd=copy, fails=True
     )
     for flag in (
         "--seeds",

@@ -14,7 +14,10 @@ import toy
 import toy_report
 from conftest import CLIP, run
 
+import saliency
+from tgm import textprobe
 from tgm.checkpoints import read_checkpoint
+from tgm.manifest import ManifestError
 
 CLASSES = ("saliency.py", "--cue", "classes", "--clip", CLIP, "--classes", "names.txt")
 COLOURS = [f"a {colour} {{}}" for colour in toy.COLOURS]
@@ -200,13 +203,14 @@ def test_the_lines_follow_a_few_steps_of_pretraining(own):
     similar = features @ state["contrastive.proj.weight"].numpy().T
     similar = similar @ np.load(own / "data/val.classes.npy").T.astype(np.float32)
     assert result["zero_shot"] == pytest.approx(np.mean(similar.argmax(1) == labels(own)))
-    lines = (own / "data/val.csv").read_text().splitlines()  # the classes' numbers in their place
-    for row, number in enumerate(labels(own), 1):
-        lines[row] = lines[row].replace(f",{toy.SHAPES[number]},", f",{number},")
-    before = (own / "data/val.csv").read_bytes()
-    (own / "data/val.csv").write_text("\n".join(lines) + "\n")
+    before = {split: (own / f"data/{split}.csv").read_text() for split in ("train", "val")}
+    for split, text in before.items():  # the classes' numbers in their place
+        for number, name in enumerate(toy.SHAPES):
+            text = text.replace(f",{name},", f",{number},")
+        (own / f"data/{split}.csv").write_text(text)
     assert probe(own)[1]["zero_shot"] == result["zero_shot"]
-    (own / "data/val.csv").write_bytes(before)
+    for split, text in before.items():
+        (own / f"data/{split}.csv").write_text(text)
     _, augmented = probe(own, "--augment", 1)  # of training videos alone
     keys = ("zero_shot", "video_to_text", "text_to_video")
     assert [result[key] for key in keys] == [augmented[key] for key in keys]
@@ -276,6 +280,44 @@ def test_ties_and_names(own):
     )
 
 
+def test_labels_are_numbers_only_if_none_is_a_name(own):
+    """Names that are numbers: a label without a name is unknown, and not the class of that place."""
+    numbers = dict(zip(toy.SHAPES, "123456", strict=True))
+    for split in ("train", "val"):
+        path = own / f"data/{split}.csv"
+        text = path.read_text()
+        for name, number in numbers.items():
+            text = text.replace(f",{name},", f",{number},")
+        path.write_text(text.replace(f",{numbers['moon']},", ",0,"))
+    path = own / "data/val.classes.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"names": list(numbers.values())}))
+    out, _ = probe(own)
+    assert "data/val.classes.npy: labels without a name there count as wrong: 0\n" in out
+
+
+def test_classes_that_are_not_finite(copy, own, monkeypatch):
+    """They are not written; in an array that is there, their videos count as wrong."""
+    write_names(copy)
+    embed = saliency.embed_names
+
+    def spoilt(*args):
+        array = embed(*args)
+        array[1, 5] = np.inf
+        return array
+
+    monkeypatch.setattr(saliency, "embed_names", spoilt)
+    line = run(*CLASSES, cwd=copy, fails=True)
+    assert line == f"--clip {CLIP}: embeds {toy.SHAPES[1]!r} with numbers that are not finite"
+    assert not (copy / "data/train.classes.npy").exists()
+    video = known_features(own)
+    of_class = np.array(labels(own))
+    classes = np.stack([video[of_class == number].mean(0) for number in range(6)])
+    classes[2] = np.nan
+    rewrite(own / "data/val.classes.npy", classes)
+    assert probe(own)[1]["zero_shot_top5"] == pytest.approx((of_class != 2).mean())
+
+
 def test_two_ranks_are_one(own):
     _, one = probe(own)
     shutil.rmtree(own / "runs/text/probe")
@@ -313,6 +355,14 @@ def test_a_monitored_head_is_marked(own):
     assert json.loads((own / "runs/tube/probe/object.json").read_text())["monitored_head"] is True
 
 
+def test_a_models_two_names_are_one(tmp_path):
+    about = {"clip": "ViT-B/16", "pretrained": "some/file.pt", "activation": "GELU"}
+    head = textprobe.TextHead(np.eye(4), False, about)
+    textprobe.refuse_other_clip(tmp_path, head, 4, about | {"clip": "ViT-B-16"})
+    with pytest.raises(ManifestError, match="made with pretrained some-file.pt"):
+        textprobe.refuse_other_clip(tmp_path, head, 4, about | {"pretrained": "some-file.pt"})
+
+
 def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
     flags = ("--checkpoint", "runs/text/checkpoint.pt", "--label-column", "scene")
     out = run(*PROBE, *flags, cwd=own)
@@ -330,6 +380,13 @@ def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
         "no zero-shot: data/val.classes.npy: made with clip ViT-B-16, the checkpoint's head was "
         f"trained with {CLIP}: make it with the CLIP of the training" in probe(own)[0].splitlines()
     )
+    path.write_text(json.dumps(about | {"weights": "of another file"}))
+    assert (
+        "no zero-shot: data/val.classes.npy: made with weights of another file, " in probe(own)[0]
+    )
+    older = {key: value for key, value in about.items() if key != "weights"}
+    path.write_text(json.dumps(older))
+    assert "zero-shot of 6 classes" in probe(own)[0]
     (own / "data/train.text.json").unlink()  # what the head was trained with cannot be told
     assert "zero-shot of 6 classes" in probe(own)[0]
     np.save(own / "data/val.classes.npy", np.ones((6, 64), np.float16))

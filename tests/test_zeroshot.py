@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tgm import zeroshot
-from tgm.zeroshot import Ranks, rank_of_first, retrieval, zero_shot
+from tgm.zeroshot import FirstHits, rank_of_first, retrieval, zero_shot
 
 EYE = np.eye(6, dtype=np.float32)
 
@@ -32,6 +32,10 @@ def test_zero_shot_counts_what_cannot_be_right_as_wrong():
     video[1] = np.nan
     found = zero_shot(video, EYE, np.array([0, 1, -1]))
     assert found.tolist() == [[True] * 5, [False] * 5, [False] * 5]
+    classes = EYE.copy()
+    classes[2] = np.nan  # a class that is not finite is wrong, and does not harm the others
+    found = zero_shot(EYE[:3], classes, np.array([0, 1, 2]))
+    assert found.tolist() == [[True] * 5, [True] * 5, [False] * 5]
     # a class that never occurs only takes part in the choice
     assert zero_shot(video[:1], EYE, np.array([0])).all()
 
@@ -91,7 +95,7 @@ def test_ties_count_against_the_right_answer():
 def test_chance_is_what_random_orders_give():
     rng = np.random.default_rng(0)
     right = np.array([1, 2, 5])
-    ranks = Ranks(np.ones(3), right, 8)
+    ranks = FirstHits(np.ones(3), right, 8)
     for k in (1, 5):
         drawn = [
             [min(rng.permutation(8)[:count]) < k for count in right.tolist()] for _ in range(4000)
@@ -99,4 +103,4 @@ def test_chance_is_what_random_orders_give():
         assert ranks.chance(k) == pytest.approx(np.mean(drawn), abs=0.015)
     orders = list(itertools.permutations(range(4)))
     exact = np.mean([min(order[:2]) < 2 for order in orders])  # two right ones of four, k = 2
-    assert Ranks(np.ones(1), np.array([2]), 4).chance(2) == pytest.approx(exact)
+    assert FirstHits(np.ones(1), np.array([2]), 4).chance(2) == pytest.approx(exact)

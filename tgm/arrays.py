@@ -450,6 +450,10 @@ def refuse_other_origin(
     """ManifestError unless a file can be continued: its .json, `about`, says what is expected, and
     no video of a row that is made was replaced since."""
     as_saved = json.loads(json.dumps(expected))  # a tuple becomes a list, as there
+    # an older .json may lack the hash of CLIP's weights, and write ViT-B-16 as ViT-B/16
+    about = {"weights": expected.get("weights")} | about
+    if ":" not in str(about.get("clip", ":")):
+        about["clip"] = str(about["clip"]).replace("/", "-")
     different = [key for key, value in as_saved.items() if about.get(key) != value]
     if different:
         names = ", ".join(different)

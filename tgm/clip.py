@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tgm.run import RunError, quiet_libraries, reason_of
 
+FOLDER = "local-dir:"  # how open_clip's name of a folder begins
 NOT_PLAIN = (
     "expected an open_clip model whose image tower is a plain vision transformer, without "
     "attentional pooling"
@@ -44,12 +45,13 @@ def load_clip(
     import open_clip
 
     asked_for = f"--clip {name}"
+    # The entry of open_clip's table of weights, such as {"hf_hub": ..., "quick_gelu": True}: where
+    # they are, and what their training differed in. {} for weights that are not in the table.
     weights = {}
     if ":" in name:
         pretrained = None  # local-dir: and hf-hub: bring their own weights
     else:
-        # ViT-B/16 -> ViT-B-16: create_model does this, but get_tokenizer does not
-        name = name.replace("/", "-")
+        name = plain_name(name)  # create_model does this, but get_tokenizer does not
         asked_for += f" --pretrained {pretrained}"
         weights = open_clip.get_pretrained_cfg(name, pretrained or "")
     try:
@@ -83,6 +85,24 @@ def load_clip(
     if image_size is not None:
         change_image_size(model, image_size)
     return model.eval(), tokenizer
+
+
+def plain_name(name: str) -> str:
+    """ViT-B/16 -> ViT-B-16, which open_clip takes for the same. A folder's name stays, and one of
+    the hub."""
+    return name if ":" in name else name.replace("/", "-")
+
+
+def local_weights(name: str, pretrained: str | None) -> str | None:
+    """The file from which `load_clip` takes the weights, if it was given a file or a folder; None
+    for published weights, whose name tells what they are."""
+    import open_clip
+
+    if name.startswith(FOLDER):
+        return open_clip.factory._find_checkpoint_in_dir(Path(name.removeprefix(FOLDER)))
+    if ":" in name or open_clip.get_pretrained_cfg(plain_name(name), pretrained or ""):
+        return None
+    return pretrained
 
 
 def check_configuration(

@@ -1,15 +1,16 @@
 """Frozen features on disk: what an encoder makes of each video, extracted once, one row per video.
-Needs model.py; of this folder arrays.py, checkpoints.py, loading.py, manifest.py, run.py,
-sampling.py and video.py.
+Needs model.py; of this folder arrays.py, checkpoints.py, loading.py, manifest.py, offline.py,
+run.py, sampling.py and video.py.
 
     encoder = load_encoder("runs/text/checkpoint.pt")
     plan = plan_extractions(encoder, {"train": videos, "test": others}, clips=2)
     arrays = extract_all(encoder, plan, folder)
     arrays["train"]["features"]                                            float32 [N, D], mapped
 
-A row is NaN until it is written, and stays NaN if its video cannot be read. The next run reads only
-the videos whose rows are NaN. The .json next to each array holds the encoder, the settings and the
-videos that it was made of; if one of them changes, the array is made again.
+A row is NaN until it is filled, and stays NaN if its video cannot be read or its features are not
+finite. The next run reads only the videos whose rows are NaN. The .json next to each array holds
+the encoder, the settings and the videos that it was made of; if one of them changes, the array is
+made again.
 
 Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
 grid, M tokens kept of each view, D width; A random views per video (`augment`).
@@ -32,6 +33,7 @@ from tgm import checkpoints
 from tgm.arrays import create_array, file_hash, open_rows, read_about
 from tgm.loading import checked_batches, make_loader
 from tgm.manifest import Video, Videos, file_sizes, manifest_hash
+from tgm.offline import precision_on
 from tgm.run import (
     RunError,
     StopSignal,
@@ -76,7 +78,10 @@ def load_encoder(
 
     A setting that is None is taken from the checkpoint if pretrain.py or finetune.py wrote it,
     otherwise from the model's defaults. Seeds torch's global generator. RunError if there is no
-    such file, or if it does not fit."""
+    such file, if it does not fit, or if its weights are not finite.
+
+    A file that is replaced meanwhile is noticed by comparing `identity`, which is taken first, with
+    `weights_identity` afterwards."""
     path = Path(checkpoint)
     untrained = checkpoint == "none"
     file = checkpoints.weights_file(path)
@@ -85,6 +90,7 @@ def load_encoder(
             f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; "
             "none: an untrained encoder)"
         )
+    identity = weights_identity(checkpoint, seed)
     saved = checkpoints.saved_args(path)
     size = size or saved.get("size", "base")
     frames = frames or saved.get("frames")
@@ -97,15 +103,27 @@ def load_encoder(
             checkpoints.load_pretrained(model, path)
     except ValueError as error:
         raise RunError(str(error)) from None
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise RunError(
+            f"--checkpoint {path}: its weights are not finite, and so would be its features: the "
+            "training diverged; take an earlier checkpoint, or train with a lower learning rate"
+        )
     return FrozenEncoder(
         model=model.eval().to(device),
-        identity=f"none {seed}" if untrained else file_hash(file),
+        identity=identity,
         size=size,
         frames=model.config["frames"],
         stride=stride or saved.get("stride", model.config["stride"]),
         image_size=model.config["image_size"],
         device=torch.device(device),
     )
+
+
+def weights_identity(checkpoint: str, seed: int) -> str:
+    """A text that changes with the weights that `load_encoder` loads."""
+    if checkpoint == "none":
+        return f"none {seed}"
+    return file_hash(checkpoints.weights_file(Path(checkpoint)))
 
 
 # ---- what is extracted ---------------------------------------------------------------------------
@@ -276,7 +294,7 @@ def extract_all(
     found = {}
     for extraction in plan:
         arrays = open_features(encoder, extraction, folder, again, rank)
-        todo = np.flatnonzero(~complete_rows(arrays)).tolist()
+        todo = np.flatnonzero(~filled_rows(arrays)).tolist()
         wait_for_ranks()  # all ranks must make the same list before any of them fills rows
         mine = part_of_rank(todo, rank, ranks)
         left = len(mine)
@@ -287,12 +305,13 @@ def extract_all(
         batches = tqdm(
             checked_batches(loader), title, total=len(loader), unit="batch", disable=quiet
         )
-        for number, items in enumerate(batches):
-            # A signal to this rank: the others do not ask, because their parts differ in length.
+        for number, items in enumerate(batches, 1):
+            encode_batch(encoder, items, arrays, extraction)
+            left -= len(items)
+            # Asked here, before the next batch is read. A signal to this rank: the others do not
+            # ask, because their parts differ in length.
             if number == max_steps or stop.name:  # max_steps None: no limit
                 break
-            encode_batch(encoder, items, arrays, extraction.token_grid)
-            left -= len(items)
         for array in arrays.values():
             array.flush()
         left = sum_over_ranks(left)  # every rank must get here
@@ -346,16 +365,16 @@ def open_features(
     return arrays
 
 
-def complete_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """True where the rows of all arrays [N, ...] are complete, bool [N].
+def filled_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """True where the rows of all arrays [N, ...] are filled, bool [N].
 
     A killed process may leave half of a row. A row is written front to back, so its last number
     shows that all of it is there."""
-    complete = True
+    filled = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]
-        complete = complete & ~np.isnan(last)
-    return complete
+        filled = filled & ~np.isnan(last)
+    return filled
 
 
 @torch.inference_mode()
@@ -363,9 +382,10 @@ def encode_batch(
     encoder: FrozenEncoder,
     items: list[tuple],
     arrays: dict[str, np.ndarray],
-    token_grid: Sequence[int],
+    extraction: Extraction,
 ) -> None:
-    """Writes the rows of a batch's videos. Those that cannot be read are named and stay NaN."""
+    """Fills the rows of a batch's videos. Those that cannot be read, or whose features are not
+    finite, are named and stay NaN."""
     rows = []
     clips = []
     for row, views, error in items:
@@ -378,23 +398,25 @@ def encode_batch(
         return
     model = encoder.model
     device = encoder.device
-    on_gpu = device.type == "cuda"
-    low_precision = torch.bfloat16
-    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        low_precision = torch.float16
-    with torch.autocast(device.type, low_precision, enabled=on_gpu):
+    precision = precision_on(device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
         tokens = model.encode(video)  # [B*V, t*h*w, D]
+    finite = tokens.isfinite().flatten(1).all(1)  # [B*V]
+    finite = finite.unflatten(0, (len(rows), -1)).all(1).cpu()  # [B]
+    rows = torch.tensor(rows)
+    for row in rows[~finite].tolist():
+        tqdm.write(f"{extraction.videos[row].path}: its features are not finite")
     volume = tokens.float().mT.unflatten(-1, model.grid)  # [B*V, D, t, h, w]
     for kind, array in arrays.items():
-        grid = (1, 1, 1) if kind == "features" else tuple(token_grid)
+        grid = (1, 1, 1) if kind == "features" else tuple(extraction.token_grid)
         pooled = F.adaptive_avg_pool3d(volume, grid).flatten(2).mT  # [B*V, 1 or M, D]
         pooled = pooled.reshape(len(rows), -1, pooled.shape[-1])  # [B, V or V*M, D]
         # features of clean views are averaged, [N, D]; those of random views stay apart, [N, A, D],
         # and so do tokens, [N, V*M, D]
         if array.ndim == 2:
             pooled = pooled.mean(1)  # [B, D]
-        array[rows] = pooled.cpu().numpy()
+        array[rows[finite].numpy()] = pooled.cpu()[finite].numpy()
 
 
 class TokenRows:

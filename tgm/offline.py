@@ -1,4 +1,5 @@
 """Helpers that caption.py and saliency.py share: one pass over all videos, before training.
+(linprobe.py takes `join_machine` alone.)
 
 Needs flags.py, loading.py, manifest.py, run.py and video.py.
 
@@ -89,7 +90,7 @@ class Machine(NamedTuple):
     rank: int
     ranks: int
     device: torch.device
-    dtype: torch.dtype  # float32 on a CPU; on a GPU bfloat16, or float16 if it has no bfloat16
+    dtype: torch.dtype  # see `precision_on`
 
 
 def join_machine(device: str) -> Machine:
@@ -98,15 +99,18 @@ def join_machine(device: str) -> Machine:
     chosen, _ = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # else each rank also takes memory on the first GPU
-    if chosen.type == "cpu":
-        dtype = torch.float32
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype = torch.bfloat16
-    else:
-        dtype = torch.float16
     if ranks > 1:
         join_ranks("gloo", timeout=LONGEST_WAIT)  # no tensors go from GPU to GPU
-    return Machine(rank, ranks, chosen, dtype)
+    return Machine(rank, ranks, chosen, precision_on(chosen))
+
+
+def precision_on(device: torch.device) -> torch.dtype:
+    """float32 on a CPU; on a GPU bfloat16, or float16 if the current GPU has no bfloat16."""
+    if device.type == "cpu":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
 
 
 def leave_ranks() -> None:

@@ -1,6 +1,6 @@
 """What the contrastive head of a checkpoint of pretrain.py knows of a test set: the classes of its
 videos, without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs
-arrays.py, checkpoints.py, classes.py, evaluation.py and manifest.py; the mathematics is in
+arrays.py, checkpoints.py, classes.py, clip.py, evaluation.py and manifest.py; the mathematics is in
 zeroshot.py.
 
     head = find_head("runs/text/checkpoint.pt")
@@ -23,13 +23,14 @@ import numpy as np
 from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array, read_about
 from tgm.checkpoints import read_checkpoint, saved_args
 from tgm.classes import open_classes
+from tgm.clip import FOLDER, plain_name
 from tgm.evaluation import bootstrap
 from tgm.manifest import ManifestError, Video
-from tgm.zeroshot import Ranks, retrieval, zero_shot
+from tgm.zeroshot import FirstHits, retrieval, zero_shot
 
-FOLDER = "local-dir:"  # how open_clip's name of a folder begins
-MOST = (1, 5, 10)  # the k of recall at k
-CLIP_KEYS = ("clip", "pretrained", "activation")  # of a .json: the model that embedded texts
+RECALL_AT = (1, 5, 10)
+# of a .json: the model that embedded texts
+CLIP_KEYS = ("clip", "pretrained", "weights", "activation")
 
 
 class TextHead(NamedTuple):
@@ -64,17 +65,19 @@ def text_about(path: str, digest: str) -> dict:
 
 def project(head: TextHead, features: np.ndarray) -> np.ndarray:
     """features [N, D] -> unit vectors [N, E]; NaN for a video that could not be read."""
-    video = np.asarray(features, np.float32) @ head.weight.T
-    return video / np.linalg.norm(video, axis=1, keepdims=True)
+    embedding = np.asarray(features, np.float32) @ head.weight.T
+    return embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
 
 
 def comparable(about: dict, key: str) -> str | None:
-    """An entry of a .json about CLIP. A folder becomes its real path, so that two ways of writing
-    it are equal."""
+    """An entry of a .json about CLIP. Two ways of writing a folder or a model's name become
+    equal."""
     value = about.get(key)
-    if value is not None and value.startswith(FOLDER):
+    if key != "clip" or value is None:
+        return value
+    if value.startswith(FOLDER):
         return FOLDER + os.path.realpath(value.removeprefix(FOLDER))
-    return value
+    return plain_name(value)
 
 
 def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> None:
@@ -88,6 +91,8 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
     if not head.about:
         return
     for key in CLIP_KEYS:
+        if key == "weights" and None in (about.get(key), head.about.get(key)):
+            continue  # published ones, or a .json from before their hash was kept
         if comparable(about, key) != comparable(head.about, key):
             raise ManifestError(
                 f"{path}: made with {key} {about.get(key)}, the checkpoint's head was trained with "
@@ -112,37 +117,40 @@ def probe_head(
     if head is None:
         print("no zero-shot, no retrieval: the checkpoint has no head that captions trained")
         return {}
-    video = project(head, features)
+    embedding = project(head, features)
     result = {"monitored_head": head.monitored}
     try:
-        result |= probe_zero_shot(head, video, videos, manifest, seed)
+        result |= probe_zero_shot(head, embedding, videos, manifest, seed)
     except ManifestError as error:
         print(f"no zero-shot: {error}")
     try:
-        result |= probe_retrieval(head, video, videos, manifest)
+        result |= probe_retrieval(head, embedding, videos, manifest)
     except ManifestError as error:
         print(f"no retrieval: {error}")
     return result
 
 
 def probe_zero_shot(
-    head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
+    head: TextHead, embedding: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels, names of classes or their numbers. ManifestError
-    if there is no array of names, or if it does not fit the head or the labels."""
+    """Zero-shot accuracy on the labels, names of classes or their numbers. embedding: [N, E] of the
+    videos. ManifestError if there is no array of names, or if it does not fit the head or the
+    labels."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
     classes, about = open_classes(path, remedy)
     refuse_other_clip(path, head, classes.shape[1], about)
-    number = {str(index): index for index in range(len(classes))}  # labels may be numbers
-    number |= {name: index for index, name in enumerate(about["names"])}
-    unknown = sorted({video.label for video in videos} - set(number))
+    number = {name: index for index, name in enumerate(about["names"])}
+    found = {video.label for video in videos}
+    if not found & number.keys():  # the labels may be the classes' numbers
+        number = {str(index): index for index in range(len(classes))}
+    unknown = sorted(found - number.keys())
     labels = np.array([number.get(video.label, -1) for video in videos])
     if (labels < 0).all():
         raise ManifestError(f"{path}: none of the labels is among its names")
     if unknown:
-        print(f"{path}: labels without a name there count as wrong: {', '.join(unknown)}")
-    correct = zero_shot(video, classes, labels)  # [N, 5]
+        print(f"{path}: labels without a name there count as wrong: {', '.join(unknown[:20])}")
+    correct = zero_shot(embedding, classes, labels)  # [N, 5]
     return {
         "zero_shot": float(correct[:, 0].mean()),
         "zero_shot_bootstrap": bootstrap(correct[:, 0], seed=seed),
@@ -153,10 +161,10 @@ def probe_zero_shot(
 
 
 def probe_retrieval(
-    head: TextHead, video: np.ndarray, videos: Sequence[Video], manifest: str | Path
+    head: TextHead, embedding: np.ndarray, videos: Sequence[Video], manifest: str | Path
 ) -> dict:
     """Retrieval over the captions. ManifestError if there is no array of them, or if it does not
-    fit the head or the manifest."""
+    fit the head or the manifest. embedding: [N, E] of the videos"""
     path = companion(manifest, "text.npy")
     remedy = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
     captions = companion(manifest, "captions.jsonl")  # if they were remade, the array is stale
@@ -168,17 +176,17 @@ def probe_retrieval(
         raise ManifestError(f"{path}: no row of it is made; make it with: {remedy}")
     if not is_made.all():
         print(describe_gaps(path, is_made))
-    to_text, to_video = retrieval(video, np.asarray(text, np.float32))
+    to_text, to_video = retrieval(embedding, np.asarray(text, np.float32))
     return {"video_to_text": summary(to_text), "text_to_video": summary(to_video)}
 
 
-def summary(ranks: Ranks) -> dict:
+def summary(hits: FirstHits) -> dict:
     """Recall, its chance and the median rank, for the result's .json."""
-    median = ranks.median()
-    entries = {"queries": len(ranks.ranks), "answers": ranks.answers}
-    for most in MOST:
-        entries[f"recall_{most}"] = ranks.recall(most)
-        entries[f"chance_{most}"] = ranks.chance(most)
+    median = hits.median()
+    entries = {"queries": len(hits.ranks), "answers": hits.answers}
+    for most in RECALL_AT:
+        entries[f"recall_{most}"] = hits.recall(most)
+        entries[f"chance_{most}"] = hits.chance(most)
     entries["median_rank"] = median if np.isfinite(median) else None
     return entries
 
@@ -195,13 +203,14 @@ def print_head(result: dict) -> None:
             accuracy = f"{result[key]:.3f} ({chance:.3f})"
             print(f"  {name:<16}{accuracy:<16}95 % over videos: {low:.3f} to {high:.3f}")
     if "video_to_text" in result:
-        columns = "".join(f"{f'recall at {most}':<16}" for most in MOST)
+        columns = "".join(f"{f'recall at {most}':<16}" for most in RECALL_AT)
         print(f"{f'retrieval{mark}':<28}{columns}median rank of the first right answer")
         for name, key in (("video to text", "video_to_text"), ("text to video", "text_to_video")):
-            ranks = result[key]
+            found = result[key]
             cells = [
-                f"{ranks[f'recall_{most}']:.3f} ({ranks[f'chance_{most}']:.3f})" for most in MOST
+                f"{found[f'recall_{most}']:.3f} ({found[f'chance_{most}']:.3f})"
+                for most in RECALL_AT
             ]
-            median = "none" if ranks["median_rank"] is None else f"{ranks['median_rank']:g}"
+            median = "none" if found["median_rank"] is None else f"{found['median_rank']:g}"
             columns = "".join(f"{cell:<16}" for cell in cells)
-            print(f"  {name:<26}{columns}{median} of {ranks['answers']}")
+            print(f"  {name:<26}{columns}{median} of {found['answers']}")

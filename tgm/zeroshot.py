@@ -4,7 +4,7 @@ finding videos by text and texts by video (retrieval).
 Stands alone.
 
     correct = zero_shot(video, classes, labels)     bool [N, 5]: right in the first 1 to 5 guesses
-    to_text, to_video = retrieval(video, text)      Ranks of the first right answer, from 1
+    to_text, to_video = retrieval(video, text)      FirstHits: rank of the first right answer
     to_text.recall(5), to_text.chance(5)
 
 Both take unit vectors of one space: a video's is the projected mean of its tokens, a text's is
@@ -24,10 +24,14 @@ def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int
     """Whether the class of each video is among its 1, 2, ... k most similar ones.
 
     video: float [N, E]; classes: float [C, E]; labels: int [N], -1 for a class that has no
-    embedding. Returns bool [N, k]; -1 and NaN count as wrong. Of equally similar classes the right
-    one is ranked last, so that a head for which all classes are equal gets no hit."""
+    embedding. Returns bool [N, k]; -1 and NaN, of a video or of its class, count as wrong. Of
+    equally similar classes the right one is ranked last, so that a head for which all classes are
+    equal gets no hit."""
     correct = np.zeros((len(video), k), bool)
-    known = np.flatnonzero(np.isfinite(video).all(1) & (labels >= 0))
+    finite_class = np.isfinite(classes).all(1)[
+        labels
+    ]  # label -1 takes the last; it is wrong anyway
+    known = np.flatnonzero(np.isfinite(video).all(1) & (labels >= 0) & finite_class)
     similar = video[known] @ classes.T  # [known, C]
     right = similar[np.arange(len(known)), labels[known]]
     before = (similar >= right[:, None]).sum(1) - 1  # the right one itself is not before it
@@ -35,7 +39,7 @@ def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int
     return correct
 
 
-class Ranks:
+class FirstHits:
     """The rank of the first right answer of every query.
 
     ranks: float [Q], from 1; infinite for a query without a right answer. right: int [Q], how many
@@ -62,27 +66,27 @@ class Ranks:
         return float(1 - np.mean(missed))
 
 
-def rank_of_first(similar: np.ndarray, right: np.ndarray) -> Ranks:
+def rank_of_first(similar: np.ndarray, right: np.ndarray) -> FirstHits:
     """similar: float [Q, A], NaN where an answer cannot be compared; right: bool [Q, A]. An answer
     that is as similar as the best right one, but wrong, comes before it."""
     similar = np.where(np.isfinite(similar), similar, -np.inf)
     best = np.where(right, similar, -np.inf).max(1)  # [Q]
     before = ((similar >= best[:, None]) & ~right).sum(1)
     ranks = np.where(np.isfinite(best), 1.0 + before, np.inf)
-    return Ranks(ranks, right.sum(1), similar.shape[1])
+    return FirstHits(ranks, right.sum(1), similar.shape[1])
 
 
-def search(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> Ranks:
+def search(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> FirstHits:
     """`rank_of_first` of queries [Q, E] among answers [A, E], without all similarities at once."""
     ranks = []
     for start in range(0, len(queries), BLOCK):
         block = slice(start, start + BLOCK)
         ranks.append(rank_of_first(queries[block] @ answers.T, right[block]).ranks)
-    return Ranks(np.concatenate(ranks), right.sum(1), len(answers))
+    return FirstHits(np.concatenate(ranks), right.sum(1), len(answers))
 
 
-def retrieval(video: np.ndarray, text: np.ndarray) -> tuple[Ranks, Ranks]:
-    """Ranks from videos to texts, and from texts to videos.
+def retrieval(video: np.ndarray, text: np.ndarray) -> tuple[FirstHits, FirstHits]:
+    """The hits from videos to texts, and from texts to videos.
 
     video: float [N, E]; text: float [N, K, E], NaN where a video has fewer captions, but not
     everywhere. Texts that are equal count once, and each is right for every video that has it."""
