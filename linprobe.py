@@ -447,7 +447,7 @@ def read_videos(args, rank):
         train = read_labelled(args.data, args.root, args.label_column)
         test = read_labelled(args.test, args.root, args.label_column)
         # before hours of extraction; `probe_all` asks again, for the videos that could be read
-        number_labels(args.test, test, class_names(train), say=lambda text: None)
+        number_labels(args.test, test, class_names(args.data, train), say=lambda text: None)
     seen = shared_rows(train, test)
     if seen > 0 and rank == 0:
         print(

@@ -133,7 +133,9 @@ def lost_rank(error):
 def wait_for_ranks():
     """dist.barrier(), but signals are handled while it waits; without ranks, nothing."""
     if dist.is_initialized():
-        finish(dist.barrier(async_op=True))
+        # NCCL would warn that it guesses the GPU, which Machine has made the current one
+        gpu = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        finish(dist.barrier(async_op=True, device_ids=gpu))
 
 
 def give_up_together(message: str):
