@@ -125,6 +125,10 @@ def load_model(name, device, dtype):
     """
     import transformers
 
+    if name.count("/") > 1 and not os.path.isdir(name):
+        raise RunError(
+            f"--model {name}: cannot load it: no such folder (a name on the hub has at most one /)"
+        )
     # tokenizers would warn once in every decoding process
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()

@@ -9,7 +9,12 @@ To use these classes you need nothing but PyTorch. Architecture and state-dict k
 VideoMAE's published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes
 checkpoints.
 
-    # parameters of each size, and each mask's tokens and GFLOPs
+    model = VideoMAE("base")
+    mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)
+    loss, _ = model(normalize(clips), mask)      # clips uint8 [2,3,16,224,224]
+    features = model.encode(normalize(clips))    # [2,N,D]
+
+    # parameters of each size, and each mask's tokens and GFLOPs; needs masking.py
     python model.py
 
 Shapes: B batch, T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens, V visible tokens, M

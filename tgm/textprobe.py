@@ -20,7 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array, read_about
+from tgm.arrays import (
+    companion,
+    describe_gaps,
+    file_hash,
+    filled,
+    open_array,
+    read_about,
+    text_commands,
+)
 from tgm.checkpoints import read_checkpoint, saved_args
 from tgm.classes import open_classes
 from tgm.clip import FOLDER, plain_name
@@ -166,7 +174,7 @@ def probe_retrieval(
     """Retrieval over the captions. ManifestError if there is no array of them, or if it does not
     fit the head or the manifest. embedding: [N, E] of the videos"""
     path = companion(manifest, "text.npy")
-    remedy = f"python caption.py --data {manifest} && python saliency.py --data {manifest}"
+    remedy = text_commands(manifest, videos)
     captions = companion(manifest, "captions.jsonl")  # if they were remade, the array is stale
     expect = {"captions": file_hash(captions)} if captions.exists() else {}
     text, about = open_array(path, videos, remedy, **expect)
