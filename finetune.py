@@ -65,8 +65,8 @@ What differs from VideoMAE's fine-tuning:
     precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
-it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on: give the
-flags that the run was begun with again. Free to change are --device, --workers, --amp, --test,
+it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, without
+--checkpoint's file: give the flags that the run was begun with again. Free to change are --device, --workers, --amp, --test,
 --views, --use and others (MAY_CHANGE, here and in tgm/resume.py, has all); --epochs, upwards; and
 --batch-size, --accum and the number of ranks, if their product stays. Those three change which
 clips are mixed and what dropout and drop path drop, because each rank draws that for each
@@ -544,12 +544,11 @@ def open_splits(args, machine):
     """-> {"train", "val", "test": (videos, labels)}; "test" alone with --test-only. Sets
     args.classes, the classes' names."""
     manifests = {"train": args.data, "val": args.val, "test": args.test or args.val}
-    saved = checkpoints.saved_args(args.checkpoint)
     args.classes = None
     if args.test_only:
         manifests = {"test": manifests["test"]}
         # in other people's checkpoints labels are the numbers of the classes
-        args.classes = saved.get("classes") or [
+        args.classes = checkpoints.saved_args(args.checkpoint).get("classes") or [
             str(number) for number in range(checkpoints.head_classes(args.checkpoint))
         ]
     splits = {}
@@ -574,7 +573,9 @@ def open_splits(args, machine):
 def make_model(args, machine):
     """The classifier, on its device. Where the flags leave args.size, frames, image_size, stride
     and sampling open, fills them from the checkpoint."""
-    saved = checkpoints.saved_args(args.checkpoint)
+    latest = Path(args.out) / "checkpoint.pt"
+    goes_on = args.resume == "auto" and latest.exists() and not args.test_only
+    saved = checkpoints.saved_args(latest if goes_on else args.checkpoint)
     args.size = args.size or saved.get("size", "base")
     checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, args.frames, args.image_size)
     torch.manual_seed(args.seed)
@@ -591,7 +592,9 @@ def make_model(args, machine):
     args.stride = args.stride or saved.get("stride", model.config["stride"])
     args.sampling = args.sampling or saved.get("sampling", "dense")
     weights = "from scratch"
-    if args.checkpoint != "none":
+    if goes_on:
+        weights = f"{latest}, where the run goes on"  # `make_state` loads them
+    elif args.checkpoint != "none":
         notes = checkpoints.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
         weights = f"{args.checkpoint}: {checkpoints.summary_of(notes)}"
     model.set_checkpointing(args.checkpointing)

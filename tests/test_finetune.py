@@ -495,6 +495,26 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
 
 
+def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(world, tmp_path):
+    """Its own holds all weights, and what its flags left to the other: size, frames and stride."""
+    flags = [*TINY, "--data", world / "data/train.csv", "--val", world / "data/val.csv"]
+    flags = flags[flags.index("tiny") + 1 :]  # without --size
+    first = tmp_path / "first/checkpoint.pt"
+    first.parent.mkdir()
+    saved = {"stage": "pretrain.py", "size": "tiny", "frames": 4, "stride": 3}
+    model = models.VideoMAE("tiny", frames=4)
+    torch.save({"model": model.state_dict(), "args": saved}, first)
+    flags += ["--checkpoint", first, "--out", tmp_path / "run"]
+    out = run("finetune.py", *flags, "--max-steps", 1)
+    assert f"weights      {first}: " in out
+    first.unlink()
+    latest = tmp_path / "run/checkpoint.pt"
+    out = run("finetune.py", *flags, "--max-steps", 2, "--resume", "auto")
+    assert f"weights      {latest}, where the run goes on\n" in out
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    assert [args[name] for name in ("size", "frames", "stride")] == ["tiny", 4, 3]
+
+
 def start(*args, cwd):
     """finetune.py in a process group of its own."""
     command = [sys.executable, str(ROOT / "finetune.py"), *map(str, args)]
