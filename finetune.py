@@ -66,12 +66,12 @@ What differs from VideoMAE's fine-tuning:
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
 it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, without
---checkpoint's file: give the flags that the run was begun with again. Free to change are --device, --workers, --amp, --test,
---views, --use and others (MAY_CHANGE, here and in tgm/resume.py, has all); --epochs, upwards; and
---batch-size, --accum and the number of ranks, if their product stays. Those three change which
-clips are mixed and what dropout and drop path drop, because each rank draws that for each
-accumulated batch: the weights are the same, to rounding, only with --mixup 0 --cutmix 0 --drop-path
-0 --head-dropout 0.
+--checkpoint's file: give the flags that the run was begun with again. Free to change are --device,
+--workers, --amp, --test, --views, --use and others (MAY_CHANGE, here and in tgm/resume.py, has
+all); --epochs, upwards; and --batch-size, --accum and the number of ranks, if their product stays.
+Those three change which clips are mixed and what dropout and drop path drop, because each rank
+draws that for each accumulated batch: the weights are the same, to rounding, only with --mixup 0
+--cutmix 0 --drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
