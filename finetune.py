@@ -577,15 +577,12 @@ def make_model(args, machine):
     goes_on = args.resume == "auto" and latest.exists() and not args.test_only
     saved = checkpoints.saved_args(latest if goes_on else args.checkpoint)
     args.size = args.size or saved.get("size", "base")
-    checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, args.frames, args.image_size)
+    frames = args.frames or saved.get("frames")
+    image_size = args.image_size or saved.get("image_size")
+    checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, frames, image_size)
     torch.manual_seed(args.seed)
     model = models.VideoViT(
-        args.size,
-        len(args.classes),
-        args.frames or saved.get("frames"),
-        args.image_size or saved.get("image_size"),
-        args.drop_path,
-        args.head_dropout,
+        args.size, len(args.classes), frames, image_size, args.drop_path, args.head_dropout
     )
     args.frames = model.config["frames"]
     args.image_size = model.config["image_size"]

@@ -134,8 +134,7 @@ def test_a_toy_world_made_again_with_another_seed_is_noticed_by_all_that_hangs_o
         with pytest.raises(
             M.ManifestError,
             match=(
-                "videos have changed since it was made.*; make it with: one --resume none && "
-                "two --resume none$"
+                "videos have changed since it was made.*; make it with: one && two --resume none$"
             ),
         ):
             A.open_array(tmp_path / f"data/train.{kind}.npy", videos, "one && two")

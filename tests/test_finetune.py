@@ -513,6 +513,12 @@ def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(world, tmp_path
     assert f"weights      {latest}, where the run goes on\n" in out
     args = json.loads((tmp_path / "run/args.json").read_text())
     assert [args[name] for name in ("size", "frames", "stride")] == ["tiny", 4, 3]
+    torch.save({"model": model.state_dict(), "args": saved}, first)
+    flags[-1] = tmp_path / "whole"
+    run("finetune.py", *flags, "--max-steps", 2)
+    whole = weights(tmp_path / "whole/checkpoint.pt")
+    parts = weights(latest)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def start(*args, cwd):

@@ -828,8 +828,17 @@ def test_reasons_to_give_up_are_one_line():
     assert raised(torch.OutOfMemoryError("CUDA out of memory. Tried\nto")).startswith(
         "not enough memory: to ("
     )
-    with pytest.raises(RuntimeError, match="a bug"):
-        run.one_line_errors(lambda argv: raise_(RuntimeError("a bug")))()
+    pair = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    lost = "another rank ended, and this one with it; the other says why"
+    assert raised(RuntimeError(pair)) == f"{lost} ({pair})"
+    assert raised(dist.DistBackendError("NCCL error: ncclRemoteError: x")).startswith(lost)
+    for bug in (
+        RuntimeError("a bug"),
+        RuntimeError("[gloo/transport/tcp/device.cc:84] a bug: unable to find address for: x"),
+        dist.DistBackendError("a bug: ncclInvalidUsage: Duplicate GPU detected"),
+    ):
+        with pytest.raises(RuntimeError, match="a bug"):
+            run.one_line_errors(lambda argv, bug=bug: raise_(bug))()
     with pytest.raises(ValueError):
         run.one_line_errors(lambda argv: raise_(ValueError("a bug")))()
     assert run.one_line_errors(lambda argv: argv)(["x"]) == ["x"]

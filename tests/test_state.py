@@ -83,6 +83,19 @@ def test_a_manifest_that_has_grown_is_told_with_the_command(copy):
         "rows of the manifest; make it with: python caption.py --data data/few.csv --extend "
         "&& python saliency.py --data data/few.csv --extend"
     )
+    # other rows: what is named is what works
+    few(copy, range(1, 5))
+    line = run("pretrain.py", "--data", "data/few.csv", "--size", "tiny", cwd=copy, fails=True)
+    remedy = line.split("; make it with: ")[1]
+    assert remedy == (
+        "python caption.py --data data/few.csv --resume none "
+        "&& python saliency.py --data data/few.csv --resume none"
+    )
+    captions, saliency = [command.split()[1:] for command in remedy.split(" && ")]
+    run(*captions, "--model", BLIP, "--workers", 0, cwd=copy)
+    run(*saliency, "--clip", CLIP, "--workers", 0, cwd=copy)
+    trial = ("--size", "tiny", "--batch-size", 2, "--max-steps", 1, "--workers", 0)
+    assert "4 of 4 videos usable" in run("pretrain.py", "--data", "data/few.csv", *trial, cwd=copy)
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -267,13 +267,11 @@ def map_array(path: FilePath, mode: str = "r") -> np.memmap:
 
 
 def make_it_with(path, reason, remedy):
-    """The ManifestError of a file that cannot be read, with the commands that make it."""
-    return ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
-
-
-def with_flag(remedy, flag):
-    """The commands of a remedy, which stand around " && ", each with one flag more."""
-    return " && ".join(f"{command} {flag}" for command in remedy.split(" && "))
+    """The ManifestError of a file that cannot be read, with the commands that make it, which are
+    its `remedy`, too."""
+    error = ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
+    error.remedy = remedy
+    return error
 
 
 def describe_growth(count, videos):
@@ -302,9 +300,9 @@ def open_array(
     array, about = load_array(path, remedy)
     count = rows_before_growth(videos, about)
     if count:
-        raise make_it_with(path, describe_growth(count, videos), with_flag(remedy, "--extend"))
+        raise make_it_with(path, describe_growth(count, videos), f"{remedy} --extend")
     # What is there cannot be continued. If the remedy has two commands, the flag is for the last,
-    # which makes this array.
+    # which makes this array; the first has its own (`text_commands`).
     make_again = f"{remedy} --resume none"
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest", make_again)
@@ -318,7 +316,7 @@ def open_array(
             raise make_it_with(path, reason, make_again)
     change = describe_change(videos, about, lambda row: is_filled(array[row]))
     if change:
-        raise make_it_with(path, change, with_flag(remedy, "--resume none"))
+        raise make_it_with(path, change, make_again)
     if "clip" in about and "activation" not in about:
         # 19 of open_clip's weights, OpenAI's among them, may have run with the wrong one
         raise make_it_with(path, "its .json does not tell CLIP's activation", make_again)
@@ -369,7 +367,7 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     of_labels = about is not None and about.get("model") == "labels"
     if of_labels:
         remedy = remedy.replace("caption.py", "caption.py --labels", 1)
-    from_start = with_flag(remedy, "--resume none")
+    from_start = f"{remedy} --resume none"
     names = []
     captions = []
     try:
@@ -396,7 +394,7 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
             if of_labels:  # --labels makes all captions again, and takes no --extend
                 reason += " (give --label-column and --classes as before)"
                 raise make_it_with(path, reason, remedy)
-            raise make_it_with(path, reason, with_flag(remedy, "--extend"))
+            raise make_it_with(path, reason, f"{remedy} --extend")
         raise make_it_with(path, "is of another manifest", from_start)
     if about is None:
         return captions
@@ -412,12 +410,12 @@ def text_commands(manifest: FilePath, videos: Sequence[Video], out: str = "") ->
     """The commands that make a manifest's arrays of text and saliency. caption.py is one of them
     only if captions are missing or stale, since its default model need not be the one that made
     them. out: " --out PREFIX" for arrays that are not the manifest's own."""
-    captions = f"python caption.py --data {manifest}"
     saliency = f"python saliency.py --data {manifest}{out}"
+    captions = companion(manifest, "captions.jsonl")
     try:
-        read_captions(companion(manifest, "captions.jsonl"), videos, captions)
-    except ManifestError:
-        return f"{captions} && {saliency}"
+        read_captions(captions, videos, f"python caption.py --data {manifest}")
+    except ManifestError as error:
+        return f"{error.remedy} && {saliency}"
     return saliency
 
 

@@ -5,6 +5,7 @@ Each refusal is a RunError: one line with the numbers and the flags that mend it
 """
 
 import contextlib
+import math
 import os
 import time
 from pathlib import Path
@@ -61,10 +62,13 @@ def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float
     """RunError if too many of the files of these row numbers are not there, before each is skipped
     by a worker."""
     looked_for = rows
+    most = max_bad * len(rows)
     if len(rows) > LOOKED_FOR:
         looked_for = np.random.default_rng(0).choice(rows, LOOKED_FOR, replace=False)
+        # A draw may have more of them than there are in all: three standard deviations more.
+        most = max_bad * LOOKED_FOR + 3 * math.sqrt(max_bad * (1 - max_bad) * LOOKED_FOR)
     missing = [row for row in looked_for if not os.path.exists(videos[int(row)].path)]
-    if len(missing) > max_bad * len(looked_for):
+    if len(missing) > most:
         raise RunError(
             f"{manifest}: {len(missing)} of {len(looked_for)} videos that were looked for are not "
             f"there, such as {videos[int(missing[0])].path}: relative paths start at "

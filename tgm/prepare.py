@@ -134,32 +134,28 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
 def encode_frames(reader, container, short_side):
     """Encodes every displayed frame of an open video into an open container."""
     stream = None
-
-    def encode(image, seconds):
-        picture = av.VideoFrame.from_ndarray(image, format="rgb24")
-        picture.pts = round(seconds * TICKS)
-        picture.time_base = Fraction(1, TICKS)
-        container.mux(stream.encode(picture))
-
-    gap = 1 / reader.fps  # seconds between the last two frames
-    before = 0.0
+    first_dts = None
     for seconds, frame in reader.frames():
         if stream is None:
             size = encoded_size(reader.picture(frame), short_side)
             stream = add_stream(container, size, reader.fps)
-        else:
-            gap = max(1 / 60, seconds - before)
-        before = seconds
-        image = reader.picture(frame, size)
-        encode(image, seconds)
+        picture = av.VideoFrame.from_ndarray(reader.picture(frame, size), format="rgb24")
+        picture.pts = round(seconds * TICKS)
+        picture.time_base = Fraction(1, TICKS)
+        packets = stream.encode(picture)
+        if packets and first_dts is None:
+            first_dts = packets[0].dts
+        container.mux(packets)
     if stream is None:
         raise VideoError(f"{reader.path}: no frame could be decoded")
-    # Where the last frame stays on screen, it is repeated to the end: the copy would end after it.
-    for later in np.arange(seconds + gap, reader.duration - gap / 2, gap):
-        encode(image, later)
-    packets = stream.encode()  # the last ones
-    for packet in packets:
-        packet.duration = round(gap * TICKS)  # by itself it is that of the average frame rate
+    packets = stream.encode()  # those that the encoder held back; never none
+    if first_dts is None:
+        first_dts = packets[0].dts
+    # The copy lasts as long as the source, whose last frame may stay on screen. An mp4 has two
+    # durations, of what is decoded and of what is displayed, and the shorter one counts.
+    last = packets[-1]
+    until_last = min(last.dts - first_dts, last.pts)
+    last.duration = max(1, round(reader.duration * TICKS) - until_last)
     container.mux(packets)
 
 

@@ -118,14 +118,28 @@ def finish(work):
     try:
         while not work.is_completed():
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            pause = min(2 * pause, 0.005)
         work.wait()
     except RuntimeError as error:
+        if not is_of_lost_rank(error):
+            raise
         raise RunError(lost_rank(error)) from None
 
 
+# parts of gloo's errors where the connection to another rank ended
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+def is_of_lost_rank(error):
+    """Whether an operation failed because another rank is gone, and not by a fault of this one."""
+    text = str(error)
+    if "gloo/transport" in text:
+        return any(part in text for part in LOST)
+    return "ncclRemoteError" in text
+
+
 def lost_rank(error):
-    """The message where an operation over ranks fails."""
+    """The message where an operation failed because another rank is gone."""
     reason = reason_of(error)[:200]
     return f"another rank ended, and this one with it; the other says why ({reason})"
 
@@ -426,8 +440,7 @@ def one_line_errors(main):
         except RuntimeError as error:
             if any(text in last_line(error) for text in NO_MEMORY):
                 sys.exit(memory_reason(error))
-            # NCCL's errors have a type, gloo's name its source file
-            if isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error):
+            if is_of_lost_rank(error):
                 sys.exit(lost_rank(error))
             raise
 

@@ -473,7 +473,8 @@ class VideoReader:
         end = None
         for seconds, frame in self._all_frames():
             if seconds >= 0:
-                end = seconds + self._shown_for(frame)
+                # The frame that was decoded last may be the long one, though not displayed last.
+                end = max(end or 0.0, seconds + self._shown_for(frame))
                 yield seconds, frame
         if end is not None:
             self._check_end(self.duration, end)
@@ -505,6 +506,7 @@ class VideoReader:
         frame = None
         distances = None
         begins = 0.0
+        end = 0.0
         last_reference = None  # when the latest frame began that is no B picture
         for begins, upcoming in self._all_frames():
             while times and frame is not None and times[0] + self._tolerance < begins:
@@ -512,6 +514,7 @@ class VideoReader:
             if not times:
                 return
             frame = upcoming
+            end = max(end, begins + self._shown_for(frame))
             distances = Distances()
             if frame.pict_type != PictureType.B:
                 # what B pictures refer to cannot be known without pts
@@ -520,7 +523,7 @@ class VideoReader:
                 last_reference = begins
         if frame is None:
             raise VideoError(f"{self.path}: no frame could be decoded")
-        self._check_end(times[-1], begins + self._shown_for(frame))
+        self._check_end(times[-1], end)
         for time in times:
             yield time, frame, distances
 
