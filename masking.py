@@ -140,7 +140,7 @@ def motion_mask(ratio, grid, noise, saliency, motion):
     t, h, w = grid
     check_map("motion", "motion", motion, (len(noise), t, 2, h, w))
     scale = math.sqrt(ratio)
-    window = (max(1, math.floor(scale * h)), max(1, math.floor(scale * w)))
+    window = (max(1, math.floor(scale * h + 1e-6)), max(1, math.floor(scale * w + 1e-6)))
     noise = noise[:, None, : h * w]  # [B, 1, h*w], the same for all slices
     centre = busiest_window(moving_energy(motion), window, noise)  # [B, 2, t]
     distance = window_distance(smooth_in_time(centre), window, grid)  # [B, t, h*w]
@@ -161,8 +161,9 @@ def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Te
     high, wide = window
     energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
     # Bring the largest value of a clip to 1, so that the two small terms below mean the same in
-    # every clip.
-    energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    # every clip. Where the camera alone moves, rounding leaves some energy (up to 1e-12): the limit
+    # keeps it below the noise.
+    energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-6)
     score = energy_inside
     # A slice without motion takes the place that is best over all slices.
     score = score + 0.01 * energy_inside.mean(1, keepdim=True)
@@ -193,9 +194,9 @@ def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tens
     """How far each token is from centre [B, 2, t]: [B, t, h*w].
 
     The larger of the distances counts, along x in widths of the window and along y in its heights,
-    both times high * wide: without a division nothing is rounded, so that not errors of rounding
-    but the noise decides between tokens of equal distance. These lie on the border of a window; the
-    border of the window itself is at distance 0.5 * high * wide."""
+    both multiplied by high * wide. So there is no division, nothing is rounded, and the noise
+    decides between tokens of equal distance, not errors of rounding. Such tokens lie on the border
+    of a window; the border of the window itself is at distance 0.5 * high * wide."""
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
     centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
@@ -323,7 +324,7 @@ def make_mask(
     row. They are on the device of the noise.
 
     name: a key of MASKS
-    ratio: share masked, in (0, 1): in each slice, but for random, which takes it of the whole clip
+    ratio: share masked, in (0, 1), of each slice; random masks as many, anywhere in the clip
     saliency [B, t, h, w]: any real scores, for the text masks
     motion [B, t, 2, h, w]: for the masks motion and flow: the displacement from each slice to the
         next (velocity x time), dx and dy as fractions of the crop's width and height, as

@@ -331,8 +331,9 @@ def info_nce(
     every_group = torch.cat(gather_ranks(group)) if together else group  # [ranks*B]
     video, text = own
     every_video, every_text = every
-    # The product of a text with itself may be rounded to less than 0.999 (TF32). Without the test
-    # of the group such a row would have no positive, and its target would be 0 / 0.
+    # Positives are samples of the same video (group) or of the same text. The test of the group is
+    # needed for a sample and itself, too: the product of a text with itself may be rounded to less
+    # than 0.999 (TF32), and a row without a positive would have the target 0 / 0.
     positive = (group[:, None] == every_group) | (text @ every_text.T > SAME_TEXT)
     target = positive / positive.sum(dim=1, keepdim=True)
     to_text = F.cross_entropy(scale * video @ every_text.T, target)

@@ -112,6 +112,8 @@ def test_the_command_line(tmp_path):
     assert line == "nothing to draw: no log has a value but 0"
     line = run("tgm.curves", "a/log.jsonl", "--out", "no/x.png", cwd=tmp_path, fails=True)
     assert line == "no/x.png: cannot be written (No such file or directory)"
+    line = run("tgm.curves", "a/log.jsonl", "--out", ".", cwd=tmp_path, fails=True)
+    assert line == "--out .: expected the name of a picture"
     line = run("tgm.curves", "a/log.jsonl", "--out", "x.xyz", cwd=tmp_path, fails=True)
     assert line.startswith("--out x.xyz: Format 'xyz' is not supported")
     assert run("tgm.curves", "a/log.jsonl", "--out", "x", cwd=tmp_path).strip() == "x.png"

@@ -11,7 +11,7 @@ from PIL import Image
 
 import masking
 import model as models
-from tgm import checkpoints, figures, preview
+from tgm import checkpoints, figures, pictures, preview
 
 
 @pytest.fixture
@@ -147,3 +147,18 @@ def test_a_fine_tuned_model_reconstructs_nothing(copy):
     checkpoints.save_checkpoint(path, model=vit.state_dict(), args=args)
     line = run("tgm.figures", "--checkpoint", path, cwd=copy, fails=True)
     assert line.startswith(f"--checkpoint {path}: has no decoder, so it reconstructs nothing")
+
+
+@pytest.mark.parametrize("fps, duration", [(10, 100), (24, 40), (60, 20), (150, 20)])
+def test_a_gif_is_played_at_a_speed_that_players_know(tmp_path, fps, duration):
+    tiles = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    pictures.write_video(tmp_path / "x.gif", tiles, fps)
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["duration"] == duration
+
+
+def test_a_link_that_leads_nowhere_is_not_removed(tmp_path):
+    link = tmp_path / "x.png"
+    link.symlink_to(tmp_path / "later.png")
+    pictures.require_writable("--out", link, (".png",))
+    assert link.is_symlink()

@@ -23,6 +23,7 @@ import finetune
 import model as models
 from tgm import checkpoints, evaluation, resume
 from tgm.manifest import read_manifest
+from tgm.run import RunError
 from tgm.sampling import Views
 from tgm.training import Machine
 
@@ -224,6 +225,15 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
         for row in (0, 1, 2, 4):
             by_view = [model(models.normalize(view[None])).softmax(-1)[0] for view in views[row][1]]
             assert torch.allclose(found[row], sum(by_view) / 6, atol=1e-5) and len(by_view) == 6
+
+
+def test_a_model_that_diverged_is_not_taken_for_broken_videos(world):
+    model = models.VideoViT("tiny", classes=4)
+    model.head.weight.data.fill_(math.nan)
+    videos = read_manifest(world / "data/val.csv")[:2]
+    views = Views(videos, frames=8, image_size=48, stride=2, clips=1, crops=1)
+    with pytest.raises(RunError, match="^the model's outputs are not finite: its training dive"):
+        evaluation.predict(model, views, classes=4, **ON_THE_CPU)
 
 
 def test_scores_against_loops():

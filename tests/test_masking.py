@@ -3,6 +3,7 @@ sample.
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -211,6 +212,24 @@ def test_motion_where_nothing_moves():
     field[:, 1, 0, 6:9, 6:9] = 0.1
     mask = make_mask("motion", 0.25, 40, (4, 10, 10), motion=field, noise=noise).view(40, 4, 10, 10)
     assert mask[:, :, 6:9, 6:9].all()
+
+
+def test_a_pan_of_the_camera_is_no_motion():
+    """What rounding leaves of it is less than the noise, which chooses one window per clip."""
+    noise = torch.rand(200, 4 * 100, generator=torch.Generator().manual_seed(0))
+    field = torch.rand(200, 1, 2, 1, 1, generator=torch.Generator().manual_seed(1))
+    field = field.expand(200, 4, 2, 10, 10)
+    field = field + 3e-7 * torch.randn(field.shape, generator=torch.Generator().manual_seed(2))
+    mask = make_mask("motion", 0.5, 200, (4, 10, 10), motion=field, noise=noise).view(200, 4, 100)
+    still = make_mask("motion", 0.5, 200, (4, 10, 10), motion=0 * field, noise=noise)
+    assert (mask == mask[:, :1]).all(2).all(1).float().mean() > 0.95
+    assert (mask == still.view(200, 4, 100)).float().mean() > 0.95
+    # a window of 7 x 7, though the root is rounded to less
+    assert math.floor(math.sqrt(0.0784) * 25) == 6
+    field = torch.zeros(1, 1, 2, 25, 25)
+    field[:, :, :, 3:10, 3:10] = 0.1
+    mask = make_mask("motion", 0.0784, 1, (1, 25, 25), motion=field).view(25, 25)
+    assert mask.sum() == 49 and mask[3:10, 3:10].all()
 
 
 def test_flow_carries_the_visible_tokens_along():

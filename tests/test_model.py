@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -552,6 +553,7 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"num_attention_heads": 4}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     refused("num_attention_heads: file 4", path=tmp_path / "hf")
+    refused("num_attention_heads: file 4", path=tmp_path / "hf/model.safetensors")
     config |= {"num_attention_heads": 2, "decoder_num_attention_heads": 4}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     refused("decoder_num_attention_heads: file 4, model 3", path=tmp_path / "hf")
@@ -988,6 +990,21 @@ def test_beyond_numpys_numbers_nothing_is_let_in(tmp_path, monkeypatch):
     rewrite_pickle(file, b"multiarray\nscalar", b"multiarray\nfromfile")
     with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
         load_pretrained(VideoMAE("nano"), file)
+    # keys that are no names, a head of no width, and parts that do not belong together
+    state = official_state()
+    torch.save({0: torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="expected named tensors"):
+        load_pretrained(VideoMAE("nano"), file)
+    torch.save({"model": state | {"head.weight": torch.tensor(1.0)}}, file)
+    with pytest.raises(ValueError, match="holds no classifier"):
+        checkpoints.head_classes(file)
+    parts = {
+        f"x.{name}.weight": torch.zeros(2, width)
+        for name, width in zip(("query", "key", "value"), (2, 2, 3))
+    }
+    torch.save({"model": state | parts}, file)
+    with pytest.raises(ValueError, match="x.query.weight has another shape than key and value"):
+        load_pretrained(VideoMAE("nano"), file)
     # a number is no weight
     torch.save({"model": official_state() | {"mask_token": np.float64(1)}}, file)
     with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
@@ -1166,8 +1183,21 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
     line = export(tmp_path / "part.pt", tmp_path / "hf")
     assert line == f"--export {tmp_path}/part.pt: not a checkpoint of pretrain.py or finetune.py"
     args["text_dim"] = 512
+    args["size"] = "giant"
+    torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "part.pt")
+    line = export(tmp_path / "part.pt", tmp_path / "hf")
+    assert line == f"--export {tmp_path}/part.pt: not a checkpoint of pretrain.py or finetune.py"
+    args["size"] = "nano"
     torch.save({"model": VideoMAE("nano").state_dict(), "args": args}, tmp_path / "mae.pt")
     assert "Not a directory" in export(tmp_path / "mae.pt", tmp_path / "file/hf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # as on a full disk
+    try:
+        line = export(tmp_path / "mae.pt", tmp_path / "hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert line.startswith(f"{tmp_path}/hf/model.safetensors: cannot be written (")
+    assert not list((tmp_path / "hf").iterdir())
     line = run("tgm.checkpoints", "--export", tmp_path / "mae.pt", fails=True)
     assert "the following arguments are required: --out" in line
 

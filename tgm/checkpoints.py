@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import EPS, MEAN, STD, VideoMAE, VideoViT
+from model import EPS, MEAN, SIZES, STD, VideoMAE, VideoViT
 
 State = dict[str, Tensor]
 
@@ -132,7 +133,8 @@ def tensors_of(content: Any, file: Path) -> State:
         if isinstance(content, dict) and key in content:
             state = content[key]
             break
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{file}: no checkpoint that can be read safely (expected named tensors)")
     # Parameters would carry their gradients along.
     state = {key: tensor.detach() for key, tensor in state.items()}
@@ -163,8 +165,8 @@ def rename(key: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def join_qkv(state: State, file: Path) -> State:
-    """Joins Hugging Face's query, key and value weights; ValueError where one of them is
-    missing."""
+    """Joins Hugging Face's query, key and value weights; ValueError where one of them is missing,
+    or unlike the others."""
     for query in [key for key in state if key.endswith(".query.weight")]:
         parts = []
         for part in SPLIT:
@@ -172,6 +174,9 @@ def join_qkv(state: State, file: Path) -> State:
             if key not in state:
                 raise ValueError(f"{file}: has {query} but no {key}")
             parts.append(state.pop(key))
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) > 1 or () in shapes:
+            raise ValueError(f"{file}: {query} has another shape than key and value, or none")
         state[query.replace("query", "qkv")] = torch.cat(parts)
     return state
 
@@ -180,7 +185,7 @@ def head_classes(path: str | Path) -> int:
     """How many classes the classifier in `path` has; ValueError if it has no classifier or cannot
     be read."""
     head = read_checkpoint(path).get("encoder.head.weight")
-    if head is None:
+    if head is None or head.ndim != 2:
         raise ValueError(f"{path}: holds no classifier")
     return len(head)
 
@@ -220,7 +225,7 @@ def fit_autoencoder(state: State) -> Fit:
     fine-tuned       the encoder, with fc_norm as its final norm, without the classifier. This norm
                      is our choice: fc_norm was trained on the mean of the tokens."""
     may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
-    # with both, it is none of the layouts that we know: the classifier's keys are then refused
+    # A file with a head and encoder.norm is of no layout that we know: its head is refused.
     fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
     if fine_tuned:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
@@ -265,7 +270,8 @@ def load_state(
     model: VideoMAE | VideoViT, state: State, path: Path, new_head: bool = False
 ) -> list[str]:
     """As `load_pretrained`, of tensors that were read from `path` before."""
-    problems = wrong_heads(model, path, state)
+    # a safetensors file is part of a Hugging Face folder
+    problems = wrong_heads(model, path.parent if path.suffix == ".safetensors" else path, state)
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
@@ -382,7 +388,12 @@ def save_huggingface(
     processor = huggingface_processor(model.config["image_size"])
     folder.mkdir(parents=True, exist_ok=True)
     state = huggingface_state(model)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    try:
+        save_file(state, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written ({error})") from None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
@@ -475,7 +486,7 @@ def export(path: str | Path, folder: str | Path) -> VideoMAE | VideoViT:
     saved = args_of(content)
     fine_tuned = "encoder.head.weight" in state
     needed = {"size", "frames", "image_size", "classes" if fine_tuned else "text_dim"}
-    if not needed <= saved.keys():
+    if not needed <= saved.keys() or saved["size"] not in SIZES:
         raise ValueError(f"{path}: not a checkpoint of pretrain.py or finetune.py")
     shape = {"frames": saved["frames"], "image_size": saved["image_size"]}
     if fine_tuned:

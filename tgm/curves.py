@@ -163,6 +163,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    if args.out.name == "":  # of "." and "/"
+        raise RunError(f"--out {args.out}: expected the name of a picture")
     out = args.out if args.out.suffix else args.out.with_suffix(".png")
     logs = {name: read_log(path) for name, path in zip(names_of(args.logs), args.logs, strict=True)}
     try:

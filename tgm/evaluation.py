@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model import VideoViT, normalize
 from tgm.loading import checked_batches, make_loader
-from tgm.run import RunError, add_up_over_ranks, part_of_rank, writing
+from tgm.run import RunError, add_up_over_ranks, give_up_together, part_of_rank, writing
 from tgm.sampling import Views
 
 NAMED_FAILURES = 3  # at most so many videos that cannot be read are named, on each rank
@@ -53,13 +53,14 @@ def predict(
     views: of all N videos of a manifest; each rank reads its share. autocast: the context in which
     the model runs, entered once per batch. batch_size: views per batch and rank; a batch has
     batch_size // V videos, at least one. The model is in training mode afterwards. RunError if no
-    video can be read."""
+    video can be read, or if the model's outputs are not finite."""
     per_video = views.clips * views.crops
     mine = part_of_rank(range(len(views)), rank, ranks)
     loader = make_loader(Subset(views, mine), max(1, batch_size // per_video), workers)
     probabilities = torch.zeros(len(views), classes, device=device)
     counted = torch.zeros(len(views), device=device)  # how many ranks took each video
     reasons = []
+    diverged = torch.zeros((), device=device)  # batches whose outputs are not finite
     model.eval()
     title = f"{views.clips} x {views.crops} views"
     quiet = None if rank == 0 else True  # None: quiet where the output is no terminal
@@ -79,6 +80,7 @@ def predict(
                 video = normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
                 with autocast:
                     logits = model(video)  # [B*V, C]
+                diverged += ~logits.isfinite().all()
                 each_view = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
                 probabilities[rows] = each_view.mean(1)
             bar.update(len(items))
@@ -86,8 +88,10 @@ def predict(
 
     # Each row was filled by one rank and is 0 on the others; NaN survives the sum.
     unreadable = torch.tensor(float(len(reasons)), device=device)
-    for tensor in (probabilities, counted, unreadable):
+    for tensor in (probabilities, counted, unreadable, diverged):
         add_up_over_ranks(tensor)
+    if diverged > 0:
+        give_up_together("the model's outputs are not finite: its training diverged")
     assert (counted == 1).all(), "a test video was left out or counted twice"
     if unreadable == len(views):
         # a rank that had no videos knows no reason
@@ -216,7 +220,8 @@ def write_test(
         "majority": (labels == floor_labels.mode().values).float().mean().item(),
     }
     with writing(out / "test.json"):
-        # of an earlier test: it is written last, so where it exists the other files belong to it
+        # Removes that of an earlier test: test.json is written last, so where it is, the other
+        # files belong to it.
         (out / "test.json").unlink(missing_ok=True)
     path = out / "per_class.csv"
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:

@@ -28,8 +28,8 @@ def class_names(manifest: str, videos: Videos) -> list[str]:
 
 
 def class_order(name: str):
-    """The sorting key of `class_names`: "10" comes after "9". The third entry orders "1" and "01",
-    which are the same number."""
+    """The sorting key of `class_names`: (kind, number, name). "10" comes after "9"; the name orders
+    "1" and "01", which are the same number."""
     if name.isdecimal():
         return 0, int(name), name
     return 1, 0, name
@@ -41,17 +41,21 @@ def number_labels(manifest: str, videos: Videos, names: list[str], say=print) ->
     class_of = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():
-        known = ", ".join(names[:8])
-        if len(names) > 8:
-            known += ", ..."
+        known = first_of(names, 8)
         raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
-    unknown = sorted({video.label for video in videos} - class_of.keys())
+    unknown = sorted({video.label for video in videos} - class_of.keys(), key=class_order)
     if unknown:
         say(
             f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "
-            f"{', '.join(unknown[:20])}"
+            f"{first_of(unknown, 20)}"
         )
     return labels
+
+
+def first_of(names: list[str], count: int) -> str:
+    """The first names, for a message."""
+    more = ["..."] if len(names) > count else []
+    return ", ".join(names[:count] + more)
 
 
 def labels_hash(videos: Videos) -> str:

@@ -30,7 +30,7 @@ WORKER_ENDED = (
     "(out of memory, of shared memory: docker run --shm-size=16g, or of open files: ulimit -n? "
     "lower --workers or --batch-size; --workers 0 decodes in the run itself and shows where)"
 )
-LOCKS_OF_A_WORKER = 8  # at most: two queues with up to three locks, one event
+LOCKS_OF_A_WORKER = 8  # at most, with one to spare: two queues with up to three locks, one event
 
 
 def begin_worker(number: int) -> None:

@@ -12,6 +12,7 @@ Shapes: T frames, H W pixels, (t, h, w) token grid, N = t*h*w tokens.
 
 import contextlib
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from fractions import Fraction
@@ -192,7 +193,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> s
     """Breaks `text` into at most `lines` lines of at most `width` pixels. A text that is too long
     is cut and ends in dots; where not a letter fits, "" is returned."""
     text = " ".join(text.split())[:1000]
-    for letters in range(min(len(text), int(width)), 0, -1):  # per line, until each line fits
+    # letters per line: the most first, then fewer, until each line fits
+    for letters in range(min(len(text), int(width)), 0, -1):
         wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder="…")
         if max(font.getlength(line) for line in wrapped) <= width:
             return "\n".join(wrapped)
@@ -228,8 +230,9 @@ def require_writable(
     `source`, the file that is to be drawn."""
     if path.suffix.lower() not in endings:
         raise RunError(f"{flag} {path}: expected a name that ends in {', '.join(endings)}")
-    exists = path.exists()
-    if exists and source is not None and Path(source).exists() and path.samefile(source):
+    exists = os.path.lexists(path)  # also a link that leads nowhere, which must not be removed
+    both_exist = path.exists() and source is not None and Path(source).exists()
+    if both_exist and path.samefile(source):
         raise RunError(f"{flag} {path}: is the video that is to be drawn")
     try:
         with open(path, "ab"):
@@ -254,7 +257,9 @@ def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
     """Writes pictures as a GIF if the name ends in .gif, else as H.264 video."""
     if Path(path).suffix.lower() == ".gif":
         first, *others = pictures
-        first.save(path, save_all=True, append_images=others, loop=0, duration=1000 / fps)
+        # A GIF counts hundredths of a second; players take fewer than two for ten.
+        duration = max(20, round(1000 / fps, -1))
+        first.save(path, save_all=True, append_images=others, loop=0, duration=duration)
         return
     with av.open(str(path), "w") as container:
         rate = Fraction(fps).limit_denominator(1000)

@@ -141,7 +141,7 @@ class TrainingClips(Dataset):
         epoch, row = key
         reason = None
         for attempt in range(10):
-            # the same seeds each time, so the same videos
+            # whenever this sample is read, the same seeds, so the same videos
             rng = np.random.default_rng([self.seed, epoch, row, attempt])
             pick = row if attempt == 0 else int(rng.choice(self.rows))
             try:

@@ -28,9 +28,8 @@ def zero_shot(video: np.ndarray, classes: np.ndarray, labels: np.ndarray, k: int
     equally similar classes the right one is ranked last, so that a head for which all classes are
     equal gets no hit."""
     correct = np.zeros((len(video), k), bool)
-    finite_class = np.isfinite(classes).all(1)[
-        labels
-    ]  # label -1 takes the last; it is wrong anyway
+    # a label of -1 takes the last class here; it is wrong anyway
+    finite_class = np.isfinite(classes).all(1)[labels]
     known = np.flatnonzero(np.isfinite(video).all(1) & (labels >= 0) & finite_class)
     similar = video[known] @ classes.T  # [known, C]
     right = similar[np.arange(len(known)), labels[known]]
