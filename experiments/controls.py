@@ -35,8 +35,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import toy
 
 import saliency
-from tgm.arrays import companion, open_array, read_captions, text_commands
-from tgm.manifest import manifest_hash, read_manifest
+from tgm.arrays import companion, open_array, origin, read_captions, text_commands
+from tgm.manifest import file_sizes, read_manifest
 from tgm.run import RunError, one_line_errors
 from tgm.video import VideoReader, segment_midpoints
 
@@ -149,7 +149,8 @@ def main(argv=None):
             maps = truth(args.data, *own.shape[2:4])
         maps = np.repeat(maps[:, None].astype(np.float16), own.shape[1], 1)
         np.save(f"{args.out}.saliency.npy", maps)
-        about = {"manifest": manifest_hash(videos), "cue": args.control, "shape": list(maps.shape)}
+        about = origin(videos, len(videos), {"cue": args.control, "shape": list(maps.shape)})
+        about["files"] = file_sizes(videos)  # by which a world that was made again is noticed
         Path(f"{args.out}.saliency.json").write_text(json.dumps(about, indent=1) + "\n")
     for ending in ("json", "npy"):  # last: its text.npy says that a control is whole
         shutil.copy(companion(args.data, f"text.{ending}"), f"{args.out}.text.{ending}")

@@ -27,6 +27,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -91,7 +92,8 @@ class Out:
         self.peak = None
         if ON_GPU:
             self.machine = torch.cuda.get_device_name()
-            known = [peak for name, peak in PEAK.items() if name in self.machine]
+            # whole words, as an A10G is no A10
+            known = [peak for name, peak in PEAK.items() if re.search(rf"\b{name}\b", self.machine)]
             self.peak = known[0] if known else None
 
     def is_over(self):
@@ -184,6 +186,7 @@ def random_batch(model, batch):
         "flip": torch.rand(batch, generator=generator) < 0.5,
         "text": F.normalize(torch.randn(batch, 512, generator=generator), dim=-1),
         "saliency": torch.rand(batch, 16, h, w, generator=generator).half(),
+        "row": torch.arange(batch),
     }
     data = {name: value.to(DEVICE) for name, value in data.items()}
     data["clip"] = torch.randint_like(data["clip"].contiguous(), 256)
@@ -220,7 +223,7 @@ def our_step(model, batch, mask, ratio, keep=1.0):
         if num_decoded < num_masked:
             chosen = masking.some_masked(hidden, data["noise"], num_decoded)
         video = models.normalize(data["clip"])
-        output = model(video, hidden, data.get("text"), num_visible, chosen)
+        output = model(video, hidden, data.get("text"), num_visible, chosen, data["row"])
         if output.loss_nce is None:
             return output.loss_mae
         return output.loss_mae + output.loss_nce
@@ -521,7 +524,7 @@ def write_manifest(path, videos, folder, copies):
         writer = csv.writer(file)
         writer.writerow(["path"])
         for _ in range(copies):
-            writer.writerows([name] for name in files)
+            writer.writerows([os.path.abspath(name)] for name in files)
 
 
 def loader_rate(flags, workers, batch, seconds=8):
@@ -579,6 +582,9 @@ def share_of_waiting(flags, out, workers, tiny):
 
 # the first of these words that is in a kernel's name says its kind
 KINDS = {
+    "triton": "fused by the compiler",
+    "adam": "optimizer",
+    "gammabeta": "norms",
     "flash": "attention",
     "fmha": "attention",
     "attention": "attention",
@@ -586,7 +592,6 @@ KINDS = {
     "nvjet": "matrix products",
     "cutlass": "matrix products",
     "mm": "matrix products",
-    "adam": "optimizer",
     "multi_tensor": "optimizer and clipping",
     "layer_norm": "norms",
     "sort": "masks: sorting",
@@ -594,7 +599,6 @@ KINDS = {
     "gather": "fetching tokens",
     "memcpy": "copies",
     "copy": "copies and casts",
-    "triton": "fused by the compiler",
     "reduce": "sums",
     "elementwise": "elementwise",
 }

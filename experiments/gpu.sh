@@ -12,19 +12,21 @@
 #   wheels/    av, open_clip_torch, ftfy, wcwidth: what a machine with torch, torchvision, timm,
 #              transformers and pytest may lack. They are installed to a temporary folder
 #   clips.csv, clips/   videos for the part that decodes, re-encoded as the README advises
-# The toy world is not carried: data/toy.py makes it in seconds on many cores.
+# The toy world is not carried: part 4 makes it, which takes 90 seconds on two cores.
 #
 # Figures are written as they come, to experiments/results/gpu (GPU_RESULTS: another folder), so
 # that a part that is cut off leaves what it has. What is there stays; lines are added.
+# gpu-carry is ignored by git: name it to whatever copies the working tree.
 #
 # GPU_PYTHON_VERSION (3.12)   of the machine with the GPU, for the wheels
 # GPU_CLIPS                   a manifest or folder of videos to re-encode (default: the first that
 #                             experiments/peers.py finds)
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 carry=$root/gpu-carry
-results=${GPU_RESULTS:-$root/experiments/results/gpu}
+results=${GPU_RESULTS:-experiments/results/gpu}
+[ "${results#/}" != "$results" ] || results=$root/$results
 python=python3
 [ ! -x .venv/bin/python ] || python=$root/.venv/bin/python
 tiny=${GPU_TINY:+--tiny}
@@ -68,7 +70,7 @@ measure() { # measure SECONDS SECTION [FLAG...]: a section of gpu.py, its messag
     local seconds=$1 section=$2
     shift 2
     timeout -k 5 "$((seconds + 35))" "$python" experiments/gpu.py "$section" $tiny \
-        --seconds "$seconds" --out "$results" "$@" 2>&1 | tee "$results/$section.txt" || true
+        --seconds "$seconds" --out "$results" "$@" 2>&1 | tee -a "$results/$section.txt" || true
 }
 
 videos=()
@@ -83,7 +85,7 @@ prepare) prepare ;;
     [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n 4)
     if [ -n "$tiny" ]; then export TGM_GPU_TESTS=cpu; fi
     timeout -k 10 530 "$python" -m pytest -v -m gpu tests/test_gpu.py --durations=15 \
-        "${beside[@]}" 2>&1 | tee "$results/tests.txt"
+        "${beside[@]}" 2>&1 | tee -a "$results/tests.txt"
     ;;
 2)
     install
@@ -100,14 +102,16 @@ prepare) prepare ;;
 4)
     install
     cores=$(env -u OMP_NUM_THREADS nproc)
-    mkdir -p runs/gpu
-    cd runs/gpu
+    folder=runs/gpu${tiny:+-tiny} # cells of a tiny world must not pass for those of the study
+    mkdir -p "$folder"
+    cd "$folder"
     workers=$((cores > 2 ? cores - 2 : 0))
     cells=()
     if [ -n "$tiny" ]; then
-        [ -e data/train.csv ] || "$python" "$root/data/toy.py" --train 32 --val 24
+        [ -e data/val.masks.npy ] || "$python" "$root/data/toy.py" --train 32 --val 24
         cells=(untrained-nce0-seed0 text-0.6-7-epochs-nce1-seed0)
     else
+        [ -e data/val.masks.npy ] || "$python" "$root/data/toy.py" --workers "$cores"
         for seed in 0 1 2; do
             cells+=("text-0.6-nce0-seed$seed" "tube-0.6-nce0-seed$seed")
             cells+=("text-0.6-nce1-seed$seed" "tube-0.6-nce1-seed$seed")
@@ -115,7 +119,8 @@ prepare) prepare ;;
     fi
     # SIGTERM stops the study after its step
     timeout -k 20 510 "$python" "$root/experiments/study.py" --jobs 1 --workers "$workers" \
-        --results "$results/runs.csv" --only "${cells[@]}" 2>&1 | tee "$results/study.txt" || true
+        --results "$results/runs${tiny:+-tiny}.csv" --only "${cells[@]}" 2>&1 \
+        | tee -a "$results/study.txt" || true
     for log in runs/study/*/log.jsonl; do # how fast, of cells that were cut off too
         [ ! -e "$log" ] || tail -n 1 "$log" | sed "s|^|$log |" | tee -a "$results/study.txt"
     done

@@ -53,9 +53,15 @@ def find_videos(source, temporary):
 
 
 def read_file(path):
-    """The File at a path; None unless its one video stream is H.264 (of several streams, peers take
-    different ones)."""
-    with av.open(path) as container:
+    """The File at a path; None unless it is a video whose one stream is H.264 (of several streams,
+    peers take different ones)."""
+    try:
+        opened = av.open(path)
+    except av.FFmpegError:  # a folder of videos may hold a text, too
+        return None
+    with opened as container:
+        if not container.streams.video:
+            return None
         stream = container.streams.video[0]
         if stream.codec_context.name != "h264" or len(container.streams.video) > 1:
             return None

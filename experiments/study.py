@@ -43,6 +43,9 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from tgm.flags import positive_int
+
 RESULTS = ROOT / "experiments/results/runs.csv"
 OUT = Path("runs/study")
 PRETRAIN = "--size tiny --batch-size 16 --repeat 2 --warmup-epochs 2 --blr 4.8e-2"
@@ -228,18 +231,23 @@ def run_cell(runner, cell, workers=0):
     return result
 
 
+TEXTS = ("name", "mask", "source", "commit", "torch")  # columns; the commit 55e6943 is no number
+
+
 def read_runs(path=RESULTS):
-    """{name: line} of runs.csv; numbers are floats."""
+    """{name: line} of runs.csv; numbers are floats, but for those in TEXTS."""
     if not path.exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
         return {
-            line["name"]: {key: number(text) for key, text in line.items()}
+            line["name"]: {key: value_of(key, text) for key, text in line.items()}
             for line in csv.DictReader(file)
         }
 
 
-def number(text):
+def value_of(column, text):
+    if column in TEXTS:
+        return text
     try:
         return float(text)
     except ValueError:
@@ -271,7 +279,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="cells that run side by side")
     parser.add_argument(
         "--workers",
         type=int,

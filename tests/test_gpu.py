@@ -1,6 +1,6 @@
 """Everything that only a GPU can show.
 
-    python -m pytest -m gpu                       on a machine with a GPU: ViT-B, about 8 minutes
+    python -m pytest -m gpu                       on a machine with a GPU: ViT-B, by estimate 8 minutes
     TGM_GPU_TESTS=cpu python -m pytest -m gpu     the same tests at tiny sizes on a CPU, to try them
 
 Other runs of the suite skip them, and hide the GPU from all other tests (tests/conftest.py).

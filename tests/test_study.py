@@ -17,7 +17,7 @@ from conftest import CLIP, run
 
 import masking
 from tgm.arrays import open_array, read_captions
-from tgm.manifest import read_manifest
+from tgm.manifest import file_sizes, read_manifest
 from tgm.run import RunError
 
 
@@ -72,6 +72,15 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
     path.write_text("nothing\n")
     with pytest.raises(SystemExit, match="has no lines"):
         report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
+
+
+def test_a_commit_stays_a_text(tmp_path):
+    """Its hash may read as a number, as 55e6943 does, which is infinite."""
+    path = tmp_path / "runs.csv"
+    for number, commit in enumerate(("55e6943", "1234567")):
+        study.add_run({"name": f"cell{number}", "commit": commit, "object_knn": 1 / 3}, path)
+    assert path.read_text().splitlines()[1:] == ["cell0,55e6943,0.333333", "cell1,1234567,0.333333"]
+    assert study.read_runs(path)["cell0"]["object_knn"] == 0.333333
 
 
 def test_shuffled_captions_are_others(world):
@@ -131,6 +140,9 @@ def test_controls(copy):
     assert first[on].mean() > first[on_actor].mean() + 0.1
     first = own[:, 0, 0].astype(np.float32)
     assert first[on_actor].mean() > first[on].mean() + 0.1
+    for control in ("truth", "no-text"):  # of videos that were replaced: noticed
+        about = json.loads((copy / f"{control}.saliency.json").read_text())
+        assert about["files"] == file_sizes(videos)
     (copy / "data/train.masks.npy").unlink()
     assert "train.masks.npy" in run(
         "experiments/controls.py", "truth", "--out", "t", cwd=copy, fails=True

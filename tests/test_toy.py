@@ -267,6 +267,16 @@ def test_the_world_is_the_same_each_time(world, tmp_path):
     assert (tmp_path / "train.csv").read_bytes() == (world / "data/train.csv").read_bytes()
 
 
+def test_a_world_that_is_made_again_is_not_whole_until_the_end(tmp_path, monkeypatch):
+    toy.write_world(tmp_path, 2, 2, workers=1)
+    whole = {f"{split}.masks.npy" for split in ("train", "probe", "val")}
+    assert whole <= {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(toy, "write_split", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy.write_world(tmp_path, 2, 2, seed=1, workers=1)
+    assert not list(tmp_path.glob("*.npy"))
+
+
 # ---- the tiny models
 
 
