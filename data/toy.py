@@ -298,11 +298,11 @@ def write_world(out, train, val, seed=0, workers=2):
     """Writes train.csv and probe.csv of `train` videos each, val.csv of `val` videos, and their
     videos and masks."""
     splits = (("train", train), ("probe", train), ("val", val))
+    for split, _ in splits:  # before the first is written
+        refuse_foreign(out / f"{split}.csv", is_of_toy_world)
     for split, _ in splits:  # of a world that was there: until the end no split is whole
         for kind in ("masks", "bystander"):
             (out / f"{split}.{kind}.npy").unlink(missing_ok=True)
-    for split, _ in splits:  # before the first is written
-        refuse_foreign(out / f"{split}.csv", is_of_toy_world)
     for split, count in splits:
         write_split(out, split, count, seed, workers)
 

@@ -245,10 +245,30 @@ def test_a_last_frame_that_stays_on_screen_stays_in_the_copy(tmp_path):
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert source.duration == pytest.approx(4.9, abs=0.01)
         assert copy.duration == pytest.approx(4.9, abs=0.01)
+        assert copy.fps == pytest.approx(source.fps, rel=0.03)  # of 10 frames in 4.9 seconds
         times = [0.85, 0.95, 2.5, 4.8]
         got = copy.read(times)
         expected = source.read(times, got.shape[1:3]).astype(int)
         assert np.abs(expected - got).mean((1, 2, 3)).max() < 14
+
+
+def test_a_last_frame_that_stays_leaves_the_frame_rate_of_a_header(tmp_path):
+    """In an mkv it is not what follows from the number of frames."""
+    short = write(tmp_path / "short.mp4", pictures(38))
+    path = tmp_path / "long.mkv"
+    with av.open(short) as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets:
+            packet.stream = stream
+            if packet.pts == max(each.pts for each in packets):
+                packet.duration *= 120
+        out.mux(packets)
+    target = str(tmp_path / "out/long.mp4")
+    assert prepare.reencode(str(path), target, 64) is None
+    with VideoReader(path) as source, VideoReader(target) as copy:
+        assert source.duration > 4 and copy.duration == pytest.approx(source.duration, abs=2e-3)
+        assert copy.fps == pytest.approx(source.fps, rel=0.02) == pytest.approx(30, rel=0.02)
 
 
 def test_a_file_that_is_cut_off_is_not_re_encoded(tmp_path):

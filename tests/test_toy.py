@@ -19,6 +19,7 @@ import caption
 import masking
 import model as models
 import saliency
+from tgm.manifest import ManifestError
 from tgm.offline import Item
 from tgm.sampling import clip_times
 from tgm.video import read_frames, segment_midpoints
@@ -271,6 +272,12 @@ def test_a_world_that_is_made_again_is_not_whole_until_the_end(tmp_path, monkeyp
     toy.write_world(tmp_path, 2, 2, workers=1)
     whole = {f"{split}.masks.npy" for split in ("train", "probe", "val")}
     assert whole <= {path.name for path in tmp_path.iterdir()}
+    own = (tmp_path / "val.csv").read_text()
+    (tmp_path / "val.csv").write_text("path\nmine.mp4\n")
+    with pytest.raises(ManifestError):
+        toy.write_world(tmp_path, 2, 2, seed=1, workers=1)
+    assert whole <= {path.name for path in tmp_path.iterdir()}  # refused: nothing is lost
+    (tmp_path / "val.csv").write_text(own)
     monkeypatch.setattr(toy, "write_split", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         toy.write_world(tmp_path, 2, 2, seed=1, workers=1)

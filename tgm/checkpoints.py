@@ -270,8 +270,8 @@ def load_state(
     model: VideoMAE | VideoViT, state: State, path: Path, new_head: bool = False
 ) -> list[str]:
     """As `load_pretrained`, of tensors that were read from `path` before."""
-    # a safetensors file is part of a Hugging Face folder
-    problems = wrong_heads(model, path.parent if path.suffix == ".safetensors" else path, state)
+    # a file of this name is a part of a Hugging Face folder
+    problems = wrong_heads(model, path.parent if path.name == "model.safetensors" else path, state)
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:

@@ -91,7 +91,10 @@ def predict(
     for tensor in (probabilities, counted, unreadable, diverged):
         add_up_over_ranks(tensor)
     if diverged > 0:
-        give_up_together("the model's outputs are not finite: its training diverged")
+        give_up_together(
+            "the model's outputs are not finite: its training diverged, or fp16 does not hold them "
+            "(--amp bf16 or off)"
+        )
     assert (counted == 1).all(), "a test video was left out or counted twice"
     if unreadable == len(views):
         # a rank that had no videos knows no reason

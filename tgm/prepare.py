@@ -53,6 +53,7 @@ from tgm.video import VideoError, VideoReader
 
 KEY_FRAME_EVERY = 12  # frames, in a re-encoded video
 TICKS = 90000  # per second, the clock of a re-encoded video
+MOST_REPEATS = 10_000  # of a last frame, if a header tells of hours
 REPORT = ["row", "path", "problem", "what"]  # columns; "what" is the reason
 MISSING = "missing"
 # errors of the disk written to, not of the video read
@@ -135,24 +136,39 @@ def encode_frames(reader, container, short_side):
     """Encodes every displayed frame of an open video into an open container."""
     stream = None
     first_dts = None
-    for seconds, frame in reader.frames():
-        if stream is None:
-            size = encoded_size(reader.picture(frame), short_side)
-            stream = add_stream(container, size, reader.fps)
-        picture = av.VideoFrame.from_ndarray(reader.picture(frame, size), format="rgb24")
+
+    def encode(image, seconds):
+        nonlocal first_dts
+        picture = av.VideoFrame.from_ndarray(image, format="rgb24")
         picture.pts = round(seconds * TICKS)
         picture.time_base = Fraction(1, TICKS)
         packets = stream.encode(picture)
         if packets and first_dts is None:
             first_dts = packets[0].dts
         container.mux(packets)
+
+    count = 0
+    for seconds, frame in reader.frames():
+        count += 1
+        if stream is None:
+            size = encoded_size(reader.picture(frame), short_side)
+            stream = add_stream(container, size, reader.fps)
+        image = reader.picture(frame, size)
+        encode(image, seconds)
     if stream is None:
         raise VideoError(f"{reader.path}: no frame could be decoded")
+    # The last frame may stay on screen. It is repeated as often as the frame rate of the source
+    # tells, so that the copy has this rate; training goes by it.
+    held = reader.duration - seconds
+    repeats = min(reader.fps * reader.duration - count, reader.fps * held - 1, MOST_REPEATS)
+    repeats = max(0, round(repeats))
+    for number in range(1, repeats + 1):
+        encode(image, seconds + held * number / (repeats + 1))
     packets = stream.encode()  # those that the encoder held back; never none
     if first_dts is None:
         first_dts = packets[0].dts
-    # The copy lasts as long as the source, whose last frame may stay on screen. An mp4 has two
-    # durations, of what is decoded and of what is displayed, and the shorter one counts.
+    # The copy lasts as long as the source. An mp4 has two durations, of what is decoded and of what
+    # is displayed, and the shorter one counts.
     last = packets[-1]
     until_last = min(last.dts - first_dts, last.pts)
     last.duration = max(1, round(reader.duration * TICKS) - until_last)

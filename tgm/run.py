@@ -126,16 +126,21 @@ def finish(work):
         raise RunError(lost_rank(error)) from None
 
 
-# parts of gloo's errors where the connection to another rank ended
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+# parts of gloo's and NCCL's errors where the connection to another rank ended
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "pair closure",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
 
 
 def is_of_lost_rank(error):
     """Whether an operation failed because another rank is gone, and not by a fault of this one."""
-    text = str(error)
-    if "gloo/transport" in text:
-        return any(part in text for part in LOST)
-    return "ncclRemoteError" in text
+    return any(part in str(error) for part in LOST)
 
 
 def lost_rank(error):
