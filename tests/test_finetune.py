@@ -1345,7 +1345,8 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
     """
     lines = (copy / "data/train.csv").read_text().splitlines()
     for row in (1, 2, 3, 4):
-        lines[row] = f"gone{row}.mp4," + lines[row].split(",", 1)[1]
+        (copy / f"data/bad{row}.mp4").write_bytes(b"bad")
+        lines[row] = f"bad{row}.mp4," + lines[row].split(",", 1)[1]
     (copy / "data/train.csv").write_text("\n".join(lines) + "\n")
     flags = [*TINY, "--epochs", 3, "--views", 1, 1, "--log-every", 4, "--batch-size", 4]
     assert "4 of 32 videos cannot be read, more than --max-bad 0.1" in run(
@@ -1365,7 +1366,7 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
     assert (
         done.returncode == 1
-        and "4 of 32 videos cannot be read, more than --max-bad 0.1: gone" in done.stderr
+        and "4 of 32 videos cannot be read, more than --max-bad 0.1: bad" in done.stderr
     ), done.stderr
     assert log(copy / "b") == []  # at the first line that would be logged
     # over many epochs each rank meets all of them, and they are four still
@@ -1375,11 +1376,15 @@ def test_bad_videos_are_counted_over_the_ranks(copy):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kept", [0, 1])
-def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
+def test_all_videos_gone_or_most_broken_is_one_line(copy, workers, kept):
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text(
         "\n".join([*lines[: 1 + kept], *("gone/" + line for line in lines[1 + kept :])]) + "\n"
     )
+    for line in lines[1 + kept :] if kept else ():
+        path = copy / "data/gone" / line.split(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"bad")
     command = [
         sys.executable,
         str(ROOT / "finetune.py"),
@@ -1401,7 +1406,7 @@ def test_all_or_most_videos_gone_is_one_line(copy, workers, kept):
         )
         return
     assert (
-        "No such file" in last
+        "Invalid data found" in last
         and "and nine videos drawn in its place cannot be read either: are the paths right (--root)?"
         in last
     )

@@ -224,10 +224,7 @@ def test_the_activation_is_recorded_and_asked_for(copy):
     assert "made with another activation; --resume none remakes it" in run(
         *base, cwd=copy, fails=True
     )
-    remedy = (
-        "make it with: python caption.py --data data/train.csv && python saliency.py --data "
-        "data/train.csv --resume none"
-    )
+    remedy = "make it with: python saliency.py --data data/train.csv --resume none"
     line = run(
         "pretrain.py",
         "--size",
