@@ -573,7 +573,8 @@ def parse_args(argv=None):
 
 
 def load_checkpoint(args, machine):
-    """-> (the encoder, the contrastive head or None), of one and the same file on every rank."""
+    """-> (the encoder, the contrastive head), of one and the same file on every rank. The head is
+    None on other ranks than 0, and where captions trained none."""
     encoder = load_encoder(
         args.checkpoint,
         size=args.size,
@@ -601,7 +602,7 @@ def settings_of(args, plan):
         "test": args.test,
         "train_views": plan[0].settings,  # those that the linear probe and kNN learned from
         "test_views": plan[-1].settings,
-        "epochs": args.epochs,  # None: as many as the docstring says
+        "epochs": args.epochs,  # None: the protocol's own
         "k": list(args.k),
     }
 

@@ -165,7 +165,7 @@ def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Te
     # keeps it below the noise.
     energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-6)
     score = energy_inside
-    # A slice without motion takes the place that is best over all slices.
+    # A slice with little or no motion takes the place that is best over all slices.
     score = score + 0.01 * energy_inside.mean(1, keepdim=True)
     # In a clip without motion the noise chooses one place for all slices.
     score = score + 1e-5 * noise[:, :, : energy_inside.shape[-1]]
@@ -195,8 +195,9 @@ def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tens
 
     The larger of the distances counts, along x in widths of the window and along y in its heights,
     both multiplied by high * wide. So there is no division, nothing is rounded, and the noise
-    decides between tokens of equal distance, not errors of rounding. Such tokens lie on the border
-    of a window; the border of the window itself is at distance 0.5 * high * wide."""
+    decides between tokens of equal distance, not errors of rounding. Tokens of equal distance lie
+    on the border of a window that is enlarged about the centre; the border of the window itself is
+    at distance 0.5 * high * wide."""
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
     centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
@@ -256,7 +257,7 @@ def flow_mask(ratio, grid, noise, saliency, motion):
 
 
 def trace_to_middle(motion: Tensor) -> Tensor:
-    """Where the centre of each token was, or will be, in the middle slice: motion [B, t, 2, h, w]
+    """Where the centre of each token will be, or was, in the middle slice: motion [B, t, 2, h, w]
     (see `make_mask`) -> float32 [B, t, h, w, 2], x and y in tokens.
 
     Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;

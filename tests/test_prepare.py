@@ -229,19 +229,25 @@ def test_re_encoded_it_shows_the_same_at_the_same_times(tmp_path, name, how):
     assert len(keys) <= 5
 
 
-def test_a_last_frame_that_stays_on_screen_stays_in_the_copy(tmp_path):
-    short = write(tmp_path / "short.mp4", pictures(10), fps=10, b_frames=0)
-    path = tmp_path / "long.mp4"
+def held_and_copied(short, path, times):
+    """Writes a video to `path` whose last frame stays on screen `times` as long, and re-encodes it
+    -> (path, the copy's path)."""
     with av.open(short) as source, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]
+        last = max(packets, key=lambda packet: packet.pts)
+        last.duration *= times
         for packet in packets:
             packet.stream = stream
-            if packet.pts == max(each.pts for each in packets):
-                packet.duration *= 40
         out.mux(packets)
-    target = str(tmp_path / "out/long.mp4")
+    target = str(path.parent / "out/long.mp4")
     assert prepare.reencode(str(path), target, 64) is None
+    return path, target
+
+
+def test_a_last_frame_that_stays_on_screen_stays_in_the_copy(tmp_path):
+    short = write(tmp_path / "short.mp4", pictures(10), fps=10, b_frames=0)
+    path, target = held_and_copied(short, tmp_path / "long.mp4", 40)
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert source.duration == pytest.approx(4.9, abs=0.01)
         assert copy.duration == pytest.approx(4.9, abs=0.01)
@@ -255,17 +261,7 @@ def test_a_last_frame_that_stays_on_screen_stays_in_the_copy(tmp_path):
 def test_a_last_frame_that_stays_leaves_the_frame_rate_of_a_header(tmp_path):
     """In an mkv it is not what follows from the number of frames."""
     short = write(tmp_path / "short.mp4", pictures(38))
-    path = tmp_path / "long.mkv"
-    with av.open(short) as source, av.open(str(path), "w") as out:
-        stream = out.add_stream_from_template(source.streams.video[0])
-        packets = [packet for packet in source.demux(video=0) if packet.size]
-        for packet in packets:
-            packet.stream = stream
-            if packet.pts == max(each.pts for each in packets):
-                packet.duration *= 120
-        out.mux(packets)
-    target = str(tmp_path / "out/long.mp4")
-    assert prepare.reencode(str(path), target, 64) is None
+    path, target = held_and_copied(short, tmp_path / "long.mkv", 120)
     with VideoReader(path) as source, VideoReader(target) as copy:
         assert source.duration > 4 and copy.duration == pytest.approx(source.duration, abs=2e-3)
         assert copy.fps == pytest.approx(source.fps, rel=0.02) == pytest.approx(30, rel=0.02)

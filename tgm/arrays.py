@@ -47,6 +47,7 @@ PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
+NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
 # What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
 # array's header as Python.
 UNREADABLE = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
@@ -301,8 +302,8 @@ def open_array(
     count = rows_before_growth(videos, about)
     if count:
         raise make_it_with(path, describe_growth(count, videos), f"{remedy} --extend")
-    # What is there cannot be continued. If the remedy has two commands, the flag is for the last,
-    # which makes this array; the first has its own (`text_commands`).
+    # An array that is refused below cannot be continued. If the remedy has two commands, the flag
+    # is for the last, which makes this array; the first has its own (`text_commands`).
     make_again = f"{remedy} --resume none"
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest", make_again)
@@ -446,12 +447,9 @@ def refuse_other_origin(
     is_made: Callable[[int], bool],
 ) -> None:
     """ManifestError unless a file can be continued: its .json, `about`, says what is expected, and
-    no video of a row that is made was replaced since."""
+    no video of a row that is made was replaced since. Entries of NEWER may be missing."""
     as_saved = json.loads(json.dumps(expected))  # a tuple becomes a list, as there
-    # an older .json may lack the hash of CLIP's weights, and write ViT-B-16 as ViT-B/16
-    about = {"weights": expected.get("weights")} | about
-    if ":" not in str(about.get("clip", ":")):
-        about["clip"] = str(about["clip"]).replace("/", "-")
+    about = {key: as_saved.get(key) for key in NEWER} | about
     different = [key for key, value in as_saved.items() if about.get(key) != value]
     if different:
         names = ", ".join(different)

@@ -300,7 +300,7 @@ def load_state(
 
 def wrong_heads(model: VideoMAE | VideoViT, folder: Path, state: State) -> list[str]:
     """Compares the numbers of heads with the config.json of a Hugging Face folder, since shapes do
-    not show them. Returns the problems; none for a file, which has no config.json."""
+    not show them. Returns the problems; none where there is no config.json."""
     file = folder / "config.json"
     if not file.is_file():
         return []

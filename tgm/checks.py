@@ -65,7 +65,8 @@ def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float
     most = max_bad * len(rows)
     if len(rows) > LOOKED_FOR:
         looked_for = np.random.default_rng(0).choice(rows, LOOKED_FOR, replace=False)
-        # A draw may have more of them than there are in all: three standard deviations more.
+        # In a draw the share of missing ones may be larger than in all: by chance hardly ever by
+        # more than three standard deviations.
         most = max_bad * LOOKED_FOR + 3 * math.sqrt(max_bad * (1 - max_bad) * LOOKED_FOR)
     missing = [row for row in looked_for if not os.path.exists(videos[int(row)].path)]
     if len(missing) > most:

@@ -1,4 +1,4 @@
-"""Labels of a manifest, as numbers of classes. Needs manifest.py."""
+"""Labels of a manifest, as numbers of classes. Needs manifest.py and run.py."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import json
 import torch
 
 from tgm.manifest import ManifestError, Videos, manifest_hash, read_manifest, require_files
+from tgm.run import list_names
 
 
 def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
@@ -41,21 +42,15 @@ def number_labels(manifest: str, videos: Videos, names: list[str], say=print) ->
     class_of = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():
-        known = first_of(names, 8)
+        known = list_names(names, 8)
         raise ManifestError(f"{manifest}: none of its labels is among the classes {known}")
     unknown = sorted({video.label for video in videos} - class_of.keys(), key=class_order)
     if unknown:
         say(
             f"{manifest}: classes that are not among the {len(names)} trained count as wrong: "
-            f"{first_of(unknown, 20)}"
+            f"{list_names(unknown, 20)}"
         )
     return labels
-
-
-def first_of(names: list[str], count: int) -> str:
-    """The first names, for a message."""
-    more = ["..."] if len(names) > count else []
-    return ", ".join(names[:count] + more)
 
 
 def labels_hash(videos: Videos) -> str:

@@ -1,5 +1,5 @@
 """Helpers that caption.py and saliency.py share: one pass over all videos, before training.
-(linprobe.py takes `join_machine` alone.)
+(Of it linprobe.py takes `join_machine`, features.py `precision_on`.)
 
 Needs flags.py, loading.py, manifest.py, run.py and video.py.
 

@@ -158,7 +158,7 @@ def encode_frames(reader, container, short_side):
     if stream is None:
         raise VideoError(f"{reader.path}: no frame could be decoded")
     # The last frame may stay on screen. It is repeated as often as the frame rate of the source
-    # tells, so that the copy has this rate; training goes by it.
+    # tells, so that the copy has this rate, at which training chooses its frames.
     held = reader.duration - seconds
     repeats = min(reader.fps * reader.duration - count, reader.fps * held - 1, MOST_REPEATS)
     repeats = max(0, round(repeats))

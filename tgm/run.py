@@ -158,7 +158,8 @@ def wait_for_ranks():
 
 
 def give_up_together(message: str):
-    """Raises RunError on every rank, all of which must call this; rank 0 alone prints the message.
+    """Raises RunError on every rank, all of which must call this; of several rank 0 alone prints
+    the message.
 
     torchrun ends the other ranks as soon as one has ended, so all wait until the line is out."""
     if not dist.is_initialized():
@@ -270,6 +271,12 @@ def reason_of(error):
     """An exception's text as one line of at most 300 characters; its type where it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:300]
+
+
+def list_names(names, most):
+    """The first names of a list, for a message: "a, b, ..." if there are more than `most`."""
+    more = ["..."] if len(names) > most else []
+    return ", ".join(names[:most] + more)
 
 
 # ---- stopping ------------------------------------------------------------------------------------

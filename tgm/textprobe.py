@@ -1,7 +1,7 @@
 """What the contrastive head of a checkpoint of pretrain.py knows of a test set: the classes of its
 videos, without a labelled one (zero-shot), and which text belongs to which video (retrieval). Needs
-arrays.py, checkpoints.py, classes.py, clip.py, evaluation.py and manifest.py; the mathematics is in
-zeroshot.py.
+arrays.py, checkpoints.py, classes.py, clip.py, evaluation.py, manifest.py and run.py; the
+mathematics is in zeroshot.py.
 
     head = find_head("runs/text/checkpoint.pt")
     result = probe_head(head, features, videos, "data/val.csv")
@@ -34,6 +34,7 @@ from tgm.classes import open_classes
 from tgm.clip import FOLDER, plain_name
 from tgm.evaluation import bootstrap
 from tgm.manifest import ManifestError, Video
+from tgm.run import list_names
 from tgm.zeroshot import FirstHits, retrieval, zero_shot
 
 RECALL_AT = (1, 5, 10)
@@ -157,7 +158,7 @@ def probe_zero_shot(
     if (labels < 0).all():
         raise ManifestError(f"{path}: none of the labels is among its names")
     if unknown:
-        print(f"{path}: labels without a name there count as wrong: {', '.join(unknown[:20])}")
+        print(f"{path}: labels without a name there count as wrong: {list_names(unknown, 20)}")
     correct = zero_shot(embedding, classes, labels)  # [N, 5]
     return {
         "zero_shot": float(correct[:, 0].mean()),

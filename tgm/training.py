@@ -35,6 +35,7 @@ from tgm.run import (
     choose_device,
     give_up_together,
     join_ranks,
+    list_names,
     torchrun_ranks,
     union_over_ranks,
     wait_for_ranks,
@@ -371,6 +372,4 @@ class TrainingLog:
 
     def _names(self, rows: set) -> str:
         """The names of videos, for a message."""
-        names = [self.videos[row].name for row in sorted(rows)]
-        more = ["..."] if len(names) > MOST_NAMED else []
-        return ", ".join(names[:MOST_NAMED] + more)
+        return list_names([self.videos[row].name for row in sorted(rows)], MOST_NAMED)

@@ -361,10 +361,9 @@ class VideoReader:
 
     def _find_duration(self):
         if self._stream.duration:
-            # of the frames before the first that is displayed, too
-            before = (self._first or 0) - (self._stream.start_time or 0)
-            if self._first is None or before < 0:
-                before = 0
+            # It counts the frames before the first that is displayed, too.
+            start = self._stream.start_time or 0
+            before = 0 if self._first is None else max(0, self._first - start)
             return (self._stream.duration - before) * self._tick
         # what follows are ends, not durations
         offset = (self._first or 0) * self._tick
