@@ -18,6 +18,7 @@
 # that a part that is cut off leaves what it has. What is there stays; lines are added.
 # gpu-carry is ignored by git: name it to whatever copies the working tree.
 #
+# GPU_SECONDS (500)           how long a part may take
 # GPU_PYTHON_VERSION (3.12)   of the machine with the GPU, for the wheels
 # GPU_CLIPS                   a manifest or folder of videos to re-encode (default: the first that
 #                             experiments/peers.py finds)
@@ -30,6 +31,7 @@ results=${GPU_RESULTS:-experiments/results/gpu}
 python=python3
 [ ! -x .venv/bin/python ] || python=$root/.venv/bin/python
 tiny=${GPU_TINY:+--tiny}
+limit=${GPU_SECONDS:-500}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 prepare() {
@@ -81,22 +83,24 @@ prepare) prepare ;;
 1)
     install
     beside=(-p no:cacheprovider)
-    # four tests side by side: most of their time is the start of a process
-    [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n 4)
+    # side by side: most of a test's time is the start of a process
+    cores=$(env -u OMP_NUM_THREADS nproc)
+    [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n $((cores / 2 + 1)))
     if [ -n "$tiny" ]; then export TGM_GPU_TESTS=cpu; fi
-    timeout -k 10 530 "$python" -m pytest -v -m gpu tests/test_gpu.py --durations=15 \
+    # Ctrl-C, after which the failures until then are shown
+    timeout -s INT -k 20 "$limit" "$python" -m pytest -v -m gpu tests/test_gpu.py --durations=15 \
         "${beside[@]}" 2>&1 | tee -a "$results/tests.txt"
     ;;
 2)
     install
-    measure 260 steps
-    measure 50 stages
-    measure 110 data "${videos[@]}"
+    measure $((limit * 55 / 100)) steps
+    measure $((limit * 10 / 100)) stages
+    measure $((limit * 20 / 100)) data "${videos[@]}"
     "$python" experiments/gpu.py tables --out "$results"
     ;;
 3)
     install
-    measure 300 profile
+    measure $((limit * 60 / 100)) profile
     "$python" experiments/gpu.py tables --out "$results"
     ;;
 4)
@@ -105,7 +109,8 @@ prepare) prepare ;;
     folder=runs/gpu${tiny:+-tiny} # cells of a tiny world must not pass for those of the study
     mkdir -p "$folder"
     cd "$folder"
-    workers=$((cores > 2 ? cores - 2 : 0))
+    jobs=$((cores > 3 ? cores / 3 : 1)) # a cell of the tiny model leaves most of a GPU idle
+    workers=$((cores > 3 ? 2 : 0))
     cells=()
     if [ -n "$tiny" ]; then
         [ -e data/val.masks.npy ] || "$python" "$root/data/toy.py" --train 32 --val 24
@@ -118,7 +123,7 @@ prepare) prepare ;;
         done
     fi
     # SIGTERM stops the study after its step
-    timeout -k 20 510 "$python" "$root/experiments/study.py" --jobs 1 --workers "$workers" \
+    timeout -k 20 "$limit" "$python" "$root/experiments/study.py" --jobs "$jobs" --workers "$workers" \
         --results "$results/runs${tiny:+-tiny}.csv" --only "${cells[@]}" 2>&1 \
         | tee -a "$results/study.txt" || true
     for log in runs/study/*/log.jsonl; do # how fast, of cells that were cut off too

@@ -224,11 +224,19 @@ def run_cell(runner, cell, workers=0):
             result[f"{name}_{probe}"] = found[probe]
     for features in (folder / "probe").glob("*.npy"):
         features.unlink()
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     result["seconds"] = round(time.time() - began)
     result["torch"] = torch.__version__
-    result["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    result["commit"] = commit()
     return result
+
+
+def commit():
+    """The commit of this code, "" where there is no git, or a copy without its history."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 TEXTS = ("name", "mask", "source", "commit", "torch")  # columns; the commit 55e6943 is no number
