@@ -157,7 +157,9 @@ class Attention(nn.Module):
         B, N, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B,heads,N,D/heads]
+        # Each [B,heads,N,D/heads]. Unbound before they are transposed, their gradients are written
+        # once, as qkv lies in memory.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 

@@ -395,7 +395,8 @@ def caption_rate(videos, tiny):
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         words += [f"word{i}" for i in range(30524 - len(words))]
         vocabulary.write_text("\n".join(words))
-        model, processor = random_blip(vocabulary)
+        with DEVICE:  # as make_model
+            model, processor = random_blip(vocabulary)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     model = model.to(DEVICE, dtype)
     tokens = 3 if tiny else 20
@@ -425,9 +426,9 @@ def random_blip(vocabulary):
 def saliency_rate(videos, tiny):
     """CLIP ViT-B-16 with random weights: 16 moments per video."""
     open_clip = importlib.import_module("open_clip")
-    clip = open_clip.create_model(
-        "ViT-B-16", pretrained=None, force_quick_gelu=True, device=DEVICE
-    ).eval()
+    with DEVICE:
+        clip = open_clip.create_model("ViT-B-16", pretrained=None, force_quick_gelu=True)
+    clip = clip.to(DEVICE).eval()
     moments = 2 if tiny else 16
     side = clip.visual.image_size[0]
     images = torch.randint(0, 256, (videos * moments, 3, side, side), dtype=torch.uint8)
@@ -626,33 +627,37 @@ def profile(out, args):
     ):
         if out.is_over():
             return
+        name = f"{size}-{mask}-{ratio}{'-compiled' if compiled else ''}"
         begin_memory()
         model = make_model(size, text=mask == "text", compiled=compiled, tiny=args.tiny)
-        step = our_step(model, batch, mask, ratio)
-        seconds = seconds_per_call(step)
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if ON_GPU:
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=kinds) as profiler:
-            step()
-            wait()
-        events = profiler.key_averages()
-        name = f"{size}-{mask}-{ratio}{'-compiled' if compiled else ''}"
-        order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
-        table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
-        (out.folder / f"profile-{name}.txt").write_text(table + "\n")
-        totals = {}
-        for event in events:
-            on_device = event.device_type != torch.autograd.DeviceType.CPU
-            spent = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
-            if on_device == ON_GPU and not event.is_user_annotation:
-                kind = kind_of(event.key)
-                totals[kind] = totals.get(kind, 0.0) + spent / 1000
-        busy = sum(totals.values())
-        row = {"step": name, "batch": batch, "ms": 1000 * seconds, "ms busy": busy}
-        for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
-            row[f"{kind}, ms"] = ms
-        out.add("profile", **row)
+        profile_step(out, name, our_step(model, batch, mask, ratio), batch)
+
+
+def profile_step(out, name, step, batch):
+    """Milliseconds of a step by kind of kernel; the table of kernels goes to a file of its own."""
+    seconds = seconds_per_call(step)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if ON_GPU:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        wait()
+    events = profiler.key_averages()
+    order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
+    (out.folder / f"profile-{name}.txt").write_text(table + "\n")
+    totals = {}
+    for event in events:
+        on_device = event.device_type != torch.autograd.DeviceType.CPU
+        spent = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+        if on_device == ON_GPU and not event.is_user_annotation:
+            kind = kind_of(event.key)
+            totals[kind] = totals.get(kind, 0.0) + spent / 1000
+    busy = sum(totals.values())
+    row = {"step": name, "batch": batch, "ms": 1000 * seconds, "ms busy": busy}
+    for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
+        row[f"{kind}, ms"] = ms
+    out.add("profile", **row)
 
 
 # ---- tables and flags ----------------------------------------------------------------------------
@@ -665,13 +670,14 @@ def tables(folder):
         if not path.exists():
             continue
         print(f"\n## {section}")
-        columns = None
+        kinds = {}  # {names of columns: rows}
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            if list(row) != columns:
-                columns = list(row)
-                print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-            print(f"| {' | '.join(str(value) for value in row.values())} |")
+            kinds.setdefault(tuple(row), []).append(row)
+        for columns, rows in kinds.items():
+            print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+            for row in rows:
+                print(f"| {' | '.join(str(value) for value in row.values())} |")
 
 
 def parse_args(argv=None):
