@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -118,53 +119,38 @@ def run_here(module, args, cwd, fails):
     return out.getvalue()
 
 
+def made_once(factory, name, make):
+    """A folder that make(folder) fills: one process of pytest-xdist makes it, all use it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all processes
+    folder = base / name
+    made = base / f"{name}.made"
+    with FileLock(base / f"{name}.lock"):
+        if not made.exists():
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with data/{train,val}.csv, 32 and 24 toy videos, their captions and their
     saliency. Not to be written to.
     """
-    folder = tmp_path_factory.mktemp("world")
+    return made_once(tmp_path_factory, "world", make_world)
+
+
+def make_world(folder):
     run("data/toy.py", "--train", 32, "--val", 24, "--workers", 1, cwd=folder, process=True)
+    clip = ["--clip", CLIP, "--moments", 8]
+    motion = ["--cue", "motion", "--moments", 16, "--grid", 8]
     for split, process in (("train", True), ("val", False)):
-        run(
-            "caption.py",
-            "--data",
-            f"data/{split}.csv",
-            "--model",
-            BLIP,
-            "--workers",
-            0,
-            cwd=folder,
-            process=process,
-        )
-        run(
-            "saliency.py",
-            "--data",
-            f"data/{split}.csv",
-            "--clip",
-            CLIP,
-            "--moments",
-            8,
-            "--workers",
-            0,
-            cwd=folder,
-            process=process,
-        )
-        run(
-            "saliency.py",
-            "--data",
-            f"data/{split}.csv",
-            "--cue",
-            "motion",
-            "--moments",
-            16,
-            "--grid",
-            8,
-            "--workers",
-            0,
-            cwd=folder,
-        )
-    return folder
+        data = ["--data", f"data/{split}.csv", "--workers", 0]
+        run("caption.py", *data, "--model", BLIP, cwd=folder, process=process)
+        run("saliency.py", *data, *clip, cwd=folder, process=process)
+        run("saliency.py", *data, *motion, cwd=folder)
 
 
 @pytest.fixture

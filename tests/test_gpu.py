@@ -1,6 +1,6 @@
 """Everything that only a GPU can show.
 
-    python -m pytest -m gpu                       on a machine with a GPU: ViT-B, by estimate 8 minutes
+    python -m pytest -m gpu                       on a machine with a GPU: ViT-B, some minutes
     TGM_GPU_TESTS=cpu python -m pytest -m gpu     the same tests at tiny sizes on a CPU, to try them
 
 Other runs of the suite skip them, and hide the GPU from all other tests (tests/conftest.py).
@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import torch
 import transformers as hf
-from conftest import CLIP, ENVIRONMENT, GPU_TESTS_ON_CPU, ROOT, run
+from conftest import CLIP, ENVIRONMENT, GPU_TESTS_ON_CPU, ROOT, made_once, run
 from safetensors.torch import save_file
 from test_real_models import OPT, blip2
 from torchvision.models.optical_flow import raft_small
@@ -74,14 +74,16 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def first(world, tmp_path_factory):
     """The folder of a run by the mission's command, in bf16: 8 steps."""
-    out = tmp_path_factory.mktemp("first")
-    flags = ["--mask", "text", *PRETRAIN, "--max-steps", 8, "--out", out]
-    if DEVICE == "cpu":
-        flags += BF16
-    printed = torchrun("pretrain.py", *flags, cwd=world)
-    assert f"device       {'cpu' if DEVICE == 'cpu' else 'cuda:0'}" in printed
-    assert "amp bf16, 1 ranks" in printed  # which a GPU chooses by itself
-    return out
+
+    def make(out):
+        flags = ["--mask", "text", *PRETRAIN, "--max-steps", 8, "--out", out]
+        if DEVICE == "cpu":
+            flags += BF16
+        printed = torchrun("pretrain.py", *flags, cwd=world)
+        assert f"device       {'cpu' if DEVICE == 'cpu' else 'cuda:0'}" in printed
+        assert "amp bf16, 1 ranks" in printed  # which a GPU chooses by itself
+
+    return made_once(tmp_path_factory, "first", make)
 
 
 def test_the_mission_command_learns(first):
