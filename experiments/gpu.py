@@ -269,6 +269,8 @@ def measure_batches(out, about, batches):
     """Measures one model at growing batches, until one does not fit -> the fastest of them.
 
     about: size, ratio, keep and compiled, as the row has them."""
+    if out.is_over():
+        return None
     begin_memory()
     tiny = about["size"] == "tiny"
     model = make_model(about["size"], compiled=about["compiled"], tiny=tiny)
@@ -587,6 +589,8 @@ def share_of_waiting(flags, out, workers, tiny):
 
 # the first of these words that is in a kernel's name says its kind
 KINDS = {
+    "cudnn::fusion": "attention",
+    "splitkreduce": "matrix products",
     "triton": "fused by the compiler",
     "adam": "optimizer",
     "gammabeta": "norms",
@@ -645,7 +649,8 @@ def profile_step(out, name, step, batch):
     events = profiler.key_averages()
     order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
     table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
-    (out.folder / f"profile-{name}.txt").write_text(table + "\n")
+    card = out.machine.replace(" ", "-")
+    (out.folder / f"profile-{card}-{name}.txt").write_text(table + "\n")
     totals = {}
     for event in events:
         on_device = event.device_type != torch.autograd.DeviceType.CPU

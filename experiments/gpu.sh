@@ -85,7 +85,8 @@ prepare) prepare ;;
     beside=(-p no:cacheprovider)
     # side by side: most of a test's time is the start of a process
     cores=$(env -u OMP_NUM_THREADS nproc)
-    [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n $((cores / 2 + 1)))
+    processes=$((cores < 16 ? cores / 2 + 1 : 9)) # of ViT-B: nine take less than 80 GB
+    [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n "$processes")
     if [ -n "$tiny" ]; then export TGM_GPU_TESTS=cpu; fi
     # Ctrl-C, after which the failures until then are shown
     timeout -s INT -k 20 "$limit" "$python" -m pytest -v -m gpu tests/test_gpu.py --durations=15 \
@@ -123,7 +124,7 @@ prepare) prepare ;;
         done
     fi
     # SIGTERM stops the study after its step
-    timeout -k 20 "$limit" "$python" "$root/experiments/study.py" --jobs "$jobs" --workers "$workers" \
+    timeout -k 20 "$((limit - SECONDS))" "$python" "$root/experiments/study.py" --jobs "$jobs" --workers "$workers" \
         --results "$results/runs${tiny:+-tiny}.csv" --only "${cells[@]}" 2>&1 \
         | tee -a "$results/study.txt" || true
     for log in runs/study/*/log.jsonl; do # how fast, of cells that were cut off too

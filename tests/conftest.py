@@ -119,15 +119,16 @@ def run_here(module, args, cwd, fails):
     return out.getvalue()
 
 
-def made_once(factory, name, make):
+def made_once(request, name, make):
     """A folder that make(folder) fills: one process of pytest-xdist makes it, all use it."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):
         base = base.parent  # of all processes
     folder = base / name
     made = base / f"{name}.made"
     with FileLock(base / f"{name}.lock"):
         if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
             folder.mkdir()
             make(folder)
             made.touch()
@@ -135,11 +136,11 @@ def made_once(factory, name, make):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def world(request):
     """A folder with data/{train,val}.csv, 32 and 24 toy videos, their captions and their
     saliency. Not to be written to.
     """
-    return made_once(tmp_path_factory, "world", make_world)
+    return made_once(request, "world", make_world)
 
 
 def make_world(folder):

@@ -23,7 +23,6 @@ from torchvision.models.optical_flow import raft_small
 
 import masking
 import model as models
-import pretrain
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +71,7 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
+def first(world, request):
     """The folder of a run by the mission's command, in bf16: 8 steps."""
 
     def make(out):
@@ -83,7 +82,7 @@ def first(world, tmp_path_factory):
         assert f"device       {'cpu' if DEVICE == 'cpu' else 'cuda:0'}" in printed
         assert "amp bf16, 1 ranks" in printed  # which a GPU chooses by itself
 
-    return made_once(tmp_path_factory, "first", make)
+    return made_once(request, "first", make)
 
 
 def test_the_mission_command_learns(first):
@@ -430,10 +429,3 @@ def test_a_picture_is_drawn(world, first, tmp_path):
     flags = ["--mask", "text", *PRETRAIN, *BF16, "--max-steps", 1, "--picture-every", 1]
     torchrun("pretrain.py", *flags, "--out", tmp_path, cwd=world)
     assert (tmp_path / "reconstruction_000001.png").exists()
-
-
-def test_the_count_of_the_tokens_is_the_models():
-    """--mask text at its own ratio, 16 x 224^2: what the issue of a GPU is about."""
-    args = pretrain.parse_args(["--mask", "text"])
-    assert (args.size, args.mask_ratio, args.batch_size) == ("base", 0.6, 32)
-    assert models.VideoMAE("base").grid == (8, 14, 14)

@@ -83,6 +83,11 @@ def test_a_commit_stays_a_text(tmp_path):
     assert study.read_runs(path)["cell0"]["object_knn"] == 0.333333
 
 
+def test_the_commit_is_empty_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert study.commit() == ""
+
+
 def test_shuffled_captions_are_others(world):
     videos = read_manifest(world / "data/train.csv")
     captions = read_captions(world / "data/train.captions.jsonl", videos, "")

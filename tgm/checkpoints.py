@@ -147,13 +147,13 @@ def official_names(state: State) -> State:
     if "embeddings.patch_embeddings.projection.weight" in state:  # a bare VideoMAEModel
         state = {"videomae." + key: tensor for key, tensor in state.items()}
     pairs = [(theirs, ours) for ours, theirs in HF_KEYS]
-    # transformers 5 calls these query.bias and value.bias in memory, but writes q_bias and v_bias
+    # transformers from 5.18 calls these query.bias and value.bias in memory, but writes q_bias and
+    # v_bias; 5.5.1 to 5.17 write the former, and a key.bias
     pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]
     named = {}
     for key, tensor in state.items():
         key = rename(key, pairs)
-        if key.endswith(".attn.key.bias"):
-            # transformers 5.5.1 to 5.17 train it; softmax ignores it (see model.Attention)
+        if key.endswith(".attn.key.bias"):  # softmax ignores it: see model.Attention
             continue
         if key.startswith(("patch_embed.", "blocks.", "norm.", "head.")):  # the fine-tuning layout
             key = "encoder." + key
