@@ -240,6 +240,12 @@ def held_and_copied(short, path, times):
         for packet in packets:
             packet.stream = stream
         out.mux(packets)
+        shown = float(last.duration * last.time_base)
+    with av.open(str(path)) as written:
+        packets = [packet for packet in written.demux(video=0) if packet.size]
+        last = max(packets, key=lambda packet: packet.pts)
+        if float(last.duration * last.time_base) != pytest.approx(shown, rel=0.1):
+            pytest.skip(f"PyAV {av.__version__} writes another duration of the last frame")
     target = str(path.parent / "out/long.mp4")
     assert prepare.reencode(str(path), target, 64) is None
     return path, target
