@@ -1,20 +1,20 @@
-"""Stage 1: captions. An off-the-shelf image captioner describes a few frames of every video.
+r"""Stage 1: captions. An off-the-shelf image captioner describes a few frames of every video.
 
 Reads   a manifest (train.csv) and its videos
 Writes  train.captions.jsonl, one object per video, in the manifest's order:
             {"path": ..., "captions": ["a dog runs", ...]}, or
             {"path": ..., "captions": [], "error": why there are none}
-        train.captions.json, what made them: model, prompt, beams, frames, the longest caption in
-        tokens, a hash of the manifest's rows, and the sizes of some videos' files
+        train.captions.json, what made them: model, prompt, beams, frames, the limit of tokens, a
+        hash of the manifest's rows, and the sizes of some videos' files; of --labels only the rows
 
     # CPU, the toy world: about 160 videos/s
     python caption.py --data data/train.csv --model data/toy/blip
     # one GPU, BLIP
     python caption.py --data data/train.csv
-    torchrun --nproc_per_node=8 caption.py --data data/train.csv \\
+    torchrun --nproc_per_node=8 caption.py --data data/train.csv \
         --model Salesforce/blip2-opt-2.7b --batch-size 8
     # no model: the data set's own text
-    python caption.py --data data/train.csv --labels --label-column template
+    python caption.py --data data/train.csv --labels --label-column caption
 
 The frames lie at the mid-points of three equal parts of the video (`--frames`), so a video has
 three captions; pretraining draws one at random per sample. The model is a name on the Hugging Face
@@ -24,15 +24,19 @@ model has to caption a blank image before any video is opened. No remote code is
 `--labels` the caption is the label itself (a class number becomes text through `--classes`);
 captions that a model made are replaced only with `--resume none`.
 
-Run it again after a kill: it goes on where it stopped, and tries failed videos again (if one is
-captioned then, saliency.py refuses its arrays, which are of the old captions, and has to begin
-again with --resume none). Each rank appends to a part file of its own; when all are done rank 0
-joins them. A caption may be an empty text, which is no failure; a line at the end counts the videos
-whose captions are all empty. Where rows were added at the manifest's end, `--extend` captions only
-those, and tries no failed videos; `--labels` makes all captions again, and needs no flag for that.
-SIGTERM and Ctrl-C finish the current batch first; the exit status is the signal's. Captions that a
-model made with other settings, or of other rows or videos, are refused (tgm/manifest.py says how
-replaced videos are noticed)."""
+Run it again after a kill: it goes on where it stopped, and tries failed videos again. If one is
+captioned then, the captions have changed, and saliency.py needs --resume none. Each rank appends to
+a part file of its own; when all are done rank 0 joins them. A caption may be an empty text, which
+is no failure; a line at the end counts the videos whose captions are all empty. Where rows were
+added at the manifest's end, `--extend` captions those, and tries no failed videos; `--labels` makes
+all captions again, without that flag. SIGTERM and Ctrl-C finish the current batch first; the exit
+status is the signal's. Captions that a model made with other settings, or of other rows or videos,
+are refused (tgm/manifest.py says how replaced videos are noticed). Without the .json only paths are
+compared, and a model is known by its name alone: after new weights under an old name give --resume
+none.
+
+Shapes: K frames of a video, and so captions; H W pixels.
+"""
 
 import os
 from functools import partial
@@ -199,8 +203,8 @@ def label_captions(videos, classes):
             # isdecimal, not isdigit: that is true of "²" as well, which int() refuses
             if not caption.isdecimal() or int(caption) >= len(classes):
                 raise RunError(
-                    f"{video.name}: label {caption!r} is not a line of --classes, "
-                    f"0 to {len(classes) - 1}"
+                    f"{video.name}: label {caption!r} is no number of a class; --classes has lines "
+                    f"for 0 to {len(classes) - 1} (without it the label itself is the caption)"
                 )
             caption = classes[int(caption)]
         if not caption:
@@ -215,7 +219,8 @@ def label_captions(videos, classes):
 def write_labels(captions, classes, resume):
     """Captions without a model, always from the start. A model's captions, which may have taken
     hours, are replaced only with --resume none."""
-    # labels are never continued, so "none": that old captions may be replaced is checked below
+    # Labels are always made from the start, so both calls get "none". Whether a model's captions
+    # may be replaced is asked here.
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()
@@ -300,7 +305,9 @@ def parse_args(argv=None):
         "--labels", action="store_true", help="the label of each video is its caption"
     )
     labels.add_argument("--label-column", default="label", help="column that holds the label")
-    labels.add_argument("--classes", help="text file: line i is the text of integer label i")
+    labels.add_argument(
+        "--classes", help="text file: its first line is the text of label 0, and so on"
+    )
     add_run_flags(parser, batch_size=32)
     args = parse_run_flags(parser, argv)
     if args.labels:
@@ -339,24 +346,24 @@ def main(argv=None):
         require_files(videos, args.data)
         captions.claim(args.resume, args.extend)
     # Every rank must see the same files in `done`: between the waits nothing is written or removed.
-    wait_for_ranks()  # until rank 0 has refused, or not
+    wait_for_ranks()  # until rank 0 has checked the old files; if it refuses, all ranks end here
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
-    # All that may fail comes before any file is written or removed.
+    # All that may fail comes before any caption is written or removed.
     if mine:
         processor, describe_items = load_captioner(args, machine)
     wait_for_ranks()  # until every rank has chosen its videos
     if machine.rank == 0:
         captions.begin(args.resume)
     wait_for_ranks()  # until old files are removed
+    if todo and machine.rank == 0:
+        precision = str(machine.dtype).removeprefix("torch.")
+        print(
+            f"{args.model} on {machine.device}, {precision}: {len(videos)} videos, "
+            f"{len(done)} done before, {machine.ranks} ranks"
+        )
     if mine:
-        if machine.rank == 0:
-            precision = str(machine.dtype).removeprefix("torch.")
-            print(
-                f"{args.model} on {machine.device}, {precision}: {len(videos)} videos, "
-                f"{len(done)} done before, {machine.ranks} ranks"
-            )
         caption_videos(args, captions, machine, mine, processor, describe_items)
     wait_for_ranks()  # until all parts are written
     if machine.rank == 0:

@@ -5,7 +5,8 @@ Reads   manifests with labels (train, val, and optionally test), their videos, a
         ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
 Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on --val), args.json,
         log.jsonl, curves.png (where matplotlib is installed); after testing per_class.csv,
-        confusion.png and, last, test.json
+        confusion.png and, last, test.json. --test-only writes these three alone, into the folder
+        test beside the checkpoint
 
     # CPU, the toy world
     python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 \
@@ -47,7 +48,7 @@ the input. An epoch is one pass over the videos; --repeat R takes R samples of e
 
 --val is tested after every epoch with one view. The result is that of --test (without it --val),
 with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
-the same videos; the last epoch (--use last, the default) is the unbiased result. Every test video
+the same videos; the last epoch (--use last, the default) was not. Every test video
 is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
 
 What differs from VideoMAE's fine-tuning:
@@ -65,13 +66,13 @@ What differs from VideoMAE's fine-tuning:
     precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
 SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
-it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on, without
---checkpoint's file: give the flags that the run was begun with again. Free to change are --device,
---workers, --amp, --test, --views, --use and others (MAY_CHANGE, here and in tgm/resume.py, has
-all); --epochs, upwards; and --batch-size, --accum and the number of ranks, if their product stays.
-Those three change which clips are mixed and what dropout and drop path drop, because each rank
-draws that for each accumulated batch: the weights are the same, to rounding, only with --mixup 0
---cutmix 0 --drop-path 0 --head-dropout 0.
+it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on: give all
+flags that the run was begun with again, --checkpoint too, whose file need not exist any more. Free
+to change are --device, --workers, --amp, --test, --views, --use and others (MAY_CHANGE, here and in
+tgm/resume.py, has all); --epochs, upwards; and --batch-size, --accum and the number of ranks, if
+their product stays. Changing one of these three changes which clips are mixed and what dropout and
+drop path drop, because each rank draws that for each accumulated batch: the weights are the same,
+to rounding, only with --mixup 0 --cutmix 0 --drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -526,13 +527,19 @@ def parse_args(argv=None):
     test.add_argument("--test-only", action="store_true", help="test --checkpoint as it is")
     run = parser.add_argument_group("run")
     flags.add_training_flags(run)
-    run.add_argument("--out", default="runs/finetune", help="folder of the run")
+    run.add_argument(
+        "--out", help="folder of the run (default: runs/finetune; --test-only: beside --checkpoint)"
+    )
     args = parser.parse_args(argv)
     low, high = args.crop_scale
     if low > high:
         parser.error(f"argument --crop-scale: expected MIN before MAX, found {low:g} {high:g}")
     if args.test_only and args.checkpoint == "none":
         parser.error("--test-only tests the classifier of a --checkpoint: give its file or folder")
+    if args.out is None:
+        args.out = "runs/finetune"
+        if args.test_only:
+            args.out = str(Path(args.checkpoint).parent / "test")
     args.stage = "finetune.py"
     return args
 
@@ -557,6 +564,7 @@ def open_splits(args, machine):
             splits["test"] = splits["val"]
             continue
         videos = read_labelled(manifest, args.root, args.label_column)
+        checks.refuse_missing(manifest, videos, range(len(videos)), args.root, args.max_bad)
         if args.classes is None:
             args.classes = class_names(manifest, videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
@@ -624,7 +632,6 @@ def fine_tune(args, model, splits, machine, stop):
     videos, labels = splits["train"]
     args.ranks = machine.ranks
     checks.refuse_few(args.data, len(videos), args.batch_size, args.accum, args.ranks)
-    checks.refuse_missing(args.data, videos, range(len(videos)), args.root, args.max_bad)
     schedule = Schedule(
         videos=len(videos),
         batch_size=args.batch_size,

@@ -5,14 +5,15 @@ videos -> views -> features -> choose a setting -> train -> test
 Reads   a training and a test manifest with labels, their videos, and a checkpoint: ours, VideoMAE's
         .pth, a Hugging Face folder, or none for an untrained encoder; if they are there, the test
         manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
-        (caption.py, then saliency.py --data val.csv)
-Writes  OUT/LABEL.json, the result and its settings (LABEL.videomae.json with --protocol videomae);
+        (caption.py --data val.csv, then saliency.py --data val.csv)
+Writes  OUT/LABEL.json, the result and its settings (LABEL is --label-column; LABEL.videomae.json
+        with --protocol videomae), over one of other flags or of another checkpoint in the folder;
         OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
         with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; next to each array a .json
         of what it was made with: if that changes, it is made again
 
-    # CPU, the toy world: 20 seconds
-    python linprobe.py --checkpoint runs/text/checkpoint.pt
+    # CPU, the demo's encoder on the toy world: 20 seconds
+    python linprobe.py --checkpoint runs/demo/text/checkpoint.pt --data data/probe.csv
     # the baseline: an untrained encoder (with the checkpoint's --frames, --stride and --image-size,
     # if they differ from the defaults of --size)
     python linprobe.py --checkpoint none --size tiny
@@ -359,6 +360,8 @@ def probe_all(videos, arrays, heads, args):
     train_videos = [videos["train"][row] for row in rows.tolist()]
     # sorted as texts: the order decides which of the initial weights a class gets
     names = sorted({video.label for video in train_videos})
+    if len(names) == 1:
+        raise RunError(f"{args.data}: all of its readable videos are of class {names[0]!r}")
     labels = number_labels(args.data, train_videos, names).to(args.device)
     truth = number_labels(args.test, videos["test"], names)
     truth = truth.where(torch.from_numpy(readable["test"]), -1).to(args.device)
@@ -595,9 +598,12 @@ def load_checkpoint(args, machine):
     return encoder, head
 
 
-def settings_of(args, plan):
+def settings_of(args, plan, encoder):
     """What a result was made with, besides what its other entries tell."""
     return {
+        "size": encoder.size,
+        "weights": encoder.identity,
+        "token_grid": args.token_grid,  # of the attentive probe; None: every token
         "data": args.data,
         "test": args.test,
         "train_views": plan[0].settings,  # those that the linear probe and kNN learned from
@@ -647,7 +653,7 @@ def main(argv=None):
     result = probe_all(videos, arrays, encoder.model.config["heads"], args)
     features = arrays["test"]["features"]
     result |= probe_head(head, features, videos["test"], args.test, seed=args.seed)
-    result["settings"] = settings_of(args, plan)
+    result["settings"] = settings_of(args, plan, encoder)
     name = args.label_column.replace("/", "_")
     if args.protocol != "sweep":
         name += f".{args.protocol}"

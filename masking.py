@@ -13,7 +13,7 @@ the mask. So all masks of one ratio leave the same number of visible tokens, at 
                    2408.00759, the method of this repository)
     text-inverse   in each slice, the tokens that match the caption least: a control
     motion         in each slice, a window around what moves (MGM, arXiv 2308.12962)
-    flow           all tokens but those near random spots, which travel with what they lie on
+    flow           all tokens but those near random spots; the spots travel with what they lie on
                    (MGMAE, arXiv 2308.10794)
 
 We have not read TGM's paper itself, only notes on it. That it selects the tokens slice by slice is
@@ -22,7 +22,8 @@ taken from these.
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
 worker or the rank. All functions work on a whole batch, on the device of their tensors. With the
-noise given, none of them makes the host wait for a GPU.
+noise given, none of them makes the host wait for a GPU, so none looks for NaN in the maps: NaN
+counts as the highest score.
 
 saliency.py stores maps of the whole video and the whole frame. `cut_maps` and `cut_motion` bring
 them to the times, the crop and the flip of a training sample.
@@ -32,10 +33,11 @@ them to the times, the crop and the flip of a training sample.
 
 The first draws a clip, its maps and every mask in one picture, like figure 1 of TGM's paper (by
 notes on it); the second draws, for 12 random videos, a frame, its saliency, its text mask and its
-captions. Only these commands need other files of this project (tgm/preview.py).
+captions. They show the maps that saliency.py wrote; masks whose maps are missing are left out. Only
+these commands need other files of this project (tgm/preview.py).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
-maps, G x G their grid, V visible tokens of one slice (in model.py: of the clip).
+maps, G x G their grid, V visible tokens of one slice.
 """
 
 import math
@@ -51,6 +53,8 @@ Grid = tuple[int, int, int]  # tokens (t, h, w)
 def masked_per_slice(ratio: float, grid: Grid) -> int:
     """Tokens masked in each slice, floor(ratio * h * w). ValueError unless some tokens are masked
     and some stay visible."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask ratio {ratio}: expected a number between 0 and 1")
     _, h, w = grid
     # Rounding errors may put the product just below a whole number: 0.29 * 100 is
     # 28.999999999999996.
@@ -97,37 +101,41 @@ def check_map(name: str, kind: str, map_: Tensor | None, shape: tuple[int, ...])
 # All masks have one signature, so that `make_mask` can call each of them: (ratio, grid, noise
 # [B, N], saliency, motion). A mask leaves the arguments unused that it does not need.
 
+Map = Tensor | None
 
-def random_mask(ratio, grid, noise, saliency, motion):
+
+def random_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     return top_k_mask(noise, masked_count(ratio, grid), noise)
 
 
-def tube_mask(ratio, grid, noise, saliency, motion):
+def tube_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     t, h, w = grid
     noise = noise[:, : h * w]
     return top_k_mask(noise, masked_per_slice(ratio, grid), noise).repeat(1, t)
 
 
-def text_mask(ratio, grid, noise, saliency, motion):
+def text_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     check_map("text", "saliency", saliency, (len(noise), *grid))
     t, h, w = grid
     score = saliency.float().flatten(2)  # [B, t, h*w]
     return top_k_per_slice(score, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
-def text_inverse_mask(ratio, grid, noise, saliency, motion):
+def text_inverse_mask(
+    ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map
+) -> Tensor:
     check_map("text-inverse", "saliency", saliency, (len(noise), *grid))
     t, h, w = grid
     score = -saliency.float().flatten(2)  # [B, t, h*w]
     return top_k_per_slice(score, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
-def motion_mask(ratio, grid, noise, saliency, motion):
+def motion_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     """Masks, in each slice, the tokens nearest to a centre that follows what moves.
 
     1. Take the camera's motion out of each slice.
     2. Find the window that holds most of the remaining energy. Its sides are those of the picture
-       times the square root of the ratio: for 0.75 of 14 x 14 tokens, 12 x 12.
+       times the square root of the ratio, rounded down: for 0.75 of 14 x 14 tokens, 12 x 12.
     3. Smooth the centre of the window along time.
     4. Mask the tokens nearest to that centre. Across, distance is counted in widths of the window,
        down in its heights, and the larger of the two counts.
@@ -161,8 +169,8 @@ def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Te
     high, wide = window
     energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
     # Bring the largest value of a clip to 1, so that the two small terms below mean the same in
-    # every clip. Where the camera alone moves, rounding leaves some energy (up to 1e-12): the limit
-    # keeps it below the noise.
+    # every clip. Where the camera alone moves, rounding leaves some energy (up to 1e-12): divided
+    # by 1e-6 or more, it stays below the noise of 1e-5.
     energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-6)
     score = energy_inside
     # A slice with little or no motion takes the place that is best over all slices.
@@ -193,11 +201,10 @@ def smooth_in_time(centre: Tensor) -> Tensor:
 def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tensor:
     """How far each token is from centre [B, 2, t]: [B, t, h*w].
 
-    The larger of the distances counts, along x in widths of the window and along y in its heights,
-    both multiplied by high * wide. So there is no division, nothing is rounded, and the noise
-    decides between tokens of equal distance, not errors of rounding. Tokens of equal distance lie
-    on the border of a window that is enlarged about the centre; the border of the window itself is
-    at distance 0.5 * high * wide."""
+    The distance is the larger of |dx| / wide and |dy| / high, multiplied by high * wide. So there
+    is no division, nothing is rounded, and the noise decides between tokens of equal distance, not
+    errors of rounding. Tokens of equal distance lie on the border of a window that is enlarged
+    about the centre; the border of the window itself is at distance 0.5 * high * wide."""
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
     centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
@@ -216,7 +223,7 @@ def token_centres(grid: Grid, device: torch.device) -> Tensor:
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
-def flow_mask(ratio, grid, noise, saliency, motion):
+def flow_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     """Masks all but the tokens that lie nearest to random spots, which travel with the motion.
 
     1. Choose the spots: random tokens of the middle slice, as many as stay visible in a slice.
@@ -252,8 +259,8 @@ def flow_mask(ratio, grid, noise, saliency, motion):
         # of equal distance, not the noise.
         compute_mode="donot_use_mm_for_euclid_dist",
     )  # [B, N, V]
-    nearest = distance.amin(-1).unflatten(1, (t, h * w))
-    return top_k_per_slice(nearest, ratio, grid, noise.unflatten(1, (t, h * w)))
+    to_spot = distance.amin(-1).unflatten(1, (t, h * w))  # the farthest tokens are masked
+    return top_k_per_slice(to_spot, ratio, grid, noise.unflatten(1, (t, h * w)))
 
 
 def trace_to_middle(motion: Tensor) -> Tensor:
@@ -298,7 +305,7 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "motion": motion_mask,
     "flow": flow_mask,
 }
-# each mask's own default
+# the ratio of each mask where none is given
 RATIOS = {"random": 0.9, "tube": 0.9, "text": 0.6, "text-inverse": 0.6, "motion": 0.75, "flow": 0.9}
 # the stored maps that each mask reads
 NEEDS = {
@@ -333,10 +340,11 @@ def make_mask(
     noise [B, N]: uniform in [0, 1), on the device of the maps. If it is not given, it is drawn from
         `generator` and brought to that device.
 
-    ValueError for an unknown name, for a ratio that masks nothing or everything, for maps that are
-    missing, and for maps or noise of another shape."""
+    ValueError for an unknown name, for a ratio that masks nothing or everything, for maps that the
+    mask needs and that are missing or of another shape, and for noise of another shape."""
     if name not in MASKS:
         raise ValueError(f"unknown mask {name!r}: one of {', '.join(MASKS)}")
+    masked_per_slice(ratio, grid)  # refuses a wrong ratio before anything is computed from it
     shape = (batch, math.prod(grid))
     if noise is None:
         maps = motion if saliency is None else saliency
@@ -351,12 +359,12 @@ def make_mask(
 def draw_noise(
     shape: tuple[int, int], generator: torch.Generator | None, device: torch.device | None
 ) -> Tensor:
-    """Uniform noise on `device` (None: where it is drawn), drawn where the generator is."""
+    """Uniform noise, drawn on the generator's device and brought to `device` (None: left there)."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
-SPREAD = 997  # large, but far below 2^24, as float32 must keep a fraction
+SPREAD = 997  # it uses 10 of float32's 24 bits, so 14 are left for the fraction
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
@@ -364,8 +372,11 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
     same for the same sample. mask bool [B, N]; noise [B, N], from which the mask was made.
 
     A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
-    2303.16727), which chooses them by a fixed pattern; here the choice is random. RuntimeError if a
-    row has fewer masked tokens; on a GPU it comes from a later call."""
+    2303.16727), which chooses them by a fixed pattern; here the choice is random. ValueError if
+    count is less than 1. RuntimeError if a row has fewer masked tokens; on a GPU it comes from a
+    later call."""
+    if count < 1:
+        raise ValueError(f"some_masked: count {count}, expected 1 or more")
     enough = (mask.sum(dim=1) >= count).all()
     torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
     # Sorting by the same noise again would be unfair to some slices. A tube, for example, masks the
@@ -434,8 +445,8 @@ def cut_motion(
         gaps = torch.cat([gaps, gaps[:, -1:]], dim=1)
     else:
         gaps = torch.zeros_like(times, dtype=torch.float32)
-    size = box[:, 2:] - box[:, :2]  # [B, 2]
-    scale = (gaps * seconds[:, None])[:, :, None] / size[:, None]  # [B, t, 2]
+    size = (box[:, 2:] - box[:, :2]).float()  # [B, 2]
+    scale = (gaps * seconds.float()[:, None])[:, :, None] / size[:, None]  # [B, t, 2]
     return torch.stack([dx, dy], dim=2) * scale[..., None, None]
 
 

@@ -5,13 +5,14 @@ head.
     visible tokens and mask tokens -> decoder -> predicted cubes <-MSE-> their normalised pixels
     mean of the visible tokens -> projection <-InfoNCE-> text [B,E]
 
-To use these classes you need nothing but PyTorch. Architecture and state-dict keys are those of
-VideoMAE's published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes
-checkpoints.
+The classes need nothing but PyTorch. Architecture and state-dict keys are those of VideoMAE's
+published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes checkpoints.
 
+    clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
     model = VideoMAE("base")
+    # or any other mask: bool [2,1568] with as many True in each row
     mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)
-    loss, _ = model(normalize(clips), mask)      # clips uint8 [2,3,16,224,224]
+    loss, _ = model(normalize(clips), mask)
     features = model.encode(normalize(clips))    # [2,N,D]
 
     # parameters of each size, and each mask's tokens and GFLOPs; needs masking.py
@@ -64,7 +65,10 @@ SIZES = {
 
 
 def normalize(video: Tensor) -> Tensor:
-    """uint8 [B,3,T,H,W] -> float32 on the same device: less ImageNet's mean, over its deviation."""
+    """uint8 [B,3,T,H,W] -> float32 on the same device: less ImageNet's mean, over its deviation.
+    ValueError for any other type, which may be normalised already."""
+    if video.dtype != torch.uint8:
+        raise ValueError(f"normalize: expected uint8, got {video.dtype}")
     out = torch.empty_like(video, dtype=torch.float32)
     for c in range(3):
         # Python numbers: a tensor of constants would be copied to the GPU in each step, and the
@@ -98,10 +102,17 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
     num_visible: how many tokens every row keeps. If it is not given, it is read from the device.
         That read makes the host wait for a GPU and breaks the graph of torch.compile.
 
-    RuntimeError unless every row keeps that many. On a GPU the error appears at a later call."""
+    ValueError if a row of the mask has no visible or no masked token by this number. RuntimeError
+    unless every row keeps that many; on a GPU the error appears at a later call, as the host does
+    not wait for the check."""
     kept = mask.shape[1] - mask.sum(dim=1)
     if num_visible is None:
         num_visible = int(kept[0])
+    if not 0 < num_visible < mask.shape[1]:
+        raise ValueError(
+            f"mask: {num_visible} of {mask.shape[1]} tokens visible, "
+            "some must be masked and some not"
+        )
     torch._assert_async(
         (kept == num_visible).all(), f"mask: not every row keeps {num_visible} tokens"
     )
@@ -157,8 +168,8 @@ class Attention(nn.Module):
         B, N, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, D // self.heads)
-        # Each [B,heads,N,D/heads]. Unbound before they are transposed, their gradients are written
-        # once, as qkv lies in memory.
+        # Each [B,heads,N,D/heads]. First unbound, then transposed: so the backward pass writes one
+        # contiguous gradient of qkv, without a copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -193,8 +204,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm. The blocks' drop_path grows linearly from 0 in the first to the
-    given value in the last."""
+    """Blocks, and a final norm that is applied where they are used. The blocks' drop_path grows
+    linearly from 0 in the first to the given value in the last."""
 
     def __init__(self, width: int, depth: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -204,7 +215,7 @@ class Transformer(nn.Module):
         self.checkpointing = False
 
     def set_checkpointing(self, on: bool = True) -> None:
-        """Keep only each block's input, and compute the rest again in the backward pass."""
+        """If on, keep only each block's input, and compute the rest again in the backward pass."""
         self.checkpointing = on
 
     def run_blocks(self, x: Tensor) -> Tensor:
@@ -220,10 +231,9 @@ class Encoder(Transformer):
     """Cubes in, tokens out.
 
     frames, image_size: of the clips (None: the size's own); ValueError unless they are multiples of
-        the tubelet and of the patch. Any multiples of a cube are possible, since positions are
-        computed. But a position is the index of a token in the flattened grid: in another grid the
-        same index lies elsewhere, and weights that were trained on one grid have to learn the
-        positions of another.
+        the tubelet and of the patch. Any such size works, since positions are computed. But a
+        position is the index of a token in the flattened grid: in another grid the same index lies
+        elsewhere, and weights that were trained on one grid have to adapt to another.
     drop_path: see `Transformer`"""
 
     def __init__(
@@ -234,13 +244,13 @@ class Encoder(Transformer):
         drop_path: float = 0.0,
     ):
         c = dict(SIZES[size])
-        c["frames"] = frames or c["frames"]
-        c["image_size"] = image_size or c["image_size"]
-        if c["frames"] % c["tubelet"] or c["image_size"] % c["patch"]:
-            raise ValueError(
-                f"frames {c['frames']}, image_size {c['image_size']}: "
-                f"expected multiples of {c['tubelet']} and {c['patch']}"
-            )
+        if frames is not None:
+            c["frames"] = frames
+        if image_size is not None:
+            c["image_size"] = image_size
+        for name, unit in (("frames", "tubelet"), ("image_size", "patch")):
+            if c[name] < c[unit] or c[name] % c[unit]:
+                raise ValueError(f"{name} {c[name]}: expected a multiple of {c[unit]}")
         super().__init__(c["width"], c["depth"], c["heads"], drop_path)
         self.config = c
         side = c["image_size"] // c["patch"]
@@ -261,6 +271,13 @@ class Encoder(Transformer):
             )
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
+    def check_mask(self, video: Tensor, mask: Tensor) -> None:
+        """ValueError unless the mask has a row for each clip and a number for each token."""
+        if mask.shape != (len(video), self.num_tokens):
+            raise ValueError(
+                f"mask {list(mask.shape)}: expected {[len(video), self.num_tokens]} (clips, tokens)"
+            )
+
     def encode(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
         """cubes [B,N,P], index [B,V] of the visible ones (None: all) -> [B,V,D]. Nothing is
         computed from the other cubes."""
@@ -270,7 +287,8 @@ class Encoder(Transformer):
             position = pick_tokens(position, index)
         # A convolution whose stride is its kernel is one matrix product per cube.
         proj = self.patch_embed["proj"]
-        weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # [D,3,2,16,16] -> [D,P]
+        # [D,3,tubelet,patch,patch] -> [D,P]
+        weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)
         x = F.linear(cubes, weight, proj.bias) + position
         return self.norm(self.run_blocks(x))
 
@@ -326,7 +344,7 @@ def info_nce(
     own = torch.stack(
         [F.normalize(video_emb.float(), dim=-1), F.normalize(text_emb.float(), dim=-1)]
     )
-    if group is None:
+    if group is None:  # each sample is a group of its own, numbered over all ranks
         first = dist.get_rank() * len(video_emb) if together else 0
         group = first + torch.arange(len(video_emb), device=own.device)
     every = GatherWithGradient.apply(own) if together else own  # [2,ranks*B,E]
@@ -401,6 +419,7 @@ class VideoMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, c["decoder_width"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder = Transformer(c["decoder_width"], c["decoder_depth"], c["decoder_heads"])
+        # part of the decoder, as its key in VideoMAE's files is decoder.head
         self.decoder.head = XavierLinear(c["decoder_width"], 3 * c["tubelet"] * c["patch"] ** 2)
         self.contrastive = ContrastiveHead(c["width"], text_dim)
         positions = sincos_table(self.num_tokens, c["decoder_width"])
@@ -429,6 +448,7 @@ class VideoMAE(nn.Module):
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)
+        self.encoder.check_mask(video, mask)
         seen, masked = split_mask(mask, num_visible)
         if decoded is None:
             decoded = masked
@@ -455,6 +475,7 @@ class VideoMAE(nn.Module):
         cubes = self.encoder.cubes(video)
         if mask is None:
             return self.encoder.encode(cubes)
+        self.encoder.check_mask(video, mask)
         seen, _ = split_mask(mask, num_visible)
         return self.encoder.encode(cubes, seen)
 
@@ -472,8 +493,9 @@ class VideoMAE(nn.Module):
         """What the decoder predicts: cubes [B,M,P] -> (target [B,M,P], mean and deviation of the
         pixels [B,M,1,3]), float32.
 
-        Pixels are brought back to [0,1], then each colour of each cube to mean 0 and deviation 1.
-        So the loss of predicting 0 everywhere is about 1."""
+        Pixels are brought back to [0,1], which undoes `normalize`, then each colour of each cube to
+        mean 0 and deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere is
+        about 1, and less where cubes are of one colour."""
         mean_of_data, std_of_data = self.mean_and_std
         pixels = cubes.float().unflatten(-1, (-1, 3)) * std_of_data + mean_of_data  # [B,M,P/3,3]
         mean = pixels.mean(dim=-2, keepdim=True)
@@ -485,8 +507,9 @@ class VideoMAE(nn.Module):
         """The video with its masked cubes replaced by predictions: [B,3,T,H,W] float32 in [0,1].
 
         The predictions get the mean and the deviation of the true cubes, which flatters the
-        picture: say so in its caption."""
+        picture: say so where you show it."""
         cubes = self.encoder.cubes(video)
+        self.encoder.check_mask(video, mask)
         seen, masked = split_mask(mask, num_visible)
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
         normalised, mean, deviation = self.pixel_targets(cubes)
@@ -524,7 +547,7 @@ class VideoViT(Encoder):
     ):
         super().__init__(size, frames, image_size, drop_path)
         width = self.config["width"]
-        self.norm = nn.Identity()
+        self.norm = nn.Identity()  # `encode` gives the tokens before a norm
         self.fc_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(head_dropout)
         self.head = XavierLinear(width, classes)

@@ -29,8 +29,8 @@ weight 0 as well, so that runs of all weights train on the same videos.
 One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
 its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
 follows the videos per step, not their samples, as in VideoMAE and mae_st: lr = blr x (batch-size x
-accum x ranks) / 256. It rises over --warmup-epochs, then falls along a cosine to 1e-5 x (batch-size
-x accum x ranks) / 256.
+accum x ranks) / 256. It rises over --warmup-epochs, then falls along a cosine towards 1e-5 x
+(batch-size x accum x ranks) / 256.
 
 Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
 nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
@@ -240,7 +240,7 @@ def make_optimizer(model, lr, weight_decay):
 class Clips(TrainingClips):
     """Training samples by (epoch, row): a dict of tensors with the R repeats of a clip in front.
 
-    grid: the model's (t, h, w); text [videos, K, D], saliency [videos, K, S, G, G] and motion
+    grid: the model's (t, h, w); text [videos, K, E], saliency [videos, K, S, G, G] and motion
     [videos, S, 2, G, G]: mapped arrays, or None where the method does without."""
 
     def __init__(
@@ -328,8 +328,8 @@ class Clips(TrainingClips):
             guides["saliency"] = torch.from_numpy(self.saliency[row, caption].copy())  # [S, G, G]
         if self.motion is not None:
             guides["motion"] = torch.from_numpy(self.motion[row].copy())  # [S, 2, G, G]
-        for kind in ("saliency", "motion"):
-            if kind in guides and not guides[kind].isfinite().all():
+        for kind, values in guides.items():
+            if not values.isfinite().all():
                 path = self.videos[row].path
                 raise VideoError(f"{path}: its {kind} has numbers that are not finite")
         return guides

@@ -1,4 +1,4 @@
-"""Stage 2: saliency, or another cue.
+r"""Stage 2: saliency, or another cue.
 
     --cue text      (default) Which patches of a video show what a caption names?
     --cue motion    How does each patch move?
@@ -23,7 +23,7 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
     python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
     # one GPU, CLIP ViT-B-16 of OpenAI
     python saliency.py --data data/train.csv
-    torchrun --nproc_per_node=8 saliency.py --data data/train.csv \\
+    torchrun --nproc_per_node=8 saliency.py --data data/train.csv \
         --clip ViT-L-14 --pretrained laion2b_s32b_b82k
     # no model: about as fast as decoding
     python saliency.py --data data/train.csv --cue motion
@@ -37,7 +37,7 @@ read matters (`--dense`):
 
     last    the patch tokens as they leave the last block. No loss was applied to them in training,
             and most of the *background* matches the caption better than the object does: the class
-            token gathers what it needs, and patches keep what it does not.
+            token gathers what it needs of the object, and the patches keep the rest.
     value   in the last block each patch sees only itself: its value vector, through the output
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
     self    each patch gathers the values of patches that look like it. Three ideas together:
@@ -48,24 +48,26 @@ read matters (`--dense`):
 
 The default is `self`, chosen by measurement on the toy world, whose objects are known. Pointing is
 the share of maps whose highest patch lies on the object, AUC the probability that a patch of the
-object scores higher than one beside it: on 600 held-out videos `./demo.sh` gave 0.36, 0.41 for
+object scores higher than a patch elsewhere: on 600 held-out videos `./demo.sh` gave 0.36, 0.41 for
 `last`, 0.74, 0.79 for `value` and 0.88, 0.92 for `self` (chance: 0.16, 0.50).
 
 Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
-Classes. Line i of the file --classes, from 0, is the name of class i; linprobe.py's label column
-holds names or these numbers. Of the manifest --data only the name matters here. Each --prompt,
+Classes. Line i of the file --classes, from 0, is the name of class i; the manifest's label column,
+which linprobe.py reads, holds names or these numbers. The manifest --data must exist, but here only
+its name is used. Each --prompt,
 with the name in the place of {}, makes a text; a class is the mean of its texts, of unit length
 again. The default, "a video of {}.", suits videos; --clip-templates takes the 80 prompts that
 CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
-caption; training leaves it out. K is that of the video with the most captions; where one has fewer,
-the rest of its row is NaN. Where rows were added at the manifest's end, `--extend` keeps the
-old rows and computes the new ones (after caption.py --extend). SIGTERM and Ctrl-C finish the
+caption; training leaves it out. K is the largest number of captions of any video; where one has
+fewer, the rest of its row is NaN. Where rows were added at the manifest's end, `--extend` keeps the
+old rows and computes the new ones (after caption.py --extend), if none of them has more captions
+than K. SIGTERM and Ctrl-C finish the
 current batch first; the exit status is the signal's.
 
 Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B videos of a batch,
@@ -134,7 +136,9 @@ CUES_OF_FLAG = {  # no other cue reads the flag
     "prompt": ("classes",),
     "clip_templates": ("classes",),
 }
-DEFAULTS = {  # argparse gets None, which tells `parse_args` that the flag was not given
+# Filled in at the end of `parse_args`: None tells it that the flag was not given. The defaults of
+# --moments and --image-size depend on the cue and stand there.
+DEFAULTS = {
     "clip": "ViT-B-16",
     "pretrained": "openai",
     "dense": "self",
@@ -150,7 +154,8 @@ DEFAULTS = {  # argparse gets None, which tells `parse_args` that the flag was n
 #     summary        a line to print
 #     caption_path   the file of captions; None if none are needed
 #     read(video)    decodes a video, in the loader's workers
-#     rows(items)    computes the rows of a batch; yields (row, [its value for each of the outputs])
+#     rows(items)    computes a batch; yields for each video its row's number and a list with one
+#                    value for each output
 
 
 class Output(NamedTuple):
@@ -254,9 +259,12 @@ class TextCue:
 
     def __init__(self, args, videos, machine):
         self.caption_path = args.captions or companion(args.data, "captions.jsonl")
-        self.captions = read_captions(
-            self.caption_path, videos, f"python caption.py --data {args.data}"
-        )
+        make_captions = f"python caption.py --data {args.data}"
+        if args.root:
+            make_captions += f" --root {args.root}"
+        if args.captions:
+            make_captions += f" --out {args.captions}"
+        self.captions = read_captions(self.caption_path, videos, make_captions)
         if not any(self.captions):
             raise ManifestError(
                 f"{self.caption_path}: no video has a caption; the reasons are in it"
@@ -392,7 +400,10 @@ class MotionCue:
                 field = motion.raft_field(
                     self.raft, pairs.to(self.device), seconds.to(self.device), self.grid
                 )
-            yield item.video.row, [field]
+            if field.isfinite().all():
+                yield item.video.row, [field]
+            else:
+                tqdm.write(f"{item.video.path}: its motion has numbers that are not finite")
 
 
 # ---- classes: CLIP's texts alone -----------------------------------------------------------------
@@ -436,8 +447,9 @@ def check_places(args, videos, prefix):
 
 
 def rows_made(arrays):
-    """Which rows are there in all arrays of a cue, bool [N]. They may differ: a user may have
-    deleted text.npy, so that it is begun again beside a full saliency.npy."""
+    """Which rows are there in all arrays of a cue, bool [N]; the others are computed. The arrays
+    may differ: a user may have deleted text.npy, which is begun again beside a full
+    saliency.npy."""
     return np.logical_and.reduce([filled(array) for array in arrays])
 
 
@@ -550,6 +562,8 @@ def parse_args(argv=None):
             parser.error(f"{flag} is for --cue {' and --cue '.join(cues)}")
     if args.cue == "classes" and args.classes is None:
         parser.error("--cue classes needs --classes FILE, a class name per line")
+    if args.pretrained and ":" in (args.clip or ""):
+        parser.error(f"--pretrained is not for --clip {args.clip}, which brings its own weights")
     if args.flow_weights and args.flow != "raft":
         parser.error("--flow-weights is for --flow raft")
     if args.window and args.flow == "raft":
@@ -593,7 +607,8 @@ def main(argv=None):
     wait_for_ranks()
     arrays = [open_rows(path) for path in paths]
     made = rows_made(arrays)
-    # until every rank has looked: new rows would change what is made, and so the ranks' shares
+    # until every rank has read `made`: the ranks would divide different lists if one of them filled
+    # rows before
     wait_for_ranks()
 
     todo = [video for video in cue.videos if not made[video.row]]

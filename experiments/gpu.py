@@ -6,19 +6,22 @@
                                           run that waits for data
     python experiments/gpu.py profile     where the time of one step goes, by torch.profiler
     python experiments/gpu.py tables      prints what was measured as Markdown
-    python experiments/gpu.py clips       writes re-encoded videos to OUT, to be carried to a GPU
+    python experiments/gpu.py clips --out gpu-carry
+                                          writes re-encoded videos, to be carried to a GPU
 
-Reads   clips for `data`: --videos, a manifest of real ones (default: the toy world's, enlarged).
-        All else is of random pixels, maps and weights, which are as slow as trained ones
+Reads   clips for `data`: --videos, a manifest or folder of H.264 videos of 64 frames or more
+        (default: those of ../shared/videos, or else drawn ones). All else is of random pixels,
+        maps and weights, which are as slow as trained ones
 Writes  a line of OUT/SECTION.jsonl for each figure, as soon as it is measured, and for `profile`
-        OUT/profile-*.txt. What a file holds stays: new lines are added
+        OUT/profile-*.txt, which is replaced. What a .jsonl holds stays: new lines are added
 
-No new figure is begun after --seconds. The most wanted come first. --tiny tries the code on a CPU.
+No new figure is begun after --seconds. The most wanted come first. --tiny tries the code on a CPU,
+and writes to runs/gpu-tiny.
 
-A step is what pretrain.py does with a batch that is on the device: masks, normalising, forward,
-backward, clipping, fused AdamW, all in bf16. Utilisation is what the model must compute
-(model.count_flops, two FLOPs per multiply-add, a backward pass as two forward passes) over the time
-and the card's peak. Recomputed activations and the optimizer do not count.
+A step is what pretrain.py does with a batch that is on the device: masks, normalising, forward
+and loss under bf16 autocast, backward, clipping, fused AdamW. Utilisation is what the model must
+compute (6 x model.count_flops: two FLOPs per multiply-add, a backward pass as two forward passes)
+over the time and the card's peak. Recomputed activations and the optimizer do not count.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -386,7 +390,9 @@ def stages(out, args):
             return
         begin_memory()
         for row in measure(videos, args.tiny):
-            out.add("stages", **row, videos=videos, GB=gigabytes())
+            out.add("stages", **row, GB=gigabytes())
+            if out.is_over():
+                return
 
 
 def caption_rate(videos, tiny):
@@ -409,7 +415,8 @@ def caption_rate(videos, tiny):
         caption.describe(model, processor, items, DEVICE, dtype, 1, tokens)
 
     seconds = seconds_per_call(call, warmup=1, blocks=1 if tiny else 3)
-    yield {"work": f"captions by BLIP-base, 3 of {tokens} tokens", "videos/s": videos / seconds}
+    work = f"captions by BLIP-base, 3 of {tokens} tokens"
+    yield {"work": work, "videos/s": videos / seconds, "videos": videos}
 
 
 def random_blip(vocabulary):
@@ -445,7 +452,7 @@ def saliency_rate(videos, tiny):
 
         seconds = seconds_per_call(call, warmup=1, blocks=1 if tiny else 3)
         work = f"saliency by CLIP ViT-B-16, --dense {dense}, {moments} moments"
-        yield {"work": work, "videos/s": videos / seconds}
+        yield {"work": work, "videos/s": videos / seconds, "videos": videos}
 
 
 @torch.inference_mode()
@@ -461,7 +468,8 @@ def raft_rate(videos, tiny):
         return motion.raft_field(raft, pairs.to(DEVICE), apart, 14).cpu()
 
     seconds = seconds_per_call(call, warmup=1, blocks=1 if tiny else 3)
-    yield {"work": f"motion by RAFT-small, {moments} moments of 256^2", "videos/s": 1 / seconds}
+    work = f"motion by RAFT-small, {moments} moments of 256^2"
+    yield {"work": work, "videos/s": 1 / seconds, "videos": 1}
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -507,7 +515,8 @@ def clips(args, megabytes=14):
     """Re-encodes videos as the README advises, as many as fit into so many megabytes, and writes
     their manifest."""
     folder = args.out / "clips"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a file that is there would not be written
+    folder.mkdir(parents=True)
     names = []
     size = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -520,6 +529,8 @@ def clips(args, megabytes=14):
                 target.unlink()
                 break
             names.append(f"clips/{target.name}")
+    if not names:
+        sys.exit(f"{args.videos}: no H.264 video of 64 frames or more")
     (args.out / "clips.csv").write_text("\n".join(["path", *names]) + "\n")
     print(f"{args.out / 'clips.csv'}: {len(names)} videos")
 
@@ -690,15 +701,16 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("section", choices=(*SECTIONS, "tables", "clips"))
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "experiments/results/gpu", help="folder of the figures"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the figures (experiments/results/gpu)")
     parser.add_argument(
         "--seconds", type=float, default=480, help="after which no new figure is begun"
     )
     parser.add_argument("--videos", type=Path, help="a manifest or folder of H.264 videos")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the code on a CPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = ROOT / ("runs/gpu-tiny" if args.tiny else "experiments/results/gpu")
+    return args
 
 
 def main(argv=None):

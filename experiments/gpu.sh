@@ -5,8 +5,8 @@
 #   experiments/gpu.sh 1         the tests marked gpu
 #   experiments/gpu.sh 2         training steps, captions and saliency, decoding: experiments/gpu.py
 #   experiments/gpu.sh 3         profiles of a training step
-#   experiments/gpu.sh 4         the study, cell after cell, as many as fit
-#   GPU_TINY=1 experiments/gpu.sh N   the same at tiny sizes on a CPU, to try it
+#   experiments/gpu.sh 4         the study, several cells at once, as many as fit
+#   GPU_TINY=1 experiments/gpu.sh N   the same at tiny sizes on a CPU, to try it, into runs/gpu-tiny
 #
 # To carry: this repository, and the folder gpu-carry beside the README, which holds
 #   wheels/    av, open_clip_torch, ftfy, wcwidth: what a machine with torch, torchvision, timm,
@@ -26,7 +26,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 carry=$root/gpu-carry
-results=${GPU_RESULTS:-experiments/results/gpu}
+results=${GPU_RESULTS:-${GPU_TINY:+runs/gpu-tiny}}
+results=${results:-experiments/results/gpu}
 [ "${results#/}" != "$results" ] || results=$root/$results
 python=python3
 [ ! -x .venv/bin/python ] || python=$root/.venv/bin/python
@@ -35,6 +36,7 @@ limit=${GPU_SECONDS:-500}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 prepare() {
+    rm -rf "$carry/wheels" # two versions of one package could not be installed
     mkdir -p "$carry/wheels"
     local name version platforms=()
     for version in 2_28 2_27 2_17; do
@@ -52,6 +54,11 @@ prepare() {
 }
 
 install() { # what is missing here, from the carried wheels
+    if [ -z "$tiny" ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    then
+        echo "no GPU that torch can use; GPU_TINY=1 tries the code on a CPU" >&2
+        exit 1
+    fi
     mkdir -p "$results"
     if ! "$python" -c "import av, open_clip, ftfy" 2>/dev/null; then
         site=$(mktemp -d)
@@ -124,7 +131,8 @@ prepare) prepare ;;
         done
     fi
     # SIGTERM stops the study after its step
-    timeout -k 20 "$((limit - SECONDS))" "$python" "$root/experiments/study.py" --jobs "$jobs" --workers "$workers" \
+    left=$((limit > SECONDS ? limit - SECONDS : 1))
+    timeout -k 20 "$left" "$python" "$root/experiments/study.py" --jobs "$jobs" --workers "$workers" \
         --results "$results/runs${tiny:+-tiny}.csv" --only "${cells[@]}" 2>&1 \
         | tee -a "$results/study.txt" || true
     for log in runs/study/*/log.jsonl; do # how fast, of cells that were cut off too

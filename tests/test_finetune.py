@@ -381,10 +381,8 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         1,
         "--workers",
         1,
-        "--out",
-        tmp_path / "again",
     )
-    again = json.loads((tmp_path / "again/test.json").read_text())
+    again = json.loads((tmp_path / "ft/test/test.json").read_text())  # beside the checkpoint
     assert {key: again[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")} == {
         key: summary[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")
     }
@@ -812,8 +810,9 @@ def test_refusals_name_what_mends(copy):
         writer = csv.DictWriter(file, one[0])
         writer.writeheader()
         writer.writerows(gone + rows)
-    line = run("finetune.py", *TINY, "--data", "data/gone.csv", cwd=copy, fails=True)
-    assert f"{len(gone)} of {len(gone) + 32} videos that were looked for are not there" in line
+    for split in ("--data", "--val", "--test"):
+        line = run("finetune.py", *TINY, split, "data/gone.csv", cwd=copy, fails=True)
+        assert f"{len(gone)} of {len(gone) + 32} videos that were looked for are not there" in line
     assert "lower --batch-size" in run(
         "finetune.py", *TINY, "--batch-size", 33, cwd=copy, fails=True
     )

@@ -5,6 +5,7 @@ the command line.
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -797,11 +798,33 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(copy, monkeyp
     assert not (copy / "p").exists()
 
 
+def test_one_class_that_can_be_read_is_refused(copy):
+    """The manifest has two, but the videos of the other are damaged."""
+    lines = (copy / "data/train.csv").read_text().splitlines()
+    rows = [f"videos/{name},{label}" for name, label in (("a.mp4", "x"), ("b.mp4", "y"))]
+    rows += [f"{line.split(',')[0]},x" for line in lines[1:4]]
+    (copy / "data/few.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    videos = copy / "data/videos"
+    real = videos.resolve()
+    videos.unlink()
+    shutil.copytree(real, videos)
+    for name in ("a.mp4", "b.mp4"):
+        (videos / name).write_bytes(b"bad")
+    (copy / "data/test.csv").write_text("\n".join(["path,label", *rows[2:]]) + "\n")
+    flags = (*UNTRAINED, *FAST, "--data", "data/few.csv", "--test", "data/test.csv", "--out", "p")
+    assert run("linprobe.py", *flags, cwd=copy, fails=True) == (
+        "data/few.csv: all of its readable videos are of class 'x'"
+    )
+
+
 def test_the_result_tells_its_settings(copy):
     flags = (*UNTRAINED, *FAST, "--augment", 2, "--no-flip", "--crops", 3, "--out", "p")
     run("linprobe.py", *flags, cwd=copy)
     clip = {"frames": 8, "stride": 2, "image_size": 48, "sampling": "dense"}
     assert json.loads((copy / "p/label.json").read_text())["settings"] == {
+        "size": "tiny",
+        "weights": "none 0",
+        "token_grid": None,
         "data": "data/train.csv",
         "test": "data/val.csv",
         "train_views": clip | {"augment": 2, "flip": False, "seed": 0},

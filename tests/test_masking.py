@@ -356,14 +356,19 @@ def test_refusals():
             make_mask(name, 0.5, 1, (2, 4, 4))
         with pytest.raises(ValueError, match=r"got \[1, 2, 4, 4\]"):
             make_mask(name, 0.5, 1, (2, 4, 4), motion=torch.zeros(1, 2, 4, 4))
-    for ratio in (0, 0.01, 1, 1.5, -0.5):
-        with pytest.raises(ValueError, match="mask ratio"):
-            make_mask("tube", ratio, 1, (2, 4, 4))
+    maps = {"saliency": torch.zeros(1, 2, 4, 4), "motion": torch.zeros(1, 2, 2, 4, 4)}
+    for name in masking.MASKS:
+        for ratio in (0, 0.01, 1, 1.5, -0.5, math.inf, math.nan):
+            with pytest.raises(ValueError, match="mask ratio"):
+                make_mask(name, ratio, 1, (2, 4, 4), **maps)
     noise = torch.rand(1, 32)
     mask = make_mask("tube", 0.5, 1, (2, 4, 4), noise=noise)  # masks 16 tokens
     assert masking.some_masked(mask, noise, 16).shape == (1, 16)
     with pytest.raises(RuntimeError, match="not every row masks 17 tokens"):
         masking.some_masked(mask, noise, 17)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count {count}, expected 1 or more"):
+            masking.some_masked(mask, noise, count)
 
 
 def test_cut_maps_known_answers():
@@ -849,7 +854,7 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (
             ("--mask-ratio", 1),
             "--mask-ratio 1 --frames 8 --image-size 64 --patch-size 16: random's mask ratio "
-            "1.0 masks 16 of 16 tokens in a slice: some must be masked and some not",
+            "1.0: expected a number between 0 and 1",
         ),
         (
             ("--image-size", 8192),

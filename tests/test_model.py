@@ -840,8 +840,25 @@ def test_masks_of_unequal_rows_are_refused():
     with pytest.raises(ValueError, match="expected a batch of .3, 4, 32, 32"):
         mae(video[:, :, :2], mask)
     for kwargs in (dict(frames=5), dict(image_size=40)):
-        with pytest.raises(ValueError, match="expected multiples of 2 and 16"):
+        with pytest.raises(ValueError, match="expected a multiple of (2|16)"):
             VideoMAE("nano", **kwargs)
+
+
+def test_masks_of_another_shape_and_without_a_side_are_refused():
+    mae = VideoMAE("nano")
+    video, mask = random_video(mae), random_mask(mae)
+    for wrong in (mask[:, :-1], mask[:1], torch.cat([mask, mask], dim=1)):
+        for call in (mae, mae.encode, mae.reconstruct):
+            with pytest.raises(ValueError, match="expected .* .clips, tokens."):
+                call(video, wrong)
+    for wrong in (torch.ones_like(mask), torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match="some must be masked and some not"):
+            mae(video, wrong)
+    with pytest.raises(ValueError, match="expected uint8, got torch.float32"):
+        M.normalize(video)
+    for frames in (0, -2):
+        with pytest.raises(ValueError, match=f"frames {frames}: expected a multiple of 2"):
+            VideoMAE("nano", frames=frames)
 
 
 def test_bfloat16_autocast_keeps_losses_in_float32():

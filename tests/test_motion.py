@@ -275,6 +275,16 @@ def raft(tmp_path_factory):
     return path
 
 
+def test_a_field_that_is_not_finite_is_no_row(world, tmp_path, raft, capsys):
+    state = torch.load(raft)
+    torch.save({name: value * torch.nan for name, value in state.items()}, tmp_path / "nan.pth")
+    flags = ("--data", world / "data/val.csv", "--cue", "motion", "--flow", "raft", "--grid", 4)
+    flags += ("--flow-weights", tmp_path / "nan.pth", "--moments", 1, "--image-size", 128)
+    flags += ("--batch-size", 1, "--max-steps", 1, "--workers", 0, "--out", tmp_path / "x")
+    out = run("saliency.py", *flags)
+    assert "its motion has numbers that are not finite" in out and "0 of 24 videos" in out
+
+
 def test_the_stage_with_raft(world, tmp_path, raft):
     """Random weights: what is written is what torchvision's own model says of the two frames."""
     run(
@@ -364,9 +374,8 @@ def test_ranks_fill_their_own_rows_and_settings_are_held(copy):
     out = run(*base, "--moments", 16, cwd=copy, ranks=2)
     assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
     assert np.array_equal(np.load(path), expected)
-    assert "made with another moments, shape; --resume none remakes it" in run(
-        *base, "--moments", 8, cwd=copy, fails=True
-    )
+    expected = "made with moments 16, not 8; shape [32, 16, 2, 8, 8], not [32, 8, 2, 8, 8]: give"
+    assert expected in run(*base, "--moments", 8, cwd=copy, fails=True)
 
 
 def test_a_part_of_a_longer_video(tmp_path):

@@ -819,8 +819,7 @@ def test_reasons_to_give_up_are_one_line():
     assert raised(OSError("Caught OSError\nTraceback\nOSError: bad\n")) == "OSError: bad"
     assert raised(OSError()) == "OSError"
     assert (
-        raised(MemoryError())
-        == "not enough memory: MemoryError (lower --batch-size, --frames or --image-size)"
+        raised(MemoryError()) == "not enough memory: MemoryError (a lower --batch-size needs less)"
     )
     assert raised(MemoryError("Caught\nUnable to allocate 7 GiB")).startswith(
         "not enough memory: Unable to allocate 7 GiB ("

@@ -138,10 +138,10 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     assert "made with another manifest" in make("captions", copy, "--extend", fails=True)
     assert "made with another manifest" in make("motion", copy, "--extend", fails=True)
     few(copy, range(7))
-    assert "made with another prompt" in make(
+    assert "made with prompt '', not 'a'" in make(
         "captions", copy, "--extend", "--prompt", "a", fails=True
     )
-    assert "made with another grid" in make("motion", copy, "--extend", "--grid", 5, fails=True)
+    assert "made with grid 4, not 5" in make("motion", copy, "--extend", "--grid", 5, fails=True)
     make("captions", copy, "--extend")
     path = copy / "data/few.captions.jsonl"
     # an old row's caption

@@ -47,6 +47,12 @@ PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
+HASHES = (
+    "manifest",
+    "captions",
+    "classes",
+    "weights",
+)  # entries of a .json that tell a user nothing
 NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
 # What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
 # array's header as Python.
@@ -439,6 +445,14 @@ def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend:
     return count or len(videos)  # not grown, or of another manifest
 
 
+def describe_setting(key: str, about: dict, expected: dict) -> str:
+    """An entry of a .json that is not what is expected, for a message."""
+    if key in HASHES:
+        return f"another {key}"
+    text = f"{key} {about.get(key)!r}, not {expected[key]!r}"
+    return text if len(text) <= 100 else f"another {key}"
+
+
 def refuse_other_origin(
     path: FilePath,
     videos: Sequence[Video],
@@ -452,8 +466,10 @@ def refuse_other_origin(
     about = {key: as_saved.get(key) for key in NEWER} | about
     different = [key for key, value in as_saved.items() if about.get(key) != value]
     if different:
-        names = ", ".join(different)
-        raise ManifestError(f"{path}: made with another {names}; --resume none remakes it")
+        changes = "; ".join(describe_setting(key, about, as_saved) for key in different)
+        raise ManifestError(
+            f"{path}: made with {changes}: give the same again, or --resume none remakes it"
+        )
     change = describe_change(videos, about, is_made)
     if change:
         raise ManifestError(f"{path}: {change}; --resume none remakes it")

@@ -73,7 +73,7 @@ def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float
         raise RunError(
             f"{manifest}: {len(missing)} of {len(looked_for)} videos that were looked for are not "
             f"there, such as {videos[int(missing[0])].path}: relative paths start at "
-            f"{root or Path(manifest).parent} (--root names another folder)"
+            f"{root or Path(manifest).parent} (--root names another folder, --max-bad allows more)"
         )
 
 

@@ -85,6 +85,7 @@ def claim_classes(path: Path, settings: dict, resume: str) -> bool:
     if resume == "none" or about is None or not path.exists():
         return True
     refuse_other_origin(path, (), about, settings, is_made=bool)  # no videos: is_made is not asked
+    load_array(path, "the same command")  # refuses a damaged one
     return False
 
 
