@@ -438,6 +438,10 @@ def test_flags_that_contradict(copy, capsys):
         (["--grid", "28"], "--grid is for --cue motion"),
         (["--window", "3"], "--window is for --cue motion"),
         (["--cue", "motion", "--dense", "last"], "--dense is for --cue text"),
+        (
+            ["--clip", "local-dir:x", "--pretrained", "openai"],
+            "--pretrained is not for --clip local-dir:x, which brings its own weights",
+        ),
         (["--cue", "motion", "--clip", "RN50"], "--clip is for --cue text and --cue classes"),
         (["--cue", "motion", "--flow-weights", "x"], "--flow-weights is for --flow raft"),
         (["--cue", "motion", "--flow", "raft", "--window", "3"], "--window is for --flow codec"),

@@ -62,6 +62,19 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(copy, monkeypatc
     assert (copy / "run/checkpoint.pt").read_bytes() == before
 
 
+def test_text_that_is_not_finite(copy):
+    """Another video takes the sample's place."""
+    array = np.load(copy / "data/train.text.npy", mmap_mode="r+")
+    array[[4, 9], :, 5] = np.inf
+    array.flush()
+    flags = (*TINY, "--batch-size", 16, "--mask", "tube")
+    run("pretrain.py", *flags, "--max-bad", 0.1, cwd=copy)
+    assert last(copy / "runs/tube")["skipped"] == 2
+    assert np.isfinite(last(copy / "runs/tube")["loss_nce"])
+    line = run("pretrain.py", *flags, "--max-bad", 0, "--out", "strict", cwd=copy, fails=True)
+    assert line.startswith("2 of 32 videos cannot be read, more than --max-bad 0.0: videos/train/")
+
+
 def test_saliency_that_is_not_finite(copy):
     """Of CLIP: the row stays empty, with a line that says so. In an array that is there: another
     video takes the sample's place.

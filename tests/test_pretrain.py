@@ -468,10 +468,7 @@ def test_rows_without_saliency_are_left_out(copy):
 
 
 def test_a_loss_that_is_not_finite_stops_with_names(copy):
-    array = np.load(copy / "data/train.text.npy", mmap_mode="r+")
-    array[:, :, 5] = np.inf
-    array.flush()
-    line = run("pretrain.py", *TINY, cwd=copy, fails=True)
+    line = run("pretrain.py", *TINY, "--nce-weight", 1e39, cwd=copy, fails=True)
     assert "step 1: the loss or its gradient is not finite" in line and "videos/train/000" in line
     assert not (copy / "runs/text/checkpoint.pt").exists()
 
@@ -1050,11 +1047,8 @@ def test_max_bad_counts_the_videos_of_all_ranks(copy):
 
 
 def test_a_loss_that_is_not_finite_stops_both_ranks_with_one_line(copy):
-    array = np.load(copy / "data/train.text.npy", mmap_mode="r+")
-    array[:, :, 5] = np.inf
-    array.flush()
     agent = start(
-        (*TINY, "--out", "run"),
+        (*TINY, "--nce-weight", 1e39, "--out", "run"),
         copy,
         "-m",
         "torch.distributed.run",

@@ -47,12 +47,8 @@ PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
-HASHES = (
-    "manifest",
-    "captions",
-    "classes",
-    "weights",
-)  # entries of a .json that tell a user nothing
+# entries of a .json that are hashes, which tell a user nothing
+HASHES = ("manifest", "captions", "classes", "weights")
 NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
 # What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
 # array's header as Python.
