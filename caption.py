@@ -5,7 +5,8 @@ Writes  train.captions.jsonl, one object per video, in the manifest's order:
             {"path": ..., "captions": ["a dog runs", ...]}, or
             {"path": ..., "captions": [], "error": why there are none}
         train.captions.json, what made them: model, prompt, beams, frames, the limit of tokens, a
-        hash of the manifest's rows, and the sizes of some videos' files; of --labels only the rows
+        hash of the manifest's rows, and the sizes of some videos' files; with --labels, that they
+        are labels, and the hash
 
     # CPU, the toy world: about 160 videos/s
     python caption.py --data data/train.csv --model data/toy/blip
@@ -32,8 +33,8 @@ added at the manifest's end, `--extend` captions those, and tries no failed vide
 all captions again, without that flag. SIGTERM and Ctrl-C finish the current batch first; the exit
 status is the signal's. Captions that a model made with other settings, or of other rows or videos,
 are refused (tgm/manifest.py says how replaced videos are noticed). Without the .json only paths are
-compared, and a model is known by its name alone: after new weights under an old name give --resume
-none.
+compared. A model is known by its name alone: if its weights changed under the same name, give
+--resume none.
 
 Shapes: K frames of a video, and so captions; H W pixels.
 """
@@ -203,7 +204,7 @@ def label_captions(videos, classes):
             # isdecimal, not isdigit: that is true of "²" as well, which int() refuses
             if not caption.isdecimal() or int(caption) >= len(classes):
                 raise RunError(
-                    f"{video.name}: label {caption!r} is no number of a class; --classes has lines "
+                    f"{video.name}: label {caption!r} is not a class number; --classes has lines "
                     f"for 0 to {len(classes) - 1} (without it the label itself is the caption)"
                 )
             caption = classes[int(caption)]

@@ -5,8 +5,8 @@ Reads   manifests with labels (train, val, and optionally test), their videos, a
         ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
 Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on --val), args.json,
         log.jsonl, curves.png (where matplotlib is installed); after testing per_class.csv,
-        confusion.png and, last, test.json. --test-only writes these three alone, into the folder
-        test beside the checkpoint
+        confusion.png and, last, test.json. --test-only writes these three alone, by default into
+        the folder test beside the checkpoint
 
     # CPU, the toy world
     python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 \
@@ -48,8 +48,9 @@ the input. An epoch is one pass over the videos; --repeat R takes R samples of e
 
 --val is tested after every epoch with one view. The result is that of --test (without it --val),
 with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
-the same videos; the last epoch (--use last, the default) was not. Every test video
-is counted once, whatever the number of ranks, and one that cannot be read counts as wrong.
+the same videos; the last epoch (--use last, the default) was not. Every test video is counted once,
+whatever the number of ranks, and one that cannot be read counts as wrong; if more than --max-bad of
+the files are missing, nothing is begun.
 
 What differs from VideoMAE's fine-tuning:
     RandAugment    The operations are torchvision's: Identity is one of them, Invert and

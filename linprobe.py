@@ -7,7 +7,8 @@ Reads   a training and a test manifest with labels, their videos, and a checkpoi
         manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
         (caption.py --data val.csv, then saliency.py --data val.csv)
 Writes  OUT/LABEL.json, the result and its settings (LABEL is --label-column; LABEL.videomae.json
-        with --protocol videomae), over one of other flags or of another checkpoint in the folder;
+        with --protocol videomae); it replaces an earlier one there, of other flags or another
+        checkpoint, too;
         OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
         with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; next to each array a .json
         of what it was made with: if that changes, it is made again
@@ -16,7 +17,7 @@ Writes  OUT/LABEL.json, the result and its settings (LABEL is --label-column; LA
     python linprobe.py --checkpoint runs/demo/text/checkpoint.pt --data data/probe.csv
     # the baseline: an untrained encoder (with the checkpoint's --frames, --stride and --image-size,
     # if they differ from the defaults of --size)
-    python linprobe.py --checkpoint none --size tiny
+    python linprobe.py --checkpoint none --size tiny --data data/probe.csv
     # eight GPUs extract the features; one trains the probes
     torchrun --nproc_per_node=8 linprobe.py --checkpoint vit_b.pth --data train.csv --test val.csv
     # VideoMAE's setting, on augmented clips

@@ -22,8 +22,8 @@ taken from these.
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
 worker or the rank. All functions work on a whole batch, on the device of their tensors. With the
-noise given, none of them makes the host wait for a GPU, so none looks for NaN in the maps: NaN
-counts as the highest score.
+noise given, none of them makes the host wait for a GPU, so none looks for NaN in the maps. The text
+masks count NaN as the highest score; a motion or flow mask may be spoilt in the whole clip.
 
 saliency.py stores maps of the whole video and the whole frame. `cut_maps` and `cut_motion` bring
 them to the times, the crop and the flip of a training sample.

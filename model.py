@@ -10,7 +10,7 @@ published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and wri
 
     clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
     model = VideoMAE("base")
-    # or any other mask: bool [2,1568] with as many True in each row
+    # or any other mask: bool [2,1568] with equally many True in every row
     mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)
     loss, _ = model(normalize(clips), mask)
     features = model.encode(normalize(clips))    # [2,N,D]
@@ -102,15 +102,14 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
     num_visible: how many tokens every row keeps. If it is not given, it is read from the device.
         That read makes the host wait for a GPU and breaks the graph of torch.compile.
 
-    ValueError if a row of the mask has no visible or no masked token by this number. RuntimeError
-    unless every row keeps that many; on a GPU the error appears at a later call, as the host does
-    not wait for the check."""
+    ValueError if that is none or all of the tokens. RuntimeError unless every row keeps that many;
+    on a GPU the error appears at a later call, as the host does not wait for the check."""
     kept = mask.shape[1] - mask.sum(dim=1)
     if num_visible is None:
         num_visible = int(kept[0])
     if not 0 < num_visible < mask.shape[1]:
         raise ValueError(
-            f"mask: {num_visible} of {mask.shape[1]} tokens visible, "
+            f"mask: {num_visible} of {mask.shape[1]} tokens visible: "
             "some must be masked and some not"
         )
     torch._assert_async(
@@ -204,8 +203,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, and a final norm that is applied where they are used. The blocks' drop_path grows
-    linearly from 0 in the first to the given value in the last."""
+    """Blocks, and a final norm, which the caller applies. The blocks' drop_path grows linearly from
+    0 in the first to the given value in the last."""
 
     def __init__(self, width: int, depth: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -250,7 +249,7 @@ class Encoder(Transformer):
             c["image_size"] = image_size
         for name, unit in (("frames", "tubelet"), ("image_size", "patch")):
             if c[name] < c[unit] or c[name] % c[unit]:
-                raise ValueError(f"{name} {c[name]}: expected a multiple of {c[unit]}")
+                raise ValueError(f"{name} {c[name]}: expected a positive multiple of {c[unit]}")
         super().__init__(c["width"], c["depth"], c["heads"], drop_path)
         self.config = c
         side = c["image_size"] // c["patch"]

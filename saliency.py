@@ -57,18 +57,16 @@ a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error 
 
 Classes. Line i of the file --classes, from 0, is the name of class i; the manifest's label column,
 which linprobe.py reads, holds names or these numbers. The manifest --data must exist, but here only
-its name is used. Each --prompt,
-with the name in the place of {}, makes a text; a class is the mean of its texts, of unit length
-again. The default, "a video of {}.", suits videos; --clip-templates takes the 80 prompts that
-CLIP's authors wrote for ImageNet's photos.
+its name is used. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
+of its texts, of unit length again. The default, "a video of {}.", suits videos; --clip-templates
+takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
 
 Arrays are memory-mapped and pre-filled with NaN; each rank fills its own rows. Run it again after a
 kill and it computes the rows that are NaN. A row that stays NaN is a video that failed or has no
 caption; training leaves it out. K is the largest number of captions of any video; where one has
 fewer, the rest of its row is NaN. Where rows were added at the manifest's end, `--extend` keeps the
 old rows and computes the new ones (after caption.py --extend), if none of them has more captions
-than K. SIGTERM and Ctrl-C finish the
-current batch first; the exit status is the signal's.
+than K. SIGTERM and Ctrl-C finish the current batch first; the exit status is the signal's.
 
 Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B videos of a batch,
 F = B*S frames, H W pixels, L = 1 + G*G tokens, E their width.

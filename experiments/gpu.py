@@ -515,13 +515,16 @@ def clips(args, megabytes=14):
     """Re-encodes videos as the README advises, as many as fit into so many megabytes, and writes
     their manifest."""
     folder = args.out / "clips"
-    shutil.rmtree(folder, ignore_errors=True)  # a file that is there would not be written
-    folder.mkdir(parents=True)
+    if folder.exists() and not (args.out / "clips.csv").exists():
+        sys.exit(f"{folder}: is no folder of this command: give another --out")
+    made = args.out / "clips.new"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
     names = []
     size = 0
     with tempfile.TemporaryDirectory() as temporary:
         for path in sorted(peers.find_videos(args.videos, Path(temporary))):
-            target = folder / f"{len(names):03}.mp4"
+            target = made / f"{len(names):03}.mp4"
             problem = prepare.reencode(path, target, 256)
             assert problem is None, problem
             size += target.stat().st_size
@@ -530,7 +533,9 @@ def clips(args, megabytes=14):
                 break
             names.append(f"clips/{target.name}")
     if not names:
-        sys.exit(f"{args.videos}: no H.264 video of 64 frames or more")
+        sys.exit(f"no H.264 video of 64 frames or more, and of less than {megabytes} MB")
+    shutil.rmtree(folder, ignore_errors=True)
+    made.rename(folder)
     (args.out / "clips.csv").write_text("\n".join(["path", *names]) + "\n")
     print(f"{args.out / 'clips.csv'}: {len(names)} videos")
 
@@ -701,13 +706,19 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("section", choices=(*SECTIONS, "tables", "clips"))
-    parser.add_argument("--out", type=Path, help="folder of the figures (experiments/results/gpu)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the figures (default: experiments/results/gpu, with --tiny runs/gpu-tiny)",
+    )
     parser.add_argument(
         "--seconds", type=float, default=480, help="after which no new figure is begun"
     )
     parser.add_argument("--videos", type=Path, help="a manifest or folder of H.264 videos")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the code on a CPU")
     args = parser.parse_args(argv)
+    if args.out is None and args.section == "clips":
+        parser.error("clips needs --out, such as gpu-carry")
     if args.out is None:
         args.out = ROOT / ("runs/gpu-tiny" if args.tiny else "experiments/results/gpu")
     return args

@@ -58,7 +58,7 @@ def similarities(data, count):
     size = (encoder.frames, encoder.stride, encoder.image_size)
     clips = [preview.read_clip(video, *size).frames for video in videos[:count]]
     with torch.no_grad():
-        tokens = encoder.model.encode(normalize(255 * torch.stack(clips)))  # [B, N, D]
+        tokens = encoder.model.encode(normalize(preview.to_bytes(torch.stack(clips))))  # [B, N, D]
     head = textprobe.find_head(CHECKPOINT)
     found = textprobe.project(head, tokens.mean(1).numpy())  # of unit length
     return found @ texts.T, [of_video[0] for of_video in captions[:count]]

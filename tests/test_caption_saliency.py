@@ -171,7 +171,7 @@ def test_labels_as_captions(copy):
         for line in (copy / "ids.captions.jsonl").read_text().splitlines()
     ] == [["a cat"], ["a dog"]]
     (copy / "ids.csv").write_text("path,label\na b.mp4,2\n")
-    assert "label '2' is no number of a class; --classes has lines for 0 to 1" in run(
+    assert "label '2' is not a class number; --classes has lines for 0 to 1" in run(
         "caption.py",
         "--data",
         "ids.csv",
@@ -256,7 +256,7 @@ def test_class_names_as_editors_write_them(tmp_path):
     assert [json.loads(line)["captions"] for line in made] == [["a dog"], ["a\u2028cat"]]
     (tmp_path / "ids.csv").write_text("path,label\na.mp4,\u00b2\n", encoding="utf-8")
     assert run(*command, cwd=tmp_path, fails=True) == (
-        f"a.mp4: label {chr(0xB2)!r} is no number of a class; --classes has lines for 0 to 1 "
+        f"a.mp4: label {chr(0xB2)!r} is not a class number; --classes has lines for 0 to 1 "
         "(without it the label itself is the caption)"
     )
 
@@ -313,7 +313,7 @@ def test_a_line_that_is_no_entry_is_refused(copy, line):
 def test_captions_refuse(copy):
     assert "python data/toy.py" in run("caption.py", cwd=copy / "data", fails=True, process=True)
     assert run("caption.py", "--model", BLIP, "--frames", 2, cwd=copy, fails=True) == (
-        "data/train.captions.jsonl: made with frames 3, not 2: give the same again, or --resume "
+        "data/train.captions.jsonl: made with frames 3, not 2: give the earlier settings again, or --resume "
         "none remakes it"
     )
     (copy / "data/train.captions.json").unlink()  # without it, rows are still compared by path
@@ -459,8 +459,9 @@ def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
 
 def test_saliency_refuses(copy):
     base = ("saliency.py", "--clip", CLIP, "--moments", 8)
-    assert "made with dense 'self', not 'last': give the same again, or --resume none" in run(
-        *base, "--dense", "last", cwd=copy, fails=True, process=True
+    assert (
+        "made with dense 'self', not 'last': give the earlier settings again, or --resume none"
+        in run(*base, "--dense", "last", cwd=copy, fails=True, process=True)
     )
     lines = (copy / "data/train.csv").read_text().splitlines()
     (copy / "data/train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
@@ -500,7 +501,7 @@ def test_other_weights_under_the_same_name_are_refused(copy, monkeypatch, form):
     line = run(*base, cwd=copy, fails=True)
     assert (
         line
-        == "x.text.npy: made with another weights: give the same again, or --resume none remakes it"
+        == "x.text.npy: made with other weights: give the earlier settings again, or --resume none remakes it"
     )
     for path in abouts:
         older = json.loads(path.read_text())
@@ -619,7 +620,7 @@ def test_class_names_may_begin_with_a_mark_and_labels_are_decimal(copy):
     line = (copy / "ids.captions.jsonl").read_text()
     assert json.loads(line)["captions"] == ["a dog"]
     (copy / "ids.csv").write_text("path,label\na.mp4,\u00b2\n", encoding="utf-8")
-    assert "is no number of a class; --classes has lines for 0 to 0" in run(
+    assert "is not a class number; --classes has lines for 0 to 0" in run(
         *flags, cwd=copy, fails=True
     )
 

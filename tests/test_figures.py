@@ -85,7 +85,7 @@ def test_a_figure_shows_the_mask_and_the_reconstruction_of_the_checkpoint(saved,
     clip = preview.read_clip(videos[3], frames=8, stride=1, image_size=48)
     mask, title = figures.read_mask(args, videos, clip, autoencoder.grid)
     assert mask.sum() == 4 * math.floor(0.5 * 36) and title.startswith("videos/val/00003.mp4: a ")
-    video = models.normalize(255 * clip.frames[None])
+    video = models.normalize(preview.to_bytes(clip.frames[None]))
     with torch.no_grad():
         loss = autoencoder(video, mask).loss_mae
     assert printed == f"figure.png: reconstruction loss {loss:.4f} with text 0.5\n"

@@ -840,7 +840,7 @@ def test_masks_of_unequal_rows_are_refused():
     with pytest.raises(ValueError, match="expected a batch of .3, 4, 32, 32"):
         mae(video[:, :, :2], mask)
     for kwargs in (dict(frames=5), dict(image_size=40)):
-        with pytest.raises(ValueError, match="expected a multiple of (2|16)"):
+        with pytest.raises(ValueError, match="expected a positive multiple of (2|16)"):
             VideoMAE("nano", **kwargs)
 
 
@@ -857,7 +857,7 @@ def test_masks_of_another_shape_and_without_a_side_are_refused():
     with pytest.raises(ValueError, match="expected uint8, got torch.float32"):
         M.normalize(video)
     for frames in (0, -2):
-        with pytest.raises(ValueError, match=f"frames {frames}: expected a multiple of 2"):
+        with pytest.raises(ValueError, match=f"frames {frames}: expected a positive multiple of 2"):
             VideoMAE("nano", frames=frames)
 
 

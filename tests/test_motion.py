@@ -374,7 +374,7 @@ def test_ranks_fill_their_own_rows_and_settings_are_held(copy):
     out = run(*base, "--moments", 16, cwd=copy, ranks=2)
     assert "32 of 32 videos" in out and "7 to do on rank 0 of 2" in out
     assert np.array_equal(np.load(path), expected)
-    expected = "made with moments 16, not 8; shape [32, 16, 2, 8, 8], not [32, 8, 2, 8, 8]: give"
+    expected = "made with moments 16, not 8: give the earlier settings again, or --resume none"
     assert expected in run(*base, "--moments", 8, cwd=copy, fails=True)
 
 

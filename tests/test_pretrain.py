@@ -478,7 +478,9 @@ def test_refusals_name_the_command_that_mends(copy):
     assert "lower --batch-size" in run(
         "pretrain.py", *TINY, "--batch-size", 33, cwd=copy, fails=True
     )
-    assert "multiples" in run("pretrain.py", *TINY, "--frames", 5, cwd=copy, fails=True)
+    assert "frames 5: expected a positive multiple of 2" in run(
+        "pretrain.py", *TINY, "--frames", 5, cwd=copy, fails=True
+    )
     assert "nowhere.pt: no checkpoint there" in run(
         "pretrain.py", *TINY, "--init", "nowhere.pt", cwd=copy, fails=True
     )
@@ -1072,7 +1074,7 @@ def test_videos_that_are_gone_are_one_line(copy):
     line = run("pretrain.py", *TINY, cwd=copy, fails=True)
     assert line == (
         "data/train.csv: 32 of 32 videos that were looked for are not there, such as data/videos/train/00000.mp4: relative paths start "
-        "at data (--root names another folder)"
+        "at data (--root names another folder, --max-bad allows more)"
     )
 
 

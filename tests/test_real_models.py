@@ -221,7 +221,9 @@ def test_the_activation_is_recorded_and_asked_for(copy):
         assert about.pop("activation") == "GELU"
         path.write_text(json.dumps(about))
     base = ("saliency.py", "--clip", CLIP, "--moments", 8, "--workers", 0)
-    expected = "made with activation None, not 'GELU': give the same again, or --resume none"
+    expected = (
+        "made with activation None, not 'GELU': give the earlier settings again, or --resume none"
+    )
     assert expected in run(*base, cwd=copy, fails=True)
     remedy = "make it with: python saliency.py --data data/train.csv --resume none"
     line = run(

@@ -819,7 +819,8 @@ def test_reasons_to_give_up_are_one_line():
     assert raised(OSError("Caught OSError\nTraceback\nOSError: bad\n")) == "OSError: bad"
     assert raised(OSError()) == "OSError"
     assert (
-        raised(MemoryError()) == "not enough memory: MemoryError (a lower --batch-size needs less)"
+        raised(MemoryError())
+        == "not enough memory: MemoryError (a smaller batch or smaller images need less)"
     )
     assert raised(MemoryError("Caught\nUnable to allocate 7 GiB")).startswith(
         "not enough memory: Unable to allocate 7 GiB ("

@@ -146,7 +146,7 @@ def test_extend_refuses_what_did_not_only_grow(copy):
     path = copy / "data/few.captions.jsonl"
     # an old row's caption
     path.write_text(path.read_text().replace('"captions": ["', '"captions": ["oh, ', 1))
-    assert "made with another captions" in make("saliency", copy, "--extend", fails=True)
+    assert "made with other captions" in make("saliency", copy, "--extend", fails=True)
     for name in STAGES:
         with pytest.raises(AssertionError, match="^2"):  # argparse's exit
             make(name, copy, "--extend", "--resume", "none")

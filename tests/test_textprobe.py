@@ -75,13 +75,13 @@ def test_the_array_is_kept_until_it_is_to_be_remade(copy):
     assert first == (path.read_bytes(), path.stat().st_mtime_ns)
     line = run(*CLASSES, "--prompt", "a {}", cwd=copy, fails=True)
     assert line == (
-        "data/train.classes.npy: made with prompts ['a video of {}.'], not ['a {}']: give the same "
-        "again, or --resume none remakes it"
+        "data/train.classes.npy: made with prompts ['a video of {}.'], not ['a {}']: give the "
+        "earlier settings again, or --resume none remakes it"
     )
     write_names(copy, toy.SHAPES[::-1])
     line = run(*CLASSES, cwd=copy, fails=True)
     assert line == (
-        "data/train.classes.npy: made with another classes; another names: give the same again, or "
+        "data/train.classes.npy: made with other classes: give the earlier settings again, or "
         "--resume none remakes it"
     )
     run(*CLASSES, "--resume", "none", cwd=copy)
@@ -89,7 +89,7 @@ def test_the_array_is_kept_until_it_is_to_be_remade(copy):
     path.write_bytes(path.read_bytes()[:100])
     line = run(*CLASSES, cwd=copy, fails=True)
     assert line.startswith("data/train.classes.npy: cannot be read (")
-    assert line.endswith("; make it with: the same command --resume none")
+    assert line.endswith("); --resume none remakes it")
     run(*CLASSES, "--resume", "none", cwd=copy)
     rows = np.load(path)
     assert np.allclose(rows[::-1], np.frombuffer(first[0][-rows.nbytes :], "f2").reshape(6, 128))

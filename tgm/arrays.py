@@ -49,6 +49,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 BLOCK = 1 << 24  # bytes of an array written at once
 # entries of a .json that are hashes, which tell a user nothing
 HASHES = ("manifest", "captions", "classes", "weights")
+DERIVED = ("videos", "shape", "names")  # entries that follow from others
 NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
 # What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
 # array's header as Python.
@@ -443,10 +444,10 @@ def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend:
 
 def describe_setting(key: str, about: dict, expected: dict) -> str:
     """An entry of a .json that is not what is expected, for a message."""
-    if key in HASHES:
-        return f"another {key}"
+    if key == "manifest":
+        return "another manifest"
     text = f"{key} {about.get(key)!r}, not {expected[key]!r}"
-    return text if len(text) <= 100 else f"another {key}"
+    return f"other {key}" if key in HASHES or len(text) > 100 else text
 
 
 def refuse_other_origin(
@@ -462,9 +463,11 @@ def refuse_other_origin(
     about = {key: as_saved.get(key) for key in NEWER} | about
     different = [key for key, value in as_saved.items() if about.get(key) != value]
     if different:
-        changes = "; ".join(describe_setting(key, about, as_saved) for key in different)
+        causes = [key for key in different if key not in DERIVED] or different
+        changes = "; ".join(describe_setting(key, about, as_saved) for key in causes)
         raise ManifestError(
-            f"{path}: made with {changes}: give the same again, or --resume none remakes it"
+            f"{path}: made with {changes}: give the earlier settings again, or --resume none "
+            "remakes it"
         )
     change = describe_change(videos, about, is_made)
     if change:

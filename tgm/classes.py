@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from tgm.arrays import (
+    UNREADABLE,
     create_array,
     hold,
     is_held,
     load_array,
     make_it_with,
+    map_array,
     read_about,
     refuse_foreign_array,
     refuse_other_origin,
@@ -78,14 +80,18 @@ def embed_names(
 
 def claim_classes(path: Path, settings: dict, resume: str) -> bool:
     """Whether the array at `path` is still to be made; holds its lock. ManifestError if another
-    program's file has that name or, unless resume is "none", an array of other settings."""
+    program's file has that name or, unless resume is "none", an array of other settings, or a
+    damaged one."""
     refuse_foreign_array(path)
     hold(path)
     about = read_about(path.with_suffix(".json"))
     if resume == "none" or about is None or not path.exists():
         return True
     refuse_other_origin(path, (), about, settings, is_made=bool)  # no videos: is_made is not asked
-    load_array(path, "the same command")  # refuses a damaged one
+    try:
+        map_array(path)
+    except (OSError, *UNREADABLE) as error:
+        raise ManifestError(f"{path}: cannot be read ({error}); --resume none remakes it") from None
     return False
 
 

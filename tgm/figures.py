@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     mask, title = read_mask(args, videos, clip, model.grid)
     mask = mask.to(loaded.device)
-    video = normalize(255 * clip.frames[None].to(loaded.device))  # normalize expects 0 to 255
+    video = normalize(preview.to_bytes(clip.frames[None]).to(loaded.device))
     with torch.no_grad():
         loss = model(video, mask).loss_mae.item()
     tiles = four_rows(model, clip.frames, video, mask)

@@ -157,7 +157,8 @@ def add_clip_flags(group, repeat: int, origin: str):
         "--max-bad",
         type=fraction,
         default=0.05,
-        help="stop when more than this share of the videos cannot be read",
+        help="stop when more than this share of the training videos cannot be read, or of any "
+        "set's files is missing",
     )
 
 

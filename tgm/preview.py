@@ -157,6 +157,11 @@ def read_clip(
     return Clip(pixels, torch.from_numpy(middles), torch.tensor(box), seconds, fps)
 
 
+def to_bytes(frames: torch.Tensor) -> torch.Tensor:
+    """Pixels of 0 to 1 -> uint8, as model.normalize takes them."""
+    return (255 * frames).round().to(torch.uint8)
+
+
 def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption: int) -> Stored:
     """The maps that saliency.py stored for a row and for one of its captions.
 

@@ -479,7 +479,7 @@ def os_reason(error):
 def memory_reason(error):
     """One line for an error of too little memory."""
     reason = last_line(error)[:200]
-    return f"not enough memory: {reason} (a lower --batch-size needs less)"
+    return f"not enough memory: {reason} (a smaller batch or smaller images need less)"
 
 
 def launch(main):
