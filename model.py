@@ -270,13 +270,6 @@ class Encoder(Transformer):
             )
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
-    def check_mask(self, video: Tensor, mask: Tensor) -> None:
-        """ValueError unless the mask has a row for each clip and a number for each token."""
-        if mask.shape != (len(video), self.num_tokens):
-            raise ValueError(
-                f"mask {list(mask.shape)}: expected {[len(video), self.num_tokens]} (clips, tokens)"
-            )
-
     def encode(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
         """cubes [B,N,P], index [B,V] of the visible ones (None: all) -> [B,V,D]. Nothing is
         computed from the other cubes."""
@@ -447,8 +440,7 @@ class VideoMAE(nn.Module):
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
         cubes = self.encoder.cubes(video)
-        self.encoder.check_mask(video, mask)
-        seen, masked = split_mask(mask, num_visible)
+        seen, masked = self.split(video, mask, num_visible)
         if decoded is None:
             decoded = masked
         else:
@@ -474,9 +466,15 @@ class VideoMAE(nn.Module):
         cubes = self.encoder.cubes(video)
         if mask is None:
             return self.encoder.encode(cubes)
-        self.encoder.check_mask(video, mask)
-        seen, _ = split_mask(mask, num_visible)
+        seen, _ = self.split(video, mask, num_visible)
         return self.encoder.encode(cubes, seen)
+
+    def split(self, video: Tensor, mask: Tensor, num_visible: int | None) -> tuple[Tensor, Tensor]:
+        """`split_mask`; ValueError unless the mask has a row per clip and a value per token."""
+        expected = [len(video), self.num_tokens]
+        if list(mask.shape) != expected:
+            raise ValueError(f"mask {list(mask.shape)}: expected {expected} (clips, tokens)")
+        return split_mask(mask, num_visible)
 
     def decode(self, tokens: Tensor, seen: Tensor, decoded: Tensor) -> Tensor:
         """tokens [B,V,D], indices of the visible tokens [B,V] and of those to predict [B,M] ->
@@ -508,8 +506,7 @@ class VideoMAE(nn.Module):
         The predictions get the mean and the deviation of the true cubes, which flatters the
         picture: say so where you show it."""
         cubes = self.encoder.cubes(video)
-        self.encoder.check_mask(video, mask)
-        seen, masked = split_mask(mask, num_visible)
+        seen, masked = self.split(video, mask, num_visible)
         prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
         normalised, mean, deviation = self.pixel_targets(cubes)
         index = masked.unsqueeze(-1).expand_as(prediction)

@@ -270,7 +270,8 @@ def figures(model, batch, ratio, keep, seconds, peak):
 
 
 def measure_batches(out, about, batches):
-    """Measures one model at growing batches, until one does not fit -> the fastest of them.
+    """Measures one model at growing batches, until one does not fit or time is over -> the fastest
+    of them (None: none was measured).
 
     about: size, ratio, keep and compiled, as the row has them."""
     if out.is_over():
@@ -613,7 +614,6 @@ KINDS = {
     "flash": "attention",
     "fmha": "attention",
     "attention": "attention",
-    "gemm": "matrix products",
     "nvjet": "matrix products",
     "cutlass": "matrix products",
     "mm": "matrix products",

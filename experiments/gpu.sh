@@ -18,7 +18,8 @@
 # that a part that is cut off leaves what it has. What is there stays; lines are added.
 # gpu-carry is ignored by git: name it to whatever copies the working tree.
 #
-# GPU_SECONDS (500)           how long a part may take
+# GPU_SECONDS (500)           after which parts 1 and 4 are stopped. Part 2 begins no figure after
+#                             85 % of it, part 3 after 60 %; each section has 35 seconds' grace
 # GPU_PYTHON_VERSION (3.12)   of the machine with the GPU, for the wheels
 # GPU_CLIPS                   a manifest or folder of videos to re-encode (default: the first that
 #                             experiments/peers.py finds)
@@ -33,6 +34,7 @@ python=python3
 [ ! -x .venv/bin/python ] || python=$root/.venv/bin/python
 tiny=${GPU_TINY:+--tiny}
 limit=${GPU_SECONDS:-500}
+cores=$(env -u OMP_NUM_THREADS nproc) # which would print OMP_NUM_THREADS
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 prepare() {
@@ -72,7 +74,7 @@ card = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
 print(card, 'Python', platform.python_version(), 'torch', torch.__version__, 'torchvision',
       torchvision.__version__, 'transformers', transformers.__version__, 'av', av.__version__)
 " | tee -a "$results/machine.txt"
-    env -u OMP_NUM_THREADS nproc | sed 's/$/ cores/' | tee -a "$results/machine.txt"
+    echo "$cores cores" | tee -a "$results/machine.txt"
 }
 
 measure() { # measure SECONDS SECTION [FLAG...]: a section of gpu.py, its messages kept
@@ -91,7 +93,6 @@ prepare) prepare ;;
     install
     beside=(-p no:cacheprovider)
     # side by side: most of a test's time is the start of a process
-    cores=$(env -u OMP_NUM_THREADS nproc)
     processes=$((cores < 16 ? cores / 2 + 1 : 9)) # of ViT-B: nine take less than 80 GB
     [ -n "$tiny" ] || ! "$python" -c "import xdist" 2>/dev/null || beside+=(-n "$processes")
     if [ -n "$tiny" ]; then export TGM_GPU_TESTS=cpu; fi
@@ -113,7 +114,6 @@ prepare) prepare ;;
     ;;
 4)
     install
-    cores=$(env -u OMP_NUM_THREADS nproc)
     folder=runs/gpu${tiny:+-tiny} # cells of a tiny world must not pass for those of the study
     mkdir -p "$folder"
     cd "$folder"

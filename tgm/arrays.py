@@ -47,8 +47,8 @@ PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
-# entries of a .json that are hashes, which tell a user nothing
-HASHES = ("manifest", "captions", "classes", "weights")
+# entries of a .json that are hashes, which tell a user nothing; the manifest's is another
+HASHES = ("captions", "classes", "weights")
 DERIVED = ("videos", "shape", "names")  # entries that follow from others
 NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
 # What a damaged file raises: ValueError from json and numpy, the others from numpy, which parses an
