@@ -25,16 +25,18 @@ model has to caption a blank image before any video is opened. No remote code is
 `--labels` the caption is the label itself (a class number becomes text through `--classes`);
 captions that a model made are replaced only with `--resume none`.
 
-Run it again after a kill: it goes on where it stopped, and tries failed videos again. If one is
-captioned then, the captions have changed, and saliency.py needs --resume none. Each rank appends to
-a part file of its own; when all are done rank 0 joins them. A caption may be an empty text, which
-is no failure; a line at the end counts the videos whose captions are all empty. Where rows were
-added at the manifest's end, `--extend` captions those, and tries no failed videos; `--labels` makes
-all captions again, without that flag. SIGTERM and Ctrl-C finish the current batch first; the exit
-status is the signal's. Captions that a model made with other settings, or of other rows or videos,
-are refused (tgm/manifest.py says how replaced videos are noticed). Without the .json only paths are
-compared. A model is known by its name alone: if its weights changed under the same name, give
---resume none.
+Run it again after a kill: it goes on where it stopped, and tries failed videos again. If one of
+them succeeds this time, the captions change. Then saliency.py refuses to go on with its old arrays
+and has to compute all of them again (--resume none). Each rank appends to a part file of its own;
+when all are done rank 0 joins them. A caption may be an empty text, which is no failure; a line at
+the end counts the videos whose captions are all empty. SIGTERM and Ctrl-C finish the current batch
+first; the exit status is the signal's.
+
+Where rows were added at the manifest's end, `--extend` captions those, and tries no failed videos.
+(`--labels` neither needs nor takes that flag, because it always makes all captions again.) Captions
+that a model made with other settings, or of other rows or videos, are refused (tgm/manifest.py says
+how replaced videos are noticed). Without the .json only paths are compared. A model is known by its
+name alone: if its weights changed under the same name, give --resume none.
 
 Shapes: K frames of a video, and so captions; H W pixels.
 """
@@ -95,7 +97,8 @@ def model_inputs(processor, images, prompt):
     if isinstance(processor, GitProcessor):
         inputs.pop("token_type_ids", None)  # its tokenizer makes them, its model refuses them
         for key in ("input_ids", "attention_mask"):
-            # Without [SEP], which ends a text: the caption goes on from here. BLIP drops it itself.
+            # Without the last token, [SEP], which ends a text: the model has to go on from the
+            # prompt. BLIP's `generate` drops it itself.
             inputs[key] = inputs[key][:, :-1]
     return inputs
 
@@ -134,19 +137,19 @@ def load_model(name, device, dtype):
         raise RunError(
             f"--model {name}: cannot load it: no such folder (a name on the hub has at most one /)"
         )
-    # tokenizers would warn once in every decoding process
+    # tokenizers would warn once in every worker of the data loader
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()  # hints for programmers at every call of generate()
     try:
         with quiet_libraries():
-            # The small configuration first: without a network every file is tried again and again,
-            # which takes half a minute for one, and minutes for all.
+            # The small configuration first: without a network each file is tried for half a
+            # minute, so that failing at the first one saves minutes.
             transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
-        # weights that are shared with another layer do not count
+        # transformers does not list weights that are tied to those of another layer
         missing = sorted(report["missing_keys"])
         model = model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
@@ -165,8 +168,8 @@ def load_model(name, device, dtype):
 
 
 def check_model(name, model, processor, prompt, describe_items):
-    """Captions two blank images, one wide and one tall, in one batch, as is done with videos;
-    RunError if it fails.
+    """Captions two blank images in one batch, one wide and one tall: a processor that keeps their
+    shapes would fail at a batch of videos, too. RunError if it fails.
 
     describe_items(items): `describe` with this model
     """
@@ -201,7 +204,7 @@ def label_captions(videos, classes):
     for video in videos:
         caption = video.label
         if classes is not None and caption is not None:
-            # isdecimal, not isdigit: that is true of "²" as well, which int() refuses
+            # isdecimal, as isdigit() is also true of "²", which int() refuses
             if not caption.isdecimal() or int(caption) >= len(classes):
                 raise RunError(
                     f"{video.name}: label {caption!r} is not a class number; --classes has lines "
@@ -220,8 +223,8 @@ def label_captions(videos, classes):
 def write_labels(captions, classes, resume):
     """Captions without a model, always from the start. A model's captions, which may have taken
     hours, are replaced only with --resume none."""
-    # Labels are always made from the start, so both calls get "none". Whether a model's captions
-    # may be replaced is asked here.
+    # Labels are always made from the start, so `claim` and `begin` get "none". Whether a model's
+    # captions may be replaced is asked here.
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()
@@ -351,10 +354,10 @@ def main(argv=None):
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)
-    # All that may fail comes before any caption is written or removed.
+    # What can be checked without a video comes before any caption is written or removed.
     if mine:
         processor, describe_items = load_captioner(args, machine)
-    wait_for_ranks()  # until every rank has chosen its videos
+    wait_for_ranks()  # until every rank has chosen its videos and loaded its model
     if machine.rank == 0:
         captions.begin(args.resume)
     wait_for_ranks()  # until old files are removed

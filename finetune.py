@@ -18,9 +18,9 @@ Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on 
 
 Recipes for ViT-B on eight GPUs, after VideoMAE's scripts (scripts/DATA/.../finetune.sh). Learning
 rates are scaled as in its run_class_finetuning.py: lr = blr x videos / 256, where videos = batch
-size x accum x ranks, whatever --repeat is; the floor, where the rate ends, is min-blr x videos /
-256. With fewer GPUs raise --accum by as much. "384 x 2" stands for 384 videos per step (16 per GPU,
-the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default).
+size x accum x ranks. --repeat does not enter this formula. The rate ends at the floor, which is
+min-blr x videos / 256. With half as many GPUs double --accum. "384 x 2" stands for 384 videos per
+step (16 per GPU, the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default).
 
     Kinetics-400 (VideoMAE's epoch_1600: 384 x 2)                       lr 7.5e-4, floor 1.5e-6
         --accum 3 --epochs 75 --blr 5e-4 --views 5 3
@@ -43,22 +43,24 @@ the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default
 Training clips are cropped at random, half of them mirrored (give --no-flip where direction is the
 label), and changed by RandAugment and random erasing, with the same operations and boxes in every
 frame. Batches are mixed by mixup or cutmix, each clip with one of another video (with --batch-size
-1, of the same video). The learning rate is multiplied by --layer-decay from layer to layer towards
-the input. An epoch is one pass over the videos; --repeat R takes R samples of each decoded clip.
+1, of the same video). The learning rate of a layer is that of the next layer towards the head times
+--layer-decay, so that the layers near the input learn most slowly. An epoch is one pass over the
+videos; --repeat R takes R samples of each decoded clip.
 
---val is tested after every epoch with one view. The result is that of --test (without it --val),
-with clips x crops views whose softmax is averaged. Where --test is --val, best.pt was selected on
-the same videos; the last epoch (--use last, the default) was not. Every test video is counted once,
-whatever the number of ranks, and one that cannot be read counts as wrong; if more than --max-bad of
-the files are missing, nothing is begun.
+After every epoch the model is validated on --val, with one view per video. At the end it is tested
+on --test (by default --val), with clips x crops views per video, whose softmax is averaged. Where
+--test is --val, best.pt was selected on the same videos; the last epoch (--use last, the default)
+was not. Every test video is counted once, whatever the number of ranks, and one that cannot be read
+counts as wrong; if more than --max-bad of the files are missing, nothing is begun.
 
 What differs from VideoMAE's fine-tuning:
     RandAugment    The operations are torchvision's: Identity is one of them, Invert and
                    SolarizeAdd are not. The magnitude is constant; theirs varies (deviation
                    0.5 of 10). Ours is bilinear and comes after the crop; theirs is bicubic and
                    comes before it.
-    erasing        The noise in a box is the same in every frame; theirs is drawn for each.
-    crops          They are scaled down with antialiasing.
+    erasing        The noise in a box is the same in every frame, and is cut to pixels of 0 to 255;
+                   theirs is drawn for each frame, and not cut.
+    crops          Training and test crops are scaled down with antialiasing; theirs without.
     mixing         A clip is mixed with the one before it in the batch; theirs with the one at the
                    same distance from the batch's other end.
     dense clips    Training frames are --stride apart; theirs are stride x T / (T - 1) apart.
@@ -66,14 +68,19 @@ What differs from VideoMAE's fine-tuning:
     validation     It takes the middle clip; theirs takes a random one.
     precision      It is bf16 where the GPU has bf16; theirs is fp16.
 
-SIGTERM and Ctrl-C: while it trains, it saves after the step and ends; while it validates or tests,
-it ends at once. Both end by the signal (exit code 143 or 130), and --resume auto goes on: give all
-flags that the run was begun with again, --checkpoint too, whose file need not exist any more. Free
-to change are --device, --workers, --amp, --test, --views, --use and others (MAY_CHANGE, here and in
-tgm/resume.py, has all); --epochs, upwards; and --batch-size, --accum and the number of ranks, if
-their product stays. Changing one of these three changes which clips are mixed and what dropout and
-drop path drop, because each rank draws that for each accumulated batch: the weights are the same,
-to rounding, only with --mixup 0 --cutmix 0 --drop-path 0 --head-dropout 0.
+Signals. After SIGTERM or Ctrl-C training saves at the end of the step and ends. Validation and
+testing end at once, because the weights are saved already. The exit code is that of the signal (143
+or 130).
+
+Resuming. Run the same command again, with all its flags and --resume auto. Keep --checkpoint among
+them; its file is not read any more. Other flags and data are refused, but for these:
+  --device, --workers, --amp, --test, --views, --use and a few more (MAY_CHANGE, here and in
+      tgm/resume.py, names all)
+  --epochs, upwards
+  --batch-size, --accum and the number of ranks, if their product stays the same. Each step then
+      still sees the same videos, but other clips are mixed, and dropout and drop path drop other
+      things, because each rank draws them for each accumulated batch. The weights are those of an
+      uninterrupted run, to rounding, only with --mixup 0 --cutmix 0 --drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -96,15 +103,15 @@ from tgm.labels import class_names, labels_hash, number_labels, read_labelled
 from tgm.loading import batches_from, make_clip_loader
 from tgm.manifest import shared_rows
 from tgm.run import StopSignal, launch, make_folder, one_line_errors, wait_for_ranks, writing
-from tgm.sampling import TrainingClips, Views, clip_times, repeat_seed, uniform_times
+from tgm.sampling import TrainingClips, Views, clip_times, seed_from, uniform_times
 from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
-# and use concern the test alone; the classes follow from the labels. accum, like the batch size and
-# the number of ranks, leaves the videos of a step as they are, because the identity holds their
-# product, but it changes what mixup, cutmix, dropout and drop path draw.
+# and use concern the test alone; the classes follow from the labels; accum, like the batch size and
+# the number of ranks, may change because their product may not: it is in args.identity, which
+# `fine_tune` sets.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
 
@@ -131,7 +138,7 @@ def train(state, loader, val, schedule, machine, stop, args):
         # The checkpoint is saved before it is validated: a kill may have come in between. (At step
         # 0 both are 0.)
         validate(state, val, log, machine, args)
-    stop.note_signals()  # from here on a signal waits for `requested`, below
+    stop.save_on_signal()  # from here on a signal waits for `requested`, below
 
     batches = batches_from(state.step, loader, schedule)
     for step in range(state.step + 1, schedule.last_step + 1):
@@ -143,9 +150,8 @@ def train(state, loader, val, schedule, machine, stop, args):
             batch = log.fetch(batches)
             clips = repeats_first(batch["clip"].to(machine.device, non_blocking=True))
             labels = repeats_first(batch["label"].to(machine.device, non_blocking=True))
-            # so that mixing, dropout and drop path are the same in a resumed run (repeat_seed makes
-            # a seed of any four numbers)
-            torch.manual_seed(repeat_seed(args.seed, step, machine.rank, part))
+            # so that mixing, dropout and drop path are the same in a resumed run
+            torch.manual_seed(seed_from(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
                 with machine.autocast:
@@ -172,9 +178,9 @@ def train(state, loader, val, schedule, machine, stop, args):
             machine.leave()
             stop.end()
         if schedule.ends_epoch(step):
-            stop.end_at_once("--resume auto goes on from this epoch's end")
+            stop.end_on_signal("--resume auto goes on from this epoch's end")
             validate(state, val, log, machine, args)
-            stop.note_signals()
+            stop.save_on_signal()
 
 
 def validate(state, val, log, machine, args):
@@ -204,20 +210,20 @@ def validate(state, val, log, machine, args):
 def predict(model, videos, views, machine, args):
     """The mean softmax over each video's views, clips x crops: [videos, C], the same on every
     rank."""
-    clips, crops = views
-    clips_of_videos = Views(
+    num_clips, num_crops = views
+    test_views = Views(
         videos,
         frames=args.frames,
         image_size=args.image_size,
         stride=args.stride,
-        clips=clips,
-        crops=crops,
+        clips=num_clips,
+        crops=num_crops,
         sampling=args.sampling,
         timeout=args.video_timeout,
     )
     return evaluation.predict(
         model,
-        clips_of_videos,
+        test_views,
         classes=len(args.classes),
         device=machine.device,
         autocast=machine.autocast,
@@ -257,7 +263,7 @@ def make_mix(mixup, cutmix, classes):
 
 def learning_rate(steps_done, lr, warmup, total, floor):
     """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
-    cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
+    cosine down to `floor`, or to lr where that is less. warmup, in steps, may be a fraction."""
     if steps_done < warmup:
         return min(lr, lr * (steps_done + 1) / warmup)
     floor = min(floor, lr)
@@ -275,8 +281,9 @@ def layer_of(name, depth):
 
 
 def make_optimizer(model, lr, layer_decay, weight_decay):
-    """AdamW with one learning rate per layer: lr x layer_decay^(layers to the head) (ELECTRA; BEiT,
-    arXiv 2106.08254). Groups hold "layer" and "scale"; biases and norms do not decay."""
+    """AdamW with one learning rate per layer: the head's is lr, and each layer below has that of
+    the one above times layer_decay (ELECTRA; BEiT, arXiv 2106.08254). Groups hold "layer" and
+    "scale"; biases and norms do not decay."""
     depth = model.config["depth"]
     groups = {}
     for name, parameter in model.named_parameters():
@@ -334,7 +341,8 @@ class EraseWithNoise(v2.RandomErasing):
 class Clips(TrainingClips):
     """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], "row"}.
 
-    labels: the class of every row; the other settings are those of the flags of these names."""
+    rows: those to train on; labels: the class of every row; the other settings are the flags of
+    these names (timeout: --video-timeout)."""
 
     def __init__(
         self,
@@ -367,7 +375,7 @@ class Clips(TrainingClips):
         bilinear = TF.InterpolationMode.BILINEAR
         operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
         # VideoMAE's rand-m7-n4 is four times one random operation, each with probability 0.5, of
-        # magnitude 7/10 = 21/30.
+        # magnitude 7/10 = 21/30. One object may stand in the list several times: it has no state.
         self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
         self.erase = EraseWithNoise(erase)
 
@@ -382,18 +390,18 @@ class Clips(TrainingClips):
                 times = clip_times(start, end, reader.fps, self.frames, self.stride, where)
             frames = reader.read(times)  # uint8 [T, H, W, 3]
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
-        clips = []
+        samples = []
         for repeat in range(self.repeat):
-            clips.append(self.augment(frames, repeat_seed(self.seed, epoch, row, repeat)))
+            samples.append(self.augment(frames, seed_from(self.seed, epoch, row, repeat)))
         return {
-            "clip": torch.stack(clips),
+            "clip": torch.stack(samples),
             "label": torch.full((self.repeat,), self.labels[row]),
             "row": row,
         }
 
     def augment(self, frames, seed):
-        """One crop of a clip, mirrored and changed or not, alike in every frame: uint8 [T, 3, H, W]
-        -> [3, T, size, size]."""
+        """One augmented sample of a clip, uint8 [T, 3, H, W] -> [3, T, size, size]. All frames get
+        the same crop, flip, operations and erased box."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             box = v2.RandomResizedCrop.get_params(
@@ -458,8 +466,12 @@ def add_augmentation_flags(group):
     group.add_argument(
         "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"
     )
-    group.add_argument("--mixup", type=flags.not_negative, default=0.8, help="its alpha; 0: off")
-    group.add_argument("--cutmix", type=flags.not_negative, default=1.0, help="its alpha; 0: off")
+    group.add_argument(
+        "--mixup", type=flags.not_negative, default=0.8, help="alpha of mixup; 0: off"
+    )
+    group.add_argument(
+        "--cutmix", type=flags.not_negative, default=1.0, help="alpha of cutmix; 0: off"
+    )
     group.add_argument("--smoothing", type=flags.fraction, default=0.1, help="label smoothing")
 
 
@@ -467,9 +479,14 @@ def parse_args(argv=None):
     parser = flags.Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/train.csv", help="training manifest")
-    data.add_argument("--val", default="data/val.csv", help="manifest tested after every epoch")
+    data.add_argument(
+        "--val", default="data/val.csv", help="manifest for the validation after every epoch"
+    )
     data.add_argument("--test", help="manifest of the final test (default: --val)")
-    data.add_argument("--label-column", default="label", help="column that holds the label")
+    data.add_argument(
+        "--label-column",
+        help="column that holds the label (default: label; with --test-only the checkpoint's)",
+    )
     flags.add_video_flags(data)
     flags.add_clip_flags(data, repeat=2, origin="checkpoint")
     data.add_argument(
@@ -492,7 +509,8 @@ def parse_args(argv=None):
         "--drop-path",
         type=flags.fraction,
         default=0.1,
-        help="share of residual branches dropped in the last block",
+        help="probability of dropping a residual branch in the last block; it grows linearly from "
+        "0 in the first",
     )
     model.add_argument(
         "--head-dropout", type=flags.fraction, default=0.0, help="dropout before the classifier"
@@ -520,7 +538,7 @@ def parse_args(argv=None):
         nargs=2,
         default=(5, 3),
         metavar=("CLIPS", "CROPS"),
-        help="of each test video",
+        help="clips per test video, and crops per clip",
     )
     test.add_argument(
         "--use", choices=("last", "best"), default="last", help="the epoch tested at the end"
@@ -551,15 +569,18 @@ def parse_args(argv=None):
 
 def open_splits(args, machine):
     """-> {"train", "val", "test": (videos, labels)}; "test" alone with --test-only. Sets
-    args.classes, the classes' names."""
+    args.classes, the classes' names, and args.label_column where its flag was not given."""
     manifests = {"train": args.data, "val": args.val, "test": args.test or args.val}
     args.classes = None
     if args.test_only:
         manifests = {"test": manifests["test"]}
+        saved = checkpoints.saved_args(args.checkpoint)
+        args.label_column = args.label_column or saved.get("label_column")
         # in other people's checkpoints labels are the numbers of the classes
-        args.classes = checkpoints.saved_args(args.checkpoint).get("classes") or [
+        args.classes = saved.get("classes") or [
             str(number) for number in range(checkpoints.head_classes(args.checkpoint))
         ]
+    args.label_column = args.label_column or "label"
     splits = {}
     for split, manifest in manifests.items():
         if split == "test" and manifest == manifests.get("val"):
@@ -570,19 +591,22 @@ def open_splits(args, machine):
         if args.classes is None:
             args.classes = class_names(manifest, videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
-    if "train" in splits:
-        seen = shared_rows(splits["train"][0], splits["test"][0])
+    for split in ("val", "test"):
+        if "train" not in splits or (split == "val" and splits["val"] is splits["test"]):
+            continue
+        seen = shared_rows(splits["train"][0], splits[split][0])
         if seen > 0:
             machine.say(
-                f"note: {seen} of {len(splits['test'][0])} test videos are training videos, too: "
-                "the accuracy will flatter"
+                f"note: {seen} of {len(splits[split][0])} {split} videos are training videos, too: "
+                "the accuracy will be too high"
             )
     return splits
 
 
 def make_model(args, machine):
     """The classifier, on its device. Where the flags leave args.size, frames, image_size, stride
-    and sampling open, fills them from the checkpoint."""
+    and sampling open, fills them from the checkpoint. Where a run goes on that is the run's own,
+    and `make_state` loads the weights later."""
     latest = Path(args.out) / "checkpoint.pt"
     goes_on = args.resume == "auto" and latest.exists() and not args.test_only
     saved = checkpoints.saved_args(latest if goes_on else args.checkpoint)
@@ -600,7 +624,7 @@ def make_model(args, machine):
     args.sampling = args.sampling or saved.get("sampling", "dense")
     weights = "from scratch"
     if goes_on:
-        weights = f"{latest}, where the run goes on"  # `make_state` loads them
+        weights = f"{latest}, where the run goes on"
     elif args.checkpoint != "none":
         notes = checkpoints.load_pretrained(model, args.checkpoint, new_head=not args.test_only)
         weights = f"{args.checkpoint}: {checkpoints.summary_of(notes)}"
@@ -720,16 +744,17 @@ def main(argv=None):
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    stop.end_at_once()
+    stop.end_on_signal()  # a signal ends the run, until `train` has something to save
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
-            hold(Path(args.out) / "checkpoint.pt")  # the lock of the folder, as in training
+            # a lock of the folder, of the same name as in training; the file need not exist
+            hold(Path(args.out) / "checkpoint.pt")
         checkpoint = args.checkpoint
-        stop.end_at_once("run it again")
+        stop.end_on_signal("run it again")
     else:
         checkpoint = fine_tune(args, model, splits, machine, stop)
-        stop.end_at_once("--resume auto tests again")
+        stop.end_on_signal("--resume auto tests again")
     test(args, model, splits, checkpoint, machine)
     machine.leave()
 

@@ -2,16 +2,16 @@
 
 videos -> views -> features -> choose a setting -> train -> test
 
-Reads   a training and a test manifest with labels, their videos, and a checkpoint: ours, VideoMAE's
-        .pth, a Hugging Face folder, or none for an untrained encoder; if they are there, the test
-        manifest's val.classes.npy (saliency.py --cue classes --data val.csv) and val.text.npy
-        (caption.py --data val.csv, then saliency.py --data val.csv)
-Writes  OUT/LABEL.json, the result and its settings (LABEL is --label-column; LABEL.videomae.json
-        with --protocol videomae); it replaces an earlier one there, of other flags or another
-        checkpoint, too;
-        OUT/{train,test}.features.npy [N, D] float32, or [N, A, D] of augmented training videos;
-        with --attentive OUT/{train,test}.tokens.npy [N, V*M, D] float16; next to each array a .json
-        of what it was made with: if that changes, it is made again
+Reads   a training and a test manifest with labels, and their videos
+        a checkpoint: ours, VideoMAE's .pth, a Hugging Face folder, or none for an untrained encoder
+        where they are there, val.classes.npy (saliency.py --cue classes --data val.csv) and
+        val.text.npy (caption.py --data val.csv, then saliency.py --data val.csv)
+Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
+        videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, also
+        one of other flags or of another checkpoint.
+        OUT/{train,test}.features.npy, float32 [N, D], or [N, A, D] of augmented training videos
+        OUT/{train,test}.tokens.npy, float16 [N, V*M, D], with --attentive
+        next to each array a .json of what it was made with; if that changes, it is made again
 
     # CPU, the demo's encoder on the toy world: 20 seconds
     python linprobe.py --checkpoint runs/demo/text/checkpoint.pt --data data/probe.csv
@@ -23,49 +23,53 @@ Writes  OUT/LABEL.json, the result and its settings (LABEL is --label-column; LA
     # VideoMAE's setting, on augmented clips
     python linprobe.py --checkpoint vit_b.pth --protocol videomae --augment 8
 
-Features (tgm/features.py) are the mean of the encoder's tokens after its final norm, over V
-unmasked views of a video: --clips clips spread evenly over it times --crops squares along the
-frame's long side. The views' features are averaged before a probe sees them (finetune.py averages
-the classifier's answers). With --augment A a training video has A random views instead (clip,
-multi-scale crop, half of them mirrored), and each epoch of the linear probe draws one of them.
-Features are extracted once: a second run, for another --label-column or after a kill, reads only
-the videos whose features are missing.
+Features (tgm/features.py). A video is seen in V unmasked views: --clips clips, spread evenly over
+it, times --crops squares along the frame's long side. The feature of a view is the mean of the
+encoder's tokens after its final norm. The probes see the mean of the views' features. (finetune.py
+instead averages the answers of the classifier.) With --augment A a training video has A random
+views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch of the linear probe
+draws one of them. Features are extracted once. A second run, for another --label-column or after a
+kill, reads only the videos whose features are missing.
 
-Probes. A setting is chosen on a tenth of the *training* set that is held out for it, never on the
-test set. Of equally good settings the first in the list is taken.
-  linear     one linear layer on features standardised by training-set statistics; SGD with momentum
-             0.9, cosine. --protocol sweep: all learning rates x weight decays are trained together,
-             in one batched product; then the best is trained again, on the whole training set.
-             --protocol videomae, made for augmented clips (--augment): VideoMAE's one published
-             setting, learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or the training
-             set, if it is smaller), 100 epochs of which 10 warm up.
-  knn        the k nearest by cosine vote with weight exp(similarity / 0.07) (Wu et al. 2018, arXiv
-             1805.01978); random views are averaged
-  attentive  one learned query cross-attends, with the encoder's number of heads, over the
-             layer-normed tokens, then one linear layer: like V-JEPA's probe (arXiv 2404.08471)
-             without its MLP block; AdamW, cosine, batch 64, 20 epochs, or on a small training set
-             as many as make 3,000 steps; the learning rate is chosen with the first seed; always on
-             clean views. Each view's tokens are average-pooled to --token-grid, M of them:
-             2 V M D bytes per video on disk, by default 0.4 MB for a base model, so 95 GB for
-             Kinetics-400.
+Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
+decay and the number of neighbours. The test set has no part in it. Of equally good settings the
+first in the list is taken.
 
-The contrastive head (tgm/textprobe.py). A checkpoint of pretrain.py that was trained with captions
-is asked two more things of the test videos; a video's embedding is its feature, projected.
-  zero-shot  is its class the most similar of those named in val.classes.npy, which
-             saliency.py --cue classes writes? Top-1 and top-5 of --label-column; no training.
-  retrieval  is a caption of its own (val.text.npy) among the 1, 5, 10 most similar to the video,
-             and the reverse? Recall, chance and the median rank of the first right answer.
+Probes.
+  linear     One linear layer on features that are standardised with the mean and deviation of the
+             training set. SGD with momentum 0.9, cosine.
+             --protocol sweep trains all learning rates x weight decays together, in one batched
+             product, and then the best one again, on the whole training set.
+             --protocol videomae is VideoMAE's one published setting, made for augmented clips
+             (--augment): learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or the
+             training set, if it is smaller), 100 epochs of which 10 warm up.
+  knn        The k nearest neighbours vote, each with weight exp(cosine / 0.07) (Wu et al. 2018,
+             arXiv 1805.01978). Random views are averaged.
+  attentive  One learned query attends to the layer-normed tokens, with as many heads as the
+             encoder has; then one linear layer. This is V-JEPA's probe (arXiv 2404.08471) without
+             its MLP block. AdamW, cosine, batch 64, 20 epochs, or on a small training set as many
+             as make 3,000 steps. The learning rate is chosen with the first seed. The views are
+             always the clean ones. Each view's tokens are average-pooled to --token-grid, M of
+             them. On disk that takes 2 V M D bytes per video: by default 0.4 MB for a base model,
+             so 95 GB for Kinetics-400.
 
-Uncertainty. Each of --seeds repetitions has its own held-out split, order of videos, drawn views
-and initial weights. (The attentive probe keeps the setting that the first seed chose. kNN draws
-nothing but the split, which can change its k alone.) The table shows their mean accuracy and its
-95 % intervals, over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
-independent); neither covers another pretraining run, nor another untrained encoder. A video that
-fails is left out of training and counts as wrong in the test set, as does a class without a
-training video.
+The contrastive head (tgm/textprobe.py). If captions were used in the checkpoint's pretraining, two
+more things are asked of the test videos. A video's embedding is its feature, projected by the head.
+  zero-shot  Is its class the most similar of those named in val.classes.npy? Top-1 and top-5 of
+             --label-column, without training.
+  retrieval  Is a caption of its own (val.text.npy) among the 1, 5, 10 that are most similar to the
+             video, and the reverse? Recall, chance, and the median rank of the first right answer.
 
-SIGTERM and Ctrl-C: an extraction stops after the current batch, the probes stop at once. The next
-run uses the features that are there.
+Uncertainty. There are --seeds repetitions, each with its own held-out split, order of videos, drawn
+views and initial weights. (The attentive probe keeps the setting of the first seed. In kNN only the
+split is random, which can change k and nothing else.) The table shows the mean accuracy and two
+95 % intervals: over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
+independent). Neither covers another pretraining run, nor another untrained encoder. A video that
+cannot be read is left out of training and counts as wrong in the test set. So does a test video
+whose class has no training video.
+
+Signals. After SIGTERM or Ctrl-C an extraction stops after the current batch, and the probes stop at
+once. The next run uses the features that are there.
 
 Shapes: N videos, N' test videos, V views, A random views, M tokens kept of a view, D width,
 C classes, L settings, S seeds, B batch, K neighbours."""
@@ -456,7 +460,7 @@ def read_videos(args, rank):
     if seen > 0 and rank == 0:
         print(
             f"note: {seen} of {len(test)} test videos are training videos, too: "
-            "the accuracies will flatter"
+            "the accuracies will be too high"
         )
     return {"train": train, "test": test}
 

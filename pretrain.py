@@ -16,36 +16,44 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last li
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         pretrain.py --mask text
 
-The training step is in the loop of `train`, the first function below. The loss is VideoMAE's mean
-squared error on masked cubes (predicting each cube's mean gives about 1.0) plus --nce-weight times
-a symmetric InfoNCE between the mean visible token and the caption. Its negatives are the samples of
-other videos, on all ranks, that have another caption; samples of one video are positives of each
-other. With --accum they come from the same accumulated batch alone, so for this loss, unlike the
-other, accumulating is not the same as a larger batch. With weight 0 it is only monitored, if there
-is a text array: its head trains on detached features and the encoder does not see it (as in the
-paper's figure 4, by notes on the paper). Videos without a row in that array are left out, with
-weight 0 as well, so that runs of all weights train on the same videos.
+The training step is in the loop of `train`, the first function below.
 
-One epoch is one pass over the videos. With --repeat R each decoded clip gives R samples (each with
-its own crop, flip, caption and mask), so the effective epochs are epochs x R. The learning rate
-follows the videos per step, not their samples, as in VideoMAE and mae_st: lr = blr x (batch-size x
-accum x ranks) / 256. It rises over --warmup-epochs, then falls along a cosine towards 1e-5 x
-(batch-size x accum x ranks) / 256.
+Loss. The reconstruction loss is VideoMAE's: the mean squared error on masked cubes. A model that
+predicts the mean of each cube has a loss of about 1.0. To it is added --nce-weight times the
+contrastive loss, a symmetric InfoNCE between the mean visible token and the embedding of a caption.
+  positives  the samples of one video, and samples with the same caption
+  negatives  all other samples of the batch, on all ranks. With --accum each part of a step is
+             compared only with itself, so accumulating equals a larger batch for the
+             reconstruction loss, but not for this one.
+  weight 0   The contrastive loss is only monitored, if there is a text array: its head trains on
+             detached features, and the encoder does not see it. (By notes on the paper, its
+             figure 4 was made so.)
+Videos without a row in the text array are left out, with weight 0 as well, so that runs of all
+weights train on the same videos.
 
-Every sample is a pure function of (seed, epoch, row, repeat): the number of workers changes
-nothing, and a resumed run repeats an uninterrupted one bit for bit on a CPU. --resume auto goes on
-from the checkpoint in --out, if there is one, and refuses flags and data other than those that it
-was begun with; without --resume a checkpoint there is refused. Free to change are --device (if
---amp gives the same precision there), --workers, --max-steps and others (MAY_CHANGE, here and in
-tgm/resume.py, has all); the number of ranks and --batch-size, if their product stays; and --epochs,
-upwards: the rest of the run follows the longer cosine, so that the rate changes at once to that
-one's. --resume none renames an old checkpoint to checkpoint.old.pt, at once.
+Length and learning rate. One epoch is one pass over the videos. With --repeat R each decoded clip
+gives R samples, each with its own crop, flip, caption and mask, so the effective epochs are
+epochs x R. The learning rate follows the videos per step, not their samples, as in VideoMAE and
+mae_st: lr = blr x (batch-size x accum x ranks) / 256. It rises over --warmup-epochs and then falls
+along a cosine to its least value, which is the same formula with 1e-5 in place of blr.
 
-After SIGTERM and Ctrl-C rank 0 saves after the step, all ranks end, and the run ends by that signal
-(exit codes 143 and 130). torchrun passes a signal on to its ranks, gives them 30 seconds (or as
-many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says), does not restart them then, and exits with 1. If one
-rank alone gets the signal, all save and end as well, but to torchrun that is a failure, as is kill
--9: with --max-restarts it starts all ranks again, on all nodes, and --resume auto goes on.
+Resuming. Every sample is a pure function of (seed, epoch, row, repeat). The number of workers
+changes nothing, and on a CPU a resumed run repeats an uninterrupted one bit for bit. --resume auto
+goes on from the checkpoint in --out, if there is one. It refuses flags and data that differ from
+those that the run was begun with, but for these:
+  --device (if --amp gives the same precision there), --workers, --max-steps and a few more that do
+      not change the result (MAY_CHANGE, here and in tgm/resume.py, names all)
+  --batch-size and the number of ranks, if their product stays the same
+  --epochs, upwards. The rest of the run follows the longer cosine, so the rate jumps to its value.
+Without --resume a checkpoint in --out is refused. --resume none renames it to checkpoint.old.pt at
+once, and begins again.
+
+Signals. After SIGTERM or Ctrl-C rank 0 saves at the end of the step, all ranks end, and the exit
+code is that of the signal (143 or 130). torchrun passes a signal on to its ranks, gives them 30
+seconds (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and then exits with 1 without a restart. A signal that
+reaches only one rank also makes all save and end, but torchrun takes that for a failure, as it
+does kill -9. With --max-restarts it then starts all ranks again, on all nodes, and --resume auto
+goes on.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
 moments, G x G the grid of stored maps, E text embedding.
@@ -69,7 +77,7 @@ from tgm.loading import batches_from, make_clip_loader
 from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.pictures import draw_reconstruction
 from tgm.run import StopSignal, launch, one_line_errors, reason_of
-from tgm.sampling import TrainingClips, clip_times, multi_scale_crop, repeat_seed, resized_crop
+from tgm.sampling import TrainingClips, clip_times, multi_scale_crop, resized_crop, seed_from
 from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoError, VideoReader
 
@@ -159,7 +167,7 @@ def train(state, loader, schedule, machine, args):
             machine.leave()
             stop.end()  # does not return
     machine.leave()
-    stop.end_at_once()  # here ends the run if a signal came after the last `requested`
+    stop.end_on_signal()  # here ends the run if a signal came after the last `requested`
 
 
 def flatten_repeats(batch, device):
@@ -280,7 +288,7 @@ class Clips(TrainingClips):
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
         views = []
         for repeat in range(self.repeat):
-            views.append(self.view(frames, row, repeat_seed(self.seed, epoch, row, repeat)))
+            views.append(self.view(frames, row, seed_from(self.seed, epoch, row, repeat)))
         sample = {}
         for name in views[0]:
             sample[name] = torch.stack([view[name] for view in views])

@@ -1,8 +1,11 @@
 r"""Stage 2: saliency, or another cue.
 
-    --cue text      (default) Which patches of a video show what a caption names?
-    --cue motion    How does each patch move?
-    --cue classes   The names of classes, embedded with the same CLIP.
+A cue gives numbers for each patch of a video, by which masks choose the patches to hide:
+
+    --cue text      (default) How well does the patch fit a caption of the video?
+    --cue motion    How does the patch move?
+
+With --cue classes no video is read. The same CLIP embeds the names of classes, for evaluation.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -15,9 +18,11 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
         train.motion.npy      with --cue motion: [N, S, 2, G, G] float16: dx, dy in frame widths and
                               heights per second
         val.classes.npy       with --cue classes --data val.csv: [C, D] float16, unit length: text
-                              embeddings of class names, for linprobe.py's zero-shot lines
+                              embeddings of class names, with which linprobe.py measures
+                              zero-shot accuracy
         a .json beside each array: model, its activation, flags, and hashes of the manifest's rows,
-                              of the captions and of a local model's weights; the classes' names
+                              of the captions and of a local model's weights; of classes their
+                              names in place of the rows
 
     # CPU, the toy world: about 60 videos/s
     python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
@@ -35,29 +40,36 @@ Text. Any open_clip model with a plain vision transformer can be used. CLIP's lo
 token (only CLIPA's models average the patches); its patch tokens are a by-product, and how they are
 read matters (`--dense`):
 
-    last    the patch tokens as they leave the last block. No loss was applied to them in training,
-            and most of the *background* matches the caption better than the object does: the class
-            token gathers what it needs of the object, and the patches keep the rest.
-    value   in the last block each patch sees only itself: its value vector, through the output
-            projection, without residual and MLP (MaskCLIP, arXiv 2112.01071)
-    self    each patch gathers the values of patches that look like it. Three ideas together:
-            query-query plus key-key attention in the place of query-key (SCLIP, arXiv 2312.01597),
-            without residual and MLP (ClearCLIP, arXiv 2407.12442), summed over several blocks; the
-            input of each block is still what CLIP computes without this (CLIP Surgery, arXiv
-            2304.05653). Here these are the blocks of the second half.
+    last    The patch tokens as they leave the last block. No loss was applied to them in training.
+            In the toy world a patch of the object then scores, on average, lower than a patch of
+            the background (an AUC below 0.5).
+    value   In the last block each token sees only itself: its value vector, through the output
+            projection, without residual and MLP (MaskCLIP, arXiv 2112.01071).
+    self    Each token gathers the values of tokens that look like it. Three ideas together:
+            1. Queries attend to queries and keys to keys, and the two are added. Usually queries
+               attend to keys (SCLIP, arXiv 2312.01597).
+            2. The residual and the MLP are left out (ClearCLIP, arXiv 2407.12442).
+            3. The results of several blocks are added up, here of the second half, while each block
+               still gets its ordinary input (CLIP Surgery, arXiv 2304.05653).
 
-The default is `self`, chosen by measurement on the toy world, whose objects are known. Pointing is
-the share of maps whose highest patch lies on the object, AUC the probability that a patch of the
-object scores higher than a patch elsewhere: on 600 held-out videos `./demo.sh` gave 0.36, 0.41 for
-`last`, 0.74, 0.79 for `value` and 0.88, 0.92 for `self` (chance: 0.16, 0.50).
+All three end with CLIP's last norm and its projection to the texts' space. The default was chosen
+by measurement on the toy world, where it is known which patches the object covers. Pointing is the
+share of maps whose highest patch lies on the object. AUC is the probability that a patch of the
+object scores higher than a patch elsewhere. On 600 held-out videos `./demo.sh` gave
+
+               pointing   AUC
+    chance       0.16     0.50
+    last         0.36     0.41
+    value        0.74     0.79
+    self         0.88     0.92
 
 Motion. `--flow codec` reads the motion vectors that H.264, MPEG-4 and older codecs carry; `--flow
 raft` computes optical flow, for HEVC, VP9, AV1 and MJPEG, which carry none that can be read, and as
 a reference: tgm/motion.py says how. experiments/MASKS.md has the codec's error on the toy world.
 
 Classes. Line i of the file --classes, from 0, is the name of class i; the manifest's label column,
-which linprobe.py reads, holds names or these numbers. The manifest --data must exist, but here only
-its name is used. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
+which linprobe.py reads, holds names or these numbers. The manifest --data is read, but only its
+name is used. Each --prompt, with the name in the place of {}, makes a text; a class is the mean
 of its texts, of unit length again. The default, "a video of {}.", suits videos; --clip-templates
 takes the 80 prompts that CLIP's authors wrote for ImageNet's photos.
 
@@ -69,7 +81,7 @@ old rows and computes the new ones (after caption.py --extend), if none of them 
 than K. SIGTERM and Ctrl-C finish the current batch first; the exit status is the signal's.
 
 Shapes: N videos, K captions, S moments, G grid, C classes, D embedding, B videos of a batch,
-F = B*S frames, H W pixels, L = 1 + G*G tokens, E their width.
+BS = B*S frames, H W pixels, L = 1 + G*G tokens, E their width.
 """
 
 import argparse
@@ -134,8 +146,9 @@ CUES_OF_FLAG = {  # no other cue reads the flag
     "prompt": ("classes",),
     "clip_templates": ("classes",),
 }
-# Filled in at the end of `parse_args`: None tells it that the flag was not given. The defaults of
-# --moments and --image-size depend on the cue and stand there.
+# Not argparse's own defaults: `parse_args` first has to see which flags were given (None: not
+# given), to refuse those of another cue. Then it fills these in. The defaults of --moments and
+# --image-size depend on the cue and stand there.
 DEFAULTS = {
     "clip": "ViT-B-16",
     "pretrained": "openai",
@@ -169,11 +182,12 @@ class Output(NamedTuple):
 
 @torch.inference_mode()
 def patch_features(visual, images, dense):
-    """Unit-length patch embeddings in the space of the texts: [F, G*G, D] float32.
+    """Unit-length patch embeddings in the space of the texts: [BS, G*G, D] float32.
 
-    images [F, 3, H, W], normalised
+    images [BS, 3, H, W], normalised
     dense: how they are read, see the top of this file"""
-    x = visual._embeds(images)  # [F, L, E], class token first
+    # open_clip's input of the first block: patches and class token, positions, norm
+    x = visual._embeds(images)  # [BS, L, E], class token first
     blocks = visual.transformer.resblocks
     if dense == "last":
         for block in blocks:
@@ -188,13 +202,14 @@ def patch_features(visual, images, dense):
         for block in blocks[:half]:
             x = block(x)
         x = self_path(blocks[half:], x)
-    x = visual.ln_post(x[:, 1:])
+    # what CLIP does with its class token: the last norm and the projection to the texts' space
+    x = visual.ln_post(x[:, 1:])  # without the class token
     return F.normalize((x @ visual.proj).float(), dim=-1)
 
 
 def self_path(blocks, x):
-    """What tokens gather from those that look like them, summed over the blocks: x [F, L, E] ->
-    [F, L, E]. The blocks' own input stays the ordinary one."""
+    """What tokens gather from those that look like them, summed over the blocks: x [BS, L, E] ->
+    [BS, L, E]. The blocks' own input stays the ordinary one."""
     attend = F.scaled_dot_product_attention
     gathered = 0.0
     for block in blocks:
@@ -215,15 +230,15 @@ def score_patches(patches, texts):
 
 
 def project(block, x):
-    """Queries, keys and values of a residual block's attention: x [F, L, E] -> three of
-    [F, heads, L, E / heads].
+    """Queries, keys and values of a residual block's attention: x [BS, L, E] -> three of
+    [BS, heads, L, E / heads].
     """
     qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def join_heads(block, heads):
-    """heads [F, heads, L, E / heads] through the block's output projection -> [F, L, E]."""
+    """heads [BS, heads, L, E / heads] through the block's output projection -> [BS, L, E]."""
     return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -236,7 +251,7 @@ def read_moments(video, moments, size, timeout):
 
 
 def autocast(machine):
-    """Half precision on a GPU."""
+    """A context in which models compute in half precision on a GPU, as usual on a CPU."""
     device = machine.device.type
     return torch.autocast(device, machine.dtype, enabled=device != "cpu")
 
@@ -289,7 +304,7 @@ class TextCue:
             read_moments, moments=self.moments, size=size, timeout=args.video_timeout
         )
 
-        # of the video with the most; where a video has fewer, the rest of its row stays NaN
+        # K, the captions of the video that has the most; the rest of a shorter row stays NaN
         count = max(len(video_captions) for video_captions in self.captions)
         dimension = len(self.embedded[texts[0]])
         settings = clip_settings(args, model)
@@ -305,7 +320,7 @@ class TextCue:
 
     def rows(self, items):
         """Yields (row, [text embeddings [K, D], maps [K, S, G, G]])."""
-        images = torch.cat([item.value for item in items]).to(self.device)  # [F, 3, H, W]
+        images = torch.cat([item.value for item in items]).to(self.device)  # [BS, 3, H, W]
         with self.autocast:
             normalised = (images / 255 - self.mean) / self.std
             patches = patch_features(self.visual, normalised, self.dense)
@@ -332,12 +347,14 @@ def read_codec_field(video, moments, window, grid, timeout):
         start, end = reader.span(video)
         middles = segment_midpoints(start, end, moments)
         window_seconds = window / reader.fps
-        times = np.arange(math.ceil(start * reader.fps), math.ceil(end * reader.fps)) / reader.fps
+        first, stop = [math.ceil(time * reader.fps - 1e-6) for time in (start, end)]  # - : rounding
+        times = np.arange(first, stop) / reader.fps  # of the frames of the span
         near = np.zeros(len(times), bool)
         if len(times):
             near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
-        # A window shorter than a frame may have no frame in it. If that is so at all moments, the
-        # frame on screen at each moment is read, which counts for that moment.
+        # A window shorter than a frame may have no frame in it. If some moments have none,
+        # codec_field gives them the frame nearest in time. If none has one, the frame on screen at
+        # each moment is read.
         frames = reader.read_vectors(times[near] if near.any() else middles)
     return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
 
@@ -445,9 +462,9 @@ def check_places(args, videos, prefix):
 
 
 def rows_made(arrays):
-    """Which rows are there in all arrays of a cue, bool [N]; the others are computed. The arrays
-    may differ: a user may have deleted text.npy, which is begun again beside a full
-    saliency.npy."""
+    """Which rows are there in all arrays of a cue, bool [N]; the others are computed. A row that a
+    kill left half written is not there: `fill` writes last what `filled` looks at. The arrays may
+    differ: a user may have deleted text.npy, which is begun again beside a full saliency.npy."""
     return np.logical_and.reduce([filled(array) for array in arrays])
 
 

@@ -227,6 +227,17 @@ def test_prediction_is_the_mean_softmax_over_views_and_bad_videos_are_wrong(worl
             assert torch.allclose(found[row], sum(by_view) / 6, atol=1e-5) and len(by_view) == 6
 
 
+def test_the_model_never_gets_more_views_at_once_than_a_batch(world):
+    model = models.VideoViT("tiny", classes=4)
+    videos = read_manifest(world / "data/val.csv")[:3]
+    views = Views(videos, frames=8, image_size=48, stride=2, clips=2, crops=3)
+    whole = evaluation.predict(model, views, classes=4, batch_size=18, **ON_THE_CPU)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    found = evaluation.predict(model, views, classes=4, batch_size=4, **ON_THE_CPU)
+    assert sizes == [4, 2] * 3 and torch.allclose(found, whole, atol=1e-5)
+
+
 def test_a_model_that_diverged_is_not_taken_for_broken_videos(world):
     model = models.VideoViT("tiny", classes=4)
     model.head.weight.data.fill_(math.nan)
@@ -1454,6 +1465,28 @@ def test_a_test_that_was_not_finished_leaves_no_older_result(copy, monkeypatch):
     line = run("finetune.py", *TINY, *again, "--out", "run", cwd=copy, fails=True)
     assert line == "run/confusion.png: cannot be written (No space left on device)"
     assert not (copy / "run/test.json").exists()
+
+
+def test_testing_again_reads_the_column_that_was_trained_on(copy):
+    column = ("--label-column", "object")
+    run("finetune.py", *TINY, *column, "--max-steps", 1, "--out", "run", cwd=copy)
+    again = ("--test-only", "--checkpoint", "run/checkpoint.pt", "--views", 2, 1, "--workers", 0)
+    run("finetune.py", *again, cwd=copy)
+    summaries = [
+        json.loads((copy / name).read_text()) for name in ("run/test.json", "run/test/test.json")
+    ]
+    first, second = summaries
+    assert second["top1"] == first["top1"] and second["label"] == first["label"] == "object"
+    line = run("finetune.py", *again, "--label-column", "label", cwd=copy, fails=True)
+    assert "data/val.csv" in line
+
+
+def test_training_videos_in_the_other_manifests_are_counted(copy):
+    lines = (copy / "data/train.csv").read_text().splitlines(keepends=True)
+    (copy / "data/seen.csv").write_text("".join(lines[:6]))
+    data = ("--val", "data/seen.csv", "--test", "data/val.csv", "--max-steps", 1)
+    out = run("finetune.py", *TINY, *data, cwd=copy)
+    assert "note: 5 of 5 val videos are training videos, too" in out and "test videos" not in out
 
 
 def test_numbers_without_meaning_are_refused_when_they_are_read(copy):

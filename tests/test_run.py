@@ -612,7 +612,7 @@ sys.exit("one line")
 def work(at_once=False):
     stop = run.StopSignal()
     if at_once:
-        stop.end_at_once()
+        stop.end_on_signal()
     print("ready")
     for _ in range(2000):
         time.sleep(0.005)
@@ -655,7 +655,7 @@ def test_a_signal_that_came_before_at_once_ends_the_run_there(tmp_path):
         stop = run.StopSignal()
         os.kill(os.getpid(), signal.SIGTERM)
         print("noted")
-        stop.end_at_once()
+        stop.end_on_signal()
         print("never")
 
     child = Child(tmp_path / "out", program)

@@ -51,9 +51,9 @@ def predict(
     NaN for a video that cannot be read.
 
     views: of all N videos of a manifest; each rank reads its share. autocast: the context in which
-    the model runs, entered once per batch. batch_size: views per batch and rank; a batch has
-    batch_size // V videos, at least one. The model is in training mode afterwards. RunError if no
-    video can be read, or if the model's outputs are not finite."""
+    the model runs, entered once per batch. batch_size: the most views that the model gets at once,
+    per rank. The model is in training mode afterwards. RunError if no video can be read, or if the
+    model's outputs are not finite."""
     per_video = views.clips * views.crops
     mine = part_of_rank(range(len(views)), rank, ranks)
     loader = make_loader(Subset(views, mine), max(1, batch_size // per_video), workers)
@@ -79,7 +79,7 @@ def predict(
             if rows:
                 video = normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
                 with autocast:
-                    logits = model(video)  # [B*V, C]
+                    logits = torch.cat([model(part) for part in video.split(batch_size)])  # [B*V,C]
                 diverged += ~logits.isfinite().all()
                 each_view = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
                 probabilities[rows] = each_view.mean(1)

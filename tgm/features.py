@@ -45,8 +45,8 @@ from tgm.sampling import (
     Views,
     clip_times,
     multi_scale_crop,
-    repeat_seed,
     resized_crop,
+    seed_from,
     uniform_times,
 )
 from tgm.video import TIMEOUT, VideoError, VideoReader
@@ -165,7 +165,7 @@ class RandomViews(Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         video = self.videos[index]
         # epoch 0: features are extracted once
-        seeds = [repeat_seed(self.seed, 0, video.row, view) for view in range(self.augment)]
+        seeds = [seed_from(self.seed, 0, video.row, view) for view in range(self.augment)]
         try:
             clips = self.read_clips(video, seeds)
         except VideoError as error:
@@ -326,7 +326,7 @@ def extract_all(
                 print(f"{count - left} of {count} {split} videos are done; {how} to go on")
             return None
         found[extraction.split] = found.get(extraction.split, {}) | arrays
-    stop.end_at_once(f"the features are kept, {how}")
+    stop.end_on_signal(f"the features are kept, {how}")
     return found
 
 

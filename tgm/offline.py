@@ -176,4 +176,4 @@ def batches(
             file=sys.stderr,
         )
         stop.end()  # ends the program
-    stop.end_at_once()  # all is on the disk: a signal may end what follows directly
+    stop.end_on_signal()  # all is on the disk: a signal may end what follows directly

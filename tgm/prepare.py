@@ -485,7 +485,7 @@ def main(argv=None):
     args = parse_args(argv)
     videos = read_manifest(args.manifest, args.root)
     require_files(videos, args.manifest)
-    StopSignal().end_at_once()  # from here on a signal ends the process
+    StopSignal().end_on_signal()  # from here on a signal ends the process
     if args.reencode:
         failed = reencode_all(args, videos)
         if failed:

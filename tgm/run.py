@@ -332,8 +332,8 @@ class StopSignal:
         no progress         After GRACE seconds the run ends without saving. A torchrun that got the
                             signal kills its ranks after 30 seconds in all, or as many as
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
-        end_at_once()       From here on there is nothing to save: the first signal ends the run.
-        note_signals()      From here on a signal is noted again.
+        end_on_signal()       From here on there is nothing to save: the first signal ends the run.
+        save_on_signal()      From here on a signal is noted again.
 
     ranks: if there are several, they have joined (`join_ranks`).
 
@@ -386,7 +386,7 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
-    def end_at_once(self, remark=""):
+    def end_on_signal(self, remark=""):
         """From here on a signal ends the run at once; so does one that was noted before.
         remark: what the message adds, for the user."""
         self._ends_at_once = True
@@ -394,7 +394,7 @@ class StopSignal:
         if self._number is not None:
             self._leave(self._number)
 
-    def note_signals(self):
+    def save_on_signal(self):
         """From here on a signal is noted again, and the run asks `requested`."""
         self._ends_at_once = False
 

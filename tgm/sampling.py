@@ -165,10 +165,11 @@ class TrainingClips(Dataset):
             sys.stderr.write(f"skipped: {reason}{more}\n")
 
 
-def repeat_seed(seed, epoch, row, repeat):
-    """The seed for torch of one repeat of a sample: an int of 63 bits."""
-    # + 10: the numbers below are the attempts of TrainingClips
-    sequence = np.random.SeedSequence([seed, epoch, row, 10 + repeat])
+def seed_from(seed, *numbers):
+    """A seed for torch, an int of 63 bits, that follows from the seed of the run and such numbers
+    as the epoch, the row and the repeat of a sample."""
+    # + 10: TrainingClips takes the seeds whose last number is less, for its attempts
+    sequence = np.random.SeedSequence([seed, *numbers[:-1], 10 + numbers[-1]])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
