@@ -3,6 +3,7 @@ RAFT's units, and the stage.
 """
 
 import json
+from fractions import Fraction
 from types import SimpleNamespace
 
 import masks
@@ -13,6 +14,7 @@ import toy
 from conftest import run
 from test_video import write
 
+import saliency
 from tgm import motion
 from tgm.video import VideoError, VideoReader, segment_midpoints
 
@@ -343,6 +345,20 @@ def test_raft_weights_that_do_not_load(copy, raft, monkeypatch):
 
 
 # ---- the stage
+
+
+@pytest.mark.parametrize("rate, count", [(Fraction(30000, 1001), 60), (Fraction(25), 24)])
+def test_every_frame_of_a_video_is_asked_for_once(tmp_path, monkeypatch, rate, count):
+    """60 frames at 30000/1001 fps last 2.002 s, which rounding makes a little more."""
+    path = write(tmp_path / "a.mp4", panning(count, (1, 0)), fps=rate)
+    asked = []
+    monkeypatch.setattr(
+        VideoReader, "read_vectors", lambda self, times: asked.append(times * float(rate)) or []
+    )
+    monkeypatch.setattr(motion, "codec_field", lambda *_: np.zeros(1, np.float32))
+    video = SimpleNamespace(path=path, start=None, end=None)
+    saliency.read_codec_field(video, moments=4, window=2 * count, grid=4, timeout=30)
+    assert np.allclose(asked[0], np.arange(count))
 
 
 def test_the_toy_worlds_field(world):
