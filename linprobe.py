@@ -7,8 +7,8 @@ Reads   a training and a test manifest with labels, and their videos
         where they are there, val.classes.npy (saliency.py --cue classes --data val.csv) and
         val.text.npy (caption.py --data val.csv, then saliency.py --data val.csv)
 Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
-        videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, also
-        one of other flags or of another checkpoint.
+        videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, even
+        one of other flags or of another checkpoint (--out keeps both).
         OUT/{train,test}.features.npy, float32 [N, D], or [N, A, D] of augmented training videos
         OUT/{train,test}.tokens.npy, float16 [N, V*M, D], with --attentive
         next to each array a .json of what it was made with; if that changes, it is made again
@@ -38,8 +38,9 @@ first in the list is taken.
 Probes.
   linear     One linear layer on features that are standardised with the mean and deviation of the
              training set. SGD with momentum 0.9, cosine.
-             --protocol sweep trains all learning rates x weight decays together, in one batched
-             product, and then the best one again, on the whole training set.
+             --protocol sweep, the default, tries 7 learning rates x 3 weight decays: 50 epochs,
+             batch 256, no warm-up. The 21 layers are trained side by side, as columns of one
+             matrix. Then the best is trained again, on the whole training set.
              --protocol videomae is VideoMAE's one published setting, made for augmented clips
              (--augment): learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or the
              training set, if it is smaller), 100 epochs of which 10 warm up.
@@ -55,8 +56,8 @@ Probes.
 
 The contrastive head (tgm/textprobe.py). If captions were used in the checkpoint's pretraining, two
 more things are asked of the test videos. A video's embedding is its feature, projected by the head.
-  zero-shot  Is its class the most similar of those named in val.classes.npy? Top-1 and top-5 of
-             --label-column, without training.
+  zero-shot  Is the name of its class the most similar of those in val.classes.npy, which holds a
+             text embedding per class? Top-1 and top-5 of --label-column, without training.
   retrieval  Is a caption of its own (val.text.npy) among the 1, 5, 10 that are most similar to the
              video, and the reverse? Recall, chance, and the median rank of the first right answer.
 
@@ -64,9 +65,11 @@ Uncertainty. There are --seeds repetitions, each with its own held-out split, or
 views and initial weights. (The attentive probe keeps the setting of the first seed. In kNN only the
 split is random, which can change k and nothing else.) The table shows the mean accuracy and two
 95 % intervals: over seeds (Student's t) and over test videos (bootstrap, which takes videos to be
-independent). Neither covers another pretraining run, nor another untrained encoder. A video that
-cannot be read is left out of training and counts as wrong in the test set. So does a test video
-whose class has no training video.
+independent). Both are for one fixed encoder: they do not say how much the result would change with
+another pretraining run, or another untrained encoder.
+
+Missing videos. A video that cannot be read is left out of training, and counts as wrong in the test
+set. A test video whose class has no training video also counts as wrong.
 
 Signals. After SIGTERM or Ctrl-C an extraction stops after the current batch, and the probes stop at
 once. The next run uses the features that are there.
@@ -140,12 +143,12 @@ ATTENTIVE = {
 # ---- the probes ----------------------------------------------------------------------------------
 # A probe is a function (train, labels, test, settings, seed) -> for each of the L settings the
 # predicted classes of the test videos, [L, N']. train and test have a length and can be indexed by
-# rows: tensors, or TokenRows.
+# rows: tensors, or TokenRows. `probe_all` fixes the other arguments (classes, epochs, ...).
 
 
 def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, batch=256):
-    """The linear probe. train [N, A, D]; test [N', 1, D], or [N', A, D] where it is held-out
-    training videos, whose views are averaged here; settings: [{"rate": for batches of 256,
+    """The linear probe. train [N, A, D]; test [N', 1, D], or the held-out training videos of
+    `choose`, [N', A, D], whose views are averaged here; settings: [{"rate": for batches of 256,
     "decay": of weights and biases}, ...]."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
@@ -187,12 +190,11 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
             logits = (x @ weight).unflatten(1, (-1, classes))  # [B, L, C]
             # the cross-entropy's gradient by the logits: softmax - target
             error = (logits.softmax(-1) - one_hot[labels[index]]).flatten(1)  # [B, L*C]
-            # in place, as copies of [D+1, L*C] would cost time:
-            # velocity = 0.9 * velocity + x.T @ error / B
-            velocity.addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
-            # velocity = velocity + decay * weight
+            # A step of SGD, in place, as copies of [D+1, L*C] would cost time:
+            #     velocity = 0.9 * velocity + gradient + decay * weight
+            #     weight = weight - factor * rate * velocity
+            velocity.addmm_(x.T, error, beta=0.9, alpha=1 / len(x))  # gradient: x.T @ error / B
             velocity.addcmul_(weight, decay)
-            # weight = weight - factor * rate * velocity
             factor = schedule(epoch + step / steps, epochs, warmup)
             weight.addcmul_(velocity, rate, value=-factor)
     return weight.unflatten(1, (-1, classes)).transpose(0, 1)
@@ -207,14 +209,15 @@ def schedule(epoch, epochs, warmup=0):
 
 def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
     """The nearest-neighbour probe. train, test: as in `linear`, all views averaged; settings:
-    [{"k": neighbours, or all if there are fewer}, ...]. The seed changes nothing."""
+    [{"k": neighbours, or all if there are fewer}, ...]. `seed` is not used: nothing is random."""
     train = F.normalize(train.mean(1), dim=1)
     test = F.normalize(test.mean(1), dim=1)
     most = min(max(setting["k"] for setting in settings), len(train))
     nearest = [(chunk @ train.T).topk(most, dim=1) for chunk in test.split(256)]
     similarity = torch.cat([found.values for found in nearest])  # [N', K], the nearest first
     label = labels[torch.cat([found.indices for found in nearest])]
-    weight = ((similarity - 1) / temperature).exp()  # - 1: at most 1; the winner is the same
+    # - 1 keeps the weights at most 1; it multiplies all of them by the same number
+    weight = ((similarity - 1) / temperature).exp()
     predicted = []
     for setting in settings:
         k = setting["k"]
@@ -226,9 +229,12 @@ def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
 
 class AttentiveProbe(torch.nn.Module):
     """tokens [B, V*M, D] -> logits [B, C], by `classify_all`: multi-head cross-attention from one
-    learned query, then a linear layer. Left out is what would not add to what it can express: a
-    bias of keys cancels in the softmax; the norm's scale and shift, a bias of values and an output
-    projection merge into key, value or head."""
+    learned query, then a linear layer.
+
+    Four usual parts are missing, because the probe can express the same without them. A bias of
+    keys adds the same number to all scores of a head, which the softmax ignores. The norm's scale
+    and shift can be part of key, value and head; a bias of values and an output projection can be
+    part of the head."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
@@ -237,10 +243,12 @@ class AttentiveProbe(torch.nn.Module):
         self.value = models.XavierLinear(width, width, bias=False)
         self.head = torch.nn.Linear(width, classes)
 
-    # With one query no token needs a key or a value of its own. For each head, with key matrix K,
-    # value matrix V and query q:
-    #   scores         q . (K x) = (K^T q) . x
-    #   weighted mean  sum of a V x = V (sum of a x)
+    # Usual attention computes a key K x and a value V x of every token x. With one query q per head
+    # neither is needed:
+    #   q . (K x) = (K^T q) . x        `token_query` computes K^T q once, `classify_all` compares
+    #                                  it with the tokens; a is the softmax of these scores
+    #   sum of a V x = V (sum of a x)  `classify_all` averages the tokens, `classify` applies V to
+    #                                  the average
 
     def token_query(self):
         """What the tokens are compared with: K^T q of each head, scaled, [heads, D]."""
@@ -268,12 +276,13 @@ def attentive(
 ):
     """The attentive probe. train, test: TokenRows; settings: [{"rate": learning rate}, ...];
     least_steps: adds epochs until there are so many steps. All settings are trained together, each
-    as if alone: the loss is a sum, of which each term has its own weights."""
+    as if alone: their losses are added up, and each has its own parameters."""
     device = labels.device
     probes = []
     groups = []
     for _ in settings:
-        # all settings start alike, and the order of batches does not depend on their number
+        # so that all settings start alike, and that the order of batches below does not depend on
+        # how many settings there are
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)
@@ -440,8 +449,10 @@ def interval_text(bounds):
     """Both ends of an interval. That over seeds may leave 0 to 1: Student's t knows no bounds."""
     if bounds is None:
         return "one seed"
-    low, high = [f"{bound:.3f}" for bound in bounds]  # as texts: rounding parts equal numbers
-    if low == high:  # all seeds agree, or all videos: that is no certainty
+    low, high = [f"{bound:.3f}" for bound in bounds]
+    # The texts are compared, as equal bounds may differ in their last bits. They are equal where
+    # all seeds agree, or all videos: that is no certainty.
+    if low == high:
         return f"always {low}"
     return f"{low} to {high}"
 
@@ -582,7 +593,7 @@ def parse_args(argv=None):
 
 def load_checkpoint(args, machine):
     """-> (the encoder, the contrastive head), of one and the same file on every rank. The head is
-    None on other ranks than 0, and where captions trained none."""
+    None on every rank but 0, and where the checkpoint was pretrained without captions."""
     encoder = load_encoder(
         args.checkpoint,
         size=args.size,
@@ -608,7 +619,7 @@ def settings_of(args, plan, encoder):
     return {
         "size": encoder.size,
         "weights": encoder.identity,
-        "token_grid": args.token_grid,  # of the attentive probe; None: every token
+        "token_grid": plan[-1].token_grid if args.attentive else None,
         "data": args.data,
         "test": args.test,
         "train_views": plan[0].settings,  # those that the linear probe and kNN learned from

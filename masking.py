@@ -4,8 +4,10 @@
 
 returns bool [32, 1568], True where a token is masked.
 
-In a grid of t x h x w tokens every sample masks exactly t * floor(ratio * h * w) tokens, whatever
-the mask. So all masks of one ratio leave the same number of visible tokens, at the same cost.
+A token stands for a small block of the clip, such as 2 frames x 16 x 16 pixels. The h x w tokens of
+one time step are a slice; a clip has t slices. Every sample masks exactly t * floor(ratio * h * w)
+tokens, whatever the mask. So at one ratio all masks leave the same number of tokens visible, and
+the model costs the same.
 
     random         anywhere in space-time (MAE-ST, arXiv 2205.09113)
     tube           one random spatial mask for all slices (VideoMAE, arXiv 2203.12602)
@@ -19,14 +21,17 @@ the mask. So all masks of one ratio leave the same number of visible tokens, at 
 We have not read TGM's paper itself, only notes on it. That it selects the tokens slice by slice is
 taken from these.
 
+The text masks follow a saliency map, which scores how well each place matches a caption; motion and
+flow masks follow a motion map, which holds velocities. saliency.py stores such maps of the whole
+video and the whole frame. `cut_maps` and `cut_motion` bring them to the times, the crop and the
+flip of a training sample.
+
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
 worker or the rank. All functions work on a whole batch, on the device of their tensors. With the
-noise given, none of them makes the host wait for a GPU, so none looks for NaN in the maps. The text
-masks count NaN as the highest score; a motion or flow mask may be spoilt in the whole clip.
-
-saliency.py stores maps of the whole video and the whole frame. `cut_maps` and `cut_motion` bring
-them to the times, the crop and the flip of a training sample.
+noise given, none of them makes the host wait for a GPU. To look for NaN in the maps would make it
+wait, so it is not done. Both text masks hide tokens whose score is NaN first; one NaN in the motion
+may spoil a motion or flow mask of the whole clip.
 
     python masking.py --data data/train.csv --row 3 --out mask.png
     python masking.py --data data/train.csv --rows 12 --out sheet.png
@@ -34,7 +39,7 @@ them to the times, the crop and the flip of a training sample.
 The first draws a clip, its maps and every mask in one picture, like figure 1 of TGM's paper (by
 notes on it); the second draws, for 12 random videos, a frame, its saliency, its text mask and its
 captions. They show the maps that saliency.py wrote; masks whose maps are missing are left out. Only
-these commands need other files of this project (tgm/preview.py).
+these commands need other files of this project (in tgm/).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
 maps, G x G their grid, V visible tokens of one slice.
@@ -133,12 +138,12 @@ def text_inverse_mask(
 def motion_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Map) -> Tensor:
     """Masks, in each slice, the tokens nearest to a centre that follows what moves.
 
-    1. Take the camera's motion out of each slice.
+    1. Subtract the camera's motion from each slice: its shift, not zoom or rotation.
     2. Find the window that holds most of the remaining energy. Its sides are those of the picture
        times the square root of the ratio, rounded down: for 0.75 of 14 x 14 tokens, 12 x 12.
     3. Smooth the centre of the window along time.
-    4. Mask the tokens nearest to that centre. Across, distance is counted in widths of the window,
-       down in its heights, and the larger of the two counts.
+    4. Mask the tokens nearest to that centre. The distance is the larger of two: the horizontal
+       one, in widths of the window, and the vertical one, in heights of the window.
 
     From MGM: motion vectors place one moving rectangle that never jumps. Its exact rule is not
     public.
@@ -164,13 +169,14 @@ def moving_energy(motion: Tensor) -> Tensor:
 
 
 def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Tensor:
-    """The centre of the window that holds most of energy [B, t, h, w] in each slice: [B, 2, t], x
-    and y in tokens. window: its (height, width) in tokens; noise [B, 1, h*w]."""
+    """The centre of the window with the largest sum of energy [B, t, h, w] in each slice:
+    [B, 2, t], x and y in tokens. window: its (height, width) in tokens; noise [B, 1, h*w]."""
     high, wide = window
     energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
-    # Bring the largest value of a clip to 1, so that the two small terms below mean the same in
-    # every clip. Where the camera alone moves, rounding leaves some energy (up to 1e-12): divided
-    # by 1e-6 or more, it stays below the noise of 1e-5.
+    # Divide by the largest value of the clip, so that the two small terms below mean the same in
+    # every clip, or by 1e-6 if that is more: where the camera alone moves, rounding leaves an
+    # energy of up to 1e-12. It becomes 1e-6 at most, less than the noise of up to 1e-5 below, so
+    # that rounding does not choose the window.
     energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-6)
     score = energy_inside
     # A slice with little or no motion takes the place that is best over all slices.
@@ -232,22 +238,22 @@ def flow_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Ma
        outside the picture is measured at its own place.
     4. In each slice, leave the nearest tokens visible.
 
-    From MGMAE: a map of Gaussian bumps at random tokens of the middle slice is carried to the other
-    slices along the flow, and its highest tokens are visible. Where bumps overlap the highest
-    counts, as in the authors' code (the sum would favour the middle of the picture). The highest
-    bump is the nearest, so that distances give the same order.
-    Ours: a stored motion field in place of RAFT's flow, which MGMAE computes during training; steps
-    from slice to slice at the size of tokens. MGMAE warps its map from frame to frame at the size
-    of pixels, fills the holes after every step and adds up the map over each token's pixels in its
-    two frames.
-    Two faults of MGMAE's released code are left out: docs/method.md names them.
-    """
+    From MGMAE: a Gaussian bump is put on each of some random tokens of the middle slice. This map
+    is moved to the other slices along the flow, and its highest tokens are visible. Where bumps
+    overlap, the larger value counts, as in the authors' code (the sum would favour the middle of
+    the picture). All bumps are equally wide, so the larger value is that of the nearer spot, and
+    distances to the nearest spot give the same order.
+    Ours: a stored motion field in place of RAFT's flow, which MGMAE computes during training; one
+    step from slice to slice, by tokens. MGMAE moves its map from frame to frame, by pixels, fills
+    the holes after every step, and adds up the map over each token's pixels in its two frames.
+    We do not copy two faults of MGMAE's released code: docs/method.md names them."""
     t, h, w = grid
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))
     visible = h * w - masked_per_slice(ratio, grid)
     own_place = token_centres(grid, noise.device)  # [h*w, 2]
     # any h*w numbers of the noise would do to draw the spots: here the first slice's
-    spots = own_place[noise[:, : h * w].argsort(1)[:, -visible:]]  # [B, V, 2]
+    order = noise[:, : h * w].argsort(1)
+    spots = own_place[order[:, -visible:]]  # [B, V, 2]
     traced = trace_to_middle(motion).flatten(2, 3)  # [B, t, h*w, 2]
     x, y = traced.unbind(-1)
     outside = (x < 0) | (x > w) | (y < 0) | (y > h)
@@ -279,13 +285,14 @@ def trace_to_middle(motion: Tensor) -> Tensor:
     centres = token_centres((t, h, w), motion.device).unflatten(0, (h, w))
     x, y = centres.expand(batch, t, h, w, 2).unbind(-1)  # each [B, t, h, w]
     slice_of_trace = torch.arange(t, device=motion.device, dtype=torch.float32)
-    for _ in range(middle):  # the first slice has the longest way: `middle` steps
+    for _ in range(middle):  # slice 0 needs `middle` steps, all others as many or fewer
         direction = (middle - slice_of_trace).sign()  # 1 forwards, -1 backwards, 0 arrived
         half_way = slice_of_trace + 0.5 * direction  # a step reads the motion between two slices
         fraction = (half_way + 0.5) / t  # slice 0 lies at the middle of the first of t equal parts
         fraction = fraction[:, None, None].expand(batch, t, h, w)
         points = torch.stack([x / w, y / h, fraction], dim=-1)
-        points = points * 2 - 1  # grid_sample counts from -1 to 1
+        # grid_sample takes points (x, y, depth), each from -1 to 1; the depth is time here
+        points = points * 2 - 1
         step = F.grid_sample(field, points, padding_mode="border", align_corners=False)
         dx, dy = (direction[:, None, None] * step).unbind(1)  # each [B, t, h, w]
         x = x + dx * w
@@ -332,7 +339,8 @@ def make_mask(
     row. They are on the device of the noise.
 
     name: a key of MASKS
-    ratio: share masked, in (0, 1), of each slice; random masks as many, anywhere in the clip
+    ratio: share of the tokens to mask, between 0 and 1. It holds in each slice. The random mask
+        hides as many in all, spread over the clip
     saliency [B, t, h, w]: any real scores, for the text masks
     motion [B, t, 2, h, w]: for the masks motion and flow: the displacement from each slice to the
         next (velocity x time), dx and dy as fractions of the crop's width and height, as
@@ -364,7 +372,9 @@ def draw_noise(
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
-SPREAD = 997  # it uses 10 of float32's 24 bits, so 14 are left for the fraction
+# Nearly 2^10. Before the point of noise * SPREAD stand 10 bits or fewer, so that 14 or more of
+# float32's 24 are left for the fraction: 16,384 values, enough to order 1,568 tokens.
+SPREAD = 997
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
@@ -443,7 +453,7 @@ def cut_motion(
         # last slice has no next one and takes the gap before it.
         gaps = times.float().diff(dim=1)
         gaps = torch.cat([gaps, gaps[:, -1:]], dim=1)
-    else:
+    else:  # one slice has no next one: no step, no motion
         gaps = torch.zeros_like(times, dtype=torch.float32)
     size = (box[:, 2:] - box[:, :2]).float()  # [B, 2]
     scale = (gaps * seconds.float()[:, None])[:, :, None] / size[:, None]  # [B, t, 2]

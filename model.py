@@ -6,13 +6,14 @@ head.
     mean of the visible tokens -> projection <-InfoNCE-> text [B,E]
 
 The classes need nothing but PyTorch. Architecture and state-dict keys are those of VideoMAE's
-published pretraining files (arXiv:2203.12602); tgm/checkpoints.py reads and writes checkpoints.
+published files (arXiv:2203.12602), but for the contrastive head: `VideoMAE` follows those of
+pretraining, `VideoViT` those of fine-tuning. tgm/checkpoints.py reads and writes checkpoints.
 
+    import masking
     clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
     model = VideoMAE("base")
-    # or any other mask: bool [2,1568] with equally many True in every row
-    mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)
-    loss, _ = model(normalize(clips), mask)
+    mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)  # bool [2,1568]
+    loss, _ = model(normalize(clips), mask)      # any mask with equally many True in every row
     features = model.encode(normalize(clips))    # [2,N,D]
 
     # parameters of each size, and each mask's tokens and GFLOPs; needs masking.py
@@ -38,7 +39,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in VideoMAE
 STD = (0.229, 0.224, 0.225)
 EPS = 1e-6  # of every LayerNorm
 TARGET_EPS = 1e-6  # added to the deviation of a cube's pixels, which may be 0
-# The models do not read `stride`: it is the default of the stages' --stride for this size.
+# `stride` (take every stride-th frame) is not used here: it is the stages' default of --stride.
 CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)
 TOY_CUBES = dict(frames=8, stride=2, image_size=48, tubelet=2, patch=8)  # 4 x 6 x 6 tokens
 # decoders as in VideoMAE's pretraining scripts
@@ -65,8 +66,9 @@ SIZES = {
 
 
 def normalize(video: Tensor) -> Tensor:
-    """uint8 [B,3,T,H,W] -> float32 on the same device: less ImageNet's mean, over its deviation.
-    ValueError for any other type, which may be normalised already."""
+    """uint8 [B,3,T,H,W] -> float32 on the same device: scaled to [0,1], minus ImageNet's mean,
+    divided by its standard deviation. ValueError for any other type, which may be normalised
+    already."""
     if video.dtype != torch.uint8:
         raise ValueError(f"normalize: expected uint8, got {video.dtype}")
     out = torch.empty_like(video, dtype=torch.float32)
@@ -112,6 +114,7 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
             f"mask: {num_visible} of {mask.shape[1]} tokens visible: "
             "some must be masked and some not"
         )
+    # on a GPU this does not wait for the answer
     torch._assert_async(
         (kept == num_visible).all(), f"mask: not every row keeps {num_visible} tokens"
     )
@@ -122,8 +125,8 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The tokens of x [B,N,D] at index [B,M]: [B,M,D]. x may also be [1,N,D], one table for all
     rows."""
-    # torch.take_along_dim would need an index for every number, [B,M,D]. This needs one for every
-    # token, and is 15 times as fast.
+    # torch.take_along_dim would need an index for every number, [B,M,D], and be slower: this needs
+    # one for every token.
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index]
 
@@ -195,6 +198,7 @@ class Block(nn.Module):
     def drop_branch(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return x
+        # a factor per sample: 0, or 1 / (1 - drop_path), so that the mean stays the same
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -256,12 +260,12 @@ class Encoder(Transformer):
         self.grid = (c["frames"] // c["tubelet"], side, side)
         self.num_tokens = math.prod(self.grid)
         cube = (c["tubelet"], c["patch"], c["patch"])
-        # The weights are here under VideoMAE's key; `encode` applies them as one matrix product.
+        # The weights are here under VideoMAE's key; `encode_cubes` applies them as one product.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], cube, stride=cube)})
         positions = sincos_table(self.num_tokens, c["width"])
         self.register_buffer("pos_embed", positions, persistent=False)
 
-    def cubes(self, video: Tensor) -> Tensor:
+    def to_cubes(self, video: Tensor) -> Tensor:
         shape = [3, self.config["frames"], self.config["image_size"], self.config["image_size"]]
         if list(video.shape[1:]) != shape:
             raise ValueError(
@@ -270,7 +274,7 @@ class Encoder(Transformer):
             )
         return patchify(video, self.config["tubelet"], self.config["patch"])
 
-    def encode(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
+    def encode_cubes(self, cubes: Tensor, index: Tensor | None = None) -> Tensor:
         """cubes [B,N,P], index [B,V] of the visible ones (None: all) -> [B,V,D]. Nothing is
         computed from the other cubes."""
         position = self.pos_embed
@@ -343,9 +347,9 @@ def info_nce(
     every_group = torch.cat(gather_ranks(group)) if together else group  # [ranks*B]
     video, text = own
     every_video, every_text = every
-    # Positives are samples of the same video (group) or of the same text. The test of the group is
-    # needed for a sample and itself, too: the product of a text with itself may be rounded to less
-    # than 0.999 (TF32), and a row without a positive would have the target 0 / 0.
+    # Positives are samples of the same video (group) or of the same text. The group also makes each
+    # sample a positive of itself. The text alone does not: in TF32 the cosine of a text with itself
+    # may come out below 0.999, and a row without a positive would have the target 0 / 0.
     positive = (group[:, None] == every_group) | (text @ every_text.T > SAME_TEXT)
     target = positive / positive.sum(dim=1, keepdim=True)
     to_text = F.cross_entropy(scale * video @ every_text.T, target)
@@ -388,8 +392,9 @@ class VideoMAE(nn.Module):
 
     frames, image_size: of the clips (None: the size's own; see `Encoder`)
     text_dim: width of the text embeddings of the contrastive loss
-    nce_detach: stops the contrastive gradient at the encoder's output. Then the contrastive head
-        learns and the encoder is untouched (for runs in which this loss is only monitored)."""
+    nce_detach: stops the contrastive gradient at the encoder's output. Then this loss trains the
+        contrastive head alone, and the encoder learns from the reconstruction alone (for runs in
+        which the contrastive loss is only monitored)."""
 
     def __init__(
         self,
@@ -439,16 +444,16 @@ class VideoMAE(nn.Module):
             it comes only at a later call.
         group [B] integers: equal for samples of one video, which are positives of each other in the
             contrastive loss (None: all differ)"""
-        cubes = self.encoder.cubes(video)
-        seen, masked = self.split(video, mask, num_visible)
+        cubes = self.encoder.to_cubes(video)
+        visible, masked = self.split(video, mask, num_visible)
         if decoded is None:
             decoded = masked
         else:
             torch._assert_async(
                 mask.gather(1, decoded).all(), "decoded: some of these tokens are not masked"
             )
-        tokens = self.encoder.encode(cubes, seen)
-        prediction = self.decode(tokens, seen, decoded)
+        tokens = self.encoder.encode_cubes(cubes, visible)
+        prediction = self.decode(tokens, visible, decoded)
         with torch.autocast(video.device.type, enabled=False):
             target, _, _ = self.pixel_targets(pick_tokens(cubes, decoded))
             loss_mae = F.mse_loss(prediction.float(), target)
@@ -463,11 +468,11 @@ class VideoMAE(nn.Module):
     ) -> Tensor:
         """The visible tokens (without a mask, all) after the final norm: [B,V,D], in (t, h, w)
         order."""
-        cubes = self.encoder.cubes(video)
+        cubes = self.encoder.to_cubes(video)
         if mask is None:
-            return self.encoder.encode(cubes)
-        seen, _ = self.split(video, mask, num_visible)
-        return self.encoder.encode(cubes, seen)
+            return self.encoder.encode_cubes(cubes)
+        visible, _ = self.split(video, mask, num_visible)
+        return self.encoder.encode_cubes(cubes, visible)
 
     def split(self, video: Tensor, mask: Tensor, num_visible: int | None) -> tuple[Tensor, Tensor]:
         """`split_mask`; ValueError unless the mask has a row per clip and a value per token."""
@@ -476,23 +481,24 @@ class VideoMAE(nn.Module):
             raise ValueError(f"mask {list(mask.shape)}: expected {expected} (clips, tokens)")
         return split_mask(mask, num_visible)
 
-    def decode(self, tokens: Tensor, seen: Tensor, decoded: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, visible: Tensor, decoded: Tensor) -> Tensor:
         """tokens [B,V,D], indices of the visible tokens [B,V] and of those to predict [B,M] ->
         predicted cubes [B,M,P]. The mask tokens come after the visible ones: each token carries its
         own position, so that order does not matter."""
-        known = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, seen)
-        unknown = self.mask_token + pick_tokens(self.pos_embed, decoded)
-        x = self.decoder.run_blocks(torch.cat([known, unknown], dim=1))  # [B,V+M,decoder width]
-        x = x[:, seen.shape[1] :]
+        visible_tokens = self.encoder_to_decoder(tokens) + pick_tokens(self.pos_embed, visible)
+        mask_tokens = self.mask_token + pick_tokens(self.pos_embed, decoded)
+        x = torch.cat([visible_tokens, mask_tokens], dim=1)
+        x = self.decoder.run_blocks(x)  # [B,V+M,decoder width]
+        x = x[:, visible.shape[1] :]
         return self.decoder.head(self.decoder.norm(x))
 
     def pixel_targets(self, cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder predicts: cubes [B,M,P] -> (target [B,M,P], mean and deviation of the
-        pixels [B,M,1,3]), float32.
+        """What the decoder should predict: cubes [B,M,P] -> (target [B,M,P], mean and standard
+        deviation of the pixels [B,M,1,3]), float32.
 
-        Pixels are brought back to [0,1], which undoes `normalize`, then each colour of each cube to
-        mean 0 and deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere is
-        about 1, and less where cubes are of one colour."""
+        First `normalize` is undone: pixels are in [0,1]. Then each colour of each cube gets mean 0
+        and standard deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere
+        is about 1, and less where cubes are of one colour."""
         mean_of_data, std_of_data = self.mean_and_std
         pixels = cubes.float().unflatten(-1, (-1, 3)) * std_of_data + mean_of_data  # [B,M,P/3,3]
         mean = pixels.mean(dim=-2, keepdim=True)
@@ -505,9 +511,10 @@ class VideoMAE(nn.Module):
 
         The predictions get the mean and the deviation of the true cubes, which flatters the
         picture: say so where you show it."""
-        cubes = self.encoder.cubes(video)
-        seen, masked = self.split(video, mask, num_visible)
-        prediction = self.decode(self.encoder.encode(cubes, seen), seen, masked).float()
+        cubes = self.encoder.to_cubes(video)
+        visible, masked = self.split(video, mask, num_visible)
+        tokens = self.encoder.encode_cubes(cubes, visible)
+        prediction = self.decode(tokens, visible, masked).float()
         normalised, mean, deviation = self.pixel_targets(cubes)
         index = masked.unsqueeze(-1).expand_as(prediction)
         normalised = normalised.scatter(1, index, prediction)
@@ -523,8 +530,8 @@ class VideoViT(Encoder):
     """The classifier in the layout of VideoMAE's fine-tuning files: encoder without its final norm,
     mean over tokens, fc_norm, dropout, head.
 
-    The first weights are drawn as in pretraining, but for the head's. VideoMAE's fine-tuning draws
-    all linear weights from a normal distribution of deviation 0.02 instead, which makes a
+    All initial weights but the head's are drawn as in pretraining. VideoMAE's fine-tuning draws all
+    linear weights from a normal distribution of standard deviation 0.02 instead, which makes a
     difference only where a classifier is trained from scratch.
 
     The arguments are those of `Encoder`, and:
@@ -543,7 +550,7 @@ class VideoViT(Encoder):
     ):
         super().__init__(size, frames, image_size, drop_path)
         width = self.config["width"]
-        self.norm = nn.Identity()  # `encode` gives the tokens before a norm
+        self.norm = nn.Identity()  # `encode_cubes` gives the tokens before a norm
         self.fc_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(head_dropout)
         self.head = XavierLinear(width, classes)
@@ -552,7 +559,7 @@ class VideoViT(Encoder):
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B,3,T,H,W] normalised -> logits [B,classes]."""
-        tokens = self.encode(self.cubes(video))
+        tokens = self.encode_cubes(self.to_cubes(video))
         return self.head(self.dropout(self.fc_norm(tokens.mean(dim=1))))
 
 
@@ -565,17 +572,17 @@ def count_flops(
     """The cost of one clip's forward pass, (encoder, decoder), if `num_visible` tokens are encoded
     and `num_decoded` others are decoded (None: all others).
 
-    It counts the multiply-adds of matrix products, which the literature calls FLOPs. The encoder of
-    ViT-B costs 180 G on all 1568 tokens."""
+    It counts the multiply-adds of matrix products, which papers on vision often call FLOPs, without
+    the contrastive head's. The encoder of ViT-B costs 180 G on all 1568 tokens."""
     c = model.config
     if num_decoded is None:
         num_decoded = model.num_tokens - num_visible
-    cube = 3 * c["tubelet"] * c["patch"] ** 2
-    embedding = num_visible * cube * c["width"]
+    values_per_cube = 3 * c["tubelet"] * c["patch"] ** 2
+    embedding = num_visible * values_per_cube * c["width"]
     encoder = block_flops(num_visible, c["width"]) * c["depth"]
     to_decoder = num_visible * c["width"] * c["decoder_width"]
     decoder = block_flops(num_visible + num_decoded, c["decoder_width"]) * c["decoder_depth"]
-    head = num_decoded * c["decoder_width"] * cube
+    head = num_decoded * c["decoder_width"] * values_per_cube
     return embedding + encoder, to_decoder + decoder + head
 
 

@@ -2,14 +2,17 @@ r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language
 
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
         masks motion and flow; train.text.npy for the contrastive loss (with --nce-weight 0 only
-        if it is there)
-Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last line),
+        if it is there); the .json beside each array, and train.captions.jsonl, of which only a hash
+        is taken
+Writes  runs/MASK/, or --out: checkpoint.pt, args.json, log.jsonl (means since the last line),
         reconstruction_*.png, curves.png (where matplotlib is installed)
 
     # CPU, toy world, after the stages before it (demo.sh): 5 minutes
     python pretrain.py --size tiny --repeat 4 --epochs 8 --warmup-epochs 1 --blr 2.4e-2
     # one GPU, ViT-B
     python pretrain.py --mask text
+    # the baseline: VideoMAE, which needs no captions
+    python pretrain.py --mask tube --nce-weight 0
     # eight GPUs
     torchrun --nproc_per_node=8 pretrain.py --mask text
     # two nodes, which must share the folder --out
@@ -18,41 +21,44 @@ Writes  runs/NAME/: checkpoint.pt, args.json, log.jsonl (means since the last li
 
 The training step is in the loop of `train`, the first function below.
 
-Loss. The reconstruction loss is VideoMAE's: the mean squared error on masked cubes. A model that
-predicts the mean of each cube has a loss of about 1.0. To it is added --nce-weight times the
-contrastive loss, a symmetric InfoNCE between the mean visible token and the embedding of a caption.
+Loss = reconstruction loss + nce-weight x contrastive loss. The reconstruction loss is VideoMAE's:
+the mean squared error on masked cubes. A model that predicts the mean of each cube has a loss of
+about 1.0. The contrastive loss is a symmetric InfoNCE between the mean of the visible tokens, after
+a linear layer, and the CLIP embedding of a caption. Its weight is 1 with every mask, so random and
+tube masks need captions, too, unless --nce-weight 0 is given.
   positives  the samples of one video, and samples with the same caption
   negatives  all other samples of the batch, on all ranks. With --accum each part of a step is
              compared only with itself, so accumulating equals a larger batch for the
              reconstruction loss, but not for this one.
   weight 0   The contrastive loss is only monitored, if there is a text array: its head trains on
-             detached features, and the encoder does not see it. (By notes on the paper, its
-             figure 4 was made so.)
-Videos without a row in the text array are left out, with weight 0 as well, so that runs of all
-weights train on the same videos.
+             detached features, and the encoder does not see it. (According to notes on the paper,
+             which we have not read, its figure 4 was made in this way.)
+If there is a text array, videos without a row in it are left out, with weight 0 as well, so that
+runs of all weights train on the same videos.
 
 Length and learning rate. One epoch is one pass over the videos. With --repeat R each decoded clip
 gives R samples, each with its own crop, flip, caption and mask, so the effective epochs are
-epochs x R. The learning rate follows the videos per step, not their samples, as in VideoMAE and
+epochs x R. The learning rate follows the videos per step, not their samples, as in VideoMAE V2 and
 mae_st: lr = blr x (batch-size x accum x ranks) / 256. It rises over --warmup-epochs and then falls
-along a cosine to its least value, which is the same formula with 1e-5 in place of blr.
+along a cosine towards its final value, which is the same formula with 1e-5 in place of blr. (The
+toy world's small model and few steps want a --blr 160 times the default.)
 
 Resuming. Every sample is a pure function of (seed, epoch, row, repeat). The number of workers
 changes nothing, and on a CPU a resumed run repeats an uninterrupted one bit for bit. --resume auto
-goes on from the checkpoint in --out, if there is one. It refuses flags and data that differ from
-those that the run was begun with, but for these:
+goes on from the checkpoint in --out, if there is one. Flags and data must be those that the run was
+begun with. Only these flags may differ:
   --device (if --amp gives the same precision there), --workers, --max-steps and a few more that do
       not change the result (MAY_CHANGE, here and in tgm/resume.py, names all)
   --batch-size and the number of ranks, if their product stays the same
   --epochs, upwards. The rest of the run follows the longer cosine, so the rate jumps to its value.
-Without --resume a checkpoint in --out is refused. --resume none renames it to checkpoint.old.pt at
-once, and begins again.
+Without --resume a checkpoint in --out is refused. --resume none begins again; at once it renames
+the old checkpoint.pt and log.jsonl to checkpoint.old.pt and log.old.jsonl.
 
 Signals. After SIGTERM or Ctrl-C rank 0 saves at the end of the step, all ranks end, and the exit
 code is that of the signal (143 or 130). torchrun passes a signal on to its ranks, gives them 30
-seconds (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and then exits with 1 without a restart. A signal that
-reaches only one rank also makes all save and end, but torchrun takes that for a failure, as it
-does kill -9. With --max-restarts it then starts all ranks again, on all nodes, and --resume auto
+seconds (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and then exits with 1 without a restart. If a signal
+reaches one rank only, rank 0 saves and all end as well, but torchrun takes that for a failure, as
+it does kill -9. With --max-restarts it then starts all ranks again, on all nodes, and --resume auto
 goes on.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
@@ -100,11 +106,11 @@ def train(state, loader, schedule, machine, args):
     )
     loss_weight = args.nce_weight
     to_clip = list(model.parameters())
-    monitored = args.nce_weight == 0
-    if monitored:
-        # Only the contrastive head gets the gradient of its loss, at full weight (make_model sets
-        # nce_detach). The head is not clipped: its gradient would enlarge the common norm, and so
-        # shrink the encoder's steps.
+    if args.nce_weight == 0:
+        # The contrastive loss is monitored: it trains its head alone, as make_model sets
+        # nce_detach. The weight is 1, since 0 would not train the head either. The head is not
+        # clipped: clipping takes one norm over all parameters that it is given, so that a large
+        # gradient of the head would make the encoder's steps smaller.
         loss_weight = 1.0
         to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -122,6 +128,7 @@ def train(state, loader, schedule, machine, args):
             group["lr"] = lr
         losses = []
         for part in range(args.accum):
+            # log.fetch: next(batches), whose waiting time and failed videos are logged
             batch = flatten_repeats(log.fetch(batches), machine.device)
             mask = mask_batch(batch, args.mask, args.mask_ratio, model.grid)  # bool [B*R, N]
             chosen = None  # the decoder reconstructs all masked tokens
@@ -159,7 +166,8 @@ def train(state, loader, schedule, machine, args):
             log.write_step(step, lr)
         if saves and machine.rank == 0:
             state.save(checkpoint, vars(args))
-        if schedule.ends_epoch(step, every=args.picture_every) and machine.rank == 0:
+        draws = schedule.ends_epoch(step, every=args.picture_every) and not stopped
+        if draws and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
             log.draw()
         if stopped:
@@ -167,7 +175,7 @@ def train(state, loader, schedule, machine, args):
             machine.leave()
             stop.end()  # does not return
     machine.leave()
-    stop.end_on_signal()  # here ends the run if a signal came after the last `requested`
+    stop.end_on_signal()  # if a signal came after the last `requested`, the run ends by it here
 
 
 def flatten_repeats(batch, device):
@@ -184,11 +192,12 @@ def mask_batch(batch, mask_name, ratio, grid):
     """The masks of a batch of `Clips`, its repeats flattened -> bool [B*R, N] on its device, True
     where masked. mask_name: a key of masking.MASKS."""
     maps = {}
-    place = (batch["times"], batch["box"], batch["flip"], grid)
+    # the stored maps are of the whole video and frame: each sample needs its times, crop and flip
+    sample = dict(times=batch["times"], box=batch["box"], flip=batch["flip"], grid=grid)
     if "saliency" in batch:
-        maps["saliency"] = masking.cut_maps(batch["saliency"], *place)
+        maps["saliency"] = masking.cut_maps(batch["saliency"], **sample)
     if "motion" in batch:
-        maps["motion"] = masking.cut_motion(batch["motion"], *place, batch["seconds"])
+        maps["motion"] = masking.cut_motion(batch["motion"], **sample, seconds=batch["seconds"])
     samples = len(batch["clip"])
     return masking.make_mask(mask_name, ratio, samples, grid, noise=batch["noise"], **maps)
 
@@ -197,7 +206,8 @@ def draw(path, model, clips, machine, args):
     """Draws a reconstruction of the first clip. Where that fails it says why: a picture is not
     worth the run."""
     try:
-        batch = flatten_repeats(default_collate([clips[0, int(clips.rows[0])]]), machine.device)
+        first = clips[0, int(clips.rows[0])]  # (epoch, row)
+        batch = flatten_repeats(default_collate([first]), machine.device)
         mask = mask_batch(batch, args.mask, args.mask_ratio, model.grid)
         draw_reconstruction(path, model, batch["clip"], mask, machine.autocast)
     except (VideoError, OSError, RuntimeError) as error:
@@ -326,8 +336,8 @@ class Clips(TrainingClips):
 
     def guides(self, row, choice):
         """The arrays' part of a sample, as far as the method uses them: the embedding and the
-        saliency of one caption, and the motion. choice, in [0, 1): where in the list of
-        captions."""
+        saliency of one caption, and the motion. choice: a random number in [0, 1), which picks
+        the caption."""
         guides = {}
         caption = int(choice * self.count_captions(row))
         if self.text is not None:
@@ -343,13 +353,13 @@ class Clips(TrainingClips):
         return guides
 
     def count_captions(self, row):
-        """The number of captions of a video, 0 without captions. Text and saliency hold them in the
-        same order, and NaN after the last one."""
+        """The number of captions of a video, 0 without captions. Text and saliency have room for K
+        captions, which they hold in the same order; after the video's last one is NaN."""
         array = self.text if self.saliency is None else self.saliency
         if array is None:
             return 0
-        firsts = array[row].reshape(array.shape[1], -1)[:, 0]  # one number per caption
-        return np.count_nonzero(~np.isnan(firsts))
+        one_number_each = array[row].reshape(array.shape[1], -1)[:, 0]  # [K]
+        return np.count_nonzero(~np.isnan(one_number_each))
 
 
 def make_clips(videos, rows, grid, arrays, args):
@@ -372,7 +382,8 @@ def make_clips(videos, rows, grid, arrays, args):
 def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
     """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
 
-    identity: {file or what: text or None}, which changes with the data. companions: as the flag.
+    identity: {file or what: text or None}, short texts that change with the data. The checkpoint
+    holds them, and a run goes on only where they are the same. companions: as the flag.
     ManifestError where a file is missing or is not of this manifest, or no video has all rows."""
     videos = read_manifest(manifest, root)
     prefix = Path(companions or Path(manifest).with_suffix(""))
@@ -386,6 +397,7 @@ def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
         if array is not None:
             used.append(str(path))
             usable &= filled(array)
+            # small, and says what the array was made from
             identity[str(path)] = file_hash(path.with_suffix(".json"))
     rows = np.flatnonzero(usable)
     if len(rows) == 0:
@@ -402,18 +414,18 @@ def open_arrays(manifest, prefix, videos, mask_name, nce_weight):
     or None}. ManifestError says which command makes one that is missing or stale."""
     needed = masking.NEEDS[mask_name]
     captions = companion(manifest, "captions.jsonl")
-    expected = {}
-    out = ""
+    expected = {}  # what the .json of the text arrays must say
+    out_flag = ""
     if prefix.absolute() != Path(manifest).with_suffix("").absolute():
-        out = f" --out {prefix}"
+        out_flag = f" --out {prefix}"  # their captions may be in any file: they are not compared
     elif captions.exists():  # if they were made again, the arrays are stale
         expected = {"captions": file_hash(captions)}
-    command = text_commands(manifest, videos, out)
+    command = text_commands(manifest, videos, out_flag)
     arrays = {"text": None, "saliency": None, "motion": None}
     if needed == "saliency":
         arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, command, **expected)
     if needed == "motion":
-        motion_command = f"python saliency.py --data {manifest}{out} --cue motion"
+        motion_command = f"python saliency.py --data {manifest}{out_flag} --cue motion"
         arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, motion_command)
     text = Path(f"{prefix}.text.npy")
     if nce_weight > 0 or text.exists():  # with weight 0 it is used if it is there
@@ -503,13 +515,14 @@ def parse_args(argv=None):
 def make_model(args, text):
     """The model of --size; text: the captions' embeddings, or None. Sets args.text_dim, and frames,
     image_size and stride where their flags were not given."""
-    args.text_dim = 512 if text is None else text.shape[-1]
+    args.text_dim = 512 if text is None else text.shape[-1]  # without text the head is not used
     torch.manual_seed(args.seed)
     model = models.VideoMAE(
         args.size, args.frames, args.image_size, args.text_dim, nce_detach=args.nce_weight == 0
     )
     model.contrastive.requires_grad_(text is not None)
     model.set_checkpointing(args.checkpointing)
+    # its config has the flags where they were given, and the size's own numbers elsewhere
     args.frames = model.config["frames"]
     args.image_size = model.config["image_size"]
     args.stride = args.stride or model.config["stride"]
@@ -597,7 +610,7 @@ def main(argv=None):
     args.identity["batch size x ranks"] = args.batch_size * args.ranks
 
     state = make_state(args, model, machine)
-    machine.join()
+    machine.join()  # what is wrong with flags or files has ended the run before ranks wait
     resume.refuse_unequal_ranks(state.step, vars(args))
 
     machine.say(f"data         {args.data}: {len(rows)} of {len(videos)} videos usable")

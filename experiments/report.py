@@ -54,11 +54,17 @@ def show_difference(values):
     return f"**{text}**" if abs(mean) > half else text
 
 
+def usual_length(cells):
+    """The epochs of all cells but those of the curve of lengths."""
+    return statistics.mode(cell.epochs for cell in cells)
+
+
 def by_cell(runs, cells):
-    """{(what, contrastive weight): {seed: run}}, in the order of the plan."""
+    """{(what, contrastive weight): {seed: run}} of the cells of the usual length: untrained first,
+    then by name."""
     found = {}
-    for cell in cells:
-        if cell.name in runs:
+    for cell in sorted(cells, key=lambda cell: (cell.mask != "untrained", cell.what, cell.nce)):
+        if cell.name in runs and cell.epochs == usual_length(cells):
             found.setdefault((cell.what, cell.nce), {})[cell.seed] = runs[cell.name]
     return found
 
@@ -69,23 +75,45 @@ def table(head, rows):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def on_or_off(nce):
+    """What the contrastive loss of this weight is called in the tables."""
+    return "on" if nce else "off"
+
+
 def results_table(found):
     """Means over seeds of every cell."""
     rows = []
     for (what, nce), of_seed in found.items():
-        weight = "" if what == "untrained" else f"{nce:g}"
+        weight = "" if what == "untrained" else on_or_off(nce)
         cells = [show([run[measure] for run in of_seed.values()]) for measure in MEASURES]
         losses = []
         for loss in ("loss_mae", "loss_nce"):
             values = [run[loss] for run in of_seed.values() if run.get(loss) not in (None, "")]
             losses.append(f"{statistics.fmean(values):.3f}" if values else "")
         rows.append([what, weight, str(len(of_seed)), *cells, *losses])
-    head = ["mask and ratio", "contrastive weight", "seeds", *MEASURES.values()]
-    return table([*head, "reconstruction loss", "contrastive loss"], rows)
+    head = ["mask and ratio", "contrastive loss", "seeds", *MEASURES.values()]
+    return table([*head, "reconstruction loss", "InfoNCE"], rows)
+
+
+def lengths_table(runs, cells):
+    """The cell that is also run for other lengths, where it was: a line per length."""
+    usual = usual_length(cells)
+    curve = {cell._replace(epochs=usual) for cell in cells if cell.epochs != usual}
+    rows = []
+    for cell in sorted(cells, key=lambda cell: cell.epochs):
+        if cell._replace(epochs=usual) in curve and cell.name in runs:
+            run = runs[cell.name]
+            numbers = [f"{run[column]:.3f}" for column in (*MEASURES, "loss_mae", "loss_nce")]
+            rows.append([f"{run['steps']:.0f}", *numbers])
+    head = ["steps", *MEASURES.values(), "reconstruction loss", "InfoNCE"]
+    names = ", ".join(
+        f"{cell.what}, loss {on_or_off(cell.nce)}, seed {cell.seed}" for cell in curve
+    )
+    return f"### One cell at several lengths: {names}\n\n{table(head, rows)}"
 
 
 def pairs_table(found, pairs):
-    """Differences of the pairs that were named beforehand, and their number with an interval."""
+    """Differences of the pairs that were named beforehand, and `about_intervals` of them."""
     rows = []
     for question, one, other in pairs:
         left = found.get((one.what, one.nce), {})
@@ -94,28 +122,32 @@ def pairs_table(found, pairs):
         if seeds == 0:
             continue
         cells = [show_difference(differences(left, right, measure)) for measure in MEASURES]
-        names = [f"{cell.what}, weight {cell.nce:g}" for cell in (one, other)]
+        names = [f"{cell.what}, loss {on_or_off(cell.nce)}" for cell in (one, other)]
         rows.append([question, *names, str(seeds), *cells])
     head = ["question", "one", "minus the other", "seeds", *MEASURES.values()]
-    with_interval = sum("±" in cell for row in rows for cell in row)
-    return table(head, rows), with_interval
+    return table(head, rows), about_intervals([cell for row in rows for cell in row if "±" in cell])
 
 
-def about_intervals(count):
-    """How to read the intervals of so many differences."""
-    if count == 0:
+def about_intervals(differences):
+    """How to read these differences with intervals, as `show_difference` writes them."""
+    if not differences:
         return "One seed of each: no intervals yet."
+    bold = [float(text.split()[0].strip("*")) for text in differences if "*" in text]
+    small = sum(abs(difference) <= 0.05 for difference in bold)
     return (
-        f"In bold: the 95 % interval leaves out 0. Of {count} differences with an interval about\n"
-        f"{count / 20:.0f} would be in bold if nothing made a difference. They come in groups:\n"
-        "the columns of a line are of the same encoders, and one cell stands in several lines."
+        "In bold: the 95 % interval leaves out 0.\n"
+        f"This is so in {len(bold)} of {len(differences)} differences; in {small} of these the "
+        "difference is 0.05 or less.\n"
+        f"If nothing made a difference, about {len(differences) / 20:.0f} would be in bold.\n"
+        "They come in groups: all columns of a line are of the same encoders, and one cell stands "
+        "in several lines."
     )
 
 
 def text_of(runs, cells, pairs):
     """What stands between the markers of RESULTS.md."""
     found = by_cell(runs, cells)
-    pairs_text, count = pairs_table(found, pairs)
+    pairs_text, about = pairs_table(found, pairs)
     return f"""{len(runs)} of {len(cells)} cells.
 
 ### Accuracy on val.csv: mean over seeds, ± half of the 95 % interval (Student's t)
@@ -123,13 +155,15 @@ def text_of(runs, cells, pairs):
 {results_table(found)}
 ### Pairs named beforehand: differences of runs of the same seed
 
-{about_intervals(count)}
+{about}
 
-{pairs_text}"""
+{pairs_text}
+{lengths_table(runs, cells)}"""
 
 
 def draw(found, path):
-    """The accuracies of `results_table` as points with intervals."""
+    """The accuracies of `results_table` as points with intervals; a dotted line at those of the
+    untrained encoder."""
     names = list(dict.fromkeys(what for what, _ in found))
     figure, axes = plt.subplots(
         1,
@@ -144,16 +178,21 @@ def draw(found, path):
             mean, half = mean_and_half([run[measure] for run in of_seed.values()])
             mark, colour, shift = style[nce]
             if what == "untrained":
-                mark, colour = "D", "black"
+                mark, colour, shift = "D", "black", 0.0
+                axis.axvline(mean, color="black", ls=":", lw=1)
             place = names.index(what) + shift
             axis.errorbar(mean, place, xerr=half, fmt=mark, color=colour, ms=4, capsize=2, lw=1)
+        low, high = axis.get_xlim()
+        axis.set_xlim(max(low, 0), min(high, 1.02))  # an interval may leave 0 to 1
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.4)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)  # the first on top
     handles = [
-        plt.Line2D([], [], marker=mark, color=colour, ls="", label=f"contrastive weight {nce:g}")
+        plt.Line2D(
+            [], [], marker=mark, color=colour, ls="", label=f"contrastive loss {on_or_off(nce)}"
+        )
         for nce, (mark, colour, _) in style.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -55,7 +55,7 @@ def test_attention_is_what_the_last_block_computes(autoencoder):
     video = torch.randn(1, 3, 8, 48, 48)
     seen = []
     hook = attention.register_forward_hook(lambda _, given, out: seen.append(given[0]))
-    encoder.encode(encoder.cubes(video))
+    encoder.encode_cubes(encoder.to_cubes(video))
     hook.remove()
     found = figures.attention_of(encoder, video)
     expected = naive_attention(attention, seen[0][0])

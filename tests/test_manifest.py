@@ -152,8 +152,14 @@ def test_open_array(saved):
             lambda path, meta: path.with_suffix(".json").unlink(),
             "its .json cannot be read (No such file",
         ),
-        (lambda path, meta: path.with_suffix(".json").write_text("{"), "cannot be read"),
-        (lambda path, meta: path.with_suffix(".json").write_text("[]"), "holds no settings"),
+        (
+            lambda path, meta: path.with_suffix(".json").write_text("{"),
+            "its .json cannot be read (it is damaged",
+        ),
+        (
+            lambda path, meta: path.with_suffix(".json").write_text("[]"),
+            "its .json cannot be read (it is damaged",
+        ),
         (lambda path, meta: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
         (lambda path, meta: path.write_bytes(path.read_bytes()[:9]), "cannot be read"),
         (lambda path, meta: path.write_bytes(b""), "cannot be read"),
@@ -193,7 +199,12 @@ def test_open_array_refusals(saved, spoil, reason):
     message = str(error.value)
     assert reason in message and "\n" not in message
     remedy = "; make it with: python saliency.py --data data/train.csv"
-    if not reason.endswith("(No such file") and reason != "holds no settings":
+    if reason.startswith("its .json cannot be read"):
+        # saliency.py would not overwrite an array of which it cannot tell that it is ours
+        remedy = ": delete train.saliency.npy and train.saliency.json" + remedy
+        with pytest.raises(M.ManifestError, match="is none of the files that this command writes"):
+            A.refuse_foreign_array(path)
+    elif "No such file" not in reason:
         remedy += " --resume none"  # without it, what is there would be refused
     assert message.endswith(remedy)
 
@@ -361,6 +372,8 @@ def test_read_captions(tmp_path):
     assert A.read_captions(path, videos, "") == [["a dog", "a cat"], []]
     path.write_text("\n".join(reversed(lines)) + "\n")
     assert "is of another manifest" in refused()
+    path.write_text("")
+    assert "is of another manifest" in refused() and refused().endswith("--resume none")
     for damaged in (
         lines[0],
         "\n".join([lines[0], lines[1][:20]]),

@@ -670,7 +670,7 @@ def test_decoding_some_of_the_masked_tokens(monkeypatch):
     barred = mask.scatter(1, decoded, False)  # [B,N]
     cubes, (seen, every) = patchify(video, 2, 8), M.split_mask(mask)
     target, plain = mae.pixel_targets(cubes)[0], F.scaled_dot_product_attention
-    tokens = mae.encoder.encode(cubes, seen)
+    tokens = mae.encoder.encode_cubes(cubes, seen)
     order = torch.cat([seen, every], 1)
     monkeypatch.setattr(
         F,

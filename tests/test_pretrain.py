@@ -740,6 +740,7 @@ def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
     """
     copy, flags = begun
     before = (copy / "run/checkpoint.pt").read_bytes()
+    log_before = (copy / "run/log.jsonl").read_text()
 
     class Killed(BaseException):
         pass
@@ -754,6 +755,7 @@ def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
     assert (
         not (copy / "run/checkpoint.pt").exists()
         and (copy / "run/checkpoint.old.pt").read_bytes() == before
+        and (copy / "run/log.old.jsonl").read_text() == log_before
     )
     assert "from step 0" in run("pretrain.py", *flags, "--max-steps", 1, cwd=copy)
 

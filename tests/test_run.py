@@ -947,6 +947,21 @@ def test_without_fp16_the_first_gradient_that_is_not_finite_ends_the_run(tmp_pat
     assert log._names(set(range(50))).endswith(", 18.mp4, 19.mp4, ...")
 
 
+def test_the_rank_whose_loss_is_not_finite_has_the_videos(tmp_path, monkeypatch):
+    """The gradient is averaged, so it is not finite on any rank: a loss tells more."""
+    log = make_log(tmp_path, "off")
+    log.videos = [SimpleNamespace(name=f"{row}.mp4") for row in range(9)]
+    of_others = [set(), {7}]  # no other bad step; the videos of another rank
+    monkeypatch.setattr(training, "union_over_ranks", lambda own: own | of_others.pop(0))
+    with pytest.raises(run.RunError, match="step 1: .* Its batch: 7.mp4$"):
+        log_steps(log, 1, [math.nan])
+    log = make_log(tmp_path, "off")
+    log.videos = [SimpleNamespace(name=f"{row}.mp4") for row in range(9)]
+    of_others = [set(), set(), {7}]  # all losses are finite
+    with pytest.raises(run.RunError, match="step 1: .* Its batch: 0.mp4, 7.mp4$"):
+        log_steps(log, 1, [math.nan])
+
+
 def test_all_ranks_do_not_train_on_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(run.RunError, match="^--device cuda:0: 8 ranks cannot train on one GPU: "):

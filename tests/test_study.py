@@ -56,18 +56,27 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
             (study.Cell("tube", 0.6, nce=1), 0.25),
         ):
             cell = cell._replace(seed=seed)
+            steps = 187 * cell.epochs
             runs[cell.name] = dict.fromkeys(report.MEASURES, value + 0.1 * seed) | {
                 "loss_mae": 0.75,
                 "loss_nce": 2.0,
+                "steps": steps,
             }
+    longer = study.Cell("text", 0.6, nce=1, epochs=54)
+    runs[longer.name] = runs[longer._replace(epochs=27).name] | {"steps": 10098, "loss_mae": 0.5}
     path = tmp_path / "RESULTS.md"
     path.write_text(f"before\n{report.START}\nOLD\n{report.END}\nafter\n")
     report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "OLD" not in text
     half = 12.706205 * 0.1 / 2
-    assert f"| text 0.6 | 1 | 2 | 0.550 ± {half:.3f} |" in text and "| 0.750 | 2.000 |" in text
-    assert "| text 0.6, weight 1 | tube 0.6, weight 1 | 2 | **+0.250 ± 0.000** |" in text
+    assert f"| text 0.6 | on | 2 | 0.550 ± {half:.3f} |" in text and "| 0.750 | 2.000 |" in text
+    assert "| text 0.6, loss on | tube 0.6, loss on | 2 | **+0.250 ± 0.000** |" in text
+    assert "in 9 of 9 differences; in 0 of these the difference is 0.05" in text
+    lengths = text.split("### One cell at several lengths: text 0.6, loss on, seed 0")[1]
+    assert "| 5049 | 0.500 |" in lengths and "| 10098 | 0.500 |" in lengths
+    assert lengths.index("5049") < lengths.index("10098") and "| 0.500 | 2.000 |" in lengths
+    assert "epochs" not in text.split("### One cell")[0]  # the longer one is in no other table
     assert (tmp_path / "a.png").stat().st_size > 1000
     path.write_text("nothing\n")
     with pytest.raises(SystemExit, match="has no lines"):

@@ -4,9 +4,18 @@ manifest. Needs numpy and manifest.py.
     text, about = open_array("data/train.text.npy", videos, remedy="python saliency.py")
 
 Arrays are memory-mapped .npy files, pre-filled with NaN; a row of NaN is not made yet, or its video
-failed. The .json beside each array, `about` in the code, holds what made it and a hash of the
-manifest's rows, so that a stale file is refused. Whoever writes a file holds its lock (FILE.lock)
-meanwhile.
+failed. The .json beside each array, `about` in the code, tells what made it, so that a stale file
+is refused. For train.text.npy it is train.text.json, with entries such as
+
+    manifest, videos    a hash of the manifest's rows, and their number
+    files               the sizes of up to 100 of the videos
+    captions            a hash of the captions
+    shape               [N, K, D]
+    clip, weights, ...  the settings
+
+Whoever writes a file holds its lock (FILE.lock) meanwhile.
+
+Shapes: N rows of the manifest, K parts of a row, such as one per caption.
 
 Parts: locks; files that are not ours; the .json; reading; writing.
 """
@@ -47,7 +56,7 @@ PATIENCE = 0.3  # seconds in which a lock that is taken is tried again
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 BLOCK = 1 << 24  # bytes of an array written at once
-# entries of a .json that are hashes, which tell a user nothing; the manifest's is another
+# entries of a .json that are hashes, which tell a user nothing ("manifest" is one, too)
 HASHES = ("captions", "classes", "weights")
 DERIVED = ("videos", "shape", "names")  # entries that follow from others
 NEWER = ("weights",)  # entries that an older .json may lack: then they are not compared
@@ -271,8 +280,8 @@ def map_array(path: FilePath, mode: str = "r") -> np.memmap:
 
 
 def make_it_with(path, reason, remedy):
-    """The ManifestError of a file that cannot be read, with the commands that make it, which are
-    its `remedy`, too."""
+    """Returns the ManifestError of a file that cannot be read. Its text ends with the commands that
+    make the file; error.remedy holds them for `text_commands`."""
     error = ManifestError(" ".join(f"{path}: {reason}; make it with: {remedy}".split()))
     error.remedy = remedy
     return error
@@ -305,8 +314,8 @@ def open_array(
     count = rows_before_growth(videos, about)
     if count:
         raise make_it_with(path, describe_growth(count, videos), f"{remedy} --extend")
-    # An array that is refused below cannot be continued. If the remedy has two commands, the flag
-    # is for the last, which makes this array; the first has its own (`text_commands`).
+    # An array that is refused below cannot be continued. If the remedy is "python caption.py ... &&
+    # python saliency.py ...", the flag is for the last command, which makes this array.
     make_again = f"{remedy} --resume none"
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest", make_again)
@@ -331,18 +340,27 @@ def load_array(path, remedy):
     """-> (read-only memory map, the contents of the .json), not checked against each other."""
     try:
         array = map_array(path)
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        path.with_suffix(".json").read_bytes()  # the reason, if that fails
     except OSError as error:
         # of the array, or of the .json beside it
-        of_json = "its .json " if error.filename and error.filename.endswith(".json") else ""
-        reason = f"{of_json}cannot be read ({error.strerror or error})"
+        if error.filename and error.filename.endswith(".json"):
+            raise without_about(path, error.strerror, remedy) from None
+        reason = f"cannot be read ({error.strerror or error})"
         raise make_it_with(path, reason, remedy) from None
     except UNREADABLE as error:
         reason = f"cannot be read ({error})"
         raise make_it_with(path, reason, f"{remedy} --resume none") from None
-    if not isinstance(about, dict):
-        raise make_it_with(path, "its .json holds no settings", remedy)
+    about = read_about(path.with_suffix(".json"))
+    if about is None:
+        raise without_about(path, "it is damaged", remedy)
     return array, about
+
+
+def without_about(path, why, remedy):
+    """The error of an array whose .json cannot be read. The commands do not overwrite such an
+    array, because only the .json tells that it is ours."""
+    reason = f"its .json cannot be read ({why}): delete {path.name} and {path.stem}.json"
+    return make_it_with(path, reason, remedy)
 
 
 def describe_gaps(path: FilePath, is_made: np.ndarray) -> str:
@@ -393,7 +411,7 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
         raise make_it_with(path, reason, remedy) from None
     expected = [video.name for video in videos]
     if names != expected:
-        if names == expected[: len(names)]:
+        if names and names == expected[: len(names)]:
             reason = describe_growth(len(names), videos)
             if of_labels:  # --labels makes all captions again, and takes no --extend
                 reason += " (give --label-column and --classes as before)"
@@ -432,10 +450,10 @@ def origin(videos: Sequence[Video], count: int, settings: dict) -> dict:
 
 
 def rows_of_before(path: FilePath, videos: Sequence[Video], about: dict, extend: bool) -> int:
-    """The number of rows of a file that is to be continued: fewer than the manifest's if rows were
-    added to the manifest since, which is a ManifestError without `extend`; else len(videos), also
-    for a file of another manifest, which `refuse_other_origin` refuses then. about: the contents of
-    the .json."""
+    """The number of rows of a file that is to be continued. If rows were added to the manifest
+    since, these are the rows that it had, with `extend`; a ManifestError without. In all other
+    cases they are len(videos), also for a file of another manifest: call `refuse_other_origin`
+    next. about: the contents of the .json."""
     count = rows_before_growth(videos, about)
     if count and not extend:
         raise ManifestError(f"{path}: {describe_growth(count, videos)}: --extend adds the rest")
@@ -485,11 +503,12 @@ def ensure_array(
     """Makes or keeps a float16 array [len(videos), *shape] at `path`, and holds its lock. New rows
     are NaN; `open_rows` maps the array to fill them in. For one process, rank 0.
 
-    resume: "none" makes a new array. "auto" keeps one that exists with its .json; one without,
-    which a kill left before any row was filled in, is made again. "extend" does so, too, if the
-    manifest has grown since, and adds the new rows. An array that is kept must be of the same
-    settings and captions, and none of its rows of a video that was replaced since; else a
-    ManifestError says how to remake it.
+    resume: "none" always makes a new array. "auto" keeps one that exists with its .json, and is an
+        error if the manifest has grown since; an array without a .json, which a kill left before
+        any row was filled in, is made again. "extend" is like "auto", but adds the new rows if the
+        manifest has grown. An array that is kept must be of the same settings and captions, and
+        none of its rows of a video that was replaced since; else a ManifestError says how to
+        remake it.
     settings, captions: what the .json says besides the manifest; of the captions' file, a hash of
     the lines that the array depends on."""
 

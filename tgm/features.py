@@ -164,7 +164,7 @@ class RandomViews(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         video = self.videos[index]
-        # epoch 0: features are extracted once
+        # the epoch is always 0: features are extracted once
         seeds = [seed_from(self.seed, 0, video.row, view) for view in range(self.augment)]
         try:
             clips = self.read_clips(video, seeds)
@@ -182,7 +182,8 @@ class RandomViews(Dataset):
         return torch.from_numpy(frames).permute(0, 3, 1, 2).split(self.frames)
 
     def random_times(self, start: float, end: float, fps: float, seed: int) -> np.ndarray:
-        places = np.random.default_rng(seed).random(self.frames)  # 0 to 1; dense uses the first
+        # uniform needs a number from 0 to 1 for each frame, dense one for where the clip begins
+        places = np.random.default_rng(seed).random(self.frames)
         if self.sampling == "uniform":
             return uniform_times(start, end, fps, self.frames, places)
         return clip_times(start, end, fps, self.frames, self.stride, places[0])
@@ -226,12 +227,16 @@ def plan_extractions(
 ) -> list[Extraction]:
     """The passes over {"train": videos, "test": videos}, in the order in which they are made.
 
-    Each video has clips x crops clean views. With augment > 0 the training set's features are of
-    that many random views instead, but its tokens are not. tokens: keeps tokens, too. token_grid:
-    None for all t time steps and 4 x 4 of the h x w positions, or as many as there are; RunError if
-    the encoder has fewer tokens than that."""
+    clips, crops: each video has clips x crops clean views
+    augment: if more than 0, the training set's features are of so many random views instead
+    tokens: keeps tokens, too, always those of clean views
+    token_grid: None for all t time steps and 4 x 4 of the h x w positions, or as many as there are;
+        RunError if the encoder has fewer tokens than that
+
+    There are two passes. With augment and tokens there are three: features of random views of the
+    training set, tokens of its clean views, and the test set."""
     time, height, width = encoder.model.grid
-    # time steps tell motion; of the positions, which cost disk, few suffice
+    # all time steps, which carry the motion; at most 4 x 4 positions, to save disk space
     token_grid = list(token_grid or (time, min(height, 4), min(width, 4)))
     if any(kept > full for kept, full in zip(token_grid, encoder.model.grid, strict=True)):
         raise RunError(
@@ -265,7 +270,6 @@ def plan_extractions(
     )
     if not tokens:
         return [augmented, test]
-    # features of random views and tokens of clean ones: two passes over the training set
     return [augmented, train._replace(rows={"tokens": rows["tokens"]}), test]
 
 
@@ -308,8 +312,8 @@ def extract_all(
         for number, items in enumerate(batches, 1):
             encode_batch(encoder, items, arrays, extraction)
             left -= len(items)
-            # Asked here, before the next batch is read. A signal to this rank: the others do not
-            # ask, because their parts differ in length.
+            # Here a rank looks for a signal of its own only. `requested` asks all ranks, which have
+            # different numbers of batches: they meet behind the loop.
             if number == max_steps or stop.name:  # max_steps None: no limit
                 break
         for array in arrays.values():
@@ -368,8 +372,8 @@ def open_features(
 def filled_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """True where the rows of all arrays [N, ...] are filled, bool [N].
 
-    A killed process may leave half of a row. A row is written front to back, so its last number
-    shows that all of it is there."""
+    A killed process may leave half of a row. numpy copies a row from front to back, so its last
+    number is NaN until all of it is there."""
     filled = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]
@@ -402,8 +406,8 @@ def encode_batch(
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
         tokens = model.encode(video)  # [B*V, t*h*w, D]
-    finite = tokens.isfinite().flatten(1).all(1)  # [B*V]
-    finite = finite.unflatten(0, (len(rows), -1)).all(1).cpu()  # [B]
+    finite_views = tokens.isfinite().flatten(1).all(1)  # [B*V]
+    finite = finite_views.unflatten(0, (len(rows), -1)).all(1).cpu()  # [B]
     rows = torch.tensor(rows)
     for row in rows[~finite].tolist():
         tqdm.write(f"{extraction.videos[row].path}: its features are not finite")

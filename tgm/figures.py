@@ -38,7 +38,7 @@ def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
     attention = encoder.blocks[-1].attn
     hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
-        encoder.encode(encoder.cubes(video))
+        encoder.encode_cubes(encoder.to_cubes(video))
     finally:
         hook.remove()
     bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])

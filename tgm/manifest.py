@@ -40,9 +40,9 @@ class Video(NamedTuple):
 class Videos(Sequence):
     """The rows of a manifest: a sequence of Video, held as a few arrays and one string of bytes.
 
-    A list of tuples would take several times the memory, and take it again in every worker of a
-    loader: reading a Python object changes its reference count, and so copies its page of memory
-    in a forked process."""
+    A list of tuples would need several times the memory, and every worker of a loader would get a
+    copy of it: reading a Python object changes its reference count, which is a write, so that a
+    forked process gets its own page of memory."""
 
     def __init__(
         self,
@@ -250,9 +250,12 @@ def changed_rows(videos: Sequence[Video], about: dict) -> dict[int, tuple[int, i
     """The rows whose video was replaced since a file was made: {row: (size then, size now)}. about:
     the contents of the file's .json. Only sampled rows are looked at. A video that was missing
     then, or is missing now, does not count as replaced."""
+    count = about.get("videos", 0)
     saved = about.get("files", ())  # saved[i] is the size for row sampled_rows(...)[i]
+    if not isinstance(count, int) or not isinstance(saved, list | tuple):  # edited by hand
+        return {}
     changed = {}
-    for row, then in zip(sampled_rows(about.get("videos", 0)), saved, strict=False):
+    for row, then in zip(sampled_rows(count), saved, strict=False):
         if then is None or row >= len(videos):
             continue
         now = file_size(videos[row].path)

@@ -1,13 +1,14 @@
 """The folder of a training run: its checkpoint, its flags and its log; and resuming a run. Needs
 arrays.py, checkpoints.py and run.py.
 
-    saved = find_run(out, args.resume, vars(args), MAY_CHANGE)      None: a run that begins
+    saved = find_run(out, args.resume, vars(args), MAY_CHANGE)      # None: a run that begins
     state = TrainingState(model, optimizer, scaler, step=0)
     if saved: state.restore(saved)
-    refuse_unequal_ranks(state.step, vars(args))                    all ranks have read by then
-    take_folder(out, args.resume, vars(args), state.step)           rank 0
+    # all ranks wait for one another here: each has read the checkpoint when rank 0 takes the folder
+    refuse_unequal_ranks(state.step, vars(args))
+    take_folder(out, args.resume, vars(args), state.step)           # on rank 0
     ...
-    state.save(out / "checkpoint.pt", vars(args))                   rank 0
+    state.save(out / "checkpoint.pt", vars(args))                   # on rank 0
 
 A run goes on with the flags and the data that it was begun with. Besides its flags, args hold:
 
@@ -30,8 +31,8 @@ from tgm.arrays import hold
 from tgm.run import RunError, give_up_together, make_folder, torchrun_ranks, writing
 
 # What may differ from the checkpoint: how a run is carried out, up to where, and where it writes.
-# The batch size and the number of ranks are among it because the identity holds their product, the
-# learning rate because it follows from other flags, the identity because it is compared apart.
+# Of batch_size and ranks only the product must stay, and it is in the identity; lr follows from
+# other flags; `refuse_changes` compares the identity by itself.
 MAY_CHANGE = {
     "workers", "device", "compile", "checkpointing", "video_timeout", "max_bad", "max_steps",
     "log_every", "save_every", "out", "resume", "batch_size", "ranks", "lr", "identity",
@@ -110,9 +111,9 @@ def find_run(out: Path, resume: str | None, flags: dict, may_change: set) -> dic
 
 
 def under_names_of(before: dict, identity: dict) -> dict:
-    """An identity whose names are those of a checkpoint, which holds rank 0's paths. Those of
-    another node may differ, if what they hold is the same: both name the same things in the same
-    order. before: the flags of the checkpoint."""
+    """An identity whose names are replaced by those of a checkpoint, in their order. The names are
+    paths, such as {"data/train.csv": hash}, and the checkpoint has rank 0's: on another node the
+    same file may have another path. before: the flags of the checkpoint."""
     return dict(zip(before.get("identity", {}), identity.values(), strict=False))
 
 
@@ -175,16 +176,17 @@ def refuse_unequal_ranks(step: int, flags: dict):
 
 
 def take_folder(out: Path, resume: str | None, flags: dict, step: int):
-    """Makes the folder of a run, keeps other processes from it, renames the checkpoints of a run
-    that --resume none gives up, cuts the log after `step`, where the run begins or goes on, and
-    writes args.json."""
+    """Makes the folder of a run, keeps other processes from it, renames the checkpoints and the log
+    of a run that --resume none gives up, cuts the log after `step`, where the run begins or goes
+    on, and writes args.json."""
     make_folder(out)
     hold(out / "checkpoint.pt")
     if resume == "none":
         # At once: if this run is killed before it saves, --resume auto must not find the old one.
-        for path in (out / "checkpoint.pt", out / "best.pt"):
+        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
+            path = out / name
             with writing(path), contextlib.suppress(FileNotFoundError):
-                path.replace(path.with_suffix(".old.pt"))
+                path.replace(path.with_suffix(f".old{path.suffix}"))
     path = out / "args.json"
     with writing(path):
         aside = path.with_name("args.json.new")

@@ -1,21 +1,21 @@
 """What every stage does besides its own work: join ranks, choose a device, stop by a signal, end in
 one line. Needs arrays.py and manifest.py.
 
-    @one_line_errors                                        a reason to give up is one line
+    @one_line_errors                                        # a reason to give up is one line
     def main(argv=None):
         rank, ranks, local_rank = torchrun_ranks()
         device, why = choose_device(args.device, local_rank)
         if ranks > 1:
-            join_ranks("gloo", timeout=LONGEST_WAIT)        "nccl" on GPUs
+            join_ranks("gloo", timeout=LONGEST_WAIT)        # "nccl" on GPUs
         stop = StopSignal(ranks)
         for batch in ...:
             ...
-            if stop.requested():                            the same answer on every rank
+            if stop.requested():                            # the same answer on every rank
                 save
                 stop.end()
 
     if __name__ == "__main__":
-        launch(main)                                        a stopped run ends by its signal
+        launch(main)                                        # a stopped run ends by its signal
 """
 
 import atexit
@@ -82,10 +82,12 @@ def join_ranks(backend, **options):
 def attempt_name(store, rank, ranks):
     """A name that all ranks of this attempt share, and no earlier attempt had.
 
-    Rank 0 makes it, and answers the question of every other rank with it. A question that a dead
-    rank left in the store is answered too, but only a living rank confirms the answer; rank 0 waits
-    for that. RunError if a rank does not come within the store's timeout (torch's: 30 minutes): on
-    another node it may have ended with a reason of its own."""
+    Rank 0 makes the name. Each other rank writes a random question to the store, rank 0 stores the
+    name as the answer to it, and the rank confirms that it has read it. The question of a rank that
+    died may still be there. It is answered, too, but a dead rank confirms nothing: so rank 0 looks
+    for a new question until all ranks have confirmed. RunError if a rank does not come within the
+    store's timeout (torch's: 30 minutes): on another node it may have ended with a reason of its
+    own."""
     missing = f"did not start within {store.timeout}: if it ended, its node says why"
     if rank > 0:
         question = uuid.uuid4().hex
@@ -198,9 +200,8 @@ def sum_over_ranks(number):
 
 
 def choose_device(name, local_rank=0):
-    """-> (torch.device, why it was chosen). name: as `device_name` lets through. RunError if
-    there is no such GPU.
-    """
+    """-> (torch.device, why it was chosen). name: "auto", "cpu", "cuda" or "cuda:N". RunError if
+    there is no such GPU."""
     found = torch.cuda.is_available()
     if name == "cpu":
         return torch.device("cpu"), "as asked"
@@ -329,9 +330,9 @@ class StopSignal:
         within SAME_SIGNAL  A second signal is ignored: the same one often comes twice, from a
         seconds             scheduler and through torchrun.
         later               A second signal ends the run without saving.
-        no progress         After GRACE seconds the run ends without saving. A torchrun that got the
-                            signal kills its ranks after 30 seconds in all, or as many as
-                            TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
+        no progress         After GRACE seconds the run ends without saving. If torchrun got the
+                            signal, it kills its ranks earlier, after 30 seconds in all;
+                            TORCH_ELASTIC_SHUTDOWN_TIMEOUT allows more.
         end_on_signal()       From here on there is nothing to save: the first signal ends the run.
         save_on_signal()      From here on a signal is noted again.
 

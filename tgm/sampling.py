@@ -43,12 +43,11 @@ def view_times(start, end, fps, frames, stride, clips, sampling):
     """The times of each of `clips` test clips of [start, end] -> float64 [clips, frames], seconds.
 
     The clips are VideoMAE's. Dense (its kinetics.py, mode "test"): of the L frames that lie
-    `stride` apart, clip k of K takes `frames` in a row, from number floor(k * (L - frames) /
-    (K - 1)) on: the first clip begins with the video, the last ends with it. If L is too small, the
-    last frame repeats. Uniform (its ssv2.py, mode "test"): clip k takes the frame at k / K of each
-    of `frames` equal parts. A single clip, for which the dense formula divides by zero, is the
-    middle one, and uniform takes the middle of each part.
-    """
+    `stride` apart, clip k of K (k = 0 to K - 1) takes `frames` in a row, the first of which is
+    number floor(k * (L - frames) / (K - 1)). So clip 0 begins with the video, and the last clip
+    ends with it. If L is too small, the last frame repeats. Uniform (its ssv2.py, mode "test"):
+    clip k takes the frame at k / K of each of `frames` equal parts. A single clip, for which the
+    dense formula divides by zero, is the middle one, and uniform takes the middle of each part."""
     if sampling == "uniform":
         places = np.arange(clips) / clips if clips > 1 else [0.5]
         return np.stack([uniform_times(start, end, fps, frames, place) for place in places])
@@ -87,7 +86,8 @@ def side_crops(frames, size, count):
     return np.stack(crops)
 
 
-# Where a crop may lie: (down, right), in quarters of what the frame is larger than the crop.
+# Where a crop may lie: (down, right), in quarters of the free space, which is the frame's height or
+# width minus the crop's.
 PLACES = (
     (0, 0), (0, 4), (4, 0), (4, 4), (2, 2),  # corners, middle
     (2, 0), (2, 4), (4, 2), (0, 2),  # middles of the sides
@@ -114,9 +114,9 @@ def multi_scale_crop(height, width):
 def resized_crop(frames, box, size):
     """Cuts a box out of frames and scales it to a square: uint8 [T, 3, H, W] -> [T, 3, size, size].
 
-    box: top, left, height, width in pixels. These are the pixels of torchvision's resized_crop on a
-    CPU (with torch 2.8, to one level of 255), whose import would cost every process of a stage more
-    than a second."""
+    box: top, left, height, width in pixels. The result is that of torchvision's resized_crop on a
+    CPU (with torch 2.8 a pixel may differ by 1 of 255). Importing torchvision would cost every
+    process of a stage more than a second."""
     top, left, height, width = box
     cut = frames[..., top : top + height, left : left + width]
     return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)

@@ -1,8 +1,8 @@
 """What pretraining and fine-tuning share: the machine, the schedule and the log of a training run.
 Needs run.py and curves.py.
 
-    machine = Machine(args.device, args.amp)                rank, device, precision
-    schedule = Schedule(...)                                how many steps, and of how many videos
+    machine = Machine(args.device, args.amp)                # rank, device, precision
+    schedule = Schedule(...)                                # how many steps, and of how many videos
     log = TrainingLog(out, videos, args.max_bad, schedule, machine, start)
     for step in range(start + 1, schedule.last_step + 1):
         batch = log.fetch(batches)
@@ -43,8 +43,9 @@ from tgm.run import (
 )
 
 MOST_NAMED = 20  # videos that a message names
-# The run ends where fp16's scaler has skipped so many steps in a row. It halves its scale, at first
-# 2^16, with each of them, so a gradient that is still not finite is not so because of the scale.
+# The run ends at a log line if fp16's scaler has skipped the latest so many steps, or more. It
+# halves its scale, at first 2^16, with each of them: if a gradient is still not finite after so
+# many, the scale is not the cause.
 MOST_SKIPPED = 40
 
 
@@ -127,8 +128,9 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 class Schedule(NamedTuple):
-    """How many steps a run has, and of how many videos. An epoch is one pass over the videos.
-    The rest that fills no step is left out; which videos these are differs from epoch to epoch."""
+    """How many steps a run has, and of how many videos. An epoch is one pass over the videos. If
+    their number is no multiple of the videos per step, the remaining ones are not used; they are
+    others in each epoch."""
 
     videos: int  # in an epoch
     batch_size: int  # videos per rank and batch
@@ -168,8 +170,8 @@ class Schedule(NamedTuple):
         return round(step / self.steps_per_epoch, 3)
 
     def ends_epoch(self, step: int, every: int = 1) -> bool:
-        """Whether the run ends with this step, or an epoch whose number is a multiple of `every`.
-        True for step 0, before the first epoch; always False if `every` is 0."""
+        """True if this step is the last of the run, or the last of epoch `every`, 2 x `every` and
+        so on. Also True for step 0; always False if `every` is 0."""
         if every == 0:
             return False
         return step == self.last_step or step % (every * self.steps_per_epoch) == 0
@@ -199,7 +201,8 @@ class Schedule(NamedTuple):
                 f"note         each epoch leaves out {left_out} videos, others each time, which "
                 f"fill no step of {self.videos_per_step}"
             )
-        if self.warmup_steps >= self.total_steps:  # not last_step: a trial may go on
+        # not last_step: a trial (--max-steps) may be continued
+        if self.warmup_steps >= self.total_steps:
             lines.append(
                 f"note         the warm-up of {self.warmup_epochs:g} epochs lasts the whole run: "
                 "the learning rate only rises"
@@ -245,7 +248,7 @@ class TrainingLog:
         self.failed = set()  # rows that could not be read, of all ranks
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
-        self.skipped_steps = 0  # how many in a row, up to the last: their gradient was not finite
+        self.skipped_steps = 0  # the latest steps in a row that fp16's scaler skipped
         self.undrawn = None  # why curves.png was left out
         self._begin_after(start)
 
@@ -331,20 +334,24 @@ class TrainingLog:
         # Here, at log lines alone, the CPU waits for the GPU.
         *sums, failed, broken = totals.tolist()
         if broken > 0:
-            self._give_up_on_values(good.tolist())
+            self._give_up_on_values(good.tolist(), finite[:, :-1].all(1).tolist())
         if failed > 0:
             self._count_failed()
         if with_fp16:
             self._count_skipped(finite[:, -1].tolist())
         return [value / self.machine.ranks for value in sums]
 
-    def _give_up_on_values(self, finite: list[bool]):
-        """Names the first step of any rank whose loss or gradient is not finite, and its videos."""
-        bad = {self.last + 1 + i for i, is_finite in enumerate(finite) if not is_finite}
+    def _give_up_on_values(self, good: list[bool], losses_finite: list[bool]):
+        """Names the first step of any rank whose loss or gradient is not finite, and its videos.
+        good: whether each step of the window is; losses_finite: whether its losses on this rank
+        are."""
+        bad = {i for i, is_good in enumerate(good) if not is_good}
         first = min(union_over_ranks(bad))
-        # a rank whose own values are finite has no videos to name
-        rows = self.rows[first - self.last - 1] if first in bad else set()
-        names = self._names(union_over_ranks(rows))
+        # A gradient is averaged over the ranks, but a loss tells which of them had the videos. If
+        # all losses are finite, the videos of all ranks are named.
+        rows = set() if losses_finite[first] else self.rows[first]
+        names = self._names(union_over_ranks(rows) or union_over_ranks(self.rows[first]))
+        first += self.last + 1
         give_up_together(
             f"step {first}: the loss or its gradient is not finite; the last checkpoint is kept. "
             f"Its batch: {names}"

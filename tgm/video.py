@@ -1,8 +1,8 @@
 """Videos: the only file of the project that reads one. Needs PyAV and numpy.
 
     with VideoReader("a.mp4") as reader:
-        times = segment_midpoints(0, reader.duration, 3)
-        frames = reader.read(times, size=256)    # uint8 [3, H, W, 3]
+        times = segment_midpoints(0, reader.duration, 8)
+        frames = reader.read(times, size=256)    # uint8 [8, H, W, 3]: times, height, width, RGB
 
 `python -m tgm.prepare data/train.csv` checks every file of a manifest, or re-encodes it.
 
@@ -18,12 +18,23 @@
 On ordinary H.264 clips this is about 1.5 times faster than decord (experiments/BENCHMARKS.md).
 Where it cannot work (AVI has no pts; a damaged index; frames that the decoder does not show, so
 that a packet gives none), the file is decoded from its start. Both ways give the same frames, bit
-for bit.
+for bit; motion vectors of B pictures are left out then.
 
 What comes out is what FFmpeg shows: turned and mirrored as the file says, edit lists honoured, YUV
 converted by the matrix (BT.601, 709, 2020) and range that the stream declares; where it declares
 none, BT.601 and limited range. Not done: pixels are taken as square, HDR is not tone-mapped, and
-interlaced frames stay as they are."""
+interlaced frames stay as they are.
+
+The words of video coding in this file:
+
+    packet      the compressed data of one frame; to demux is to read packets without decoding them
+    key frame   can be decoded without any other
+    pts, dts    when a frame is shown, and when it is decoded
+    reference   a frame that others are predicted from
+    B picture   predicted from frames before and after it, so it is decoded later than it is shown
+    edit list   tells the player to skip a part of the stream
+    drain       ask the decoder, at the end of the file, for its last frames
+"""
 
 import bisect
 import contextlib
@@ -77,8 +88,9 @@ class Orientation(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Seconds from a frame to the nearest picture displayed before and after it that it can have
-    been predicted from; None if there is none, or none is known."""
+    """A frame is predicted from a picture shown before it, one shown after it, or both. These are
+    the seconds to the nearest of each that it can have been predicted from; None if there is none,
+    or none is known."""
 
     past: float | None = None
     future: float | None = None
@@ -117,7 +129,8 @@ def orientation(data) -> Orientation:
     if not matrix:
         return Orientation(False, False, False)
     # The matrix is a b u, c d v, x y w: x' = a x + c y, y' = b x + d y. Angles other than multiples
-    # of 90 degrees are rounded to one.
+    # of 90 degrees are rounded to one. Where b outweighs a, the frame is transposed: x' = c y and
+    # y' = b x, so that a negative c mirrors left to right, a negative b upside down.
     a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
     if abs(b) > abs(a):
         return Orientation(True, c < 0, b < 0)
@@ -167,8 +180,8 @@ class VideoReader:
     """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if
     it cannot be read.
 
-    duration: seconds from the first frame to the end of the last, by the file's header; only if
-    that does not say is the whole file demuxed. fps: average frame rate. Times everywhere are
+    duration: seconds from the first frame to the end of the last, by the file's header; if that
+    does not say, all packets are read to find it. fps: average frame rate. Times everywhere are
     seconds since the first displayed frame.
     vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from
     opening to the last frame read; past them, a VideoError. libav looks at the clock while it waits
@@ -334,6 +347,7 @@ class VideoReader:
         return (packet for packet in self._in_time(self._demuxer) if packet.size or drain)
 
     def _in_time(self, items):
+        """Yields the items; once the time is up, raises the error that libav raises then."""
         for item in items:
             if monotonic() - self._began > self._timeout:
                 raise av.error.ExitError(0, "")
