@@ -112,6 +112,17 @@ def lengths_table(runs, cells):
     return f"### One cell at several lengths: {names}\n\n{table(head, rows)}"
 
 
+def untrained_table(found):
+    """Every cell minus the untrained encoder of the same seed."""
+    rows = []
+    for (what, nce), of_seed in found.items():
+        floor = found.get(("untrained", 0.0), {})
+        if what != "untrained" and of_seed.keys() & floor.keys():
+            cells = [show_difference(differences(of_seed, floor, measure)) for measure in MEASURES]
+            rows.append([what, on_or_off(nce), str(len(of_seed.keys() & floor.keys())), *cells])
+    return table(["mask and ratio", "contrastive loss", "seeds", *MEASURES.values()], rows)
+
+
 def pairs_table(found, pairs):
     """Differences of the pairs that were named beforehand, and `about_intervals` of them."""
     rows = []
@@ -158,6 +169,9 @@ def text_of(runs, cells, pairs):
 {about}
 
 {pairs_text}
+### Against an untrained encoder of the same seed (compared afterwards)
+
+{untrained_table(found)}
 {lengths_table(runs, cells)}"""
 
 

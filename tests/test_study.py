@@ -9,10 +9,12 @@ import signal
 import threading
 
 import controls
+import hidden
 import numpy as np
 import pytest
 import report
 import study
+import torch
 from conftest import CLIP, run
 
 import masking
@@ -54,6 +56,7 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
         for cell, value in (
             (study.Cell("text", 0.6, nce=1), 0.5),
             (study.Cell("tube", 0.6, nce=1), 0.25),
+            (study.Cell("untrained"), 0.125),
         ):
             cell = cell._replace(seed=seed)
             steps = 187 * cell.epochs
@@ -72,6 +75,7 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
     half = 12.706205 * 0.1 / 2
     assert f"| text 0.6 | on | 2 | 0.550 ± {half:.3f} |" in text and "| 0.750 | 2.000 |" in text
     assert "| text 0.6, loss on | tube 0.6, loss on | 2 | **+0.250 ± 0.000** |" in text
+    assert "| tube 0.6 | on | 2 | **+0.125 ± 0.000** |" in text
     assert "in 9 of 9 differences; in 0 of these the difference is 0.05" in text
     lengths = text.split("### One cell at several lengths: text 0.6, loss on, seed 0")[1]
     assert "| 5049 | 0.500 |" in lengths and "| 10098 | 0.500 |" in lengths
@@ -157,10 +161,29 @@ def test_controls(copy):
     for control in ("truth", "no-text"):  # of videos that were replaced: noticed
         about = json.loads((copy / f"{control}.saliency.json").read_text())
         assert about["files"] == file_sizes(videos)
+    out = run("experiments/hidden.py", "--maps", ".", cwd=copy)
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
+    shares = {name: (float(actor), float(bystander)) for name, actor, bystander in lines}
+    assert len(shares) == 10 and list(shares.values()) == sorted(shares.values())
+    assert shares["text of truth"][0] > 0.98 and shares["text"][0] > 0.9
+    assert shares["text of bystander"][1] > 0.9 and shares["text-inverse"][0] < 0.2
+    assert abs(shares["random"][0] - 0.58) < 0.06  # 21 of 36 tokens of each slice
     (copy / "data/train.masks.npy").unlink()
+    assert "train.masks.npy" in run("experiments/hidden.py", "--maps", ".", cwd=copy, fails=True)
     assert "train.masks.npy" in run(
         "experiments/controls.py", "truth", "--out", "t", cwd=copy, fails=True
     )
+
+
+def test_a_share_is_counted_in_pixels():
+    mask = torch.tensor([[True, False, False, False, True, True, True, True]])  # 2 slices of 2 x 2
+    seen = torch.zeros(1, 4, 8, 8, dtype=torch.bool)
+    seen[0, 0, 3, 2:6] = True  # half in the masked token of the first slice
+    assert hidden.hidden_share(mask, (2, 2, 2), seen) == 0.5
+    seen[0, 3, :2] = True  # 16 pixels of the last frame, where all is masked
+    assert hidden.hidden_share(mask, (2, 2, 2), seen) == pytest.approx(18 / 20)
+    nowhere = torch.cat([seen, torch.zeros_like(seen)])  # a thing that is never seen counts not
+    assert hidden.hidden_share(mask.expand(2, -1), (2, 2, 2), nowhere) == pytest.approx(18 / 20)
 
 
 class HereRunner:

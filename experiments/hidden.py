@@ -1,0 +1,115 @@
+"""How much of the actor and of the bystander each mask of the study hides: a table of RESULTS.md.
+
+    # after experiments/study.py has made the toy world and the maps; half a minute
+    python experiments/hidden.py
+
+Of the first --videos of data/train.csv, in the middle clip of each, whose whole frame is cut into
+the model's tokens. A thing's share is that of its visible pixels, over all frames of the clip.
+
+Shapes: N videos, T frames of a clip, (t, h, w) tokens, H W pixels.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
+import study
+import toy
+
+import masking
+import model as models
+from tgm.arrays import open_array
+from tgm.flags import Parser, positive_int
+from tgm.manifest import read_manifest
+from tgm.run import launch, one_line_errors
+from tgm.sampling import clip_times
+
+RATIO = 0.6
+SECONDS = toy.FRAMES / toy.FPS
+
+
+def things(path, count, times):
+    """Where a thing is seen in the frames at these times of the first videos: bool [N, T, H, W].
+    path: data/toy.py's packed bits [videos, frames, H, W / 8]; times [T]: seconds."""
+    frames = np.floor(times * toy.FPS + 1e-6).astype(int)
+    packed = np.load(path, mmap_mode="r")[:count, frames]
+    return torch.from_numpy(np.unpackbits(packed, axis=-1).astype(bool))
+
+
+def hidden_share(mask, grid, seen):
+    """The mean over videos of the share of a thing that the masks [N, t*h*w] hide. seen: bool
+    [N, T, H, W]."""
+    frames = seen.shape[1] // grid[0]
+    hidden = mask.unflatten(1, grid).float().repeat_interleave(frames, dim=1)
+    hidden = F.interpolate(hidden, seen.shape[2:]) > 0.5  # each pixel that of its token
+    inside = (hidden & seen).sum((1, 2, 3)) / seen.sum((1, 2, 3))  # NaN where it is never seen
+    return inside.nanmean().item()
+
+
+def measure(data, maps, count):
+    """Yields (mask, share of the actor, share of the bystander). maps: the folder of the study's
+    other maps."""
+    videos = read_manifest(data)
+    count = min(count, len(videos))
+    prefix = Path(data).with_suffix("")
+    encoder = models.Encoder("tiny")
+    frames, stride = encoder.config["frames"], encoder.config["stride"]
+    grid = encoder.grid
+    times = clip_times(0, SECONDS, toy.FPS, frames, stride, 0.5)
+    middles = torch.from_numpy(times.reshape(grid[0], -1).mean(1) / SECONDS).float()
+    place = {
+        "times": middles.expand(count, -1),
+        "box": torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, -1),
+        "flip": torch.zeros(count, dtype=torch.bool),
+        "grid": grid,
+    }
+    actor = things(f"{prefix}.masks.npy", count, times)
+    bystander = things(f"{prefix}.bystander.npy", count, times)
+
+    def read(path):
+        array, _ = open_array(path, videos, "python experiments/study.py --jobs 2")
+        return torch.from_numpy(array[:count].copy())
+
+    sources = {"": f"{prefix}.saliency.npy"}
+    for source in study.SOURCES:
+        sources[f" of {source}"] = maps / f"{source}.saliency.npy"
+    motion = masking.cut_motion(
+        read(f"{prefix}.motion.npy"), **place, seconds=torch.full((count,), SECONDS)
+    )
+    masks = [("random", None), ("tube", None), ("motion", None), ("flow", None)]
+    masks += [("text-inverse", sources[""])]
+    masks += [(f"text{source}", path) for source, path in sources.items()]
+    for name, path in masks:
+        kind = name.split(" of ")[0]
+        needed = {}
+        if path is not None:
+            needed["saliency"] = masking.cut_maps(read(path)[:, 0], **place)  # the first caption's
+        elif masking.NEEDS[kind] == "motion":
+            needed["motion"] = motion
+        generator = torch.Generator().manual_seed(0)
+        mask = masking.make_mask(kind, RATIO, count, grid, generator=generator, **needed)
+        yield name, hidden_share(mask, grid, actor), hidden_share(mask, grid, bystander)
+
+
+@one_line_errors
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data", default="data/train.csv", help="data/toy.py's manifest")
+    parser.add_argument(
+        "--maps", type=Path, default=study.OUT / "maps", help="folder of the study's other maps"
+    )
+    parser.add_argument("--videos", type=positive_int, default=600, help="so many are looked at")
+    args = parser.parse_args(argv)
+    print(f"| mask at {RATIO} | hides of the actor | of the bystander |\n|---|---|---|")
+    rows = measure(args.data, args.maps, args.videos)
+    for name, actor, bystander in sorted(rows, key=lambda row: row[1]):
+        print(f"| {name} | {actor:.2f} | {bystander:.2f} |")
+
+
+if __name__ == "__main__":
+    launch(main)
