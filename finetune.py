@@ -37,7 +37,7 @@ step (16 per GPU, the default, x accum 3 x 8 GPUs) with 2 samples of each (--rep
         --head-dropout 0.5 --views 5 3
     HMDB51 (ours: VideoMAE has no script)                               lr 2.5e-4, floor 5e-6
         the flags of UCF101
-    Diving48 (ours: mirroring would mix up left and right)              lr 2.5e-4, floor 5e-7
+    Diving48 (ours; without mirroring, as Something-Something)          lr 2.5e-4, floor 5e-7
         --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
 
 Training clips are cropped at random, half of them mirrored (give --no-flip where direction is the
@@ -683,6 +683,11 @@ def fine_tune(args, model, splits, machine, stop):
     )
     machine.say(schedule.about(args.blr, args.min_blr, state.step, state.begun_for))
     machine.say(layer_table(state.optimizer, model.config["depth"], args.lr))
+    steps = schedule.last_step - state.step
+    if not machine.on_gpu and args.size != "tiny" and steps > 0:
+        multiply_adds, _ = models.count_flops(model, model.num_tokens)  # the encoder's
+        samples = schedule.samples_per_step // args.ranks
+        machine.say(checks.note_on_cpu(args.size, multiply_adds, samples, steps))
     if machine.rank == 0:
         resume.take_folder(out, args.resume, vars(args), state.step)
         if state.step < schedule.last_step:

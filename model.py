@@ -567,7 +567,7 @@ class VideoViT(Encoder):
 
 
 def count_flops(
-    model: VideoMAE, num_visible: int, num_decoded: int | None = None
+    model: VideoMAE | Encoder, num_visible: int, num_decoded: int | None = None
 ) -> tuple[int, int]:
     """The cost of one clip's forward pass, (encoder, decoder), if `num_visible` tokens are encoded
     and `num_decoded` others are decoded (None: all others).

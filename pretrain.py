@@ -569,13 +569,10 @@ def describe(args, model, arrays, state, schedule, machine):
         if array is not None and (gaps := describe_gaps(f"the {kind} array", filled(array))):
             yield f"note         {gaps}"
     if not machine.on_gpu and args.size != "tiny":
+        multiply_adds = sum(models.count_flops(model, num_visible, num_decoded))
         samples = schedule.samples_per_step // args.ranks
-        seconds = checks.time_on_cpu(model, samples, num_visible, num_decoded)
-        hours = seconds * (schedule.last_step - state.step) / 3600
-        yield (
-            f"note         --size {args.size} on a CPU: about {seconds:.2g} s per step, "
-            f"{hours:.2g} hours in all; it wants a GPU; --size tiny is for CPUs"
-        )
+        steps = schedule.last_step - state.step
+        yield checks.note_on_cpu(args.size, multiply_adds, samples, steps)
 
 
 @one_line_errors

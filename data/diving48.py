@@ -12,8 +12,9 @@ writes data/diving48/train.csv, val.csv (the official test list: there is no val
 classes.txt, where a class is its four attributes, such as "Back 15som 05Twis FREE". Each file is
 one dive, so its frame numbers are not needed.
 
-Confusing: version 1 (Diving48_train.json, Diving48_test.json) names the same videos with labels
-that are known to be noisy, and results on the two cannot be compared. It is read with --v1 alone.
+Confusing: version 1 (Diving48_train.json, Diving48_test.json) names mostly the same videos, with
+labels that are known to be noisy, and results on the two cannot be compared. It is read with --v1
+alone.
 """
 
 import os

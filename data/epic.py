@@ -212,7 +212,8 @@ def main(argv=None):
     for split in lines:
         segments[split], left_out = read_segments(lines[split], id_column, verbs, nouns)
         empty += left_out
-    print(f"{empty} segments end at or before their start: left out")
+    if empty:
+        print(f"{empty} segments end at or before their start: left out")
     numbers, classes = number_classes(args.task, segments, verbs, nouns)
 
     videos = lists.Videos(args.videos, args.out)

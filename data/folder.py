@@ -1,45 +1,166 @@
-r"""Any videos of your own, in one folder a class: ROOT/CLASS/*.mp4 (or mkv, webm, avi, mov),
+r"""Any videos of your own, in one folder per class: ROOT/CLASS/*.mp4 (or mkv, webm, avi, mov),
 nested deeper if you like.
 
     python data/folder.py --videos ROOT --out data/mine
     python data/folder.py --videos ROOT --out data/mine --val 0.2 --seed 0 --group '(.*?)(_c\d+)?$'
 
-writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. Within each class, `--val`
-of its groups go to val.csv, drawn by the seed, at least one and never all, where it has two. A
-group is what must not be torn apart, such as the clips cut from one recording: clips of one scene
-on both sides make accuracies meaningless. `--group` is a regular expression, searched in the file's
-name without extension; its first parentheses are the group. The one above leaves a number of the
-clip at the name's end out: UCF's v_Archery_g01_c02 and v_Archery_g01_c03 are one group, and a name
-without such a number, holiday, is a group of its own. A name in which it finds nothing is refused.
-Without --group every file is a group of its own.
+writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. The script draws which
+videos go to val.csv: in each class the share `--val` of its groups, by the seed, at least one group
+and never all. The group of a class that has only one goes to train.csv.
 
-If ROOT holds nothing but train/ and val/ (or validation/, or test/), these are the split, with the
-classes inside. A test/ beside a val/ becomes test.csv.
+A group is what must stay on one side, such as the clips cut from one recording: with clips of one
+scene in both train.csv and val.csv, accuracies mean nothing. Without `--group` every video is a
+group of its own. `--group` is a regular expression that is searched in the file's name without
+extension; what its first parentheses match is the group. The one above leaves out a clip's number
+at the end of the name:
+
+    v_Archery_g01_c02, v_Archery_g01_c03    both in the group v_Archery_g01
+    holiday                                 has no such number: in the group holiday
+
+A name in which the expression finds nothing is refused.
+
+If ROOT holds train/ and val/ (or validation/, or test/) alone, these are the split, with the class
+folders inside. A test/ beside a val/ becomes test.csv.
 """
 
 import os
 import random
 import re
 import sys
+from typing import NamedTuple
 
 import lists
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+# Folders of these names, in capitals or not, are hardly classes if there are class folders in them.
+NAMES_OF_SPLITS = {*SPLITS, "training", "valid", "validate", "testing"}
+
+
+class File(NamedTuple):
+    name: str  # path in the folder of videos
+    kind: str  # the class
+    group: str
+    split: str | None  # train, val or test; None: to be drawn
+
+
+def compile_group(text):
+    """The regular expression of --group, or None."""
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        sys.exit(f"--group {text!r}: is no regular expression ({error})")
+    if not pattern.groups:
+        sys.exit(f"--group {text!r}: expected parentheses around what names the group")
+    return pattern
+
+
+def find_splits(folder, names):
+    """{"train": "train", "validation": "val"}, and so on, if the folder of videos is divided in
+    this way, and {} if it holds class folders alone. Ends with one line if it is neither."""
+    tops = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    if "train" in tops and len(tops) > 1 and SPLITS.keys() >= set(tops):
+        splits = {top: SPLITS[top] for top in tops}
+        if "val" not in splits.values():
+            splits["test"] = "val"
+        return splits
+    suspects = [top for top in tops if top.casefold() in NAMES_OF_SPLITS]
+    hold_folders = any(
+        name.split(os.sep)[0] in suspects and name.count(os.sep) > 1 for name in names
+    )
+    # a single folder "train" with videos directly in it may well be a class
+    if hold_folders or len(suspects) > 1:
+        found = suspects + [top for top in tops if top not in suspects]
+        more = ", ..." if len(found) > 5 else ""
+        sys.exit(
+            f"{folder}: found {', '.join(f'{top}/' for top in found[:5])}{more}: expected class "
+            "folders alone, or train/ with val/ (or validation/, test/) alone and the class "
+            "folders in these (rename a class that is called like a split)"
+        )
+    return {}
+
+
+def each_once(names):
+    """The names without those of the same video, which differ in the extension alone."""
+    chosen = {}
+    for name in sorted(names, key=lists.preference):
+        chosen.setdefault(os.path.splitext(name)[0], name)
+    if len(chosen) < len(names):
+        print(
+            f"{len(names) - len(chosen)} videos are there with another extension, too: each is "
+            f"taken once ({', '.join(lists.EXTENSIONS)}: the first of these)"
+        )
+    return sorted(chosen.values())
+
+
+def read_names(folder, names, splits, pattern):
+    """The [File] of the videos that are in class folders. splits: from `find_splits`."""
+    files = []
+    loose = 0
+    for name in names:
+        parts = name.split(os.sep)
+        split = None
+        if splits:
+            split = splits.get(parts.pop(0))
+        if len(parts) < 2:
+            loose += 1
+            continue
+        lists.to_utf8(name)  # ends here if it is not: a csv cannot hold it
+        group = name
+        if pattern:
+            match = pattern.search(os.path.splitext(parts[-1])[0])
+            if match is None or match[1] is None:
+                sys.exit(
+                    f"{os.path.join(folder, name)}: --group {pattern.pattern!r} finds no group in "
+                    r"its name: make optional what some names lack, as in '(.*?)(_c\d+)?$'"
+                )
+            group = match[1]
+        files.append(File(name, parts[0], group, split))
+    if loose:
+        print(f"{loose} videos are in no class folder: left out")
+    if not files:
+        sys.exit(
+            f"{folder}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), found "
+            "none (--videos sets the folder)"
+        )
+    return files
+
+
+def check_given(folder, files, splits):
+    """Ends with one line where train or val has no videos, or a group is in two splits."""
+    for split in ("train", "val"):
+        if not any(file.split == split for file in files):
+            tops = " and ".join(f"{top}/" for top in splits if splits[top] == split)
+            sys.exit(
+                f"{folder}: found no videos in class folders in {tops}: expected CLASS/*.mp4 in "
+                "train/ and in val/ (or validation/, test/)"
+            )
+    first_of = {}
+    for file in files:
+        first = first_of.setdefault(file.group, file)
+        if first.split != file.split:
+            sys.exit(
+                f"{os.path.join(folder, file.name)}: group {file.group!r} is in {file.split}, but "
+                f"also in {first.split} ({first.name})"
+            )
 
 
 def draw(groups, share, seed):
-    """The groups that go to validation. groups: {class: {group}}, a group may be in several
-    classes. share: of each class.
-    """
-    held, kept = set(), set()
+    """The groups that go to validation.
+
+    groups: {class: its set of groups}; a group may be in several classes. share: how large a part
+    of each class's groups."""
+    held = set()
+    kept = set()
     for name in sorted(groups):
+        n = len(groups[name])
+        goal = min(max(round(share * n), 1), n - 1)
+        missing = max(goal - len(groups[name] & held), 0)
         free = sorted(groups[name] - held - kept)
         random.Random(f"{seed} {name}").shuffle(free)
-        wanted = min(max(round(share * len(groups[name])), 1), len(groups[name]) - 1) - len(
-            groups[name] & held
-        )
-        held |= set(free[: max(wanted, 0)])
-        kept |= set(free[max(wanted, 0) :])
+        held |= set(free[:missing])
+        kept |= set(free[missing:])
     return held
 
 
@@ -57,7 +178,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="its first parentheses are the group (default: each file its own)",
+        help="its first parentheses are the group (default: each video its own)",
     )
     return parser.parse_args(argv)
 
@@ -66,77 +187,40 @@ def main(argv=None):
     args = parse_args(argv)
     if not 0 < args.val < 1:
         sys.exit(f"--val {args.val:g}: expected a share between 0 and 1")
-    try:
-        pattern = re.compile(args.group or "")
-    except re.error as error:
-        sys.exit(f"--group {args.group!r}: is no regular expression ({error})")
-    if args.group and not pattern.groups:
-        sys.exit(f"--group {args.group!r}: expected parentheses around what names the group")
+    pattern = compile_group(args.group)
     videos = lists.Videos(args.videos, args.out)
-    tops = {name.split(os.sep)[0] for name in videos.names if os.sep in name}
-    given = "train" in tops and len(tops) > 1 and tops <= set(SPLITS)
-    files = []  # (path, split or None, class, group)
-    loose = 0
-    for name in videos.names:
-        split, *rest = name.split(os.sep) if given else [None, *name.split(os.sep)]
-        if len(rest) < 2:
-            loose += 1
-            continue
-        match = pattern.search(os.path.splitext(rest[-1])[0])
-        if args.group and (match is None or match[1] is None):
-            sys.exit(
-                f"{os.path.join(args.videos, name)}: --group {args.group!r} finds no group in its "
-                r"name: make optional what some names lack, as in '(.*?)(_c\d+)?$'"
-            )
-        files.append((name, SPLITS.get(split), rest[0], match[1] if args.group else name))
-    if loose:
-        print(f"{loose} videos are in no class folder: left out")
-    if not files:
-        sys.exit(
-            f"{args.videos}: expected videos in class folders ({', '.join(lists.EXTENSIONS)}), "
-            "found none (--videos)"
-        )
+    given = find_splits(args.videos, videos.names)
+    files = read_names(args.videos, each_once(videos.names), given, pattern)
     groups = {}
-    for _, _, name, group in files:
-        groups.setdefault(name, set()).add(group)
+    for file in files:
+        groups.setdefault(file.kind, set()).add(file.group)
     if given:
-        only_test = not any(split == "val" for _, split, _, _ in files)
-        files = [
-            (name, "val" if only_test and split == "test" else split, *rest)
-            for name, split, *rest in files
-        ]
-        homes = {}
-        for name, split, _, group in files:
-            other, home = homes.setdefault(group, (name, split))
-            if home != split:
-                sys.exit(
-                    f"{os.path.join(args.videos, name)}: group {group!r} is in {split}, but also "
-                    f"in {home} ({other})"
-                )
+        check_given(args.videos, files, given)
     else:
         held = draw(groups, args.val, args.seed)
-        files = [
-            (name, "val" if group in held else "train", *rest, group)
-            for name, _, *rest, group in files
-        ]
+        files = [file._replace(split="val" if file.group in held else "train") for file in files]
+        if not held:
+            sys.exit(
+                f"{args.videos}: expected a class of two groups or more to draw val.csv from, "
+                "found none (--group)"
+            )
+
     classes = sorted(groups)
-    sides = {}
-    for _, split, name, _ in files:
-        sides.setdefault(name, set()).add(split)
+    sides = {name: set() for name in classes}
+    for file in files:
+        sides[file.kind].add(file.split)
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
         more = ", ..." if len(lone) > 10 else ""
         print(f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{more}")
-    splits = {}
+
     numbers = {name: i for i, name in enumerate(classes)}
-    for name, split, kind, _ in files:
-        splits.setdefault(split, []).append(lists.Row(videos.path(name), numbers[kind], name, name))
-    if "val" not in splits:
-        sys.exit(
-            f"{args.videos}: expected a class of two groups or more to draw val.csv from, found "
-            "none (--group)"
-        )
-    splits = {split: splits[split] for split in ("train", "val", "test") if split in splits}
-    lists.write(args.out, splits, classes, folder=args.videos)
+    rows = {"train": [], "val": [], "test": []}
+    for file in files:
+        path = videos.path(file.name)
+        rows[file.split].append(lists.Row(path, numbers[file.kind], file.name, file.name))
+    if not rows["test"]:
+        del rows["test"]
+    lists.write(args.out, rows, classes, folder=args.videos)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     ending = f"_test_split{args.split}.txt"
+    # "[!.]": not macOS's "._CLASS_test_split1.txt"
     paths = sorted(
-        Path(args.annotations).glob(f"*{ending}"), key=lambda path: path.name[: -len(ending)]
+        Path(args.annotations).glob(f"[!.]*{ending}"), key=lambda path: path.name[: -len(ending)]
     )
     if not paths:
         sys.exit(

@@ -15,10 +15,11 @@ Videos       not distributed by DeepMind: the CVD Foundation ("cvdfoundation/kin
     python data/kinetics.py --videos /disk/k400 --list /disk/train.csv /disk/val.csv \\
         --classes /disk/label_map_k400.txt
 
-writes train.csv, val.csv, test.csv (those there are annotations for), classes.txt, and
+writes train.csv, val.csv, test.csv (those that have annotations and videos), classes.txt, and
 missing-train.txt, ... with the videos that are not on disk. Classes are numbered alphabetically, as
-everybody does. Clips may be called ID_000010_000020.mp4 (the seconds) or ID.mp4, in folders named
-by label (with spaces or underscores), by split, or all in one; mkv and webm serve too.
+in the lists of VideoMAE and mmaction2. Clips may be called ID_000010_000020.mp4 (the seconds) or
+ID.mp4, in folders named by label (with spaces or underscores), by split, or all in one; mkv and
+webm serve too.
 
 With --untrimmed, ID.mp4 is the whole YouTube video, and the clip's start and end go to the
 manifest. With --list, the lists of VideoMAE, SlowFast and mmaction2 are read: a line is "path
@@ -58,19 +59,22 @@ def official_files(paths):
     """The files among the paths, and in the folders among them those named by a split."""
     files = []
     for path in paths:
+        if not os.path.exists(path):
+            sys.exit(f"{path}: no such file or folder (--annotations sets the folder or the files)")
         if not os.path.isdir(path):
             files.append(path)
             continue
-        inside = sorted(Path(path).glob("*.csv"))
+        # "[!.]": not macOS's "._train.csv"
+        inside = sorted(Path(path).glob("[!.]*.csv"))
         # Kinetics-600 as the CVD Foundation has it: train.txt and val.txt are csv files, too
-        inside += [file for file in sorted(Path(path).glob("*.txt")) if is_official(file)]
+        inside += [file for file in sorted(Path(path).glob("[!.]*.txt")) if is_official(file)]
         for file in inside:
             if any(split in file.stem.lower() for split in ("train", "val", "test")):
                 files.append(file)
     if not files:
         sys.exit(
             f"{paths[0]}: expected train.csv, val.csv or validate.csv in it, found none "
-            "(--annotations)"
+            "(--annotations sets the folder or the files)"
         )
     return files
 
@@ -124,14 +128,14 @@ def read_official(paths, names, args):
         lists.expect(label in numbers, where, "a label that --classes names", repr(label))
         clip = f"{key}_{start:06d}_{end:06d}"
         path = videos.find(clip, label)
+        wanted = f"{label}/{clip}.mp4"
         span = (None, None)
         if path is None:
             path = videos.find(key, label)
             if args.untrimmed:
+                wanted = f"{key}.mp4"
                 span = (start, end)
-        splits.setdefault(split, []).append(
-            lists.Row(path, numbers[label], where, f"{label}/{clip}.mp4", *span)
-        )
+        splits.setdefault(split, []).append(lists.Row(path, numbers[label], where, wanted, *span))
     return splits, names
 
 
@@ -199,6 +203,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.list and args.untrimmed:
+        sys.exit("--untrimmed goes with --annotations: the lines of --list have no start and end")
     names = read_names(args.classes) if args.classes else None
     if args.list:
         splits, names = read_lists(args.list, names, args)

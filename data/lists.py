@@ -32,7 +32,8 @@ class Row(NamedTuple):
     start: float | None = None  # seconds
     end: float | None = None
     extra: tuple = ()  # values of the further columns
-    # rows of the same id are duplicates; None: rows of the same path, start and end are
+    # Two rows with the same id are duplicates. Without ids, two rows with the same path, start and
+    # end are.
     id: str | None = None
 
     @property
@@ -159,7 +160,8 @@ def read_entries(path, *keys):
 
 def list_videos(folder):
     """The paths of the videos below a folder, relative to it. Links are followed, and each folder
-    is entered once; a link that leads nowhere is no video."""
+    is entered once. A link that leads nowhere is no video, and neither is "._1.mp4": macOS writes
+    such files beside the real ones on disks of other systems."""
     names = []
     entered = set()
     waiting = [""]
@@ -173,6 +175,8 @@ def list_videos(folder):
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
                 for entry in entries:
+                    if entry.name.startswith("._"):
+                        continue
                     if entry.is_symlink() and not os.path.exists(entry.path):
                         continue
                     name = os.path.join(inner, entry.name)
@@ -222,8 +226,10 @@ class Videos:
         return os.path.normpath(os.path.join(self._prefix, name))
 
     def find(self, stem, folder=None):
-        """The csv's path of the video with this name, extension not counted, or None. With
-        `folder`, it lies in a folder of that name, or else in none that is another class's."""
+        """The csv's path of the video with this name, extension not counted, or None.
+
+        folder: the name of the video's class. A file in a folder of this name is preferred. If
+        there is none, a file in any folder that is not another class's is taken."""
         names = self._by_stem.get(stem, ())
         if folder is not None and names:
             parents = [self._plain(os.path.basename(os.path.dirname(name))) for name in names]
@@ -249,33 +255,35 @@ def write(out, splits, classes, columns=(), folder="", within=()):
     """Writes {split: [Row]} as {split}.csv, missing-{split}.txt and classes.txt (line i: class i)
     into the folder `out`.
 
-    Videos that are not on disk and duplicates are left out and counted. Before anything is written,
-    a video with two labels or in two splits ends the script (splits named in `within` are a part of
-    another), and so do a split without videos, a file that is not of these scripts, and a csv from
-    an earlier run that would stay beside the classes.txt of other classes.
+    Videos that are not on disk and duplicates are left out and counted, and so is a split without
+    any video on disk, unless it is train or the only one. Before anything is written, these end the
+    script:
+
+    * a video with two labels, or in two splits (splits named in `within` are a part of another);
+    * a split without rows, train without videos on disk, and no split with videos on disk;
+    * what `refuse_to_overwrite` refuses.
+
     folder: that of the videos, for a message.
     """
+    for path in (folder, str(out)):  # both are printed
+        to_utf8(path)
     out = Path(out)
     refuse_overlaps(splits, within)
-    kept = {split: keep(split, rows, classes, folder) for split, rows in splits.items()}
+    kept = {split: keep(split, rows, classes) for split, rows in splits.items()}
+    kept = leave_out_absent(kept, folder)
     numbering = "".join(f"{name}\n" for name in classes)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        refuse_to_overwrite(out, splits, numbering)
-        for split in splits:
+        refuse_to_overwrite(out, kept, numbering)
+        for split in kept:
             write_split(out, split, kept[split], classes, columns)
         # last: without a csv beside it, the next run would not know it for one of ours
         replace(out / "classes.txt", numbering)
     except OSError as error:
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
-    except UnicodeEncodeError as error:
-        sys.exit(
-            f"{error.object[max(error.start - 40, 0) : error.end + 40]!a}: a name that is not "
-            "UTF-8: rename the file"
-        )
     print(
         "next, to check the files, in the repository's folder: "
-        f"python -m tgm.prepare {out.absolute() / next(iter(splits))}.csv, and so on"
+        f"python -m tgm.prepare {out.absolute() / next(iter(kept))}.csv, and so on"
     )
 
 
@@ -292,7 +300,7 @@ def refuse_overlaps(splits, within):
                 )
 
 
-def keep(split, rows, classes, folder):
+def keep(split, rows, classes):
     """The Kept of a split's rows."""
     if not rows:
         sys.exit(f"{split}: has no rows: check the annotations, and the flags that choose its rows")
@@ -307,12 +315,24 @@ def keep(split, rows, classes, folder):
     on_disk = [row for row in unique.values() if row.path is not None]
     # a dict, because one video may have several rows
     missing = list(dict.fromkeys(row.wanted for row in rows if row.path is None))
-    if not on_disk:
-        sys.exit(
-            f"{split}: none of its {len(unique)} rows has a video on disk: looked first for "
-            f"{os.path.join(folder, missing[0])} (--videos sets the folder)"
-        )
     return Kept(on_disk, missing, len(rows) - len(unique))
+
+
+def leave_out_absent(kept, folder):
+    """The splits of {split: Kept} that have videos on disk. Another one is left out with a warning,
+    unless it is train or none has videos: then the script ends with one line."""
+    present = {split: content for split, content in kept.items() if content.rows}
+    for split, content in kept.items():
+        if split in present:
+            continue
+        problem = (
+            f"{split}: none of its {len(content.missing)} videos is on disk: looked first for "
+            f"{os.path.join(folder, content.missing[0])} (--videos sets the folder)"
+        )
+        if split == "train" or not present:
+            sys.exit(problem)
+        print(f"warning: {problem}: {split}.csv is not written")
+    return present
 
 
 def is_manifest(path):
@@ -324,15 +344,24 @@ def is_manifest(path):
 
 
 def refuse_to_overwrite(out, splits, numbering):
-    """Ends with one line before a file that is not of these scripts is overwritten, or a csv is
-    left beside a classes.txt that is not its own. numbering: what classes.txt is to hold."""
+    """Ends with one line where this run would overwrite a file that is not of these scripts, or
+    leave a csv beside a classes.txt that is not its own. The rules:
+
+    * A csv is ours if it has our header. Another csv is not overwritten.
+    * Text files have no header. They are ours if a csv of ours is beside them, and a classes.txt
+      also if it already holds what this run writes. Others are not overwritten.
+    * An empty file may always be overwritten.
+    * A csv of ours that this run does not replace may stay only if classes.txt stays as it is.
+
+    splits: those that this run writes. numbering: what it writes to classes.txt."""
     ours = [split for split in SPLITS if is_manifest(out / f"{split}.csv")]
     classes = out / "classes.txt"
-    same = classes.is_file() and classes.read_bytes() == numbering.encode("utf-8")
+    classes_stay = classes.is_file() and classes.read_bytes() == to_utf8(numbering)
     foreign = [out / f"{split}.csv" for split in splits if split not in ours]
-    if not ours:  # text files have no header: they are ours where a csv of ours is beside them
+    if not ours:
         foreign += [out / f"missing-{split}.txt" for split in splits]
-        foreign += [] if same else [classes]
+        if not classes_stay:
+            foreign.append(classes)
     for path in foreign:
         if path.exists() and path.stat().st_size > 0:
             sys.exit(
@@ -340,7 +369,7 @@ def refuse_to_overwrite(out, splits, numbering):
                 "not overwritten (--out writes elsewhere)"
             )
     for split in ours:
-        if split not in splits and not same:
+        if split not in splits and not classes_stay:
             sys.exit(
                 f"{out / split}.csv: is of an earlier run with other classes: delete it "
                 "(or --out writes elsewhere)"
@@ -375,8 +404,17 @@ def write_split(out, split, kept, classes, columns):
 def replace(path, text):
     """Writes the file aside and renames it."""
     aside = path.with_name(path.name + ".new")
-    aside.write_bytes(text.encode("utf-8"))
+    aside.write_bytes(to_utf8(text))
     os.replace(aside, path)
+
+
+def to_utf8(text):
+    """The text as bytes. Ends with one line if a name in it is not UTF-8."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 40, 0) : error.end + 40]
+        sys.exit(f"{around!a}: a name that is not UTF-8: rename the file")
 
 
 def seconds(value):

@@ -34,11 +34,16 @@ def read_split(path, numbers, videos):
     for where, entry in lists.read_entries(path, "id", "label", "template"):
         name = str(entry["template"]).replace("[", "").replace("]", "")
         lists.expect(name in numbers, where, "a template that labels.json numbers", repr(name))
+        caption = entry["label"]
+        lists.expect(
+            isinstance(caption, str) and caption.strip(),
+            where,
+            "a text as the label",
+            repr(caption),
+        )
         stem = str(entry["id"])
         rows.append(
-            lists.Row(
-                videos.find(stem), numbers[name], where, f"{stem}.webm", extra=(entry["label"],)
-            )
+            lists.Row(videos.find(stem), numbers[name], where, f"{stem}.webm", extra=(caption,))
         )
     return rows
 

@@ -319,7 +319,9 @@ def parse_args(argv=None):
         "--workers", type=whole(1, 1024), default=2, help="processes that draw and encode"
     )
     parser.add_argument(
-        "--train-models", action="store_true", help="train the tiny BLIP and CLIP instead"
+        "--train-models",
+        action="store_true",
+        help="train the tiny BLIP and CLIP instead, into the folder toy/ in --out",
     )
     parser.add_argument(
         "--report",
@@ -336,7 +338,7 @@ def main(argv=None):
     if args.train_models:
         import toy_models
 
-        toy_models.main(["--seed", str(args.seed)])
+        toy_models.main(["--seed", str(args.seed), "--out", str(args.out / "toy")])
     elif args.report:
         if not args.report.is_dir():
             raise RunError(f"--report {args.report}: no such folder (./demo.sh makes runs/demo)")

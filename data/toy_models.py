@@ -15,7 +15,6 @@ them.) An empty scene is captioned "nothing". Without it, CLIP says one of the c
 sees no other, and the patches of that colour do not match its name.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 import torch.nn.functional as F
 import toy
 from tqdm import tqdm
+
+from tgm.flags import Parser, positive_int
 
 FOLDER = Path(__file__).parent / "toy"
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -187,15 +188,13 @@ def train_blip(folder, seed, steps, batch=128, lr=1e-3):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", choices=("clip", "blip"), help="train one of the two")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder that gets blip/ and clip/")
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps (default: 3000 for clip, 3600 for blip)"
+        "--steps", type=positive_int, help="optimiser steps (default: 3000 for clip, 3600 for blip)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the images and the weights")
     args = parser.parse_args(argv)
     for name, function, steps in (("clip", train_clip, 3000), ("blip", train_blip, 3600)):
         if args.only in (None, name):

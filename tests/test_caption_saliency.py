@@ -5,6 +5,7 @@ refusals.
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -293,7 +294,14 @@ def test_captions_without_a_json_get_none(copy):
 
 
 @pytest.mark.parametrize(
-    "line", ["1", "null", '{"captions": []}', '{"path": "a.mp4", "captions": "a dog"}']
+    "line",
+    [
+        "1",
+        "null",
+        '{"captions": []}',
+        '{"path": "a.mp4", "captions": "a dog"}',
+        '{"path": "a.mp4", "captions": [3, null]}',
+    ],
 )
 def test_a_line_that_is_no_entry_is_refused(copy, line):
     path = copy / "data/train.captions.jsonl"
@@ -308,6 +316,18 @@ def test_a_line_that_is_no_entry_is_refused(copy, line):
         if about:
             (copy / "data/train.captions.json").unlink()
     assert "is damaged" in run("saliency.py", "--clip", CLIP, cwd=copy, fails=True)
+
+
+@pytest.mark.parametrize("name", ["x.json", "."])
+def test_captions_take_any_name_that_does_not_end_in_json(tmp_path, name):
+    with pytest.raises(RunError) as error:
+        CaptionFile(tmp_path / name if name != "." else Path("."), [], {})
+    path = "." if name == "." else tmp_path / name
+    assert str(error.value) == (
+        f"--out {path}: expected a name that ends in .jsonl, or in anything but .json: what made "
+        "the captions is written to the same name with .json"
+    )
+    assert CaptionFile(tmp_path / "x.txt", [], {}).about_path == tmp_path / "x.json"
 
 
 def test_captions_refuse(copy):
@@ -472,9 +492,14 @@ def test_saliency_refuses(copy):
     assert run(*base, cwd=copy, fails=True).endswith(
         "make it with: python caption.py --data data/train.csv"
     )
-    assert "cannot load it" in run(
-        "saliency.py", "--data", "data/val.csv", "--clip", "ViT-Z-99", cwd=copy, fails=True
-    )
+    base = ("saliency.py", "--data", "data/val.csv", "--clip")
+    line = run(*base, "ViT-Z-99", cwd=copy, fails=True)
+    assert "cannot load it: no such model in open_clip; names near to it are ViT-" in line
+    line = run(*base, "qqqqqqqqqq", cwd=copy, fails=True)
+    assert line.endswith("cannot load it: no such model in open_clip; no name is near to it")
+    # who gives a folder knows how to
+    line = run(*base, "local-dir:nowhere", cwd=copy, fails=True)
+    assert "cannot load it: " in line and "toy" not in line
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
@@ -578,9 +603,9 @@ def test_labels_of_a_manifest_that_has_grown(copy):
     )
     for extend in ([], ["--extend"]):
         assert run("caption.py", *data, "--model", BLIP, *extend, cwd=copy, fails=True) == (
-            "data/few.captions.jsonl: made by --labels, which makes all of them again in seconds "
-            "(give --labels, and --label-column and --classes as before); --resume none captions "
-            "with a model instead"
+            "data/few.captions.jsonl: these captions are labels: make them again with --labels, in "
+            "seconds (give --label-column and --classes as before), or replace them by a model's "
+            "with --resume none"
         )
     run("caption.py", "--labels", *data, *column, cwd=copy)
     assert "7 of 7 videos" in run(*texts, "--extend", cwd=copy)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import run
 from PIL import Image
@@ -31,6 +32,14 @@ def test_a_log_is_read_as_far_as_it_is_whole(tmp_path):
 def test_running_means():
     assert curves.smooth([1, 2, 3, 4], 2) == [1.5, 2.5, 3.5]
     assert curves.smooth([5, 5, 5], 3) == [5]
+
+
+def test_running_means_leave_out_what_is_not_finite():
+    nan = float("nan")
+    means = curves.smooth([1, nan, 3, float("inf"), 7, 9], 2)
+    assert means == [1, 3, 3, 7, 8]
+    means = curves.smooth([1, nan, nan, 3], 2)
+    assert means[0] == 1 and np.isnan(means[1]) and means[2] == 3
 
 
 def test_one_panel_per_quantity_that_was_logged(tmp_path, monkeypatch):

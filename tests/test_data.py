@@ -214,6 +214,62 @@ def test_kinetics_untrimmed(script, tmp_path):
     assert "2 rows, 2 classes, 0 videos missing, 1 duplicates" in printed
 
 
+def test_kinetics_untrimmed_names_the_missing_videos(script, tmp_path):
+    """By the name of the whole video, once, however many of its clips are missing."""
+    put(
+        tmp_path / "lists/train.csv",
+        HEADER,
+        "abseiling,aaa,59,69,train,0",
+        "abseiling,gone,1,11,train,0",
+        "diving,gone,20,30,train,0",
+    )
+    touch(tmp_path / "videos", "aaa.mp4")
+    printed = script("kinetics", "--untrimmed")
+    assert (tmp_path / "out/missing-train.txt").read_text() == "gone.mp4\n"
+    assert "1 rows, 1 classes, 1 videos missing (missing-train.txt), 0 duplicates" in printed
+    put(tmp_path / "train.txt", "aaa.mp4 0")
+    line = script("kinetics", "--list", "train.txt", "--untrimmed", annotations=False, fails=True)
+    assert line == (
+        "--untrimmed goes with --annotations: the lines of --list have no start and end"
+    )
+
+
+def test_a_split_without_videos_on_disk(script, tmp_path):
+    """It is left out if others have videos, but never train."""
+    kinetics_lists(tmp_path)
+    touch(tmp_path / "videos", "flat.mp4", "vvv.mp4")
+    printed = script("kinetics")
+    assert printed.startswith(
+        "warning: test: none of its 1 videos is on disk: looked first for "
+        "videos/abseiling/ttt_000100_000110.mp4 (--videos sets the folder): test.csv is not written\n"
+    )
+    assert rows(tmp_path / "out/train.csv") == [("flat.mp4", "2", None, None)]
+    assert rows(tmp_path / "out/val.csv") == [("vvv.mp4", "1", None, None)]
+    assert not (tmp_path / "out/test.csv").exists()
+    (tmp_path / "videos/flat.mp4").unlink()
+    assert script("kinetics", fails=True) == (
+        "train: none of its 5 videos is on disk: looked first for "
+        "videos/abseiling/-3B32lodo2M_000059_000069.mp4 (--videos sets the folder)"
+    )
+    # a split by itself
+    line = script("kinetics", "--annotations", "lists/test.csv", annotations=False, fails=True)
+    assert line == (
+        "test: none of its 1 videos is on disk: looked first for "
+        "videos/abseiling/ttt_000100_000110.mp4 (--videos sets the folder)"
+    )
+
+
+def test_a_split_that_is_left_out_is_not_kept_with_other_classes(script, tmp_path):
+    kinetics_lists(tmp_path)
+    touch(tmp_path / "videos", "flat.mp4", "vvv.mp4", "ttt.mp4")
+    script("kinetics")
+    (tmp_path / "videos/ttt.mp4").unlink()
+    put(tmp_path / "names.txt", "air drumming", "abseiling", "massaging person's head")
+    assert script("kinetics", "--classes", "names.txt", fails=True) == (
+        "out/test.csv: is of an earlier run with other classes: delete it (or --out writes elsewhere)"
+    )
+
+
 def test_kinetics_classes_and_files(script, tmp_path):
     kinetics_lists(tmp_path)
     put(tmp_path / "names.txt", "zumba", "air drumming", "abseiling", "massaging person's head")
@@ -405,10 +461,13 @@ def test_kinetics_errors(script, tmp_path, line, message):
 
 
 def test_kinetics_what_is_not_there(script, tmp_path):
-    assert script("kinetics", fails=True) == "lists: cannot be read (No such file or directory)"
+    assert script("kinetics", fails=True) == (
+        "lists: no such file or folder (--annotations sets the folder or the files)"
+    )
     put(tmp_path / "lists/notes.csv", "x")
     assert script("kinetics", fails=True) == (
-        "lists: expected train.csv, val.csv or validate.csv in it, found none (--annotations)"
+        "lists: expected train.csv, val.csv or validate.csv in it, found none "
+        "(--annotations sets the folder or the files)"
     )
     put(tmp_path / "lists/test.csv", "youtube_id,time_start,time_end,split", "x,0,10,test")
     assert script("kinetics", fails=True) == (
@@ -428,7 +487,7 @@ def test_kinetics_what_is_not_there(script, tmp_path):
     )
     (tmp_path / "videos").mkdir()
     assert script("kinetics", fails=True) == (
-        "train: none of its 1 rows has a video on disk: looked first for "
+        "train: none of its 1 videos is on disk: looked first for "
         "videos/abseiling/x_000000_000010.mp4 (--videos sets the folder)"
     )
     touch(tmp_path / "videos", "x.mp4")
@@ -552,6 +611,12 @@ def test_ssv2_errors(script, tmp_path):
         script("ssv2", fails=True)
         == "lists/train.json: entry 1: expected the keys id, label, template, found id"
     )
+    for label in (None, ["a", "cup"], "", " "):
+        held = entry("1", "Holding [something] next to [something]", "x") | {"label": label}
+        put(train, json.dumps([held]))
+        assert script("ssv2", fails=True) == (
+            f"lists/train.json: entry 1: expected a text as the label, found {label!r}"
+        )
     put(train, "[", '{"id": }]')
     assert script("ssv2", fails=True) == "lists/train.json:2: expected json (Expecting value)"
     put(train, "{}")
@@ -959,7 +1024,7 @@ def test_epic_55(script, tmp_path):
         "0,door,\"['door', 'door:kitchen']\"",
     )
     touch(tmp_path / "videos", "P01/P01_01.MP4", "P25/P25_01.MP4", "P26/P26_01.MP4")
-    script("epic")
+    assert "at or before their start" not in script("epic")  # there are none
     assert rows(tmp_path / "out/train.csv") == [
         ("P01/P01_01.MP4", "1", 0.14, 3.37),
         ("P25/P25_01.MP4", "0", 4, 5),
@@ -1107,12 +1172,69 @@ def test_folder_given_split(script, tmp_path):
     assert rows(tmp_path / "out/val.csv") == [("test/b/4_c1.mp4", "1", None, None)]
 
 
+def test_folder_with_a_split_that_is_not_understood(script, tmp_path):
+    """The names of splits do not become classes."""
+    for tops, found in (
+        (("train", "valid"), "train/, valid/"),
+        (("train",), "train/"),
+        (("Train", "testing"), "Train/, testing/"),
+        (("Train",), "Train/"),
+        (("val", "test"), "test/, val/"),
+        (("train", "val", "more"), "train/, val/, more/"),
+        (("train", "a", "b", "c", "d", "e"), "train/, a/, b/, c/, d/, ..."),
+    ):
+        root = f"of {' '.join(tops)}"
+        touch(tmp_path / root, *(f"{top}/{kind}/1.mp4" for top in tops for kind in "AB"))
+        line = script("folder", "--videos", root, annotations=False, fails=True)
+        assert line == (
+            f"{root}: found {found}: expected class folders alone, or train/ with val/ (or "
+            "validation/, test/) alone and the class folders in these (rename a class that is "
+            "called like a split)"
+        )
+        assert not (tmp_path / "out").exists()
+    touch(tmp_path / "videos", "train/1.mp4", "valid/2.mp4")  # no class folders at all
+    assert script("folder", annotations=False, fails=True).startswith(
+        "videos: found train/, valid/"
+    )
+
+
+def test_folder_given_split_with_videos_in_no_class_folder(script, tmp_path):
+    for root, names, where in (
+        ("a", ("train/A/1.mp4", "train/B/2.mp4", "test/3.mp4"), "test/"),
+        ("b", ("train/A/1.mp4", "val/2.mp4", "test/A/3.mp4"), "val/"),
+        ("c", ("train/1.mp4", "val/A/2.mp4"), "train/"),
+        ("d", ("train/A/1.mp4", "val/2.mp4", "validation/3.mp4"), "val/ and validation/"),
+    ):
+        touch(tmp_path / root, *names)
+        assert script("folder", "--videos", root, annotations=False, fails=True) == (
+            f"{root}: found no videos in class folders in {where}: expected CLASS/*.mp4 in train/ "
+            "and in val/ (or validation/, test/)"
+        )
+        assert not (tmp_path / "out").exists()
+
+
+def test_folder_takes_a_video_with_two_extensions_once(script, tmp_path):
+    touch(
+        tmp_path / "videos",
+        *(f"a/{i}.{extension}" for i in range(10) for extension in ("mov", "webm")),
+        *(f"b/{i}.mp4" for i in range(10)),
+        "b/0.avi",
+    )
+    printed = script("folder", "--val", 0.5, annotations=False)
+    assert "11 videos are there with another extension, too: each is taken once" in printed
+    both = rows(tmp_path / "out/train.csv") + rows(tmp_path / "out/val.csv")
+    assert sorted(name for name, *_ in both) == sorted(
+        [f"a/{i}.webm" for i in range(10)] + [f"b/{i}.mp4" for i in range(10)]
+    )
+
+
 def test_folder_errors(script, tmp_path):
     (tmp_path / "videos").mkdir()
     line = script("folder", annotations=False, fails=True)
     assert (
         line
-        == "videos: expected videos in class folders (.mp4, .mkv, .webm, .avi, .mov), found none (--videos)"
+        == "videos: expected videos in class folders (.mp4, .mkv, .webm, .avi, .mov), found none "
+        "(--videos sets the folder)"
     )
     assert (
         script("folder", "--val", 1, annotations=False, fails=True)
@@ -1127,6 +1249,16 @@ def test_folder_errors(script, tmp_path):
     touch(tmp_path / "videos", os.fsdecode(b"a/\xff.mp4"), "a/b.mp4", "a/c.mp4")
     assert script("folder", annotations=False, fails=True).endswith(
         "a name that is not UTF-8: rename the file"
+    )
+    root = tmp_path / "other"
+    touch(root, os.fsdecode(b"\xff/1.mp4"), os.fsdecode(b"\xff/2.mp4"))
+    assert script("folder", "--videos", "other", annotations=False, fails=True) == (
+        r"'\udcff/1.mp4': a name that is not UTF-8: rename the file"
+    )
+    touch(tmp_path / "mine", "a/1.mp4", "a/2.mp4")
+    wrong = ("--videos", "mine", "--out", os.fsdecode(b"\xff"))
+    assert script("folder", *wrong, annotations=False, fails=True) == (
+        r"'\udcff': a name that is not UTF-8: rename the file"
     )
 
 
@@ -1179,6 +1311,23 @@ def test_links_that_lead_nowhere_and_unreadable_folders(script, tmp_path, monkey
     assert sorted(found) == ["../videos/a/1.mp4", "../videos/a/2.mp4", "../videos/a/6.mp4"]
 
 
+def test_files_that_macos_leaves_beside_the_real_ones(script, tmp_path):
+    """A file ._NAME is neither a video nor a list."""
+    touch(tmp_path / "videos", "a/1.mp4", "a/._1.mp4", "a/2.mp4", "._a/3.mp4")
+    script("folder", annotations=False)
+    found = [*column(tmp_path / "out/train.csv", "path"), *column(tmp_path / "out/val.csv", "path")]
+    assert sorted(found) == ["../videos/a/1.mp4", "../videos/a/2.mp4"]
+    put(tmp_path / "lists/a_test_split1.txt", "1.avi 1", "2.avi 2")
+    (tmp_path / "lists/._a_test_split1.txt").write_bytes(b"\0\5\x16\7\xff")
+    script("hmdb51", "--out", "hmdb51")
+    assert (tmp_path / "hmdb51/classes.txt").read_text() == "a\n"
+    put(tmp_path / "lists/train.csv", HEADER, "abseiling,1,0,10,train,0")
+    for name in ("._train.csv", "._train.txt"):
+        (tmp_path / "lists" / name).write_bytes(b"youtube_id\xff")
+    script("kinetics", "--out", "kinetics")
+    assert rows(tmp_path / "kinetics/train.csv") == [("a/1.mp4", "0", None, None)]
+
+
 @pytest.mark.parametrize(
     "name, defaults",
     [
@@ -1212,7 +1361,10 @@ def test_run_as_a_user_does(tmp_path):
         process=True,
         fails=True,
     )
-    assert line == "data/kinetics/annotations: cannot be read (No such file or directory)"
+    assert line == (
+        "data/kinetics/annotations: no such file or folder "
+        "(--annotations sets the folder or the files)"
+    )
 
 
 def test_the_example_of_group_takes_any_name(script, tmp_path):
@@ -1249,3 +1401,28 @@ def test_the_example_of_group_takes_any_name(script, tmp_path):
     assert "make optional what some names lack" in script(
         "folder", "--group", r"(.*)_c\d+$", annotations=False, fails=True
     )
+
+
+# ---- the toy world's models ----------------------------------------------------------------------
+
+
+def test_toy_models_go_to_out(tmp_path, monkeypatch):
+    import toy_models
+
+    calls = []
+    monkeypatch.setattr(toy_models, "main", calls.append)
+    run("data/toy.py", "--train-models", "--seed", 3, "--out", tmp_path)
+    run("data/toy.py", "--train-models")
+    assert calls == [
+        ["--seed", "3", "--out", f"{tmp_path}/toy"],
+        ["--seed", "0", "--out", "data/toy"],
+    ]
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_toy_models_need_a_step(tmp_path, steps):
+    line = run("data/toy_models.py", "--steps", steps, "--out", tmp_path, fails=True)
+    assert line.endswith(
+        f"argument --steps: expected 1 to 2147483647, found {steps} (--help lists the flags)"
+    )
+    assert not list(tmp_path.iterdir())

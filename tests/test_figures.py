@@ -12,6 +12,8 @@ from PIL import Image
 import masking
 import model as models
 from tgm import checkpoints, figures, pictures, preview
+from tgm.run import RunError
+from tgm.video import read_frames
 
 
 @pytest.fixture
@@ -138,6 +140,42 @@ def test_a_figure_misused(saved, copy, flags, line):
     found = run("tgm.figures", "--checkpoint", saved, *flags, cwd=copy, fails=True)
     assert found.startswith(line)
     assert not (copy / "figure.png").exists()
+
+
+def test_a_row_without_motion_says_why_and_what_helps(copy):
+    path = copy / "data/val.motion.npy"
+    array = np.lib.format.open_memmap(path, mode="r+")
+    array[1] = np.nan
+    array.flush()
+    flags = ("--checkpoint", "none", "--size", "tiny", "--mask", "motion", "--row", 1)
+    assert run("tgm.figures", *flags, cwd=copy, fails=True) == (
+        "--row 1: data/val.motion.npy is empty for videos/val/00001.mp4: saliency.py has not come "
+        "to it, or its codec has no motion vectors (for any codec: python saliency.py --data "
+        "data/val.csv --cue motion --flow raft --resume none); or choose another row"
+    )
+
+
+@pytest.mark.parametrize("ending", pictures.MOST_PIXELS)
+def test_the_sizes_that_formats_can_hold(tmp_path, ending):
+    path = tmp_path / f"x{ending}"
+    most = pictures.MOST_PIXELS[ending]
+    pictures.require_size("--out", path, (1, most))
+    Image.new("RGB", (1, most)).save(path)
+    with pytest.raises((OSError, ValueError)):
+        Image.new("RGB", (1, most + 1)).save(path)
+    with pytest.raises(RunError) as error:
+        pictures.require_size("--out", path, (1, most + 1))
+    assert str(error.value) == (
+        f"--out {path}: the picture has 1 x {most + 1} pixels, and a {ending} at most {most} per "
+        "side: write a .png, or draw fewer rows or frames"
+    )
+
+
+def test_a_video_may_have_a_name_with_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiles = [Image.new("RGB", (64, 48), color) for color in ("red", "blue")]
+    pictures.write_video("10:30.mp4", tiles, 10)
+    assert read_frames("10:30.mp4", [0.0, 0.1]).shape == (2, 48, 64, 3)
 
 
 def test_a_fine_tuned_model_reconstructs_nothing(copy):

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1487,6 +1488,13 @@ def test_training_videos_in_the_other_manifests_are_counted(copy):
     data = ("--val", "data/seen.csv", "--test", "data/val.csv", "--max-steps", 1)
     out = run("finetune.py", *TINY, *data, cwd=copy)
     assert "note: 5 of 5 val videos are training videos, too" in out and "test videos" not in out
+
+
+def test_a_large_model_on_a_cpu_is_told_what_it_takes(copy):
+    small = ("--size", "small", "--frames", 2, "--image-size", 32, "--max-steps", 1)
+    out = run("finetune.py", *TINY, *small, "--views", 1, 1, "--out", "small", cwd=copy)
+    assert re.search(r"--size small on a CPU: about [0-9.e-]+ s per step, [0-9.e-]+ hours", out)
+    assert "on a CPU" not in run("finetune.py", *TINY, "--max-steps", 1, "--out", "t", cwd=copy)
 
 
 def test_numbers_without_meaning_are_refused_when_they_are_read(copy):

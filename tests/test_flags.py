@@ -296,6 +296,8 @@ def test_help_says_each_default():
     parser.add_argument("--said", default=3, help="third (default: all)")
     parser.add_argument("--zero", default=0, help="fourth")
     parser.add_argument("--pair", nargs=2, default=(5, 3), help="fifth, 5 %% of it")
+    parser.add_argument("--rows", nargs="+", default=[0, 2], help="of a list")
+    parser.add_argument("--none", nargs="*", default=[], help="of an empty list")
     parser.add_argument("--percent", default="50 %", help="sixth")
     parser.add_argument("--on", action=argparse.BooleanOptionalAction, default=True, help="last")
     parser.add_argument("files", nargs="*", default=[], help="files")
@@ -304,6 +306,7 @@ def test_help_says_each_default():
         "files files options: -h, --help show this help message and exit "
         "--open OPEN first --off second --said SAID third (default: all) "
         "--zero ZERO fourth (default: 0) --pair PAIR PAIR fifth, 5 % of it (default: 5 3) "
+        "--rows ROWS [ROWS ...] of a list (default: 0 2) --none [NONE ...] of an empty list "
         "--percent PERCENT sixth (default: 50 %) --on, --no-on last (default: on)"
     )
 

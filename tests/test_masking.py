@@ -731,6 +731,24 @@ def test_captions_of_twenty_words_fit_into_a_contact_sheet(monkeypatch):
     assert picture.size[1] == 228  # the text is not higher than its tiles
 
 
+def test_a_sheet_too_tall_for_its_format_is_refused_before_videos_are_read(copy, monkeypatch):
+    monkeypatch.setitem(pictures.MOST_PIXELS, ".webp", 1000)
+    flags = (*SMALL, "--rows", 10, "--out", "sheet.webp")
+    with monkeypatch.context() as patch:
+        patch.setattr(preview, "read_clip", None)
+        line = run("masking.py", *flags, cwd=copy, fails=True)
+    assert line == (
+        "--out sheet.webp: the picture has 792 x 1320 pixels, and a .webp at most 1000 per side: "
+        "write a .png, or draw fewer rows or frames"
+    )
+    assert not (copy / "sheet.webp").exists()
+    run("masking.py", *SMALL, "--rows", 10, "--out", "sheet.png", cwd=copy)
+    assert Image.open(copy / "sheet.png").size == (792, 1320)
+    monkeypatch.setitem(pictures.MOST_PIXELS, ".webp", 500)
+    line = run("masking.py", *SMALL, "--row", 3, "--out", "one.webp", cwd=copy, fails=True)
+    assert line.startswith("--out one.webp: the picture has ")
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [

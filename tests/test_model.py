@@ -506,6 +506,16 @@ class Payload:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
+def test_too_little_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    torch.save({}, tmp_path / "whole.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        checkpoints.read_checkpoint(tmp_path / "whole.pt")
+
+
 def test_refusals_load_nothing(tmp_path, monkeypatch):
     mae, file = VideoMAE("nano"), tmp_path / "bad.pt"
     before = {k: v.clone() for k, v in mae.state_dict().items()}
@@ -565,6 +575,8 @@ def test_refusals_load_nothing(tmp_path, monkeypatch):
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     refused("num_attention_heads: file 4", path=tmp_path / "hf")
     refused("num_attention_heads: file 4", path=tmp_path / "hf/model.safetensors")
+    torch.save(load_file(tmp_path / "hf/model.safetensors"), tmp_path / "hf/pytorch_model.bin")
+    refused("num_attention_heads: file 4", path=tmp_path / "hf/pytorch_model.bin")
     config |= {"num_attention_heads": 2, "decoder_num_attention_heads": 4}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     refused("decoder_num_attention_heads: file 4, model 3", path=tmp_path / "hf")

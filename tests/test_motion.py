@@ -249,6 +249,19 @@ def test_pairs_of_frames():
     assert motion.pair_times(np.array([1.0]), 0.0, 2.0, 4.0)[1] == 0.25  # at least one frame apart
 
 
+@pytest.mark.parametrize("frames, step", [(2, 1), (3, 2), (4, 3), (5, 3)])
+@pytest.mark.parametrize("first", [0, 60])
+def test_pairs_of_frames_of_a_very_short_span(frames, step, first):
+    """Both frames are in it, and the seconds between them are those between what is read."""
+    start = first / 30
+    end = (first + frames) / 30
+    times, apart = motion.pair_times(np.array([(start + end) / 2]), start, end, 30.0)
+    assert apart == pytest.approx(step / 30)
+    assert times[0, 1] - times[0, 0] == pytest.approx(apart)
+    numbers = np.rint(times[0] * 30) - first
+    assert numbers.min() >= 0 and numbers.max() <= frames - 1
+
+
 def test_raft_field_is_in_frame_sizes_per_second():
     class Flow(torch.nn.Module):
         def forward(self, first, second):

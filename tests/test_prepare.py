@@ -18,6 +18,7 @@ from test_video import pictures, write
 
 from tgm import prepare
 from tgm.manifest import read_manifest
+from tgm.run import RunError
 from tgm.video import VideoReader, read_frames
 
 
@@ -116,14 +117,61 @@ def test_the_summary(tmp_path):
     # again, over the report of before
     out = run("tgm.prepare", "two.csv", "--workers", 1, "--stride", 5, cwd=tmp_path)
     assert (
-        "\nclips       1 of 2 rows are usable and have fewer than 80 frames (--frames 16 x "
-        "--stride 5): their last frame is repeated\n" in out
+        "\nclips       1 of 2 rows are usable, but shorter than a clip, which spans 76 frames "
+        "(--frames 16 --stride 5): their last frame is repeated\n" in out
     )
     assert (
         "\nproblems    none\ntwo.check.csv: 0 rows\n" in out
         and problems(tmp_path / "two.check.csv") == {}
     )
     assert "none.csv:1: expected" in run("tgm.prepare", "none.csv", cwd=tmp_path, fails=True)
+
+
+@pytest.mark.parametrize("frames, is_short", [(60, True), (61, False), (63, False)])
+def test_a_row_is_short_if_the_last_frame_of_a_clip_is_not_in_it(tmp_path, frames, is_short):
+    """16 frames of stride 4 span 61."""
+    write(tmp_path / "a.mp4", pictures(frames, 16, 16))
+    (tmp_path / "one.csv").write_text("path\na.mp4\n")
+    out = run("tgm.prepare", "one.csv", "--workers", 1, cwd=tmp_path)
+    assert ("clips       1 of 1 rows are usable, but shorter" in out) == is_short
+
+
+def test_the_time_limit_of_a_check(tmp_path):
+    write(tmp_path / "a.mp4", pictures(5), fps=10)
+    (tmp_path / "one.csv").write_text("path\na.mp4\n")
+    flags = ("tgm.prepare", "one.csv", "--workers", 1, "--video-timeout")
+    assert "1 of 1 rows cannot be used" in run(*flags, 1e-9, cwd=tmp_path, fails=True)
+    assert "reading it takes more than 1e-09 s" in (tmp_path / "one.check.csv").read_text()
+    assert "problems    none" in run(*flags, 100, cwd=tmp_path)
+
+
+def test_a_manifest_that_can_be_read_only_once_is_refused(tmp_path):
+    write(tmp_path / "a.mp4", pictures(5), fps=10)
+    for flags in (("--good", "good.csv"), ("--reencode", "small"), ()):
+        read_end, write_end = os.pipe()
+        os.write(write_end, b"path\na.mp4\n")
+        os.close(write_end)
+        pipe = f"/dev/fd/{read_end}"
+        line = run("tgm.prepare", pipe, "--root", ".", *flags, cwd=tmp_path, fails=True)
+        os.close(read_end)
+        assert line == (
+            f"{pipe}: expected a file, found a pipe, which can be read only once: write the "
+            "manifest to a file first"
+        )
+
+
+def test_a_new_manifest_needs_no_root(tmp_path):
+    (tmp_path / "v").mkdir()
+    write(tmp_path / "v/a.mp4", pictures(5), fps=10)
+    (tmp_path / "all.csv").write_text("path\na.mp4\n")
+    flags = ("tgm.prepare", "all.csv", "--root", "v", "--workers", 1)
+    out = run(*flags, "--good", "good.csv", cwd=tmp_path)
+    assert "\ngood.csv: 1 rows (give no --root with it)\n" in out
+    assert run("tgm.prepare", "good.csv", "--workers", 1, cwd=tmp_path)
+    out = run(*flags, "--reencode", "small", cwd=tmp_path)
+    assert out == "small/all.csv: 1 of 1 files (give no --root with it)\n"
+    out = run("tgm.prepare", "good.csv", "--reencode", "small", "--workers", 1, cwd=tmp_path)
+    assert out == "small/good.csv: 1 of 1 files\n"
 
 
 def test_the_good_rows_are_those_of_the_manifest_that_was_checked(tmp_path, monkeypatch):
@@ -186,7 +234,10 @@ def test_two_re_encodings_into_one_folder_are_refused(tmp_path):
     ) as holder:
         assert holder.stdout.readline() == b"held\n"
         line = run(*flags, cwd=tmp_path, fails=True)
-        assert line.startswith("out/one.csv: another process is writing it")
+        assert line == (
+            "out/one.csv: another process is writing it: wait for its end, or name another folder "
+            "(--reencode)"
+        )
         holder.communicate(b"\n")
     assert "1 of 1 files" in run(*flags, cwd=tmp_path)
     assert "--good belongs to a check" in run(*flags, "--good", "g.csv", cwd=tmp_path, fails=True)
@@ -332,9 +383,40 @@ def test_names_that_lead_out_of_the_folder_stay_inside(tmp_path):
     }
     assert made == {"v.mp4", path.lstrip("/")}
     (tmp_path / "a/x.csv").write_text("path\n../v.mp4\nv.mp4\n")
-    assert "two of its files would have the same name" in run(
-        "tgm.prepare", tmp_path / "a/x.csv", "--reencode", tmp_path / "b", fails=True
+    folder = tmp_path / "a"
+    line = run("tgm.prepare", folder / "x.csv", "--reencode", tmp_path / "b", fails=True)
+    assert line == (
+        f"{folder}/x.csv: the copies of {folder}/../v.mp4 and {folder}/v.mp4 would both be "
+        f"{tmp_path}/b/v.mp4: rename one of the two videos, in the manifest as well"
     )
+
+
+def test_two_ways_to_write_the_path_of_a_video_make_one_copy(tmp_path):
+    write(tmp_path / "a.mp4", pictures(5), fps=10)
+    (tmp_path / "x.csv").write_text("path,start\na.mp4,\n./a.mp4,0.1\n")
+    out = run("tgm.prepare", "x.csv", "--reencode", "b", "--workers", 1, cwd=tmp_path)
+    assert out == "b/x.csv: 1 of 1 files\n"
+    assert (tmp_path / "b/x.csv").read_text().split() == ["path,start", "a.mp4,", "a.mp4,0.1"]
+    assert sorted(os.listdir(tmp_path / "b")) == ["a.mp4", "x.csv"]
+
+
+@pytest.mark.parametrize(
+    "name, folder, reason",
+    [
+        ("a.mp4", "a.mp4.new.mp4", "cannot be written (Is a directory)"),
+        ("a.mp4", "a.mp4", "is a folder, where the copy of {source} is to be written"),
+        ("n" * 250 + ".mp4", None, "cannot be written (File name too long)"),
+    ],
+)
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_source(tmp_path, name, folder, reason):
+    source = write(tmp_path / "source.mp4", pictures(5), fps=10)
+    (tmp_path / "out").mkdir()
+    if folder:
+        (tmp_path / "out" / folder).mkdir()
+    target = f"{tmp_path}/out/{name}"
+    with pytest.raises(RunError) as error:
+        prepare.reencode(source, target, 64)
+    assert str(error.value) == f"{target}: {reason.format(source=source)}"
 
 
 @pytest.mark.parametrize(

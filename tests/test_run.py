@@ -7,7 +7,8 @@ import datetime
 import errno
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
+import multiprocessing.synchronize
 import os
 import resource
 import shutil
@@ -474,6 +475,43 @@ def test_too_many_open_files_is_one_line(tmp_path, batch):
         assert child.printed() == "20 items\n" * 20 or "ulimit -n" in child.printed()
     else:
         assert "ulimit -n" in child.printed() and child.printed().count("\n") <= 2
+
+
+def hardly_any_open_files(workers):
+    limit = len(os.listdir("/proc/self/fd")) + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    try:
+        next(loading.checked_batches(loading.make_loader(Numbers(torch.zeros), 1, workers)))
+    except run.RunError as error:
+        print(error)
+
+
+def test_workers_that_cannot_be_started_for_want_of_open_files_are_one_line(tmp_path):
+    child = Child(tmp_path / "out", hardly_any_open_files, 12)
+    assert child.code(20) == 0
+    assert child.printed() == loading.NO_OPEN_FILES + "\n"  # no traceback of a half-made loader
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_locks_and_pipes_of_a_loader(monkeypatch, workers):
+    """As many are tried as torch's DataLoader makes."""
+    made = {"locks": 0, "pipes": 0}
+    lock = multiprocessing.synchronize.SemLock.__init__
+    pipe = multiprocessing.connection.Pipe
+
+    def count_lock(*args, **kwargs):
+        made["locks"] += 1
+        return lock(*args, **kwargs)
+
+    def count_pipe(*args, **kwargs):
+        made["pipes"] += 1
+        return pipe(*args, **kwargs)
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", count_lock)
+    monkeypatch.setattr(multiprocessing.connection, "Pipe", count_pipe)
+    list(loading.make_loader(Numbers(torch.zeros, length=2), 1, workers))
+    assert made["locks"] == loading.LOCKS[0] + loading.LOCKS[1] * workers
+    assert made["pipes"] <= loading.PIPES[0] + loading.PIPES[1] * workers
 
 
 def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):

@@ -306,6 +306,20 @@ def test_labels_are_numbers_only_if_none_is_a_name(own):
     assert "data/val.classes.npy: labels without a name there count as wrong: 0\n" in out
 
 
+def test_labels_that_count_from_1_are_not_taken_for_numbers_from_0(own):
+    numbers = dict(zip(toy.SHAPES, "123456", strict=True))
+    for split in ("train", "val"):
+        path = own / f"data/{split}.csv"
+        text = path.read_text()
+        for name, number in numbers.items():
+            text = text.replace(f",{name},", f",{number},")
+        path.write_text(text)
+    assert (
+        "no zero-shot: data/val.classes.npy: the labels are numbers from 1 to 6, but its classes "
+        "count from 0\n" in probe(own)[0]
+    )
+
+
 def test_classes_that_are_not_finite(copy, own, monkeypatch):
     """They are not written; in an array that is there, their videos count as wrong."""
     write_names(copy)
@@ -388,22 +402,29 @@ def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
     path.write_text(json.dumps(about | {"clip": "ViT-B-16"}))
     assert (
         "no zero-shot: data/val.classes.npy: made with clip ViT-B-16, the checkpoint's head was "
-        f"trained with {CLIP}: make it with the CLIP of the training" in probe(own)[0].splitlines()
+        f"trained with {CLIP}: make it again: saliency.py --clip {CLIP} --resume none"
+        in probe(own)[0].splitlines()
     )
     path.write_text(json.dumps(about | {"weights": "of another file"}))
     assert (
-        "no zero-shot: data/val.classes.npy: made with weights of another file, " in probe(own)[0]
+        "no zero-shot: data/val.classes.npy: made with other weights of CLIP than the checkpoint's "
+        f"head: make it again: saliency.py --clip {CLIP} --resume none"
+        in probe(own)[0].splitlines()
     )
     older = {key: value for key, value in about.items() if key != "weights"}
     path.write_text(json.dumps(older))
     assert "zero-shot of 6 classes" in probe(own)[0]
+    assert "note: the text array of the training" not in probe(own)[0]
     (own / "data/train.text.json").unlink()  # what the head was trained with cannot be told
-    assert "zero-shot of 6 classes" in probe(own)[0]
+    out = probe(own)[0]
+    assert "zero-shot of 6 classes" in out
+    assert "note: the text array of the training is not there, or was made again" in out
     np.save(own / "data/val.classes.npy", np.ones((6, 64), np.float16))
     path.write_text(json.dumps(about | {"shape": [6, 64]}))
     assert (
         "no zero-shot: data/val.classes.npy: has 64 dimensions, the checkpoint's head 128: "
-        "make it with the CLIP of the training" in probe(own)[0].splitlines()
+        "make it again: saliency.py with the CLIP of the training --resume none"
+        in probe(own)[0].splitlines()
     )
     text = np.load(own / "data/val.text.npy")
     rewrite(own / "data/val.text.npy", np.where(np.arange(24)[:, None, None] < 4, text, np.nan))

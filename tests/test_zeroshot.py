@@ -1,11 +1,14 @@
 """tgm/zeroshot.py against answers that are known."""
 
 import itertools
+import json
+import resource
 
 import numpy as np
 import pytest
 
-from tgm import zeroshot
+from tgm import arrays, classes, zeroshot
+from tgm.manifest import ManifestError
 from tgm.zeroshot import FirstHits, rank_of_first, retrieval, zero_shot
 
 EYE = np.eye(6, dtype=np.float32)
@@ -104,3 +107,34 @@ def test_chance_is_what_random_orders_give():
     orders = list(itertools.permutations(range(4)))
     exact = np.mean([min(order[:2]) < 2 for order in orders])  # two right ones of four, k = 2
     assert FirstHits(np.ones(1), np.array([2]), 4).chance(2) == pytest.approx(exact)
+
+
+# ---- the array of classes ------------------------------------------------------------------------
+
+
+def test_classes_that_could_not_be_written_can_be_made_again(tmp_path):
+    """A full disk while they are made again leaves nothing that the next run refuses."""
+    path = tmp_path / "val.classes.npy"
+    old = {"prompts": ["a {}"], "names": ["cat", "dog"]}
+    new = {"prompts": ["the {}"], "names": ["cat", "dog"]}
+    array = np.random.default_rng(0).random((2, 4000)).astype(np.float16)
+    try:
+        assert classes.claim_classes(path, old, "auto")
+        classes.write_classes(path, array, old)
+        assert not classes.claim_classes(path, old, "auto")
+        assert classes.claim_classes(path, new, "none")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+        try:
+            with pytest.raises(ManifestError, match="cannot be written .File too large."):
+                classes.write_classes(path, array, new)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        for resume in ("auto", "none"):
+            assert classes.claim_classes(path, new, resume)
+        classes.write_classes(path, 2 * array, new)
+        assert np.array_equal(np.load(path), 2 * array)
+        assert json.loads(path.with_suffix(".json").read_text()) == new | {"shape": [2, 4000]}
+        assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".lock", ".npy"]
+    finally:
+        arrays.release()

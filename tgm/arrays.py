@@ -109,11 +109,13 @@ def written_aside(path: FilePath, mode: str = "w") -> Iterator[IO]:
 # ---- locks ---------------------------------------------------------------------------------------
 
 
-def hold(path: FilePath) -> None:
+def hold(path: FilePath, elsewhere: str = "write elsewhere (--out)") -> None:
     """Keeps other processes from writing `path` until `release` or until this process ends, by a
     lock on PATH.lock. ManifestError if another process has the lock, or if PATH.lock cannot be
     written. A kill leaves the file PATH.lock, but not the lock. On a file system without locks,
-    nothing is locked, and a line says so."""
+    nothing is locked, and a line says so.
+
+    elsewhere: how the user writes to another place, for the messages"""
     if fcntl is None:
         return
     lock = os.path.abspath(f"{path}.lock")
@@ -138,17 +140,15 @@ def hold(path: FilePath) -> None:
             file.close()
     except BlockingIOError:
         raise ManifestError(
-            f"{path}: another process is writing it: wait for its end, or write elsewhere (--out)"
+            f"{path}: another process is writing it: wait for its end, or {elsewhere}"
         ) from None
     except OSError as error:
         if not os.path.exists(lock):
-            raise ManifestError(
-                f"{lock}: cannot be made ({error.strerror}): write elsewhere (--out)"
-            ) from None
+            raise ManifestError(f"{lock}: cannot be made ({error.strerror}): {elsewhere}") from None
         if error.errno not in NO_LOCKS:
             raise ManifestError(
                 f"{lock}: cannot be locked ({error.strerror}): delete it if nothing writes "
-                f"{path}, or write elsewhere (--out)"
+                f"{path}, or {elsewhere}"
             ) from None
         print(
             f"{path}: this file system has no locks: start nothing else that writes this file",

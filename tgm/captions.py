@@ -35,8 +35,9 @@ LABELS = "labels"  # in the place of the model, where captions are labels
 def make_entry(video: Video, captions: list[str], error: str | None = None) -> dict:
     """What the file says of one video; error: why it has no captions.
 
-    captions: one per frame (of labels: one). An empty one stays: it is the model's answer,
-    and would be empty again. `join` prints how many videos have no other."""
+    captions: one per frame, or a single one that is the label. An empty text is kept, because it is
+    the model's answer, and the model would give it again. `join` prints how many videos have
+    nothing but empty texts."""
     entry = {"row": video.row, "path": video.name, "captions": captions}
     if error is not None:
         entry["error"] = error
@@ -83,10 +84,12 @@ def is_entry(value: object) -> bool:
     """Whether this is what `make_entry` makes, with or without its row."""
     if not isinstance(value, dict):
         return False
+    captions = value.get("captions")
     row = value.get("row", 0)
     return (
         isinstance(value.get("path"), str)
-        and isinstance(value.get("captions"), list)
+        and isinstance(captions, list)
+        and all(isinstance(caption, str) for caption in captions)
         and isinstance(row, int)
         and row >= 0
     )
@@ -101,17 +104,19 @@ class CaptionFile:
     append    on every rank, after each batch
     join      on rank 0, after the last `append` on all: writes the joined file
 
-    The files do not change between `claim` and `begin`, so each step may look at them again. Labels
-    are written without `done`, after `refuse_to_replace`.
+    Between `claim` and `begin` nothing changes the files, so each of these steps reads them again.
+    Labels take no work that could be continued: for them, `refuse_to_replace` is called in place of
+    `done`.
 
-    path: the joined file, which ends in .jsonl; settings: how they are made, for the .json
+    path: the joined file; its name ends in .jsonl, or in anything but .json
+    settings: how the captions are made, for the .json
     """
 
     def __init__(self, path: Path, videos: Videos, settings: dict):
         if path.name == "" or path.suffix == ".json":  # the name of "." is empty
             raise RunError(
-                f"--out {path}: expected a name that ends in .jsonl; the same name with .json is "
-                "for what made the captions"
+                f"--out {path}: expected a name that ends in .jsonl, or in anything but .json: "
+                "what made the captions is written to the same name with .json"
             )
         self.path = path
         self.about_path = path.with_suffix(".json")
@@ -153,13 +158,13 @@ class CaptionFile:
                 yield from read_lines(path)
 
     def keeps_old(self, resume: str) -> bool:
-        """Whether the captions that are there stay. If no video has any, nothing would be lost:
-        then they are begun again, and the settings may differ."""
+        """Whether the captions that are in the files already are kept. If no video has any, there
+        is nothing to keep: then the files are begun again, perhaps with other settings."""
         return resume != "none" and any(has_captions(entry) for _, entry in self.lines())
 
     def entries(self) -> dict[int, dict]:
-        """{row: entry} of this manifest. Captions of a row replace its failures; of two failures
-        the one in the last of `lines` is kept."""
+        """{row: entry} of this manifest. If a row was tried several times, its last entry with
+        captions counts; if all tries failed, the last of them."""
         entries = {}
         for row, entry in self.lines():
             if row >= len(self.videos) or entry["path"] != self.videos[row].name:
@@ -193,9 +198,9 @@ class CaptionFile:
             return
         if about.get("model") == LABELS:
             raise ManifestError(
-                f"{self.path}: made by --labels, which makes all of them again in seconds (give "
-                "--labels, and --label-column and --classes as before); --resume none captions "
-                "with a model instead"
+                f"{self.path}: these captions are labels: make them again with --labels, in "
+                "seconds (give --label-column and --classes as before), or replace them by a "
+                "model's with --resume none"
             )
         count = rows_of_before(self.path, self.videos, about, extend)
 

@@ -10,9 +10,9 @@ our own files and Hugging Face's folders. Needs model.py; the command needs othe
     python -m tgm.checkpoints --export runs/finetune/best.pt --out hf
 
 In this file all keys are those of VideoMAE's pretraining files: "encoder.blocks.0.…",
-"decoder.blocks.0.…". A VideoViT has "blocks.0.…" for the first: its keys get "encoder." when a file
-is read, and lose it again before they are loaded. Position tables are in no file, because the
-models compute them.
+"decoder.blocks.0.…". A VideoViT has no prefix: "encoder.blocks.0.…" is "blocks.0.…" there.
+`read_checkpoint` adds the prefix, `fit_classifier` removes it. Position tables are in no file,
+because the models compute them.
 """
 
 import argparse
@@ -58,6 +58,7 @@ PARTS = {
     "final norm": ("norm.", "fc_norm."),
     "classifier": ("head.",),
 }
+HF_FILES = ("model.safetensors", "pytorch_model.bin")  # the weights in a Hugging Face folder
 MOST_PROBLEMS = 8  # listed in the message about a file that does not fit
 # the values of a Hugging Face configuration that does not give them
 HF_DEFAULT_HEADS = {"num_attention_heads": 12, "decoder_num_attention_heads": 6}
@@ -95,7 +96,7 @@ def read_checkpoint(path: str | Path) -> State:
 
 def weights_file(path: Path) -> Path:
     """The file with the weights: `path` itself, or the one in a Hugging Face folder."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in HF_FILES:
         if (path / name).is_file():
             return path / name
     return path
@@ -121,6 +122,8 @@ def open_safely(file: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes the parsers raise anything
+        if "allocate memory" in str(error):  # torch's RuntimeError: the file may be whole
+            raise
         reason = type(error).__name__
         raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
 
@@ -148,7 +151,7 @@ def official_names(state: State) -> State:
         state = {"videomae." + key: tensor for key, tensor in state.items()}
     pairs = [(theirs, ours) for ours, theirs in HF_KEYS]
     # transformers from 5.18 calls these query.bias and value.bias in memory, but writes q_bias and
-    # v_bias; 5.5.1 to 5.17 write the former, and a key.bias
+    # v_bias; 5.5.1 to 5.17 write query.bias, value.bias and key.bias
     pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]
     named = {}
     for key, tensor in state.items():
@@ -225,8 +228,9 @@ def fit_autoencoder(state: State) -> Fit:
 
     pretrained       every key; the decoder, the contrastive head and the final norm may each be
                      missing (a Hugging Face VideoMAEModel may have no final norm)
-    fine-tuned       the encoder, with fc_norm as its final norm, without the classifier. This norm
-                     is our choice: fc_norm was trained on the mean of the tokens."""
+    fine-tuned       the encoder, without the classifier. The file has no norm for single tokens,
+                     so fc_norm becomes the final norm, though it was trained on the mean of the
+                     tokens."""
     may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
     # A file with a head and encoder.norm is of no layout that we know: its head is refused.
     fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
@@ -273,8 +277,8 @@ def load_state(
     model: VideoMAE | VideoViT, state: State, path: Path, new_head: bool = False
 ) -> list[str]:
     """As `load_pretrained`, of tensors that were read from `path` before."""
-    # a file of this name is a part of a Hugging Face folder
-    problems = wrong_heads(model, path.parent if path.name == "model.safetensors" else path, state)
+    # config.json, which has the number of heads, stands beside a file of a Hugging Face folder
+    problems = wrong_heads(model, path.parent if path.name in HF_FILES else path, state)
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
@@ -282,7 +286,8 @@ def load_state(
     own = model.state_dict()
     missing = [key for key in own if key not in fit.state]
     unused = [key for key in fit.state if key not in own]
-    # A part that is only partly in the file is an error.
+    # The parts of which the file has no key at all. If it has some keys of a part, the others are
+    # reported below as missing.
     absent_prefixes = ()
     for part in fit.may_be_missing:
         if not any(key.startswith(part) for key in fit.state):
@@ -382,8 +387,8 @@ def save_huggingface(
     VideoMAEForVideoClassification. classes: the names of a VideoViT's classes, in the order of its
     outputs (None: their numbers); ValueError unless there is one for each.
 
-    transformers 5.5.1 to 5.17 open such folders, and VideoMAE's published ones, without the biases
-    of attention, and say so in their report of MISSING keys: use another version.
+    transformers 5.5.1 to 5.17 do not load the biases of attention from such folders, nor from
+    VideoMAE's published ones, and list them as MISSING: use another version.
 
     transformers fixes the epsilon of decoder.norm and fc_norm at 1e-5, and ours is 1e-6: for equal
     outputs set those two by hand."""
@@ -393,15 +398,15 @@ def save_huggingface(
         config |= huggingface_labels(model.head.out_features, classes)
     processor = huggingface_processor(model.config["image_size"])
     folder.mkdir(parents=True, exist_ok=True)
-    state = huggingface_state(model)
+    # the weights last: where they are, the folder is whole
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     file = folder / "model.safetensors"
     try:
-        save_file(state, file, metadata={"format": "pt"})
+        save_file(huggingface_state(model), file, metadata={"format": "pt"})
     except SafetensorError as error:  # such as a full disk
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written ({error})") from None
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def huggingface_config(model: VideoMAE | VideoViT) -> dict[str, Any]:

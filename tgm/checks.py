@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import SIZES, VideoMAE, count_flops
+from model import SIZES
 from tgm.manifest import ManifestError
 from tgm.run import RunError
 
@@ -34,8 +34,9 @@ def as_run_error(manifest: str):
 def refuse_gigabytes(
     size: str, batch_size: int, repeat: int, frames: int | None, pixels: int | None
 ):
-    """RunError if one batch, or the model's table of positions, would not fit into memory. frames,
-    pixels: None for those of the size."""
+    """RunError if one batch, or the model's table of positions, would not fit into the machine's
+    memory (the limit of a container is not looked at). frames, pixels: None for those of the
+    size."""
     config = SIZES[size]
     frames = frames or config["frames"]
     pixels = pixels or config["image_size"]
@@ -49,7 +50,7 @@ def refuse_gigabytes(
             f"{memory / 1e9:.0f} GB: lower --batch-size, --repeat, --frames or --image-size"
         )
     tokens = (frames // config["tubelet"]) * (pixels // config["patch"]) ** 2
-    # They are made in float64, which takes as much as four tables at its peak.
+    # The table of positions is made in float64. At the peak there are four tables' worth of memory.
     table = 4 * 8 * tokens * config["width"]
     if table > memory:
         raise RunError(
@@ -59,14 +60,14 @@ def refuse_gigabytes(
 
 
 def refuse_missing(manifest: str, videos, rows, root: str | None, max_bad: float):
-    """RunError if too many of the files of these row numbers are not there, before each is skipped
-    by a worker."""
+    """RunError if too many of the files of these row numbers are not there. Without this, workers
+    would skip them one by one."""
     looked_for = rows
     most = max_bad * len(rows)
     if len(rows) > LOOKED_FOR:
         looked_for = np.random.default_rng(0).choice(rows, LOOKED_FOR, replace=False)
-        # In a draw the share of missing ones may be larger than in all: by chance hardly ever by
-        # more than three standard deviations.
+        # By chance a draw may have more missing files than their share in all: hardly ever more
+        # than the mean plus three standard deviations.
         most = max_bad * LOOKED_FOR + 3 * math.sqrt(max_bad * (1 - max_bad) * LOOKED_FOR)
     missing = [row for row in looked_for if not os.path.exists(videos[int(row)].path)]
     if len(missing) > most:
@@ -91,7 +92,7 @@ def refuse_few(
     if usable < ranks:
         raise RunError(f"{reason}: start fewer ranks (--nproc_per_node), or add videos")
     batch = 1
-    while 4 * (2 * batch) * ranks <= usable:  # doubled, it leaves at least four steps per epoch
+    while 4 * (2 * batch) * ranks <= usable:  # the largest power of 2 with four steps per epoch
         batch *= 2
     raise RunError(
         f"{reason}: lower --batch-size or --accum; for a trial: {trial}--batch-size {batch} "
@@ -99,16 +100,18 @@ def refuse_few(
     )
 
 
-def time_on_cpu(model: VideoMAE, samples: int, num_visible: int, num_decoded: int) -> float:
-    """The seconds that a step takes on a CPU: a guess from the time of one matrix product. Forward
-    and backward together cost three times the forward pass.
+def note_on_cpu(size: str, multiply_adds: int, samples: int, steps: int) -> str:
+    """What to print before a model of this size is trained on a CPU: how long that takes, guessed
+    from the time of one matrix product. Forward and backward together cost three forward passes.
 
-    samples: per rank and step; num_visible, num_decoded: tokens per sample"""
+    multiply_adds: of one sample's forward pass; samples: per rank and step; steps: still to do"""
     x = torch.ones(1024, 1024)
     x @ x
     began = time.perf_counter()
     x @ x
     multiply_adds_per_second = 1024**3 / (time.perf_counter() - began)
+    seconds = 3 * samples * multiply_adds / multiply_adds_per_second
     return (
-        3 * samples * sum(count_flops(model, num_visible, num_decoded)) / multiply_adds_per_second
+        f"note         --size {size} on a CPU: about {seconds:.2g} s per step, "
+        f"{seconds * steps / 3600:.2g} hours in all; it wants a GPU; --size tiny is for CPUs"
     )

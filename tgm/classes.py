@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from tgm.arrays import (
     UNREADABLE,
-    create_array,
     hold,
     is_held,
     load_array,
@@ -30,6 +29,8 @@ from tgm.arrays import (
     read_about,
     refuse_foreign_array,
     refuse_other_origin,
+    write_about,
+    written_aside,
 )
 from tgm.clip import embed_texts
 from tgm.manifest import ManifestError
@@ -40,7 +41,8 @@ def read_names(path: str | Path) -> list[str]:
     """The lines of a text file, stripped; blank lines may stand at its end. RunError for a file
     that cannot be read, one without names, and an empty or repeated name."""
     try:
-        # -sig: Excel writes a byte order mark. Not splitlines(): some names have its other breaks.
+        # utf-8-sig skips the byte order mark that Excel writes. splitlines() would also break lines
+        # at rare characters, such as U+2028, which may be part of a name.
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except OSError as error:
         raise RunError(f"--classes {path}: cannot be read ({error.strerror})") from None
@@ -97,10 +99,15 @@ def claim_classes(path: Path, settings: dict, resume: str) -> bool:
 
 def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
     """Writes the array, if `claim_classes` said that it is to be made, and its .json."""
-    # `head` is all rows here, and create_array would keep the old .json until it has written them:
-    # a kill in between must not leave another array's settings. open_classes wants both files.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    create_array(path, array.shape, array.dtype, settings, head=array)
+    # In this order a kill or a full disk leaves a .json alone, or no file: then the array is to be
+    # made. An array alone would count as somebody else's, and the old array beside the new .json
+    # as one of the new settings.
+    path.unlink(missing_ok=True)
+    write_about(path.with_suffix(".json"), settings | {"shape": list(array.shape)})
+    header = np.lib.format.header_data_from_array_1_0(array)
+    with written_aside(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.tobytes())
 
 
 def open_classes(path: Path, remedy: str) -> tuple[np.ndarray, dict]:

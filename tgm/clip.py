@@ -33,9 +33,13 @@ def load_clip(
     image_size: pixels; None for the model's own. For another size the position table is
         interpolated.
 
-    The activation is the one that the weights were trained with, by open_clip's table of weights;
-    for a file of weights, which is not in the table, it is that of the model `name`; a local-dir:
-    or hf-hub: has a configuration of its own. RunError if
+    The activation is the one that the weights were trained with. It is taken from
+
+    * open_clip's table of weights, for a tag,
+    * open_clip's configuration of the model `name`, for a file of weights,
+    * the folder's own configuration, for local-dir: and hf-hub:.
+
+    RunError if
 
     * open_clip's tables contradict each other about the activation,
     * the image tower is not a plain vision transformer,
@@ -64,8 +68,9 @@ def load_clip(
             model = open_clip.create_model(
                 name,
                 pretrained=pretrained,
-                # create_model goes by the model's configuration alone. For 19 weights of vision
-                # transformers that says GELU, and the table of weights says QuickGELU.
+                # create_model takes the activation from the model's configuration. For 19 weights
+                # of vision transformers it says GELU, but they were trained with QuickGELU, as the
+                # table of weights says.
                 force_quick_gelu=weights.get("quick_gelu", False),
                 require_pretrained=True,
                 device=device,
@@ -74,10 +79,10 @@ def load_clip(
     except (RunError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # missing or damaged files, no network, another model's weights
-        raise RunError(
-            f"{asked_for}: cannot load it: {reason_of(error)} (for the toy world: "
-            "--clip local-dir:data/toy/clip)"
-        ) from None
+        hint = ""
+        if not name.startswith(FOLDER):
+            hint = " (for the toy world: --clip local-dir:data/toy/clip)"
+        raise RunError(f"{asked_for}: cannot load it: {reason_of(error)}{hint}") from None
     # saliency.py reads the projections of these blocks; others name them differently
     kinds = {type(block) for block in model.visual.transformer.resblocks}
     if kinds != {open_clip.transformer.ResidualAttentionBlock}:
@@ -118,10 +123,8 @@ def check_configuration(
 
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
-        raise RunError(
-            f"{asked_for}: cannot load it: no such model in open_clip; near to it are "
-            f"{', '.join(near) or 'none'}"
-        )
+        similar = f"names near to it are {', '.join(near)}" if near else "no name is near to it"
+        raise RunError(f"{asked_for}: cannot load it: no such model in open_clip; {similar}")
     vision = config["vision_cfg"]
     convolutional = isinstance(vision.get("layers"), list)  # a ResNet lists the blocks per stage
     if vision.get("timm_model_name") or convolutional or vision.get("attentional_pool"):

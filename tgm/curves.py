@@ -3,7 +3,7 @@ norm, and the time of a step.
 
     python -m tgm.curves runs/*/log.jsonl --out curves.png      several runs over one another
 
-Needs flags.py and run.py, and matplotlib, which requirements.txt leaves out: pip install
+Needs numpy, flags.py and run.py, and matplotlib, which requirements.txt leaves out: pip install
 matplotlib. Where it is installed, pretrain.py and finetune.py draw their own curves.png.
 """
 
@@ -11,6 +11,8 @@ import argparse
 import json
 import math
 from pathlib import Path
+
+import numpy as np
 
 from tgm.flags import Parser
 from tgm.run import RunError, one_line_errors, reason_of, writing
@@ -59,13 +61,15 @@ def points(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """The mean of each `window` values; the result is shorter by window - 1."""
-    total = sum(values[:window])
-    means = [total / window]
-    for new, old in zip(values[window:], values, strict=False):
-        total += new - old
-        means.append(total / window)
-    return means
+    """The mean of each `window` values, without those that are not finite (NaN if none is); the
+    result is shorter by window - 1."""
+    values = np.array(values, float)
+    finite = np.isfinite(values)
+    ones = np.ones(window)
+    totals = np.convolve(np.where(finite, values, 0), ones, mode="valid")
+    counts = np.convolve(finite, ones, mode="valid")
+    unknown = np.full_like(totals, np.nan)
+    return np.divide(totals, counts, out=unknown, where=counts > 0).tolist()
 
 
 def load_pyplot():

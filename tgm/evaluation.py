@@ -63,7 +63,7 @@ def predict(
     diverged = torch.zeros((), device=device)  # batches whose outputs are not finite
     model.eval()
     title = f"{views.clips} x {views.crops} views"
-    quiet = None if rank == 0 else True  # None: quiet where the output is no terminal
+    quiet = None if rank == 0 else True  # for tqdm None means: quiet if stderr is no terminal
     with tqdm(total=len(mine), desc=title, unit="video", disable=quiet) as bar:
         for items in checked_batches(loader):
             rows = []
@@ -223,8 +223,8 @@ def write_test(
         "majority": (labels == floor_labels.mode().values).float().mean().item(),
     }
     with writing(out / "test.json"):
-        # Removes that of an earlier test: test.json is written last, so where it is, the other
-        # files belong to it.
+        # Removes the one of an earlier test. test.json is written last: if it is there, the other
+        # two files belong to it.
         (out / "test.json").unlink(missing_ok=True)
     path = out / "per_class.csv"
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from tgm.run import RunError, choose_device, one_line_errors
 @torch.no_grad()
 def attention_of(encoder: Encoder, video: Tensor) -> Tensor:
     """How much each token of one whole clip is attended to in the last block of the encoder: the
-    mean over its heads and over the tokens that attend. float [N], of sum 1.
+    mean over its heads and over the tokens that attend. float [N], which adds up to 1.
 
     video [1, 3, T, H, W], normalised. `Attention` in model.py never holds these weights: they are
     computed here from its input."""
@@ -84,7 +84,8 @@ def read_mask(
         remedy = preview.motion_command(args.data, prefix)
         stored = preview.read_motion(path, videos, args.row, remedy)
         if stored is None:
-            raise RunError(f"--row {args.row}: {path} is empty for {title}; choose another row")
+            reason = preview.why_no_motion(path, title, remedy)
+            raise RunError(f"--row {args.row}: {reason}; or choose another row")
         seconds = torch.tensor([clip.seconds])
         maps["motion"] = masking.cut_motion(stored[None], *clip.place(grid), seconds)
     generator = torch.Generator().manual_seed(args.seed)

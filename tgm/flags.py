@@ -15,20 +15,20 @@ from tgm.video import TIMEOUT
 
 
 class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines, and ends the help of a flag with its default, unless that is
-    said there, or is None, empty or False."""
+    """Keeps the docstring's lines, and ends the help of a flag with its default, unless the help
+    says it already, or it is None, empty or False."""
 
     def _get_help_string(self, action):
         default = action.default
         # Python 3.10's BooleanOptionalAction adds this by itself
         text = action.help.removesuffix(" (default: %(default)s)")
-        if "(default" in text or default in (None, "") or default is False:
+        if "(default" in text or default in (None, "", [], ()) or default is False:
             return text
         if default == argparse.SUPPRESS or not action.option_strings:
             return text
         if default is True:
             return f"{text} (default: on)"
-        values = default if isinstance(default, tuple) else (default,)
+        values = default if isinstance(default, (tuple, list)) else (default,)
         shown = " ".join(map(str, values)).replace("%", "%%")
         return f"{text} (default: {shown})"
 
@@ -157,8 +157,8 @@ def add_clip_flags(group, repeat: int, origin: str):
         "--max-bad",
         type=fraction,
         default=0.05,
-        help="stop when more than this share of the training videos cannot be read, or of any "
-        "set's files is missing",
+        help="stop when more than this share of the training videos cannot be read, or when more "
+        "than this share of the files of any manifest is missing",
     )
 
 

@@ -20,8 +20,8 @@ def read_labelled(manifest: str, root: str | None, column: str) -> Videos:
 
 
 def class_names(manifest: str, videos: Videos) -> list[str]:
-    """The distinct labels, sorted: numbers first, by their value. ManifestError if there is one
-    alone, with which nothing can be learnt."""
+    """The distinct labels, sorted: numbers first, by their value. ManifestError if all
+    videos have the same label: then there is nothing to learn."""
     names = sorted({video.label for video in videos}, key=class_order)
     if len(names) == 1:
         raise ManifestError(f"{manifest}: all its videos have one label, {names[0]!r}")
@@ -37,8 +37,8 @@ def class_order(name: str):
 
 
 def number_labels(manifest: str, videos: Videos, names: list[str], say=print) -> torch.Tensor:
-    """The class number of each video, int64 [N]: the place of its label in `names`, -1 if it is not
-    among them, which say(text) tells the user. ManifestError if that holds for every label."""
+    """The class number of each video, int64 [N]: the place of its label in `names`, or -1 if it is
+    not there; say(text) lists such labels. ManifestError if no label is there."""
     class_of = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([class_of.get(video.label, -1) for video in videos])
     if (labels < 0).all():

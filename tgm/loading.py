@@ -23,21 +23,25 @@ NO_SHARED_MEMORY = (
     "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
 )
 NO_OPEN_FILES = (
-    "a decoding process has too many open files, one for each video of its batches: lower "
-    "--batch-size, or raise the limit (ulimit -n 65536); --workers 0 needs none"
+    "a decoding process has too many open files: lower --workers or --batch-size, or raise the "
+    "limit (ulimit -n 65536); with --workers 0 such files are not opened"
 )
 WORKER_ENDED = (
-    "(out of memory, of shared memory: docker run --shm-size=16g, or of open files: ulimit -n? "
-    "lower --workers or --batch-size; --workers 0 decodes in the run itself and shows where)"
+    "(it may have had too little memory, too little shared memory: docker run --shm-size=16g, or "
+    "too many open files: ulimit -n 65536). Lower --workers or --batch-size; with --workers 0 the "
+    "run decodes by itself and shows where it fails"
 )
-LOCKS_OF_A_WORKER = 8  # at most, with one to spare: two queues with up to three locks, one event
+# What a DataLoader with workers makes before it begins: three locks per queue, of which it has one
+# for each worker and one for the results, and five for an event; a pipe per queue, and another per
+# worker.
+LOCKS = (3 + 5, 3)  # of the loader, of each worker
+PIPES = (2, 2)
 
 
 def begin_worker(number: int) -> None:
-    """The worker_init_fn of every loader. The worker ignores signals. It also hides the tracebacks
-    of multiprocessing's thread in which tensors wait to be fetched (resource_sharer): if too many
-    files are open, that thread tries again and again, and prints one each time. The run prints the
-    reason once."""
+    """The worker_init_fn of every loader. The worker ignores signals. It also hides tracebacks: a
+    thread of multiprocessing (resource_sharer) hands tensors to the run, and if too many files are
+    open, it fails again and again and prints one each time. The run prints the reason once."""
     ignore_signals(number)
     shown = sys.excepthook
 
@@ -140,15 +144,27 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
 # ---- failures ------------------------------------------------------------------------------------
 
 
+def try_locks_and_pipes(workers: int) -> None:
+    """OSError if a DataLoader cannot be made for want of shared memory, which its locks need, or of
+    open files, which its pipes are. It would say so itself, but Python prints a traceback when it
+    then deletes the half-made loader. So as many are made here first, and thrown away."""
+    locks = [multiprocessing.Lock() for _ in range(LOCKS[0] + LOCKS[1] * workers)]
+    pipes = []
+    try:
+        for _ in range(PIPES[0] + PIPES[1] * workers):
+            pipes += multiprocessing.Pipe(duplex=False)
+    finally:
+        for end in pipes:
+            end.close()
+    del locks
+
+
 def checked_batches(loader: DataLoader):
     """The batches of a loader. RunError where its workers cannot be started, die, find no shared
     memory, or have too many open files."""
     try:
-        # The locks of the workers' queues need shared memory, too. If the loader finds no room for
-        # them, Python prints a traceback when it deletes the half-made loader. So the same number
-        # of locks is made here first, and thrown away.
-        locks = [multiprocessing.Lock() for _ in range(LOCKS_OF_A_WORKER * loader.num_workers)]
-        del locks
+        if loader.num_workers > 0:
+            try_locks_and_pipes(loader.num_workers)
         batches = iter(loader)
     except OSError as error:
         reason = f"the decoding processes cannot be started ({error.strerror}): lower --workers"

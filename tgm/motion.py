@@ -155,14 +155,16 @@ def load_raft(weights: str | os.PathLike | None, device: torch.device | str) -> 
 def pair_times(
     moments: np.ndarray, start: float, end: float, fps: float, apart: float = 0.1
 ) -> tuple[np.ndarray, float]:
-    """Two frame times around each moment, about `apart` seconds from one another but at least one
-    frame -> (times float64 [S, 2], the seconds between the two). Both are frames that begin
-    in [start, end), if it holds so many."""
-    # All numbers from here on are frame numbers. 1e-6 is for rounding: 1 s at 30 fps is frame 30.
-    step = max(1, round(apart * fps))
+    """The times of two frames around each moment -> (times float64 [S, 2], the seconds between the
+    two). These are about `apart`, but at least one frame, and no more than the span [start, end)
+    has. Both frames begin in the span, if it has two."""
+    # Until the return, these are frame numbers. 1e-6 is for rounding: 1 s at 30 fps is frame 30.
     first_frame = math.ceil(start * fps - 1e-6)
     last_frame = math.ceil(end * fps - 1e-6) - 1
-    first = np.floor(np.asarray(moments) * fps - step / 2 + 0.5)  # to the nearest frame
+    step = max(1, min(round(apart * fps), last_frame - first_frame))
+    # The moment is in the middle of the pair, so the first is half a step earlier, to the nearest
+    # frame. At the ends of the span the pair is moved inside.
+    first = np.floor(np.asarray(moments) * fps - step / 2 + 0.5)
     first = np.clip(first, first_frame, max(first_frame, last_frame - step))
     return np.stack([first, first + step], 1) / fps, step / fps
 

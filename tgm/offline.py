@@ -1,5 +1,5 @@
 """Helpers that caption.py and saliency.py share: one pass over all videos, before training.
-(Of it linprobe.py takes `join_machine`, features.py `precision_on`.)
+(linprobe.py uses `join_machine` and `leave_ranks` alone, features.py `precision_on`.)
 
 Needs flags.py, loading.py, manifest.py, run.py and video.py.
 
@@ -160,7 +160,7 @@ def batches(
 
     After SIGTERM or Ctrl-C the current batch is finished, and the program ends by that signal when
     the next one is asked for: write a batch before that."""
-    # without ranks=: they need not agree when to stop, as all results are on the disk
+    # Without ranks=: each rank may stop by itself, because all of its results are on the disk.
     stop = StopSignal(then="ending after this batch")
     loader = make_loader(VideoItems(videos, read), batch_size, workers)
     with tqdm(total=len(videos), unit="video", disable=machine.rank > 0) as bar:

@@ -30,6 +30,8 @@ from tgm.run import RunError
 # what names of files may end in
 STILL = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 MOVING = (".mp4", ".gif", ".mov", ".mkv")
+# the most pixels of a side that a format can hold; a .pdf holds a JPEG
+MOST_PIXELS = {".jpg": 65500, ".jpeg": 65500, ".pdf": 65500, ".webp": 16383}
 GREY = 0.55  # brightness of masked tokens in tiles
 GAP = 4  # pixels between tiles
 SMALLEST = 14  # size of the smallest letters, in pixels
@@ -155,15 +157,13 @@ def draw_lines(lines: list[tuple[list[Tensor], list[str]]], columns: int, size: 
     letters, and is cut where it is longer"""
     side = tile_side(size)
     step = side + GAP
-    font = ImageFont.load_default(size=max(SMALLEST, side // 12))
+    font, width = text_column(size)
     left = columns * step + GAP
-    width = max(3 * side, math.ceil(28 * font.size))
     blocks = []
     heights = []
     for tiles, texts in lines:
-        wrapped = [wrap(text, font, width - GAP, lines=2) for text in texts]
-        blocks.append("\n".join(wrapped))
-        height = text_size(blocks[-1], font)[1] + 2 * GAP
+        block, height = text_block(texts, font, width)
+        blocks.append(block)
         heights.append(max(step, height) if tiles else height)
 
     picture = Image.new("RGB", (left + width, sum(heights)), "white")
@@ -175,6 +175,28 @@ def draw_lines(lines: list[tuple[list[Tensor], list[str]]], columns: int, size: 
         draw.multiline_text((left, y), block, "black", font)
         y += height
     return picture
+
+
+def sheet_size(texts: list[list[str]], columns: int, size: int) -> tuple[int, int]:
+    """The (width, height) of a contact sheet, in pixels, if all of its lines have tiles. texts: of
+    each line; columns and size as for `draw_lines`."""
+    step = tile_side(size) + GAP
+    font, width = text_column(size)
+    heights = [max(step, text_block(of_line, font, width)[1]) for of_line in texts]
+    return columns * step + GAP + width, sum(heights)
+
+
+def text_column(size: int) -> tuple[ImageFont.FreeTypeFont, int]:
+    """The font of a contact sheet, and the width of the text on the right of its tiles."""
+    side = tile_side(size)
+    font = ImageFont.load_default(size=max(SMALLEST, side // 12))
+    return font, max(3 * side, math.ceil(28 * font.size))
+
+
+def text_block(texts: list[str], font: ImageFont.FreeTypeFont, width: int) -> tuple[str, int]:
+    """The texts of one line of a contact sheet, wrapped; and the height that they take."""
+    block = "\n".join(wrap(text, font, width - GAP, lines=2) for text in texts)
+    return block, text_size(block, font)[1] + 2 * GAP
 
 
 def tile_side(size: int) -> int:
@@ -243,6 +265,19 @@ def require_writable(
         raise RunError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
+def require_size(flag: str, path: Path, size: tuple[int, int]) -> None:
+    """RunError, naming the flag, if a file of the ending of `path` cannot hold a picture of this
+    size, (width, height)."""
+    ending = path.suffix.lower()
+    most = MOST_PIXELS.get(ending, math.inf)
+    width, height = size
+    if max(width, height) > most:
+        raise RunError(
+            f"{flag} {path}: the picture has {width} x {height} pixels, and a {ending} at most "
+            f"{most} per side: write a .png, or draw fewer rows or frames"
+        )
+
+
 @contextlib.contextmanager
 def saving(flag: str, path: Path) -> Iterator[None]:
     """Turns errors of the code inside, which draws and writes `path`, into a RunError that names
@@ -257,11 +292,13 @@ def write_video(path: Path, pictures: list[Image.Image], fps: float) -> None:
     """Writes pictures as a GIF if the name ends in .gif, else as H.264 video."""
     if Path(path).suffix.lower() == ".gif":
         first, *others = pictures
-        # A GIF counts hundredths of a second; players take fewer than two for ten.
+        # A GIF counts time in hundredths of a second. Where a picture has less than two of them,
+        # players show it for ten.
         duration = max(20, round(1000 / fps, -1))
         first.save(path, save_all=True, append_images=others, loop=0, duration=duration)
         return
-    with av.open(str(path), "w") as container:
+    # "file:", since a name such as 10:30.mp4 would be taken for a protocol
+    with av.open(f"file:{path}", "w") as container:
         rate = Fraction(fps).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.width, stream.height = pictures[0].size

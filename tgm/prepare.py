@@ -13,6 +13,7 @@ A check decodes the first, the middle and the last frame of each file, once even
 have it, and sums up durations, codecs, sizes and frame rates. It also counts rows that are shorter
 than a training clip: that is no problem, training repeats their last frame. If some rows cannot be
 used, the command ends with an error, also after it has written the manifest without them.
+--video-timeout is for the check only: re-encoding gives each video the time that it takes.
 
 Re-encoded videos show what the source shows at the same times, upright and without sound, so start
 and end in the manifest still hold. A copy that exists is kept, whatever it was made of: after
@@ -38,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tgm.arrays import companion, hold, refuse_foreign, written_aside
-from tgm.flags import Parser, frame_count, pixel_count, positive_int, whole
+from tgm.flags import Parser, add_video_flags, frame_count, pixel_count, positive_int, whole
 from tgm.manifest import FilePath, Video, Videos, read_manifest, require_files
 from tgm.run import (
     RunError,
@@ -49,11 +50,11 @@ from tgm.run import (
     make_folder,
     one_line_errors,
 )
-from tgm.video import VideoError, VideoReader
+from tgm.video import TIMEOUT, VideoError, VideoReader
 
 KEY_FRAME_EVERY = 12  # frames, in a re-encoded video
 TICKS = 90000  # per second, the clock of a re-encoded video
-MOST_REPEATS = 10_000  # of a last frame, if a header tells of hours
+MOST_REPEATS = 10_000  # of the last frame: a damaged header may promise hours
 REPORT = ["row", "path", "problem", "what"]  # columns; "what" is the reason
 MISSING = "missing"
 # errors of the disk written to, not of the video read
@@ -71,12 +72,12 @@ class Found(NamedTuple):
     file_bytes: int = 0
 
 
-def probe(path: str) -> Found:
-    """Opens a file and decodes its first, middle and last frame."""
+def probe(path: str, timeout: float = TIMEOUT) -> Found:
+    """Opens a file and decodes its first, middle and last frame. timeout: seconds for all that."""
     if not os.path.exists(path):
         return Found(MISSING)
     try:
-        with VideoReader(path) as reader:
+        with VideoReader(path, timeout=timeout) as reader:
             last = max(0, reader.duration - 0.5 / reader.fps)
             _, height, width, _ = reader.read([0, reader.duration / 2, last]).shape
             return Found(
@@ -103,13 +104,17 @@ def reencode(source: str, target: str, short_side: int) -> str | None:
     """Writes a copy of a video, H.264 that decodes fast, displayed as the source is at the same
     times, and without sound -> None, or why the source cannot be read.
 
-    short_side: pixels, at most. The copy is written aside and renamed; one that exists is kept. A
-    disk that is full or cannot be written to is a RunError."""
-    if os.path.exists(target):
+    short_side: pixels, at most. The copy is written aside and renamed; one that exists is kept.
+    RunError, naming the target, if it cannot be written, such as on a full disk."""
+    if os.path.isfile(target):
         return None
+    if os.path.isdir(target):
+        raise RunError(f"{target}: is a folder, where the copy of {source} is to be written")
     aside = aside_of(target)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        # PyAV opens the file with its first packet, where an error would count as the source's.
+        open(aside, "wb").close()
         with (
             VideoReader(source, timeout=math.inf) as reader,
             # "file:", since a relative folder such as a:b would be taken for a protocol
@@ -157,18 +162,22 @@ def encode_frames(reader, container, short_side):
         encode(image, seconds)
     if stream is None:
         raise VideoError(f"{reader.path}: no frame could be decoded")
-    # The last frame may stay on screen. It is repeated as often as the frame rate of the source
-    # tells, so that the copy has this rate, at which training chooses its frames.
-    held = reader.duration - seconds
-    repeats = min(reader.fps * reader.duration - count, reader.fps * held - 1, MOST_REPEATS)
-    repeats = max(0, round(repeats))
+    # The last frame may stay on screen. It is repeated until the copy has as many frames per second
+    # as the source's header says, because training chooses its frames by this rate.
+    held = reader.duration - seconds  # seconds for which the last frame is on screen
+    # how many frames fewer there are than the header says
+    missing = reader.fps * reader.duration - count
+    # how many frames would follow the last one in these seconds
+    fitting = reader.fps * held - 1
+    repeats = max(0, round(min(missing, fitting, MOST_REPEATS)))
     for number in range(1, repeats + 1):
         encode(image, seconds + held * number / (repeats + 1))
     packets = stream.encode()  # those that the encoder held back; never none
     if first_dts is None:
         first_dts = packets[0].dts
-    # The copy lasts as long as the source. An mp4 has two durations, of what is decoded and of what
-    # is displayed, and the shorter one counts.
+    # The copy must last as long as the source. An mp4 has two durations, both of which end with its
+    # last packet: one counts from the first dts, the other from pts 0. Readers believe the shorter
+    # one, so that one is set.
     last = packets[-1]
     until_last = min(last.dts - first_dts, last.pts)
     last.duration = max(1, round(reader.duration * TICKS) - until_last)
@@ -181,6 +190,7 @@ def encoded_size(image: np.ndarray, short_side: int) -> tuple[int, int]:
     """
     shape = np.array(image.shape[:2])
     short_side = min(short_side, shape.min())
+    # what the height and the width must not exceed
     most = np.where(shape == shape.min(), short_side, shape)
     nearest_even = np.rint(shape * (short_side / shape.min()) / 2) * 2
     size = np.minimum(nearest_even, most // 2 * 2)
@@ -262,7 +272,7 @@ def check_files(args, videos) -> list[Problem]:
     """Probes every file of a manifest once and prints what they are -> the rows that cannot be
     used."""
     paths = dict.fromkeys(video.path for video in videos)  # each once
-    jobs = [(path,) for path in paths]
+    jobs = [(path, args.video_timeout) for path in paths]
     found = {}
     results = in_processes(probe, jobs, args.workers, "checking")
     for path, result in zip(paths, results, strict=True):
@@ -270,7 +280,7 @@ def check_files(args, videos) -> list[Problem]:
     problems = []
     durations = []
     short = 0
-    clip_frames = args.frames * args.stride
+    clip_frames = (args.frames - 1) * args.stride + 1  # from the first of a clip to its last
     for video in videos:
         file = found[video.path]
         problem = problem_of(video, file)
@@ -285,8 +295,8 @@ def check_files(args, videos) -> list[Problem]:
     print_summary(args.manifest, len(videos), found.values(), durations)
     if short:
         print(
-            f"clips       {short} of {len(videos)} rows are usable and have fewer than "
-            f"{clip_frames} frames (--frames {args.frames} x --stride {args.stride}): "
+            f"clips       {short} of {len(videos)} rows are usable, but shorter than a clip, which "
+            f"spans {clip_frames} frames (--frames {args.frames} --stride {args.stride}): "
             "their last frame is repeated"
         )
     kinds = most_common(problem.kind for problem in problems) or "none"
@@ -360,7 +370,8 @@ def rows_for(manifest: FilePath, videos: Videos, folder: FilePath) -> list[list[
         video = videos[row]
         if os.path.isabs(video.name):
             return video.name
-        # ".." after a link is the parent of its target; the video itself may stay a link
+        # A folder that is a link is replaced by its target, because ".." after a link leads to the
+        # parent of the target. A video that is a link stays one.
         parent, name = os.path.split(video.path)
         return os.path.relpath(os.path.join(os.path.realpath(parent), name), folder)
 
@@ -395,8 +406,10 @@ def reencode_all(args, videos):
         lambda path: is_copy(path, args.manifest, rows),
         "--reencode names another folder; if it is of an older version of the manifest, delete it",
     )
-    hold(new_manifest)  # two processes would write the same files
-    jobs = [(path, target, args.short_side) for path, target in targets.items()]
+    # two processes would write the same files
+    hold(new_manifest, elsewhere="name another folder (--reencode)")
+    source_of = {target: path for path, target in targets.items()}  # each target once
+    jobs = [(path, target, args.short_side) for target, path in source_of.items()]
     errors = []
     try:
         for error in in_processes(reencode, jobs, args.workers, "re-encoding"):
@@ -405,26 +418,33 @@ def reencode_all(args, videos):
     except BaseException:
         # A signal may have come here, not inside in_processes. Killed workers leave their files.
         kill_workers()
-        for target in targets.values():
+        for target in source_of:
             with contextlib.suppress(OSError):
                 os.remove(aside_of(target))
         raise
     for error in errors:
         print(error)
     write_csv(new_manifest, rows)
-    print(f"{new_manifest}: {len(jobs) - len(errors)} of {len(jobs)} files")
+    made = len(jobs) - len(errors)
+    print(f"{new_manifest}: {made} of {len(jobs)} files{without_root(args)}")
     return len(errors)
 
 
 def copies_of(manifest, videos, folder):
-    """{path of a video: path of its copy in the folder}. RunError if two copies would be one file,
-    or one would take the place of a video."""
-    names = {}
+    """{path of a video: path of its copy in the folder}. Two paths of one file, such as a.mp4 and
+    ./a.mp4, may have one copy. RunError if the copies of two files would be one, or if a copy would
+    take the place of a video."""
+    targets = {}
+    first_of = {}  # {path of a copy: the first video that has it}
     for video in videos:
-        names.setdefault(video.path, name_inside(video.name))
-    if len(set(names.values())) < len(names):
-        raise RunError(f"{manifest}: two of its files would have the same name in {folder}")
-    targets = {path: os.path.join(folder, name) for path, name in names.items()}
+        target = os.path.join(folder, name_inside(video.name))
+        targets.setdefault(video.path, target)
+        first = first_of.setdefault(target, video.path)
+        if first != video.path and os.path.realpath(first) != os.path.realpath(video.path):
+            raise RunError(
+                f"{manifest}: the copies of {first} and {video.path} would both be {target}: "
+                "rename one of the two videos, in the manifest as well"
+            )
     sources = {os.path.realpath(path) for path in targets}
     for source, target in targets.items():
         if os.path.realpath(target) in sources:
@@ -444,18 +464,22 @@ def is_copy(path: Path, manifest: FilePath, rows: Sequence[Sequence[str]]) -> bo
     return not os.path.samefile(path, manifest) and existing <= {tuple(row) for row in rows}
 
 
+def without_root(args):
+    """What is said of a manifest that was written, if --root was given for the one that was read:
+    relative paths in the new one start at its own folder."""
+    return " (give no --root with it)" if args.root else ""
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("manifest", help="csv of the videos to check, or to re-encode")
-    parser.add_argument(
-        "--root", help="folder that relative paths start from (default: the manifest's)"
-    )
+    add_video_flags(parser)
     parser.add_argument("--workers", type=whole(1, 1024), default=os.cpu_count(), help="processes")
     parser.add_argument(
         "--frames",
         type=frame_count,
         default=16,
-        help="a video with fewer than frames x stride frames is called short",
+        help="the frames of a clip in training: rows that are shorter than a clip are counted",
     )
     parser.add_argument(
         "--stride", type=positive_int, default=4, help="the stride that training will use"
@@ -484,6 +508,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     videos = read_manifest(args.manifest, args.root)
+    if not os.path.isfile(args.manifest):  # but it could be read
+        raise RunError(
+            f"{args.manifest}: expected a file, found a pipe, which can be read only once: write "
+            "the manifest to a file first"
+        )
     require_files(videos, args.manifest)
     StopSignal().end_on_signal()  # from here on a signal ends the process
     if args.reencode:
@@ -513,7 +542,7 @@ def main(argv=None):
         good = [row for number, row in enumerate(rows) if number not in bad]
         if good:
             write_csv(args.good, [header, *good])
-            print(f"{args.good}: {len(good)} rows")
+            print(f"{args.good}: {len(good)} rows{without_root(args)}")
         else:
             print(f"{args.good}: not written, no row can be used")
     # last: the data set's folder may be read-only

@@ -60,7 +60,9 @@ def draw_row(args: argparse.Namespace, videos: Videos, row: int, grid: masking.G
     drawn = {kind: of_batch[0] for kind, of_batch in maps.items()}
     tiles = pictures.draw_tiles(clip.frames, masks, grid, **drawn)
     with pictures.saving("--out", args.out):
-        pictures.draw_strip(tiles, grid[0], stored.title).save(args.out)
+        strip = pictures.draw_strip(tiles, grid[0], stored.title)
+        pictures.require_size("--out", args.out, strip.size)
+        strip.save(args.out)
     print(args.out)
     if args.video:
         with pictures.saving("--video", args.video):
@@ -77,10 +79,13 @@ def draw_sheet(
     """Draws a frame of each row, its saliency, its text mask and its captions, as --out. A row that
     lacks some of them says why."""
     saliency = open_saliency(args.data, prefix_of(args.data, args.companions), videos)
+    texts = [row_text(videos[row], saliency.captions[row], args.caption) for row in rows]
+    # Too large a sheet is refused here, before all the videos are decoded.
+    size = pictures.sheet_size(texts, columns=3, size=args.image_size)
+    pictures.require_size("--out", args.out, size)
     lines = []
-    for row in rows:
+    for row, text in zip(rows, texts, strict=True):
         tiles = []
-        text = [f"{row}: {videos[row].name}"]
         try:
             clip = read_clip(
                 videos[row], args.frames, args.stride, args.image_size, args.video_timeout
@@ -89,14 +94,22 @@ def draw_sheet(
             maps, _ = saliency.read(videos[row], args.caption)
             tiles += draw_text_mask(args, clip, maps, grid)
         except RunError as error:
-            text.append(str(error))
-        for number, caption in enumerate(saliency.captions[row]):
-            mark = "*" if number == args.caption else " "
-            text.append(f"{mark} {caption}")
+            text.insert(1, str(error))
         lines.append((tiles, text))
     with pictures.saving("--out", args.out):
-        pictures.draw_lines(lines, columns=3, size=args.image_size).save(args.out)
+        sheet = pictures.draw_lines(lines, columns=3, size=args.image_size)
+        pictures.require_size("--out", args.out, sheet.size)  # reasons take lines, too
+        sheet.save(args.out)
     print(f"{args.out} (rows {', '.join(map(str, rows))}; *: the caption of the saliency)")
+
+
+def row_text(video: Video, captions: list[str], chosen: int) -> list[str]:
+    """What a contact sheet says of a row: its name and its captions, the chosen one marked."""
+    text = [f"{video.row}: {video.name}"]
+    for number, caption in enumerate(captions):
+        mark = "*" if number == chosen else " "
+        text.append(f"{mark} {caption}")
+    return text
 
 
 def draw_text_mask(
@@ -185,16 +198,12 @@ def read_stored(data: str, prefix: str | None, videos: Videos, row: int, caption
             f"there is no {saliency_path}; make it with: "
             f"{arrays.text_commands(data, videos, out_flag(data, prefix))}"
         )
+    command = motion_command(data, prefix)
     if motion_path.exists():
-        motion = read_motion(motion_path, videos, row, motion_command(data, prefix))
+        motion = read_motion(motion_path, videos, row, command)
         if motion is None:
-            missing["motion"] = (
-                f"{motion_path} is empty for {videos[row].name}: saliency.py has not come to it, "
-                "or its codec has no motion vectors (for any codec: "
-                f"{motion_command(data, prefix)} --flow raft --resume none)"
-            )
+            missing["motion"] = why_no_motion(motion_path, videos[row].name, command)
     else:
-        command = motion_command(data, prefix)
         missing["motion"] = f"there is no {motion_path}; make it with: {command}"
     return Stored(title, saliency, motion, missing)
 
@@ -271,6 +280,15 @@ def read_motion(path: Path, videos: Videos, row: int, remedy: str) -> Tensor | N
     return field if field.isfinite().all() else None
 
 
+def why_no_motion(path: Path, name: str, command: str) -> str:
+    """For messages: a video's row of motion is empty, and what may be the reason. command: the one
+    that makes the array."""
+    return (
+        f"{path} is empty for {name}: saliency.py has not come to it, or its codec has no motion "
+        f"vectors (for any codec: {command} --flow raft --resume none)"
+    )
+
+
 def why_uncaptioned(path: Path, row: int) -> str:
     """The reason that caption.py gave for a row without captions."""
     # not splitlines(), which also cuts at U+2028, inside a caption
@@ -326,7 +344,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--video",
         type=Path,
         metavar="FILE",
-        help="also write the clip and its masks, of one row, as a moving picture: .mp4 or .gif",
+        help="also write the clip and its masks, of one row, as a moving picture: .mp4, "
+        ".gif, .mov or .mkv",
     )
     parser.add_argument(
         "--mask-ratio", type=flags.ratio, help="one ratio for all masks (default: each mask's own)"

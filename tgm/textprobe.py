@@ -51,8 +51,9 @@ class TextHead(NamedTuple):
 
 
 def find_head(checkpoint: str | Path) -> TextHead | None:
-    """The head of a checkpoint that was trained with captions. None for an untrained encoder
-    ("none"), for files that pretrain.py did not write, and for a pretraining without text."""
+    """The head of a checkpoint that was trained with captions, with --nce-weight 0, too, where it
+    was `monitored`. None for an untrained encoder ("none"), for files that pretrain.py did not
+    write, and for a pretraining without text."""
     saved = saved_args(checkpoint)
     if "nce_weight" not in saved:
         return None
@@ -89,13 +90,23 @@ def comparable(about: dict, key: str) -> str | None:
     return plain_name(value)
 
 
+def remedy_of(head: TextHead) -> str:
+    """How to make an array of texts that fits a head."""
+    flags = "with the CLIP of the training"
+    if head.about:
+        flags = f"--clip {head.about.get('clip')}"
+        if head.about.get("pretrained"):
+            flags += f" --pretrained {head.about['pretrained']}"
+    return f"make it again: saliency.py {flags} --resume none"
+
+
 def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> None:
     """ManifestError if an array of texts, `width` wide, is not of the CLIP the head was trained
     with, as far as the text array of its training is still there to tell."""
     if width != len(head.weight):
         raise ManifestError(
             f"{path}: has {width} dimensions, the checkpoint's head {len(head.weight)}: "
-            "make it with the CLIP of the training"
+            f"{remedy_of(head)}"
         )
     if not head.about:
         return
@@ -103,10 +114,11 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
         if key == "weights" and None in (about.get(key), head.about.get(key)):
             continue  # published ones, or a .json from before their hash was kept
         if comparable(about, key) != comparable(head.about, key):
-            raise ManifestError(
-                f"{path}: made with {key} {about.get(key)}, the checkpoint's head was trained with "
-                f"{head.about.get(key)}: make it with the CLIP of the training"
-            )
+            made = f"made with {key} {about.get(key)}, the checkpoint's head was trained with"
+            reason = f"{made} {head.about.get(key)}"
+            if key == "weights":  # hashes tell a user nothing
+                reason = "made with other weights of CLIP than the checkpoint's head"
+            raise ManifestError(f"{path}: {reason}: {remedy_of(head)}")
 
 
 # ---- the two measures ----------------------------------------------------------------------------
@@ -126,6 +138,11 @@ def probe_head(
     if head is None:
         print("no zero-shot, no retrieval: the checkpoint has no head that captions trained")
         return {}
+    if not head.about:
+        print(
+            "note: the text array of the training is not there, or was made again: that texts are "
+            "of the same CLIP as the checkpoint's is not known"
+        )
     embedding = project(head, features)
     result = {"monitored_head": head.monitored}
     try:
@@ -142,9 +159,9 @@ def probe_head(
 def probe_zero_shot(
     head: TextHead, embedding: np.ndarray, videos: Sequence[Video], manifest: str | Path, seed: int
 ) -> dict:
-    """Zero-shot accuracy on the labels, names of classes or their numbers. embedding: [N, E] of the
-    videos. ManifestError if there is no array of names, or if it does not fit the head or the
-    labels."""
+    """Zero-shot accuracy. The labels are names of the array, or, if none of them is, numbers of its
+    lines, from 0. embedding: [N, E] of the videos. ManifestError if there is no array of names, or
+    if it does not fit the head or the labels."""
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
     classes, about = open_classes(path, remedy)
@@ -153,6 +170,11 @@ def probe_zero_shot(
     found = {video.label for video in videos}
     if not found & number.keys():  # the labels may be the classes' numbers
         number = {str(index): index for index in range(len(classes))}
+        if str(len(classes)) in found and "0" not in found:
+            raise ManifestError(
+                f"{path}: the labels are numbers from 1 to {len(classes)}, but its classes count "
+                "from 0"
+            )
     unknown = sorted(found - number.keys())
     labels = np.array([number.get(video.label, -1) for video in videos])
     if (labels < 0).all():
