@@ -26,13 +26,14 @@ model has to caption a blank image before any video is opened. No remote code is
 captions that a model made are replaced only with `--resume none`.
 
 Run it again after a kill: it goes on where it stopped, and tries failed videos again. If one of
-them succeeds this time, the captions change. Then saliency.py refuses to go on with its old arrays
-and has to compute all of them again (--resume none). Each rank appends to a part file of its own;
-when all are done rank 0 joins them. A caption may be an empty text, which is no failure; a line at
-the end counts the videos whose captions are all empty. SIGTERM and Ctrl-C finish the current batch
-first; the exit status is the signal's.
+them succeeds this time, or fails for another reason, the file changes. Then saliency.py refuses to
+go on with its old arrays and has to compute all of them again (--resume none). Each rank appends to
+a part file of its own; when all are done rank 0 joins them. A caption may be an empty text, which
+is no failure; a line at the end counts the videos whose captions are all empty. SIGTERM and Ctrl-C
+finish the current batch first; the exit status is the signal's.
 
-Where rows were added at the manifest's end, `--extend` captions those, and tries no failed videos.
+Where rows were added at the manifest's end, `--extend` captions those, and tries no failed videos,
+so that saliency.py can keep its old rows.
 (`--labels` neither needs nor takes that flag, because it always makes all captions again.) Captions
 that a model made with other settings, or of other rows or videos, are refused (tgm/manifest.py says
 how replaced videos are noticed). Without the .json only paths are compared. A model is known by its
@@ -199,7 +200,8 @@ def check_model(name, model, processor, prompt, describe_items):
 
 
 def label_captions(videos, classes):
-    """Entries with one caption per video: its label i, or classes[i], counted from 0."""
+    """Entries with one caption per video: the label itself or, with `classes`, the class whose
+    number, from 0, the label is."""
     entries = []
     for video in videos:
         caption = video.label
@@ -223,8 +225,8 @@ def label_captions(videos, classes):
 def write_labels(captions, classes, resume):
     """Captions without a model, always from the start. A model's captions, which may have taken
     hours, are replaced only with --resume none."""
-    # Labels are always made from the start, so `claim` and `begin` get "none". Whether a model's
-    # captions may be replaced is asked here.
+    # `claim` and `begin` get "none", to keep nothing: labels are always made from the start.
+    # --resume only decides whether a model's captions may be lost.
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()
@@ -349,8 +351,9 @@ def main(argv=None):
     if machine.rank == 0:
         require_files(videos, args.data)
         captions.claim(args.resume, args.extend)
-    # Every rank must see the same files in `done`: between the waits nothing is written or removed.
     wait_for_ranks()  # until rank 0 has checked the old files; if it refuses, all ranks end here
+    # From here to the next wait no rank writes or removes a file, so that `done` gives the same on
+    # every rank, and all divide the same list.
     done = captions.done(args.resume, args.extend)
     todo = [video for video in videos if video.row not in done]
     mine = part_of_rank(todo, machine.rank, machine.ranks)

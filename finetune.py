@@ -51,7 +51,8 @@ After every epoch the model is validated on --val, with one view per video. At t
 on --test (by default --val), with clips x crops views per video, whose softmax is averaged. Where
 --test is --val, best.pt was selected on the same videos; the last epoch (--use last, the default)
 was not. Every test video is counted once, whatever the number of ranks, and one that cannot be read
-counts as wrong; if more than --max-bad of the files are missing, nothing is begun.
+counts as wrong. If clearly more than --max-bad of a manifest's files are missing (256 of them are
+looked for), nothing is begun.
 
 What differs from VideoMAE's fine-tuning:
     RandAugment    The operations are torchvision's: Identity is one of them, Invert and
@@ -78,9 +79,10 @@ them; its file is not read any more. Other flags and data are refused, but for t
       tgm/resume.py, names all)
   --epochs, upwards
   --batch-size, --accum and the number of ranks, if their product stays the same. Each step then
-      still sees the same videos, but other clips are mixed, and dropout and drop path drop other
-      things, because each rank draws them for each accumulated batch. The weights are those of an
-      uninterrupted run, to rounding, only with --mixup 0 --cutmix 0 --drop-path 0 --head-dropout 0.
+      still sees the same videos. But where one of the three changes, other clips are mixed, and
+      dropout and drop path drop other things, because each rank draws them for each accumulated
+      batch. Then the weights are those of an uninterrupted run, to rounding, only with --mixup 0
+      --cutmix 0 --drop-path 0 --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -109,8 +111,8 @@ from tgm.video import TIMEOUT, VideoReader
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
-# and use concern the test alone; the classes follow from the labels; accum, like the batch size and
-# the number of ranks, may change because their product may not: it is in args.identity, which
+# and use concern the test alone; the classes follow from the labels. accum, batch_size and ranks
+# may each change as long as their product stays the same: it is in args.identity, which
 # `fine_tune` sets.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
@@ -176,7 +178,7 @@ def train(state, loader, val, schedule, machine, stop, args):
         if stopped:
             machine.say(f"{stop.name}: saved {checkpoint} at step {step}; --resume auto goes on")
             machine.leave()
-            stop.end()
+            stop.end()  # does not return
         if schedule.ends_epoch(step):
             stop.end_on_signal("--resume auto goes on from this epoch's end")
             validate(state, val, log, machine, args)
@@ -198,7 +200,8 @@ def validate(state, val, log, machine, args):
     names = ["checkpoint.pt"]
     if result["top1"] > state.best:
         state.best = result["top1"]
-        # in this order: after a kill in between, the run validates again
+        # best.pt first. After a kill in between, checkpoint.pt still says that these weights were
+        # not validated: the resumed run validates again and saves both.
         names = ["best.pt", "checkpoint.pt"]
     state.validated = state.step
     if machine.rank == 0:
@@ -263,7 +266,7 @@ def make_mix(mixup, cutmix, classes):
 
 def learning_rate(steps_done, lr, warmup, total, floor):
     """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
-    cosine down to `floor`, or to lr where that is less. warmup, in steps, may be a fraction."""
+    cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
     if steps_done < warmup:
         return min(lr, lr * (steps_done + 1) / warmup)
     floor = min(floor, lr)
@@ -341,8 +344,8 @@ class EraseWithNoise(v2.RandomErasing):
 class Clips(TrainingClips):
     """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], "row"}.
 
-    rows: those to train on; labels: the class of every row; the other settings are the flags of
-    these names (timeout: --video-timeout)."""
+    rows: the manifest's rows to train on; labels: the class of each of its videos; the other
+    settings are the flags of these names (timeout: --video-timeout)."""
 
     def __init__(
         self,
@@ -749,11 +752,14 @@ def main(argv=None):
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    stop.end_on_signal()  # a signal ends the run, until `train` has something to save
+    # A signal ends the run at once where nothing would be lost: now, in validation and in the test.
+    # In `train` it is noted (save_on_signal), and `stop.requested()` tells after the step.
+    stop.end_on_signal()
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
-            # a lock of the folder, of the same name as in training; the file need not exist
+            # Keeps other runs from the folder: training locks it under this name, too. No such file
+            # is made.
             hold(Path(args.out) / "checkpoint.pt")
         checkpoint = args.checkpoint
         stop.end_on_signal("run it again")

@@ -4,8 +4,8 @@ videos -> views -> features -> choose a setting -> train -> test
 
 Reads   a training and a test manifest with labels, and their videos
         a checkpoint: ours, VideoMAE's .pth, a Hugging Face folder, or none for an untrained encoder
-        where they are there, val.classes.npy (saliency.py --cue classes --data val.csv) and
-        val.text.npy (caption.py --data val.csv, then saliency.py --data val.csv)
+        beside a test manifest val.csv, where they are there, val.classes.npy (saliency.py --cue
+        classes --data val.csv) and val.text.npy (caption.py --data val.csv, then saliency.py)
 Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
         videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, even
         one of other flags or of another checkpoint (--out keeps both).
@@ -29,7 +29,8 @@ encoder's tokens after its final norm. The probes see the mean of the views' fea
 instead averages the answers of the classifier.) With --augment A a training video has A random
 views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch of the linear probe
 draws one of them. Features are extracted once. A second run, for another --label-column or after a
-kill, reads only the videos whose features are missing.
+kill, reads only the videos whose features are missing. With another --augment, --clips or
+--token-grid, or where --attentive is added, all videos are read again (--out keeps both).
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the
@@ -158,15 +159,17 @@ def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, ba
         train, labels, settings, seed, classes=classes, epochs=epochs, warmup=warmup, batch=batch
     )
     test = F.pad(test, (0, 1), value=1.0)  # [N', D+1]
-    return torch.cat([(x @ weight).argmax(-1) for x in test.split(1024)], dim=1)
+    # [B, D+1] @ [L, D+1, C] -> [L, B, C]
+    return torch.cat([(x @ weight).argmax(-1) for x in test.split(1024)], dim=1)  # [L, N']
 
 
 def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, batch=256):
     """Trains one linear layer for each setting as torch.optim.SGD would alone, with momentum 0.9.
 
     features: [N, A, D], of which every epoch draws one of the A views. Returns weights [L, D+1, C],
-    the last row being the bias. The layers are columns of one matrix, first all classes of the
-    first setting, so that a step is two matrix products for all of them."""
+    the last row being the bias. All layers stand side by side in one matrix [D+1, L*C]: columns 0
+    to C - 1 are the first setting's, the next C the second's. So a step needs two matrix products,
+    for the logits and for the gradient."""
     count, views, width = features.shape
     device = features.device
     generator = torch.Generator().manual_seed(seed)
@@ -174,7 +177,8 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
     weight = F.pad(weight, (0, 0, 0, 1))  # [D+1, C], the bias 0
     weight = weight.repeat(1, len(settings)).to(device)  # [D+1, L*C]
     velocity = torch.zeros_like(weight)
-    # rates are given for batches of 256, and grow with the batch; a small training set is one batch
+    # Rates are given for batches of 256 and grow with the batch. A training set of fewer videos is
+    # one batch, so that its rates are smaller.
     scale = min(batch, count) / 256
     rate = torch.tensor([setting["rate"] * scale for setting in settings], device=device)
     rate = rate.repeat_interleave(classes)  # [L*C]
@@ -243,12 +247,12 @@ class AttentiveProbe(torch.nn.Module):
         self.value = models.XavierLinear(width, width, bias=False)
         self.head = torch.nn.Linear(width, classes)
 
-    # Usual attention computes a key K x and a value V x of every token x. With one query q per head
-    # neither is needed:
-    #   q . (K x) = (K^T q) . x        `token_query` computes K^T q once, `classify_all` compares
-    #                                  it with the tokens; a is the softmax of these scores
-    #   sum of a V x = V (sum of a x)  `classify_all` averages the tokens, `classify` applies V to
-    #                                  the average
+    # Usual attention computes a key K x and a value V x of every token x: scores q . (K x), their
+    # softmax a, output sum of a V x. With one query q per head, neither is needed:
+    #   q . (K x) = (K^T q) . x
+    #       `token_query` computes K^T q once; `classify_all` multiplies it with all tokens.
+    #   sum of a V x = V (sum of a x)
+    #       `classify_all` averages the tokens with the weights a; `classify` applies V.
 
     def token_query(self):
         """What the tokens are compared with: K^T q of each head, scaled, [heads, D]."""
@@ -372,7 +376,8 @@ def probe_all(videos, arrays, heads, args):
     refuse_unreadable(args.test, videos["test"], readable["test"], least=1)
     rows = torch.from_numpy(readable["train"].nonzero()[0])
     train_videos = [videos["train"][row] for row in rows.tolist()]
-    # sorted as texts: the order decides which of the initial weights a class gets
+    # The order decides which of the initial weights a class gets: with `class_names`, which sorts
+    # numbers by their value, published results would change a little.
     names = sorted({video.label for video in train_videos})
     if len(names) == 1:
         raise RunError(f"{args.data}: all of its readable videos are of class {names[0]!r}")
@@ -419,7 +424,7 @@ def probe_all(videos, arrays, heads, args):
         test_tokens = TokenRows(arrays["test"]["tokens"], torch.arange(len(truth)))
         training = ATTENTIVE["training"]
         if args.epochs is not None:
-            training = {"epochs": args.epochs}  # without least_steps, which would add to them
+            training = training | {"epochs": args.epochs, "least_steps": 0}
         probe = partial(attentive, classes=len(names), heads=heads, **training)
         settings = ATTENTIVE["settings"]
         result |= measure("attentive", probe, settings, train_tokens, test_tokens, choose_once=True)
@@ -450,8 +455,7 @@ def interval_text(bounds):
     if bounds is None:
         return "one seed"
     low, high = [f"{bound:.3f}" for bound in bounds]
-    # The texts are compared, as equal bounds may differ in their last bits. They are equal where
-    # all seeds agree, or all videos: that is no certainty.
+    # Equal to three digits, as where all seeds agree: that is no certainty.
     if low == high:
         return f"always {low}"
     return f"{low} to {high}"
@@ -568,7 +572,10 @@ def parse_args(argv=None):
         help="of the first repetition, the random views and an untrained encoder",
     )
     run.add_argument(
-        "--batch-size", type=positive_int, default=32, help="videos per batch and rank"
+        "--batch-size",
+        type=positive_int,
+        default=32,
+        help="videos per batch and rank; the encoder sees all their views at once",
     )
     run.add_argument(
         "--max-steps",
@@ -636,6 +643,8 @@ def main(argv=None):
     args.device = machine.device
     videos = read_videos(args, machine.rank)
     encoder, head = load_checkpoint(args, machine)
+    if machine.rank == 0 and args.checkpoint != "none":
+        print(f"weights      {args.checkpoint}: {encoder.notes}")
     plan = plan_extractions(
         encoder,
         videos,

@@ -22,9 +22,9 @@ We have not read TGM's paper itself, only notes on it. That it selects the token
 taken from these.
 
 The text masks follow a saliency map, which scores how well each place matches a caption; motion and
-flow masks follow a motion map, which holds velocities. saliency.py stores such maps of the whole
-video and the whole frame. `cut_maps` and `cut_motion` bring them to the times, the crop and the
-flip of a training sample.
+flow masks follow a motion map. saliency.py stores such maps of the whole video and the whole frame,
+of motion its velocities. `cut_maps` and `cut_motion` bring them to the times, the crop and the flip
+of a training sample, and velocities to displacements from slice to slice, which the masks read.
 
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
@@ -36,10 +36,10 @@ may spoil a motion or flow mask of the whole clip.
     python masking.py --data data/train.csv --row 3 --out mask.png
     python masking.py --data data/train.csv --rows 12 --out sheet.png
 
-The first draws a clip, its maps and every mask in one picture, like figure 1 of TGM's paper (by
-notes on it); the second draws, for 12 random videos, a frame, its saliency, its text mask and its
-captions. They show the maps that saliency.py wrote; masks whose maps are missing are left out. Only
-these commands need other files of this project (in tgm/).
+The first draws a clip, its maps and every mask in one picture, as figure 1 of TGM's paper does,
+according to our notes. The second draws, for 12 random videos, a frame, its saliency, its text mask
+and its captions. They show the maps that saliency.py wrote; masks whose maps are missing are left
+out. Only these commands need other files of this project (in tgm/).
 
 Shapes: B batch, grid (t, h, w) tokens, N = t*h*w tokens in (t, h, w) order, S moments of the stored
 maps, G x G their grid, V visible tokens of one slice.
@@ -174,9 +174,9 @@ def busiest_window(energy: Tensor, window: tuple[int, int], noise: Tensor) -> Te
     high, wide = window
     energy_inside = F.avg_pool2d(energy, window, stride=1).flatten(2)  # [B, t, places]
     # Divide by the largest value of the clip, so that the two small terms below mean the same in
-    # every clip, or by 1e-6 if that is more: where the camera alone moves, rounding leaves an
-    # energy of up to 1e-12. It becomes 1e-6 at most, less than the noise of up to 1e-5 below, so
-    # that rounding does not choose the window.
+    # every clip. The clamp is for clips in which the camera alone moves: only errors of rounding
+    # (about 1e-12) are left there, and dividing by the largest would make them decide. With the
+    # clamp they stay below the noise of the last term (1e-5).
     energy_inside = energy_inside / energy_inside.amax((1, 2), keepdim=True).clamp(min=1e-6)
     score = energy_inside
     # A slice with little or no motion takes the place that is best over all slices.
@@ -241,11 +241,12 @@ def flow_mask(ratio: float, grid: Grid, noise: Tensor, saliency: Map, motion: Ma
     From MGMAE: a Gaussian bump is put on each of some random tokens of the middle slice. This map
     is moved to the other slices along the flow, and its highest tokens are visible. Where bumps
     overlap, the larger value counts, as in the authors' code (the sum would favour the middle of
-    the picture). All bumps are equally wide, so the larger value is that of the nearer spot, and
-    distances to the nearest spot give the same order.
-    Ours: a stored motion field in place of RAFT's flow, which MGMAE computes during training; one
-    step from slice to slice, by tokens. MGMAE moves its map from frame to frame, by pixels, fills
-    the holes after every step, and adds up the map over each token's pixels in its two frames.
+    the picture). A bump falls with the distance, so its highest tokens are those nearest to a spot:
+    here no Gaussian is computed, and the distance decides.
+    Ours: what is done with traces that end outside; a stored motion field in place of RAFT's flow,
+    which MGMAE computes during training; one step from slice to slice, by tokens. MGMAE moves its
+    map from frame to frame, by pixels, fills the holes after every step, and adds up the map over
+    each token's pixels in its two frames.
     We do not copy two faults of MGMAE's released code: docs/method.md names them."""
     t, h, w = grid
     check_map("flow", "motion", motion, (len(noise), t, 2, h, w))
@@ -373,13 +374,13 @@ def draw_noise(
 
 
 # Nearly 2^10. Before the point of noise * SPREAD stand 10 bits or fewer, so that 14 or more of
-# float32's 24 are left for the fraction: 16,384 values, enough to order 1,568 tokens.
+# float32's 24 are left for the fraction: 16,384 values, so that few of 1,568 tokens tie.
 SPREAD = 997
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
-    """`count` of the masked tokens of each row: int64 [B, count]. The choice is random, and the
-    same for the same sample. mask bool [B, N]; noise [B, N], from which the mask was made.
+    """`count` of the masked tokens of each row: int64 [B, count]. The choice follows from the noise
+    alone. mask bool [B, N]; noise [B, N], from which the mask was made.
 
     A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
     2303.16727), which chooses them by a fixed pattern; here the choice is random. ValueError if
@@ -389,8 +390,9 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
         raise ValueError(f"some_masked: count {count}, expected 1 or more")
     enough = (mask.sum(dim=1) >= count).all()
     torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
-    # Sorting by the same noise again would be unfair to some slices. A tube, for example, masks the
-    # tokens of the highest noise in slice 0, and these would all come last. Multiplying by a large
+    # Sorting by the same noise again would be unfair to some slices. `tube_mask`, for example, uses
+    # the noise of slice 0 alone and masks its highest values, so that these tokens of slice 0 would
+    # all come last. Multiplying by a large
     # number and keeping the fraction spreads nearby values over [0, 1): the new values hardly
     # depend on the old order.
     order = noise * SPREAD % 1

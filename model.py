@@ -6,10 +6,12 @@ head.
     mean of the visible tokens -> projection <-InfoNCE-> text [B,E]
 
 The classes need nothing but PyTorch. Architecture and state-dict keys are those of VideoMAE's
-published files (arXiv:2203.12602), but for the contrastive head: `VideoMAE` follows those of
-pretraining, `VideoViT` those of fine-tuning. tgm/checkpoints.py reads and writes checkpoints.
+published files (arXiv:2203.12602), except the contrastive head, which is ours. `VideoMAE` has the
+keys of the pretraining files, `VideoViT` those of the fine-tuning files. tgm/checkpoints.py reads
+and writes checkpoints.
 
-    import masking
+    import torch, masking
+    from model import VideoMAE, normalize
     clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
     model = VideoMAE("base")
     mask = masking.make_mask("tube", 0.9, batch=2, grid=model.grid)  # bool [2,1568]
@@ -39,7 +41,8 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in VideoMAE
 STD = (0.229, 0.224, 0.225)
 EPS = 1e-6  # of every LayerNorm
 TARGET_EPS = 1e-6  # added to the deviation of a cube's pixels, which may be 0
-# `stride` (take every stride-th frame) is not used here: it is the stages' default of --stride.
+# `stride` (take every stride-th frame) is not used here: it is the default of --stride in
+# pretrain.py and the scripts that follow it.
 CUBES = dict(frames=16, stride=4, image_size=224, tubelet=2, patch=16)
 TOY_CUBES = dict(frames=8, stride=2, image_size=48, tubelet=2, patch=8)  # 4 x 6 x 6 tokens
 # decoders as in VideoMAE's pretraining scripts
@@ -104,7 +107,7 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
     num_visible: how many tokens every row keeps. If it is not given, it is read from the device.
         That read makes the host wait for a GPU and breaks the graph of torch.compile.
 
-    ValueError if that is none or all of the tokens. RuntimeError unless every row keeps that many;
+    ValueError if num_visible is 0 or all of the tokens. RuntimeError if a row keeps another number;
     on a GPU the error appears at a later call, as the host does not wait for the check."""
     kept = mask.shape[1] - mask.sum(dim=1)
     if num_visible is None:
@@ -333,8 +336,9 @@ def info_nce(
 
     Under torch.distributed every rank must call this, with the same B. The loss of a rank compares
     its own rows with the columns of all ranks. So the embeddings of a rank are in the losses of the
-    others, too: the gathering's backward pass adds up these gradients. DistributedDataParallel then
-    divides by the number of ranks, which gives the gradient of the mean over the whole batch."""
+    others, too: with two ranks, the text of rank 0 is a negative in the loss of rank 1. The
+    gathering's backward pass adds up these gradients. DistributedDataParallel then divides by the
+    number of ranks, which gives the gradient of the mean over the whole batch."""
     together = dist.is_available() and dist.is_initialized()
     # [2,B,E]: both in one tensor, so that they are gathered at once
     own = torch.stack(
@@ -347,10 +351,10 @@ def info_nce(
     every_group = torch.cat(gather_ranks(group)) if together else group  # [ranks*B]
     video, text = own
     every_video, every_text = every
-    # Positives are samples of the same video (group) or of the same text. The group also makes each
-    # sample a positive of itself. The text alone does not: in TF32 the cosine of a text with itself
-    # may come out below 0.999, and a row without a positive would have the target 0 / 0.
-    positive = (group[:, None] == every_group) | (text @ every_text.T > SAME_TEXT)
+    # Positives are samples of the same video (group) or of the same text. In TF32 the cosine of
+    # equal texts may come out below 0.999, so it is computed in float64.
+    same_text = text.double() @ every_text.double().T > SAME_TEXT
+    positive = (group[:, None] == every_group) | same_text
     target = positive / positive.sum(dim=1, keepdim=True)
     to_text = F.cross_entropy(scale * video @ every_text.T, target)
     to_video = F.cross_entropy(scale * text @ every_video.T, target)
@@ -496,9 +500,10 @@ class VideoMAE(nn.Module):
         """What the decoder should predict: cubes [B,M,P] -> (target [B,M,P], mean and standard
         deviation of the pixels [B,M,1,3]), float32.
 
-        First `normalize` is undone: pixels are in [0,1]. Then each colour of each cube gets mean 0
-        and standard deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere
-        is about 1, and less where cubes are of one colour."""
+        First `normalize` is undone: pixels are in [0,1], as VideoMAE has them here, and as
+        `reconstruct` needs their mean and deviation. Then each colour of each cube gets mean 0 and
+        standard deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere is
+        about 1, and less where cubes are of one colour."""
         mean_of_data, std_of_data = self.mean_and_std
         pixels = cubes.float().unflatten(-1, (-1, 3)) * std_of_data + mean_of_data  # [B,M,P/3,3]
         mean = pixels.mean(dim=-2, keepdim=True)
@@ -573,7 +578,8 @@ def count_flops(
     and `num_decoded` others are decoded (None: all others).
 
     It counts the multiply-adds of matrix products, which papers on vision often call FLOPs, without
-    the contrastive head's. The encoder of ViT-B costs 180 G on all 1568 tokens."""
+    the contrastive head's. Of an `Encoder` only the first number means anything. The encoder of
+    ViT-B costs 180 G on all 1568 tokens."""
     c = model.config
     if num_decoded is None:
         num_decoded = model.num_tokens - num_visible

@@ -22,11 +22,12 @@ Writes  runs/MASK/, or --out: checkpoint.pt, args.json, log.jsonl (means since t
 The training step is in the loop of `train`, the first function below.
 
 Loss = reconstruction loss + nce-weight x contrastive loss. The reconstruction loss is VideoMAE's:
-the mean squared error on masked cubes. A model that predicts the mean of each cube has a loss of
-about 1.0. The contrastive loss is a symmetric InfoNCE between the mean of the visible tokens, after
-a linear layer, and the CLIP embedding of a caption. Its weight is 1 with every mask, so random and
-tube masks need captions, too, unless --nce-weight 0 is given.
-  positives  the samples of one video, and samples with the same caption
+the mean squared error on masked cubes (with --decoder-keep on a part of them). A model that
+predicts the mean of each cube has a loss of about 1.0. The contrastive loss is a symmetric InfoNCE
+between the mean of the visible tokens, after a linear layer, and the CLIP embedding of a caption.
+Its weight is 1 with every mask, so random and tube masks need captions, too, unless --nce-weight 0
+is given.
+  positives  the samples of one video, and samples with (nearly) the same caption
   negatives  all other samples of the batch, on all ranks. With --accum each part of a step is
              compared only with itself, so accumulating equals a larger batch for the
              reconstruction loss, but not for this one.
@@ -107,10 +108,11 @@ def train(state, loader, schedule, machine, args):
     loss_weight = args.nce_weight
     to_clip = list(model.parameters())
     if args.nce_weight == 0:
-        # The contrastive loss is monitored: it trains its head alone, as make_model sets
-        # nce_detach. The weight is 1, since 0 would not train the head either. The head is not
-        # clipped: clipping takes one norm over all parameters that it is given, so that a large
-        # gradient of the head would make the encoder's steps smaller.
+        # The contrastive loss is only watched: the model detaches the tokens before the contrastive
+        # head (nce_detach, in make_model), so that the encoder gets no gradient from it. The head
+        # has to learn, so the loss enters with weight 1. The head is not clipped: clipping takes
+        # one norm over all parameters that it is given, so that a large gradient of the head would
+        # make the encoder's steps smaller.
         loss_weight = 1.0
         to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -143,7 +145,7 @@ def train(state, loader, schedule, machine, args):
                         text=batch.get("text"),
                         num_visible=num_visible,
                         decoded=chosen,
-                        group=batch["row"],
+                        group=batch["row"],  # samples of one video are positives
                     )
                 if loss_nce is None:  # there are no captions
                     loss_nce = torch.zeros_like(loss_mae)
@@ -155,7 +157,7 @@ def train(state, loader, schedule, machine, args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        model.contrastive.limit_temperature()
+        model.contrastive.limit_temperature()  # between 1 and 1 / 100
 
         loss_mae, loss_nce = torch.stack(losses).mean(0)
         log.add(norm, loss_mae=loss_mae, loss_nce=loss_nce if "text" in batch else None)
@@ -193,13 +195,13 @@ def mask_batch(batch, mask_name, ratio, grid):
     where masked. mask_name: a key of masking.MASKS."""
     maps = {}
     # the stored maps are of the whole video and frame: each sample needs its times, crop and flip
-    sample = dict(times=batch["times"], box=batch["box"], flip=batch["flip"], grid=grid)
+    where = dict(times=batch["times"], box=batch["box"], flip=batch["flip"], grid=grid)
     if "saliency" in batch:
-        maps["saliency"] = masking.cut_maps(batch["saliency"], **sample)
+        maps["saliency"] = masking.cut_maps(batch["saliency"], **where)
     if "motion" in batch:
-        maps["motion"] = masking.cut_motion(batch["motion"], **sample, seconds=batch["seconds"])
-    samples = len(batch["clip"])
-    return masking.make_mask(mask_name, ratio, samples, grid, noise=batch["noise"], **maps)
+        maps["motion"] = masking.cut_motion(batch["motion"], **where, seconds=batch["seconds"])
+    size = len(batch["clip"])
+    return masking.make_mask(mask_name, ratio, size, grid, noise=batch["noise"], **maps)
 
 
 def draw(path, model, clips, machine, args):
@@ -353,12 +355,12 @@ class Clips(TrainingClips):
         return guides
 
     def count_captions(self, row):
-        """The number of captions of a video, 0 without captions. Text and saliency have room for K
-        captions, which they hold in the same order; after the video's last one is NaN."""
+        """The number of captions of a video, 0 without captions. Text and saliency hold them in the
+        same order. Both have room for K captions, and NaN where a video has fewer."""
         array = self.text if self.saliency is None else self.saliency
         if array is None:
             return 0
-        one_number_each = array[row].reshape(array.shape[1], -1)[:, 0]  # [K]
+        one_number_each = array[row].reshape(array.shape[1], -1)[:, 0]  # one per caption: [K]
         return np.count_nonzero(~np.isnan(one_number_each))
 
 
@@ -382,9 +384,9 @@ def make_clips(videos, rows, grid, arrays, args):
 def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
     """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
 
-    identity: {file or what: text or None}, short texts that change with the data. The checkpoint
-    holds them, and a run goes on only where they are the same. companions: as the flag.
-    ManifestError where a file is missing or is not of this manifest, or no video has all rows."""
+    identity: {name: fingerprint or None}, such as {"data/train.csv": its hash}. The checkpoint
+    holds it, and a run goes on only if it is the same. companions: as the flag. ManifestError if a
+    file is missing or of another manifest, or if no video has a row in every array."""
     videos = read_manifest(manifest, root)
     prefix = Path(companions or Path(manifest).with_suffix(""))
     arrays = open_arrays(manifest, prefix, videos, mask_name, nce_weight)
@@ -435,8 +437,8 @@ def open_arrays(manifest, prefix, videos, mask_name, nce_weight):
             if needed == "saliency":
                 raise
             remedy = "train without captions: --nce-weight 0"
-            if nce_weight == 0:
-                remedy = f"move {text} away, which --nce-weight 0 does not need"
+            if text.exists():
+                remedy = f"move {text} away and train without captions: --nce-weight 0"
             raise ManifestError(f"{error}; or {remedy}") from None
     return arrays
 
@@ -607,7 +609,8 @@ def main(argv=None):
     args.identity["batch size x ranks"] = args.batch_size * args.ranks
 
     state = make_state(args, model, machine)
-    machine.join()  # what is wrong with flags or files has ended the run before ranks wait
+    # Ranks wait for one another from here on. What is wrong with flags or files has been said.
+    machine.join()
     resume.refuse_unequal_ranks(state.step, vars(args))
 
     machine.say(f"data         {args.data}: {len(rows)} of {len(videos)} videos usable")

@@ -5,7 +5,8 @@ A cue gives numbers for each patch of a video, by which masks choose the patches
     --cue text      (default) How well does the patch fit a caption of the video?
     --cue motion    How does the patch move?
 
-With --cue classes no video is read. The same CLIP embeds the names of classes, for evaluation.
+With --cue classes no video is read: CLIP embeds the names of classes, for evaluation. This must be
+the CLIP (--clip, --pretrained) of the captions that the encoder was trained with.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -41,13 +42,13 @@ token (only CLIPA's models average the patches); its patch tokens are a by-produ
 read matters (`--dense`):
 
     last    The patch tokens as they leave the last block. No loss was applied to them in training.
-            In the toy world a patch of the object then scores, on average, lower than a patch of
-            the background (an AUC below 0.5).
+            In the toy world most patches of the object then score lower than most of the background
+            (an AUC below 0.5), though the highest patch is often on the object.
     value   In the last block each token sees only itself: its value vector, through the output
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071).
     self    Each token gathers the values of tokens that look like it. Three ideas together:
-            1. Queries attend to queries and keys to keys, and the two are added. Usually queries
-               attend to keys (SCLIP, arXiv 2312.01597).
+            1. Queries attend to queries and keys to keys, not queries to keys, and the two results
+               are added (SCLIP, arXiv 2312.01597).
             2. The residual and the MLP are left out (ClearCLIP, arXiv 2407.12442).
             3. The results of several blocks are added up, here of the second half, while each block
                still gets its ordinary input (CLIP Surgery, arXiv 2304.05653).
@@ -148,7 +149,7 @@ CUES_OF_FLAG = {  # no other cue reads the flag
 }
 # Not argparse's own defaults: `parse_args` first has to see which flags were given (None: not
 # given), to refuse those of another cue. Then it fills these in. The defaults of --moments and
-# --image-size depend on the cue and stand there.
+# --image-size depend on the cue: TextCue and MotionCue have them.
 DEFAULTS = {
     "clip": "ViT-B-16",
     "pretrained": "openai",
@@ -197,7 +198,7 @@ def patch_features(visual, images, dense):
             x = block(x)
         _, _, values = project(blocks[-1], x)
         x = join_heads(blocks[-1], values)  # each token's own value
-    else:  # "self"
+    else:  # "self"; layer scale, which hardly any CLIP has, is left out as the residual is
         half = len(blocks) // 2
         for block in blocks[:half]:
             x = block(x)
@@ -251,7 +252,7 @@ def read_moments(video, moments, size, timeout):
 
 
 def autocast(machine):
-    """A context in which models compute in half precision on a GPU, as usual on a CPU."""
+    """A context for running models: half precision on a GPU, float32 on a CPU."""
     device = machine.device.type
     return torch.autocast(device, machine.dtype, enabled=device != "cpu")
 
@@ -347,14 +348,15 @@ def read_codec_field(video, moments, window, grid, timeout):
         start, end = reader.span(video)
         middles = segment_midpoints(start, end, moments)
         window_seconds = window / reader.fps
-        first, stop = [math.ceil(time * reader.fps - 1e-6) for time in (start, end)]  # - : rounding
+        # 1e-6 is for rounding: 30.0000001 is frame 30
+        first, stop = [math.ceil(time * reader.fps - 1e-6) for time in (start, end)]
         times = np.arange(first, stop) / reader.fps  # of the frames of the span
         near = np.zeros(len(times), bool)
         if len(times):
             near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
         # A window shorter than a frame may have no frame in it. If some moments have none,
-        # codec_field gives them the frame nearest in time. If none has one, the frame on screen at
-        # each moment is read.
+        # codec_field gives them the field of the nearest moment that has one. If none has one, the
+        # frame on screen at each moment is read.
         frames = reader.read_vectors(times[near] if near.any() else middles)
     return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
 
@@ -463,8 +465,9 @@ def check_places(args, videos, prefix):
 
 def rows_made(arrays):
     """Which rows are there in all arrays of a cue, bool [N]; the others are computed. A row that a
-    kill left half written is not there: `fill` writes last what `filled` looks at. The arrays may
-    differ: a user may have deleted text.npy, which is begun again beside a full saliency.npy."""
+    kill left half written is not there: `filled` looks at the number that `fill` writes last. The
+    arrays may differ: a user may have deleted text.npy, which is begun again beside a full
+    saliency.npy."""
     return np.logical_and.reduce([filled(array) for array in arrays])
 
 

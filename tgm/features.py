@@ -10,7 +10,8 @@ run.py, sampling.py and video.py.
 A row is NaN until it is filled, and stays NaN if its video cannot be read or its features are not
 finite. The next run reads only the videos whose rows are NaN. The .json next to each array holds
 the encoder, the settings and the videos that it was made of; if one of them changes, the array is
-made again.
+made again. The precision, half on a GPU and float32 on a CPU, is not among them: features of a GPU
+are used on a CPU, too.
 
 Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
 grid, M tokens kept of each view, D width; A random views per video (`augment`).
@@ -56,6 +57,7 @@ class FrozenEncoder(NamedTuple):
     """A VideoMAE in evaluation mode, and the settings that its features depend on."""
 
     model: models.VideoMAE
+    notes: str  # which parts of it were in the checkpoint, for the user
     identity: str  # changes with the weights
     size: str
     frames: int
@@ -77,7 +79,7 @@ def load_encoder(
     """Loads the encoder of a checkpoint, a file or a folder; "none": an untrained one, of `seed`.
 
     A setting that is None is taken from the checkpoint if pretrain.py or finetune.py wrote it,
-    otherwise from the model's defaults. Seeds torch's global generator. RunError if there is no
+    otherwise from the model's defaults. It calls torch.manual_seed(seed). RunError if there is no
     such file, if it does not fit, or if its weights are not finite.
 
     A file that is replaced meanwhile is noticed by comparing `identity`, which is taken first, with
@@ -96,11 +98,12 @@ def load_encoder(
     frames = frames or saved.get("frames")
     image_size = image_size or saved.get("image_size")
     torch.manual_seed(seed)
+    notes = []
     try:
         # text_dim: only so that a checkpoint's contrastive head fits
         model = models.VideoMAE(size, frames, image_size, text_dim=saved.get("text_dim", 512))
         if not untrained:
-            checkpoints.load_pretrained(model, path)
+            notes = checkpoints.load_pretrained(model, path)
     except ValueError as error:
         raise RunError(str(error)) from None
     if not all(weight.isfinite().all() for weight in model.parameters()):
@@ -110,6 +113,7 @@ def load_encoder(
         )
     return FrozenEncoder(
         model=model.eval().to(device),
+        notes=checkpoints.summary_of(notes),
         identity=identity,
         size=size,
         frames=model.config["frames"],
@@ -312,8 +316,8 @@ def extract_all(
         for number, items in enumerate(batches, 1):
             encode_batch(encoder, items, arrays, extraction)
             left -= len(items)
-            # Here a rank looks for a signal of its own only. `requested` asks all ranks, which have
-            # different numbers of batches: they meet behind the loop.
+            # stop.name is a signal of this rank alone. `requested` waits for all ranks, so it has
+            # to come after the loop: ranks have different numbers of batches.
             if number == max_steps or stop.name:  # max_steps None: no limit
                 break
         for array in arrays.values():
@@ -372,8 +376,8 @@ def open_features(
 def filled_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """True where the rows of all arrays [N, ...] are filled, bool [N].
 
-    A killed process may leave half of a row. numpy copies a row from front to back, so its last
-    number is NaN until all of it is there."""
+    A process that is killed while it writes may leave the first half of a row, and the rest NaN.
+    numpy copies a row from front to back, so the last number tells whether all of it is there."""
     filled = True
     for array in arrays.values():
         last = array.reshape(len(array), -1)[:, -1]
@@ -406,21 +410,24 @@ def encode_batch(
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         video = models.normalize(torch.cat(clips).to(device))  # [B*V, 3, T, H, W]
         tokens = model.encode(video)  # [B*V, t*h*w, D]
-    finite_views = tokens.isfinite().flatten(1).all(1)  # [B*V]
-    finite = finite_views.unflatten(0, (len(rows), -1)).all(1).cpu()  # [B]
-    rows = torch.tensor(rows)
-    for row in rows[~finite].tolist():
-        tqdm.write(f"{extraction.videos[row].path}: its features are not finite")
     volume = tokens.float().mT.unflatten(-1, model.grid)  # [B*V, D, t, h, w]
+    found = {}
     for kind, array in arrays.items():
         grid = (1, 1, 1) if kind == "features" else tuple(extraction.token_grid)
         pooled = F.adaptive_avg_pool3d(volume, grid).flatten(2).mT  # [B*V, 1 or M, D]
         pooled = pooled.reshape(len(rows), -1, pooled.shape[-1])  # [B, V or V*M, D]
         # features of clean views are averaged, [N, D]; those of random views stay apart, [N, A, D],
         # and so do tokens, [N, V*M, D]
-        if array.ndim == 2:
+        average_views = array.ndim == 2
+        if average_views:
             pooled = pooled.mean(1)  # [B, D]
-        array[rows[finite].numpy()] = pooled.cpu()[finite].numpy()
+        found[kind] = pooled.to(torch.float16 if kind == "tokens" else torch.float32).cpu().numpy()
+    for place, row in enumerate(rows):
+        if all(np.isfinite(values[place]).all() for values in found.values()):
+            for kind, array in arrays.items():
+                array[row] = found[kind][place]
+        else:
+            tqdm.write(f"{extraction.videos[row].path}: its features are not finite")
 
 
 class TokenRows:

@@ -46,13 +46,13 @@ class TextHead(NamedTuple):
     """A contrastive head that was trained with captions."""
 
     weight: np.ndarray  # float32 [E, D]
-    monitored: bool  # trained with --nce-weight 0, on an encoder that never saw its gradient
+    monitored: bool  # --nce-weight 0: its gradient was not passed on to the encoder
     about: dict  # the .json of the text array it was trained with; {} if that is gone
 
 
 def find_head(checkpoint: str | Path) -> TextHead | None:
-    """The head of a checkpoint that was trained with captions, with --nce-weight 0, too, where it
-    was `monitored`. None for an untrained encoder ("none"), for files that pretrain.py did not
+    """The head of a checkpoint, if its pretraining had captions, also with --nce-weight 0 (then it
+    is `monitored`). None for an untrained encoder ("none"), for files that pretrain.py did not
     write, and for a pretraining without text."""
     saved = saved_args(checkpoint)
     if "nce_weight" not in saved:
@@ -112,7 +112,7 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
         return
     for key in CLIP_KEYS:
         if key == "weights" and None in (about.get(key), head.about.get(key)):
-            continue  # published ones, or a .json from before their hash was kept
+            continue  # there is no hash of published weights, nor in old .json files
         if comparable(about, key) != comparable(head.about, key):
             made = f"made with {key} {about.get(key)}, the checkpoint's head was trained with"
             reason = f"{made} {head.about.get(key)}"
