@@ -4,7 +4,8 @@ and what that means on paper.
     python experiments/bench.py             all sections but soak: 20 minutes on two CPU cores
     python experiments/bench.py decode sample --repeats 80 --videos my.csv
     python experiments/bench.py soak        20,000 clips through the loader: half an hour
-    python experiments/bench.py step overhead saliency      on a GPU
+    # on a GPU; --out keeps the tables of CPUs
+    python experiments/bench.py step overhead saliency --out runs/bench.json
 
 Reads   H.264 videos of 64 frames or more: a manifest or a folder, by default
         ../shared/videos/clips.csv; where there is none, ten made on the spot from the toy world
@@ -16,8 +17,8 @@ they are compared with is in peers.py, how time is taken in measure.py. A ratio 
 pairs, with the quartiles: how many times faster than the peer, but where the aim is "at most" how
 many times slower. No speed is asserted; what is asserted is that both sides compute the same.
 
-A peer that is not installed is left out by name. torchcodec needs FFmpeg's shared libraries; those
-inside PyAV serve:
+A decoder that is not installed is left out by name. torchcodec needs FFmpeg's shared libraries;
+those inside PyAV serve:
     libs=$(python -c "import av; print(av.__path__[0] + '.libs')"); mkdir -p /tmp/ffmpeg
     for f in $libs/lib{av,sw}*; do
         ln -sf $f /tmp/ffmpeg/$(basename $f | sed -E 's/-[0-9a-f]+(\\.so\\.[0-9]+).*/\\1/')

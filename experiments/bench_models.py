@@ -135,8 +135,8 @@ def check_losses(settings):
 
 
 def method_step(mask, ratio, batch):
-    """A whole step of pretrain.py on a batch that is there: its masks, normalising, forward,
-    backward, AdamW. The text mask comes with the contrastive loss."""
+    """What costs time in a step of pretrain.py on a batch that is there: its masks, normalising,
+    forward, backward, AdamW; not clipping. The text mask comes with the contrastive loss."""
     data = without(random_batch(batch), "motion")
     if mask != "text":
         data = without(data, "saliency", "text")

@@ -2,11 +2,11 @@
 
     python experiments/controls.py bystander --data data/train.csv --out runs/study/maps/bystander
 
-    bystander  CLIP's patches against the true caption of the other thing in the video: the
-               manifest's column bystander (data/toy.py), one text, repeated as often as the video
-               has captions of its own, which the captioner made
-    shuffled   CLIP's patches against the captions of another video: a permutation of the videos,
-               drawn at random, in which videos change places until none has a text that it had
+    bystander  CLIP's patches against the true caption of the other thing in the video (column
+               bystander of the manifest). It is one text, repeated, so that the array has the usual
+               shape
+    shuffled   CLIP's patches against the captions of another video. The videos are shuffled at
+               random, and any that would get a text of its own is swapped again, until none does
     no-text    the cosine of each patch to the class token of its own image, both by CLIP; the same
                for every caption
     truth      the share of each patch that the actor covers (data/toy.py's train.masks.npy)

@@ -34,7 +34,7 @@ python=python3
 [ ! -x .venv/bin/python ] || python=$root/.venv/bin/python
 tiny=${GPU_TINY:+--tiny}
 limit=${GPU_SECONDS:-500}
-cores=$(env -u OMP_NUM_THREADS nproc) # which would print OMP_NUM_THREADS
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc prints OMP_NUM_THREADS where it is set
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 prepare() {
@@ -81,7 +81,8 @@ measure() { # measure SECONDS SECTION [FLAG...]: a section of gpu.py, its messag
     local seconds=$1 section=$2
     shift 2
     timeout -k 5 "$((seconds + 35))" "$python" experiments/gpu.py "$section" $tiny \
-        --seconds "$seconds" --out "$results" "$@" 2>&1 | tee -a "$results/$section.txt" || true
+        --seconds "$seconds" --out "$results" "$@" 2>&1 | tee -a "$results/$section.txt" \
+        || echo "gpu.py $section: failed, or its time was up" >&2
 }
 
 videos=()

@@ -42,10 +42,10 @@ def things(path, count, times):
 
 
 def hidden_share(mask, grid, seen):
-    """The mean over videos of the share of a thing that the masks [N, t*h*w] hide. seen: bool
-    [N, T, H, W]."""
-    frames = seen.shape[1] // grid[0]
-    hidden = mask.unflatten(1, grid).float().repeat_interleave(frames, dim=1)
+    """The share of a thing's visible pixels that is hidden, in each video, and then the mean over
+    the videos. mask [N, t*h*w]; seen: bool [N, T, H, W]."""
+    frames_per_token = seen.shape[1] // grid[0]
+    hidden = mask.unflatten(1, grid).float().repeat_interleave(frames_per_token, dim=1)
     hidden = F.interpolate(hidden, seen.shape[2:]) > 0.5  # each pixel that of its token
     inside = (hidden & seen).sum((1, 2, 3)) / seen.sum((1, 2, 3))  # NaN where it is never seen
     return inside.nanmean().item()
@@ -75,25 +75,21 @@ def measure(data, maps, count):
         array, _ = open_array(path, videos, "python experiments/study.py --jobs 2")
         return torch.from_numpy(array[:count].copy())
 
-    sources = {"": f"{prefix}.saliency.npy"}
-    for source in study.SOURCES:
-        sources[f" of {source}"] = maps / f"{source}.saliency.npy"
     motion = masking.cut_motion(
         read(f"{prefix}.motion.npy"), **place, seconds=torch.full((count,), SECONDS)
     )
-    masks = [("random", None), ("tube", None), ("motion", None), ("flow", None)]
-    masks += [("text-inverse", sources[""])]
-    masks += [(f"text{source}", path) for source, path in sources.items()]
-    for name, path in masks:
-        kind = name.split(" of ")[0]
-        needed = {}
-        if path is not None:
-            needed["saliency"] = masking.cut_maps(read(path)[:, 0], **place)  # the first caption's
-        elif masking.NEEDS[kind] == "motion":
-            needed["motion"] = motion
+    rows = [(mask, mask, f"{prefix}.saliency.npy") for mask in masking.MASKS]
+    for source in study.SOURCES:
+        rows.append((f"text of {source}", "text", maps / f"{source}.saliency.npy"))
+    for label, name, path in rows:
+        guide = {}
+        if masking.NEEDS[name] == "saliency":
+            guide["saliency"] = masking.cut_maps(read(path)[:, 0], **place)  # the first caption's
+        elif masking.NEEDS[name] == "motion":
+            guide["motion"] = motion
         generator = torch.Generator().manual_seed(0)
-        mask = masking.make_mask(kind, RATIO, count, grid, generator=generator, **needed)
-        yield name, hidden_share(mask, grid, actor), hidden_share(mask, grid, bystander)
+        mask = masking.make_mask(name, RATIO, count, grid, generator=generator, **guide)
+        yield label, hidden_share(mask, grid, actor), hidden_share(mask, grid, bystander)
 
 
 @one_line_errors

@@ -70,11 +70,14 @@ def compare(work, peer, seconds, per=1, aim="", bound=None):
 
 
 def missing(work, peer, trial):
-    """None if trial() works; else the row that says that the peer is not installed."""
+    """None if trial() works; else the row that says why the peer is left out."""
     try:
         trial()
-    except (ImportError, OSError, RuntimeError) as error:
-        return {"work": work, "peer": peer, "ratio": f"not installed ({type(error).__name__})"}
+    except ImportError:
+        return {"work": work, "peer": peer, "ratio": "not installed"}
+    except (OSError, RuntimeError) as error:  # such as torchcodec without FFmpeg's libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return {"work": work, "peer": peer, "ratio": f"cannot be used: {reason}"}
     return None
 
 
@@ -93,7 +96,7 @@ def resident(pid="self"):
     with open(f"/proc/{pid}/smaps_rollup") as file:
         for line in file:
             if line.startswith("Pss_Anon:"):
-                return int(line.split()[1]) / 1e3
+                return int(line.split()[1]) * 1024 / 1e6
     raise ValueError(f"/proc/{pid}/smaps_rollup: has no line Pss_Anon")
 
 

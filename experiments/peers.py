@@ -36,10 +36,11 @@ def find_videos(source, temporary):
 
     source: a folder or a manifest; None for ../shared/videos, or where there is none, toy videos
     written into the folder `temporary`."""
-    source = source or SHARED / "videos/clips.csv"
-    if source == SHARED / "videos/clips.csv" and not source.exists():
-        source = temporary / "videos"
-        make_videos(source)
+    if source is None:
+        source = SHARED / "videos/clips.csv"
+        if not source.exists():
+            source = temporary / "videos"
+            make_videos(source)
     if source.is_dir():
         paths = sorted(map(str, source.glob("**/*.*")))
     else:

@@ -85,12 +85,12 @@ def results_table(found):
     rows = []
     for (what, nce), of_seed in found.items():
         weight = "" if what == "untrained" else on_or_off(nce)
-        cells = [show([run[measure] for run in of_seed.values()]) for measure in MEASURES]
+        texts = [show([run[measure] for run in of_seed.values()]) for measure in MEASURES]
         losses = []
         for loss in ("loss_mae", "loss_nce"):
             values = [run[loss] for run in of_seed.values() if run.get(loss) not in (None, "")]
             losses.append(f"{statistics.fmean(values):.3f}" if values else "")
-        rows.append([what, weight, str(len(of_seed)), *cells, *losses])
+        rows.append([what, weight, str(len(of_seed)), *texts, *losses])
     head = ["mask and ratio", "contrastive loss", "seeds", *MEASURES.values()]
     return table([*head, "reconstruction loss", "InfoNCE"], rows)
 
@@ -118,38 +118,41 @@ def untrained_table(found):
     for (what, nce), of_seed in found.items():
         floor = found.get(("untrained", 0.0), {})
         if what != "untrained" and of_seed.keys() & floor.keys():
-            cells = [show_difference(differences(of_seed, floor, measure)) for measure in MEASURES]
-            rows.append([what, on_or_off(nce), str(len(of_seed.keys() & floor.keys())), *cells])
+            texts = [show_difference(differences(of_seed, floor, measure)) for measure in MEASURES]
+            rows.append([what, on_or_off(nce), str(len(of_seed.keys() & floor.keys())), *texts])
     return table(["mask and ratio", "contrastive loss", "seeds", *MEASURES.values()], rows)
 
 
 def pairs_table(found, pairs):
     """Differences of the pairs that were named beforehand, and `about_intervals` of them."""
     rows = []
+    with_interval = []  # (mean, half of the interval) of each difference that has one
     for question, one, other in pairs:
         left = found.get((one.what, one.nce), {})
         right = found.get((other.what, other.nce), {})
         seeds = len(left.keys() & right.keys())
         if seeds == 0:
             continue
-        cells = [show_difference(differences(left, right, measure)) for measure in MEASURES]
+        by_measure = [differences(left, right, measure) for measure in MEASURES]
+        if seeds > 1:
+            with_interval += [mean_and_half(values) for values in by_measure]
         names = [f"{cell.what}, loss {on_or_off(cell.nce)}" for cell in (one, other)]
-        rows.append([question, *names, str(seeds), *cells])
+        rows.append([question, *names, str(seeds), *map(show_difference, by_measure)])
     head = ["question", "one", "minus the other", "seeds", *MEASURES.values()]
-    return table(head, rows), about_intervals([cell for row in rows for cell in row if "±" in cell])
+    return table(head, rows), about_intervals(with_interval)
 
 
-def about_intervals(differences):
-    """How to read these differences with intervals, as `show_difference` writes them."""
-    if not differences:
+def about_intervals(with_interval):
+    """How to read these differences: [(mean, half of the interval), ...]."""
+    if not with_interval:
         return "One seed of each: no intervals yet."
-    bold = [float(text.split()[0].strip("*")) for text in differences if "*" in text]
-    small = sum(abs(difference) <= 0.05 for difference in bold)
+    bold = [mean for mean, half in with_interval if abs(mean) > half]
+    small = sum(abs(mean) <= 0.05 for mean in bold)
     return (
         "In bold: the 95 % interval leaves out 0.\n"
-        f"This is so in {len(bold)} of {len(differences)} differences; in {small} of these the "
+        f"This is so in {len(bold)} of {len(with_interval)} differences; in {small} of these the "
         "difference is 0.05 or less.\n"
-        f"If nothing made a difference, about {len(differences) / 20:.0f} would be in bold.\n"
+        f"If nothing made a difference, about {len(with_interval) / 20:.0f} would be in bold.\n"
         "They come in groups: all columns of a line are of the same encoders, and one cell stands "
         "in several lines."
     )

@@ -95,8 +95,8 @@ def plan():
     third = [text._replace(source=source) for source in SOURCES]
     third += [Cell("motion", 0.75), Cell("motion", 0.75, nce=1)]
     cells = []
-    for part, seeds in ((first, range(3)), (second, range(3)), (third, range(3))):
-        cells += [cell._replace(seed=seed) for seed in seeds for cell in part]
+    for part in (first, second, third):
+        cells += [cell._replace(seed=seed) for seed in range(3) for cell in part]
     cells += [text._replace(nce=1, epochs=epochs) for epochs in (7, 14, 54)]
     every = first + second + third
     return cells + [cell._replace(seed=seed) for seed in (3, 4) for cell in every]
@@ -159,6 +159,8 @@ class Runner:
                 start_new_session=True,  # Ctrl-C reaches the study alone
             )
             self.processes.add(process)
+            if self.stopped.is_set():  # since the question above
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         if self.stopped.is_set():
@@ -202,7 +204,7 @@ def run_cell(runner, cell, workers=0):
     log = folder / "log.txt"
     result = {"name": cell.name} | cell._asdict()
     checkpoint = "none"
-    if cell.ratio > 0:
+    if cell.mask != "untrained":
         checkpoint = folder / "checkpoint.pt"
         flags = ["--mask", cell.mask, "--mask-ratio", cell.ratio, "--nce-weight", cell.nce]
         flags += ["--epochs", cell.epochs, "--seed", cell.seed, "--picture-every", 0]
@@ -239,11 +241,12 @@ def commit():
         return ""
 
 
-TEXTS = ("name", "mask", "source", "commit", "torch")  # columns; the commit 55e6943 is no number
+# Columns that stay text: float("55e6943"), a commit, would be infinite.
+TEXT_COLUMNS = ("name", "mask", "source", "commit", "torch")
 
 
 def read_runs(path=RESULTS):
-    """{name: line} of runs.csv; numbers are floats, but for those in TEXTS."""
+    """{name: line} of runs.csv; numbers are floats, but for those in TEXT_COLUMNS."""
     if not path.exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
@@ -254,7 +257,7 @@ def read_runs(path=RESULTS):
 
 
 def value_of(column, text):
-    if column in TEXTS:
+    if column in TEXT_COLUMNS:
         return text
     try:
         return float(text)
@@ -347,7 +350,7 @@ def run_cells(runner, cells, args):
             result = run_cell(runner, cell, args.workers)
         except Stopped:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError, KeyError) as error:  # or a damaged result
             print(f"{cell.name}: {error}", file=sys.stderr, flush=True)
             failed.append(cell.name)
             return
