@@ -29,7 +29,6 @@ from tgm.manifest import read_manifest
 from tgm.run import launch, one_line_errors
 from tgm.sampling import clip_times
 
-RATIO = 0.6
 SECONDS = toy.FRAMES / toy.FPS
 
 
@@ -78,17 +77,18 @@ def measure(data, maps, count):
     motion = masking.cut_motion(
         read(f"{prefix}.motion.npy"), **place, seconds=torch.full((count,), SECONDS)
     )
-    rows = [(mask, mask, f"{prefix}.saliency.npy") for mask in masking.MASKS]
+    rows = [(f"{mask} 0.6", mask, 0.6, f"{prefix}.saliency.npy") for mask in masking.MASKS]
+    rows.append(("tube 0.9", "tube", 0.9, None))
     for source in study.SOURCES:
-        rows.append((f"text of {source}", "text", maps / f"{source}.saliency.npy"))
-    for label, name, path in rows:
+        rows.append((f"text of {source} 0.6", "text", 0.6, maps / f"{source}.saliency.npy"))
+    for label, name, ratio, path in rows:
         guide = {}
         if masking.NEEDS[name] == "saliency":
             guide["saliency"] = masking.cut_maps(read(path)[:, 0], **place)  # the first caption's
         elif masking.NEEDS[name] == "motion":
             guide["motion"] = motion
         generator = torch.Generator().manual_seed(0)
-        mask = masking.make_mask(name, RATIO, count, grid, generator=generator, **guide)
+        mask = masking.make_mask(name, ratio, count, grid, generator=generator, **guide)
         yield label, hidden_share(mask, grid, actor), hidden_share(mask, grid, bystander)
 
 
@@ -101,7 +101,7 @@ def main(argv=None):
     )
     parser.add_argument("--videos", type=positive_int, default=600, help="so many are looked at")
     args = parser.parse_args(argv)
-    print(f"| mask at {RATIO} | hides of the actor | of the bystander |\n|---|---|---|")
+    print("| mask and ratio | hides of the actor | of the bystander |\n|---|---|---|")
     rows = measure(args.data, args.maps, args.videos)
     for name, actor, bystander in sorted(rows, key=lambda row: row[1]):
         print(f"| {name} | {actor:.2f} | {bystander:.2f} |")

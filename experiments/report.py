@@ -158,10 +158,11 @@ def about_intervals(with_interval):
     )
 
 
-def text_of(runs, cells, pairs):
-    """What stands between the markers of RESULTS.md."""
+def text_of(runs, cells, pairs, afterwards):
+    """What stands between the markers of RESULTS.md. pairs, afterwards: as study.py has them."""
     found = by_cell(runs, cells)
     pairs_text, about = pairs_table(found, pairs)
+    afterwards_text, _ = pairs_table(found, afterwards)
     return f"""{len(runs)} of {len(cells)} cells.
 
 ### Accuracy on val.csv: mean over seeds, ± half of the 95 % interval (Student's t)
@@ -172,6 +173,9 @@ def text_of(runs, cells, pairs):
 {about}
 
 {pairs_text}
+### Pairs compared afterwards
+
+{afterwards_text}
 ### Against an untrained encoder of the same seed (compared afterwards)
 
 {untrained_table(found)}
@@ -217,7 +221,7 @@ def draw(found, path):
     plt.close(figure)
 
 
-def write(runs, cells, pairs, report=REPORT, picture=PICTURE):
+def write(runs, cells, pairs, afterwards, report=REPORT, picture=PICTURE):
     """Rewrites what stands between the markers of `report`, and the picture."""
     old = report.read_text(encoding="utf-8")
     if START not in old or END not in old.split(START, 1)[1]:
@@ -226,7 +230,7 @@ def write(runs, cells, pairs, report=REPORT, picture=PICTURE):
         sys.exit("runs.csv: no finished cell (python experiments/study.py)")
     before, rest = old.split(START, 1)
     after = rest.split(END, 1)[1]
-    new = f"{before}{START}\n{text_of(runs, cells, pairs)}{END}{after}"
+    new = f"{before}{START}\n{text_of(runs, cells, pairs, afterwards)}{END}{after}"
     report.write_text(new, encoding="utf-8")
     draw(by_cell(runs, cells), picture)
     print(f"{report}, {picture}: {len(runs)} cells")

@@ -121,6 +121,25 @@ def questions():
     return pairs
 
 
+def afterwards():
+    """Further pairs that RESULTS.md speaks of, chosen when the results had been seen."""
+    text, tube = Cell("text", 0.6), Cell("tube", 0.6)
+    inverse, flow, random = Cell("text-inverse", 0.6), Cell("flow", 0.6), Cell("random", 0.6)
+    shuffled = text._replace(source="shuffled", nce=1)
+    pairs = [
+        ("contrastive loss", what._replace(nce=1), what)
+        for what in (flow, inverse, Cell("motion", 0.6))
+    ]
+    for other in (tube, random):
+        pairs.append(("inverted text masks", inverse._replace(nce=1), other._replace(nce=1)))
+    for nce in (1, 0):
+        pairs.append(("inverted text masks", inverse._replace(nce=nce), tube))
+        pairs.append(("flow masks", flow._replace(nce=nce), tube._replace(nce=nce)))
+    for other in (tube, random):
+        pairs.append(("another video's words", shuffled, other._replace(nce=1)))
+    return pairs
+
+
 # ---- running -------------------------------------------------------------------------------------
 
 
@@ -318,7 +337,7 @@ def main(argv=None):
     if args.report:
         import report
 
-        report.write(read_runs(args.results), plan(), questions())
+        report.write(read_runs(args.results), plan(), questions(), afterwards())
         return
     done = read_runs(args.results)
     missing = [cell for cell in cells if cell.name not in done]

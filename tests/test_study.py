@@ -28,7 +28,7 @@ def test_the_plan():
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.seed for cell in cells} == {0, 1, 2, 3, 4}
     done = set(cells)
-    for question, one, other in study.questions():
+    for question, one, other in study.questions() + study.afterwards():
         for seed in range(5):  # every pair is run with every seed
             assert {one._replace(seed=seed), other._replace(seed=seed)} <= done, question
     whole = [cell for cell in cells if cell.epochs == study.EPOCHS and cell.seed == 0]
@@ -67,9 +67,10 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
             }
     longer = study.Cell("text", 0.6, nce=1, epochs=54)
     runs[longer.name] = runs[longer._replace(epochs=27).name] | {"steps": 10098, "loss_mae": 0.5}
+    pairs = (study.questions(), study.afterwards())
     path = tmp_path / "RESULTS.md"
     path.write_text(f"before\n{report.START}\nOLD\n{report.END}\nafter\n")
-    report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
+    report.write(runs, cells, *pairs, path, tmp_path / "a.png")
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "OLD" not in text
     half = 12.706205 * 0.1 / 2
@@ -84,7 +85,7 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
     path.write_text("nothing\n")
     with pytest.raises(SystemExit, match="has no lines"):
-        report.write(runs, cells, study.questions(), path, tmp_path / "a.png")
+        report.write(runs, cells, *pairs, path, tmp_path / "a.png")
 
 
 def test_a_commit_stays_a_text(tmp_path):
@@ -164,10 +165,11 @@ def test_controls(copy):
     out = run("experiments/hidden.py", "--maps", ".", cwd=copy)
     lines = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
     shares = {name: (float(actor), float(bystander)) for name, actor, bystander in lines}
-    assert len(shares) == 10 and list(shares.values()) == sorted(shares.values())
-    assert shares["text of truth"][0] > 0.98 and shares["text"][0] > 0.9
-    assert shares["text of bystander"][1] > 0.9 and shares["text-inverse"][0] < 0.2
-    assert abs(shares["random"][0] - 0.58) < 0.06  # 21 of 36 tokens of each slice
+    assert len(shares) == 11 and list(shares.values()) == sorted(shares.values())
+    assert shares["text of truth 0.6"][0] > 0.98 and shares["text 0.6"][0] > 0.9
+    assert shares["text of bystander 0.6"][1] > 0.9 and shares["text-inverse 0.6"][0] < 0.2
+    assert abs(shares["random 0.6"][0] - 0.58) < 0.06  # 21 of 36 tokens of each slice
+    assert abs(shares["tube 0.9"][0] - 0.89) < 0.06  # 32 of 36
     (copy / "data/train.masks.npy").unlink()
     assert "train.masks.npy" in run("experiments/hidden.py", "--maps", ".", cwd=copy, fails=True)
     assert "train.masks.npy" in run(
