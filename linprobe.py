@@ -29,8 +29,9 @@ encoder's tokens after its final norm. The probes see the mean of the views' fea
 instead averages the answers of the classifier.) With --augment A a training video has A random
 views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch of the linear probe
 draws one of them. Features are extracted once. A second run, for another --label-column or after a
-kill, reads only the videos whose features are missing. With another --augment, --clips or
---token-grid, or where --attentive is added, all videos are read again (--out keeps both).
+kill, reads only the videos whose features are missing. Another --augment makes the training
+features again; another --clips, --crops or --token-grid, or adding --attentive, those of the clean
+views (--out keeps both).
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the

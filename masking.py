@@ -392,9 +392,8 @@ def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
     torch._assert_async(enough, f"some_masked: not every row masks {count} tokens")
     # Sorting by the same noise again would be unfair to some slices. `tube_mask`, for example, uses
     # the noise of slice 0 alone and masks its highest values, so that these tokens of slice 0 would
-    # all come last. Multiplying by a large
-    # number and keeping the fraction spreads nearby values over [0, 1): the new values hardly
-    # depend on the old order.
+    # all come last. Multiplying by a large number and keeping the fraction spreads nearby values
+    # over [0, 1): the new values hardly depend on the old order.
     order = noise * SPREAD % 1
     order = order.masked_fill(~mask, 2)  # visible tokens come last
     return order.argsort(dim=1, stable=True)[:, :count]

@@ -168,7 +168,9 @@ def train(state, loader, schedule, machine, args):
             log.write_step(step, lr)
         if saves and machine.rank == 0:
             state.save(checkpoint, vars(args))
-        draws = schedule.ends_epoch(step, every=args.picture_every) and not stopped
+        # A signal leaves no time for a picture, but at the last step there is no later one.
+        draws = not stopped or step == schedule.last_step
+        draws = draws and schedule.ends_epoch(step, every=args.picture_every)
         if draws and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
             log.draw()
@@ -570,10 +572,10 @@ def describe(args, model, arrays, state, schedule, machine):
     for kind, array in arrays.items():
         if array is not None and (gaps := describe_gaps(f"the {kind} array", filled(array))):
             yield f"note         {gaps}"
-    if not machine.on_gpu and args.size != "tiny":
+    steps = schedule.last_step - state.step
+    if not machine.on_gpu and args.size != "tiny" and steps > 0:
         multiply_adds = sum(models.count_flops(model, num_visible, num_decoded))
         samples = schedule.samples_per_step // args.ranks
-        steps = schedule.last_step - state.step
         yield checks.note_on_cpu(args.size, multiply_adds, samples, steps)
 
 

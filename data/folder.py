@@ -6,7 +6,8 @@ nested deeper if you like.
 
 writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. The script draws which
 videos go to val.csv: in each class the share `--val` of its groups, by the seed, at least one group
-and never all. The group of a class that has only one goes to train.csv.
+and never all. The group of a class that has only one goes to train.csv. (A group that is in several
+classes goes where the first of them puts it.)
 
 A group is what must stay on one side, such as the clips cut from one recording: with clips of one
 scene in both train.csv and val.csv, accuracies mean nothing. Without `--group` every video is a
@@ -88,8 +89,8 @@ def each_once(names):
         chosen.setdefault(os.path.splitext(name)[0], name)
     if len(chosen) < len(names):
         print(
-            f"{len(names) - len(chosen)} videos are there with another extension, too: each is "
-            f"taken once ({', '.join(lists.EXTENSIONS)}: the first of these)"
+            f"{len(names) - len(chosen)} files are left out: the same video is there with another "
+            f"extension (of {', '.join(lists.EXTENSIONS)} the first is taken)"
         )
     return sorted(chosen.values())
 

@@ -256,8 +256,8 @@ def write(out, splits, classes, columns=(), folder="", within=()):
     into the folder `out`.
 
     Videos that are not on disk and duplicates are left out and counted, and so is a split without
-    any video on disk, unless it is train or the only one. Before anything is written, these end the
-    script:
+    any video on disk, unless it is train, or no split has any. Before anything is written, these
+    end the script:
 
     * a video with two labels, or in two splits (splits named in `within` are a part of another);
     * a split without rows, train without videos on disk, and no split with videos on disk;
@@ -331,7 +331,7 @@ def leave_out_absent(kept, folder):
         )
         if split == "train" or not present:
             sys.exit(problem)
-        print(f"warning: {problem}: {split}.csv is not written")
+        print(f"warning: {problem}: {split}.csv is not written (an older one stays as it is)")
     return present
 
 

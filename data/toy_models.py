@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import toy
 from tqdm import tqdm
 
-from tgm.flags import Parser, positive_int
+from tgm.flags import Parser, positive_int, seed_number
 
 FOLDER = Path(__file__).parent / "toy"
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -194,7 +194,7 @@ def main(argv=None):
     parser.add_argument(
         "--steps", type=positive_int, help="optimiser steps (default: 3000 for clip, 3600 for blip)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the images and the weights")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the images and the weights")
     args = parser.parse_args(argv)
     for name, function, steps in (("clip", train_clip, 3000), ("blip", train_blip, 3600)):
         if args.only in (None, name):

@@ -492,7 +492,7 @@ def data(out, args):
             rates[workers] = rate / workers
             row = {"work": "decoding alone", "workers": workers, "cores": cores}
             out.add("data", **row, **{"clips/s": rate, "clips/s and worker": rates[workers]})
-        workers = max(rates)
+        workers = 1 if args.tiny else cores
         for mask, ratio, more in (
             ("tube", 0.6, []),
             ("tube", 0.6, ["--compile"]),

@@ -25,8 +25,8 @@ import masking
 import model as models
 from tgm.arrays import open_array
 from tgm.flags import Parser, positive_int
-from tgm.manifest import read_manifest
-from tgm.run import launch, one_line_errors
+from tgm.manifest import ManifestError, read_manifest
+from tgm.run import RunError, launch, one_line_errors
 from tgm.sampling import clip_times
 
 SECONDS = toy.FRAMES / toy.FPS
@@ -70,21 +70,28 @@ def measure(data, maps, count):
     actor = things(f"{prefix}.masks.npy", count, times)
     bystander = things(f"{prefix}.bystander.npy", count, times)
 
-    def read(path):
-        array, _ = open_array(path, videos, "python experiments/study.py --jobs 2")
+    def read(path, command):
+        try:
+            array, _ = open_array(path, videos, command)
+        except ManifestError as error:  # the flags of its remedy are not those of controls.py
+            reason = str(error).split("; make it with")[0]
+            raise RunError(f"{reason}; delete what is left of it, then: {command}") from None
         return torch.from_numpy(array[:count].copy())
 
-    motion = masking.cut_motion(
-        read(f"{prefix}.motion.npy"), **place, seconds=torch.full((count,), SECONDS)
-    )
-    rows = [(f"{mask} 0.6", mask, 0.6, f"{prefix}.saliency.npy") for mask in masking.MASKS]
+    command = f"python saliency.py --data {data}"
+    field = read(f"{prefix}.motion.npy", f"{command} --cue motion --grid 8")
+    motion = masking.cut_motion(field, **place, seconds=torch.full((count,), SECONDS))
+    own = read(f"{prefix}.saliency.npy", f"{command} --clip local-dir:data/toy/clip --moments 8")
+    rows = [(f"{mask} 0.6", mask, 0.6, own) for mask in masking.MASKS]
     rows.append(("tube 0.9", "tube", 0.9, None))
     for source in study.SOURCES:
-        rows.append((f"text of {source} 0.6", "text", 0.6, maps / f"{source}.saliency.npy"))
-    for label, name, ratio, path in rows:
+        command = f"python experiments/controls.py {source} --data {data} --out {maps / source}"
+        saliency = read(maps / f"{source}.saliency.npy", command)
+        rows.append((f"text of {source} 0.6", "text", 0.6, saliency))
+    for label, name, ratio, saliency in rows:
         guide = {}
         if masking.NEEDS[name] == "saliency":
-            guide["saliency"] = masking.cut_maps(read(path)[:, 0], **place)  # the first caption's
+            guide["saliency"] = masking.cut_maps(saliency[:, 0], **place)  # the first caption's
         elif masking.NEEDS[name] == "motion":
             guide["motion"] = motion
         generator = torch.Generator().manual_seed(0)
@@ -101,9 +108,9 @@ def main(argv=None):
     )
     parser.add_argument("--videos", type=positive_int, default=600, help="so many are looked at")
     args = parser.parse_args(argv)
+    rows = sorted(measure(args.data, args.maps, args.videos), key=lambda row: row[1])
     print("| mask and ratio | hides of the actor | of the bystander |\n|---|---|---|")
-    rows = measure(args.data, args.maps, args.videos)
-    for name, actor, bystander in sorted(rows, key=lambda row: row[1]):
+    for name, actor, bystander in rows:
         print(f"| {name} | {actor:.2f} | {bystander:.2f} |")
 
 

@@ -73,9 +73,9 @@ def missing(work, peer, trial):
     """None if trial() works; else the row that says why the peer is left out."""
     try:
         trial()
-    except ImportError:
+    except ModuleNotFoundError:
         return {"work": work, "peer": peer, "ratio": "not installed"}
-    except (OSError, RuntimeError) as error:  # such as torchcodec without FFmpeg's libraries
+    except (ImportError, OSError, RuntimeError) as error:  # such as for want of a library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return {"work": work, "peer": peer, "ratio": f"cannot be used: {reason}"}
     return None

@@ -62,9 +62,10 @@ def usual_length(cells):
 def by_cell(runs, cells):
     """{(what, contrastive weight): {seed: run}} of the cells of the usual length: untrained first,
     then by name."""
+    usual = usual_length(cells)
     found = {}
     for cell in sorted(cells, key=lambda cell: (cell.mask != "untrained", cell.what, cell.nce)):
-        if cell.name in runs and cell.epochs == usual_length(cells):
+        if cell.name in runs and cell.epochs == usual:
             found.setdefault((cell.what, cell.nce), {})[cell.seed] = runs[cell.name]
     return found
 

@@ -231,11 +231,7 @@ def run_cell(runner, cell, workers=0):
             flags += ["--companions", OUT / "maps" / cell.source]
         flags += ["--workers", workers, "--log-every", 50, "--resume", "auto", "--out", folder]
         runner.run("pretrain.py", *shlex.split(PRETRAIN), *flags, log=log)
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        tail = [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
-        for loss in ("loss_mae", "loss_nce"):
-            result[loss] = sum(line[loss] for line in tail) / len(tail)
-        result["steps"] = lines[-1]["step"]
+        result |= read_losses(folder / "log.jsonl")
     for name, column in LABELS.items():
         flags = ["--checkpoint", checkpoint, "--label-column", column, "--seed", cell.seed]
         flags += ["--workers", workers, "--out", folder / "probe"]
@@ -249,6 +245,21 @@ def run_cell(runner, cell, workers=0):
     result["torch"] = torch.__version__
     result["commit"] = commit()
     return result
+
+
+def read_losses(path):
+    """The steps of a run, and the means of its losses over their last tenth. RuntimeError if its
+    log cannot be read."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        last = lines[-1]["step"]
+        tail = [line for line in lines if line["step"] > 0.9 * last]
+        losses = ("loss_mae", "loss_nce")
+        means = {loss: sum(line[loss] for line in tail) / len(tail) for loss in losses}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{path}: cannot be read ({type(error).__name__})"
+        raise RuntimeError(f"{reason}: delete its folder, then the same command") from None
+    return means | {"steps": last}
 
 
 def commit():
@@ -369,7 +380,7 @@ def run_cells(runner, cells, args):
             result = run_cell(runner, cell, args.workers)
         except Stopped:
             return
-        except (RuntimeError, OSError, ValueError, KeyError) as error:  # or a damaged result
+        except RuntimeError as error:
             print(f"{cell.name}: {error}", file=sys.stderr, flush=True)
             failed.append(cell.name)
             return

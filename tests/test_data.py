@@ -241,7 +241,7 @@ def test_a_split_without_videos_on_disk(script, tmp_path):
     printed = script("kinetics")
     assert printed.startswith(
         "warning: test: none of its 1 videos is on disk: looked first for "
-        "videos/abseiling/ttt_000100_000110.mp4 (--videos sets the folder): test.csv is not written\n"
+        "videos/abseiling/ttt_000100_000110.mp4 (--videos sets the folder): test.csv is not written (an older one stays as it is)\n"
     )
     assert rows(tmp_path / "out/train.csv") == [("flat.mp4", "2", None, None)]
     assert rows(tmp_path / "out/val.csv") == [("vvv.mp4", "1", None, None)]
@@ -1221,7 +1221,7 @@ def test_folder_takes_a_video_with_two_extensions_once(script, tmp_path):
         "b/0.avi",
     )
     printed = script("folder", "--val", 0.5, annotations=False)
-    assert "11 videos are there with another extension, too: each is taken once" in printed
+    assert "11 files are left out: the same video is there with another extension" in printed
     both = rows(tmp_path / "out/train.csv") + rows(tmp_path / "out/val.csv")
     assert sorted(name for name, *_ in both) == sorted(
         [f"a/{i}.webm" for i in range(10)] + [f"b/{i}.mp4" for i in range(10)]

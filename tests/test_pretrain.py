@@ -1195,7 +1195,7 @@ def test_a_large_model_on_a_cpu_is_told_what_it_takes(world, tmp_path):
         tmp_path / "small",
     )
     assert re.search(
-        r"--size small on a CPU: about [0-9.e-]+ s per step, [0-9.e-]+ hours in all; it wants a GPU; --size tiny is for CPUs",
+        r"--size small on a CPU: about [0-9.e+-]+ s per step, [0-9.e+-]+ hours in all; it wants a GPU; --size tiny is for CPUs",
         out,
     )
     assert "on a CPU" not in run("pretrain.py", *flags, "--out", tmp_path / "tiny")

@@ -165,11 +165,17 @@ def test_controls(copy):
     out = run("experiments/hidden.py", "--maps", ".", cwd=copy)
     lines = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
     shares = {name: (float(actor), float(bystander)) for name, actor, bystander in lines}
-    assert len(shares) == 11 and list(shares.values()) == sorted(shares.values())
+    actors = [actor for actor, _ in shares.values()]
+    assert len(actors) == 11 and actors == sorted(actors)
     assert shares["text of truth 0.6"][0] > 0.98 and shares["text 0.6"][0] > 0.9
     assert shares["text of bystander 0.6"][1] > 0.9 and shares["text-inverse 0.6"][0] < 0.2
     assert abs(shares["random 0.6"][0] - 0.58) < 0.06  # 21 of 36 tokens of each slice
     assert abs(shares["tube 0.9"][0] - 0.89) < 0.06  # 32 of 36
+    (copy / "truth.saliency.json").unlink()
+    assert run("experiments/hidden.py", "--maps", ".", cwd=copy, fails=True).endswith(
+        "; delete what is left of it, then: python experiments/controls.py truth --data "
+        "data/train.csv --out truth"
+    )
     (copy / "data/train.masks.npy").unlink()
     assert "train.masks.npy" in run("experiments/hidden.py", "--maps", ".", cwd=copy, fails=True)
     assert "train.masks.npy" in run(

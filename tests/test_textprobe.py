@@ -382,9 +382,10 @@ def test_a_monitored_head_is_marked(own):
 def test_a_models_two_names_are_one(tmp_path):
     about = {"clip": "ViT-B/16", "pretrained": "some/file.pt", "activation": "GELU"}
     head = textprobe.TextHead(np.eye(4), False, about)
-    textprobe.refuse_other_clip(tmp_path, head, 4, about | {"clip": "ViT-B-16"})
+    textprobe.refuse_other_clip(tmp_path, head, 4, about | {"clip": "ViT-B-16"}, "")
     with pytest.raises(ManifestError, match="made with pretrained some-file.pt"):
-        textprobe.refuse_other_clip(tmp_path, head, 4, about | {"pretrained": "some-file.pt"})
+        other = about | {"pretrained": "some-file.pt"}
+        textprobe.refuse_other_clip(tmp_path, head, 4, other, "")
 
 
 def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
@@ -400,16 +401,16 @@ def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
     path.write_text(json.dumps(about | {"clip": f"local-dir:{folder}"}))
     assert "zero-shot of 6 classes" in probe(own)[0]
     path.write_text(json.dumps(about | {"clip": "ViT-B-16"}))
+    command = "python saliency.py --data data/val.csv --cue classes --classes FILE"
+    again = f"make it again with: {command} --clip {CLIP} --resume none"
     assert (
         "no zero-shot: data/val.classes.npy: made with clip ViT-B-16, the checkpoint's head was "
-        f"trained with {CLIP}: make it again: saliency.py --clip {CLIP} --resume none"
-        in probe(own)[0].splitlines()
+        f"trained with {CLIP}: {again}" in probe(own)[0].splitlines()
     )
     path.write_text(json.dumps(about | {"weights": "of another file"}))
     assert (
         "no zero-shot: data/val.classes.npy: made with other weights of CLIP than the checkpoint's "
-        f"head: make it again: saliency.py --clip {CLIP} --resume none"
-        in probe(own)[0].splitlines()
+        f"head: {again}" in probe(own)[0].splitlines()
     )
     older = {key: value for key, value in about.items() if key != "weights"}
     path.write_text(json.dumps(older))
@@ -423,7 +424,7 @@ def test_arrays_that_are_missing_or_do_not_serve_are_one_line(own):
     path.write_text(json.dumps(about | {"shape": [6, 64]}))
     assert (
         "no zero-shot: data/val.classes.npy: has 64 dimensions, the checkpoint's head 128: "
-        "make it again: saliency.py with the CLIP of the training --resume none"
+        f"make it again with: {command} --clip NAME (that of the training) --resume none"
         in probe(own)[0].splitlines()
     )
     text = np.load(own / "data/val.text.npy")

@@ -343,24 +343,20 @@ def load_array(path, remedy):
         path.with_suffix(".json").read_bytes()  # the reason, if that fails
     except OSError as error:
         # of the array, or of the .json beside it
-        if error.filename and error.filename.endswith(".json"):
-            raise without_about(path, error.strerror, remedy) from None
-        reason = f"cannot be read ({error.strerror or error})"
+        of_json = "its .json " if error.filename and error.filename.endswith(".json") else ""
+        reason = f"{of_json}cannot be read ({error.strerror or error})"
+        if of_json and isinstance(error, FileNotFoundError):
+            reason += f": delete {path.name}"  # see below
         raise make_it_with(path, reason, remedy) from None
     except UNREADABLE as error:
         reason = f"cannot be read ({error})"
         raise make_it_with(path, reason, f"{remedy} --resume none") from None
     about = read_about(path.with_suffix(".json"))
     if about is None:
-        raise without_about(path, "it is damaged", remedy)
+        # Only the .json tells that an array is ours: without it, the commands do not overwrite it.
+        reason = f"its .json is damaged: delete {path.name} and {path.stem}.json"
+        raise make_it_with(path, reason, remedy)
     return array, about
-
-
-def without_about(path, why, remedy):
-    """The error of an array whose .json cannot be read. The commands do not overwrite such an
-    array, because only the .json tells that it is ours."""
-    reason = f"its .json cannot be read ({why}): delete {path.name} and {path.stem}.json"
-    return make_it_with(path, reason, remedy)
 
 
 def describe_gaps(path: FilePath, is_made: np.ndarray) -> str:

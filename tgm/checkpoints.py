@@ -123,7 +123,7 @@ def open_safely(file: Path) -> Any:
         raise
     except Exception as error:  # a damaged file makes the parsers raise anything
         if "allocate memory" in str(error):  # torch's RuntimeError: the file may be whole
-            raise
+            raise MemoryError(f"{file}: too little memory to read it") from None
         reason = type(error).__name__
         raise ValueError(f"{file}: no checkpoint that can be read safely ({reason})") from None
 
@@ -398,15 +398,16 @@ def save_huggingface(
         config |= huggingface_labels(model.head.out_features, classes)
     processor = huggingface_processor(model.config["image_size"])
     folder.mkdir(parents=True, exist_ok=True)
-    # the weights last: where they are, the folder is whole
+    file = folder / "model.safetensors"
+    aside = folder / "model.safetensors.new"
+    try:
+        save_file(huggingface_state(model), aside, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written ({error})") from None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    file = folder / "model.safetensors"
-    try:
-        save_file(huggingface_state(model), file, metadata={"format": "pt"})
-    except SafetensorError as error:  # such as a full disk
-        file.unlink(missing_ok=True)
-        raise OSError(f"{file}: cannot be written ({error})") from None
+    aside.replace(file)  # last: where the weights are, the folder is whole
 
 
 def huggingface_config(model: VideoMAE | VideoViT) -> dict[str, Any]:

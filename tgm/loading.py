@@ -23,8 +23,8 @@ NO_SHARED_MEMORY = (
     "(docker run --shm-size=16g), or lower --batch-size or --workers; --workers 0 needs none"
 )
 NO_OPEN_FILES = (
-    "a decoding process has too many open files: lower --workers or --batch-size, or raise the "
-    "limit (ulimit -n 65536); with --workers 0 such files are not opened"
+    "the run or a decoding process has too many open files: lower --workers or --batch-size, or "
+    "raise the limit (ulimit -n 65536); with --workers 0 such files are not opened"
 )
 WORKER_ENDED = (
     "(it may have had too little memory, too little shared memory: docker run --shm-size=16g, or "
@@ -32,8 +32,8 @@ WORKER_ENDED = (
     "run decodes by itself and shows where it fails"
 )
 # What a DataLoader with workers makes before it begins: three locks per queue, of which it has one
-# for each worker and one for the results, and five for an event; a pipe per queue, and another per
-# worker.
+# for each worker and one for the results, and five for an event; a pipe per queue, another per
+# worker, and one more while a worker is started.
 LOCKS = (3 + 5, 3)  # of the loader, of each worker
 PIPES = (2, 2)
 
@@ -163,7 +163,8 @@ def checked_batches(loader: DataLoader):
     """The batches of a loader. RunError where its workers cannot be started, die, find no shared
     memory, or have too many open files."""
     try:
-        if loader.num_workers > 0:
+        # with persistent workers _iterator holds those of the first epoch, which go on
+        if loader.num_workers > 0 and getattr(loader, "_iterator", None) is None:
             try_locks_and_pipes(loader.num_workers)
         batches = iter(loader)
     except OSError as error:

@@ -437,8 +437,7 @@ def copies_of(manifest, videos, folder):
     targets = {}
     first_of = {}  # {path of a copy: the first video that has it}
     for video in videos:
-        target = os.path.join(folder, name_inside(video.name))
-        targets.setdefault(video.path, target)
+        target = targets.setdefault(video.path, os.path.join(folder, name_inside(video.name)))
         first = first_of.setdefault(target, video.path)
         if first != video.path and os.path.realpath(first) != os.path.realpath(video.path):
             raise RunError(
@@ -508,7 +507,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     videos = read_manifest(args.manifest, args.root)
-    if not os.path.isfile(args.manifest):  # but it could be read
+    if not os.path.isfile(args.manifest):  # but it could be read; files are written beside it
         raise RunError(
             f"{args.manifest}: expected a file, found a pipe, which can be read only once: write "
             "the manifest to a file first"

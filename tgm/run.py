@@ -333,8 +333,8 @@ class StopSignal:
         no progress         After GRACE seconds the run ends without saving. If torchrun got the
                             signal, it kills its ranks earlier, after 30 seconds in all;
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT allows more.
-        end_on_signal()       From here on there is nothing to save: the first signal ends the run.
-        save_on_signal()      From here on a signal is noted again.
+        end_on_signal()     From here on there is nothing to save: the first signal ends the run.
+        save_on_signal()    From here on a signal is noted again.
 
     ranks: if there are several, they have joined (`join_ranks`).
 

@@ -90,23 +90,24 @@ def comparable(about: dict, key: str) -> str | None:
     return plain_name(value)
 
 
-def remedy_of(head: TextHead) -> str:
-    """How to make an array of texts that fits a head."""
-    flags = "with the CLIP of the training"
-    if head.about:
-        flags = f"--clip {head.about.get('clip')}"
-        if head.about.get("pretrained"):
-            flags += f" --pretrained {head.about['pretrained']}"
-    return f"make it again: saliency.py {flags} --resume none"
+def clip_flags(head: TextHead) -> str:
+    """The flags of saliency.py for the CLIP that a head was trained with, as far as known."""
+    if not head.about:
+        return "--clip NAME (that of the training)"
+    flags = f"--clip {head.about.get('clip')}"
+    if head.about.get("pretrained"):
+        flags += f" --pretrained {head.about['pretrained']}"
+    return flags
 
 
-def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> None:
+def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict, command: str) -> None:
     """ManifestError if an array of texts, `width` wide, is not of the CLIP the head was trained
-    with, as far as the text array of its training is still there to tell."""
+    with, as far as the text array of its training is still there to tell. command: of saliency.py,
+    which makes the array."""
+    remedy = f"make it again with: {command} {clip_flags(head)} --resume none"
     if width != len(head.weight):
         raise ManifestError(
-            f"{path}: has {width} dimensions, the checkpoint's head {len(head.weight)}: "
-            f"{remedy_of(head)}"
+            f"{path}: has {width} dimensions, the checkpoint's head {len(head.weight)}: {remedy}"
         )
     if not head.about:
         return
@@ -118,7 +119,7 @@ def refuse_other_clip(path: Path, head: TextHead, width: int, about: dict) -> No
             reason = f"{made} {head.about.get(key)}"
             if key == "weights":  # hashes tell a user nothing
                 reason = "made with other weights of CLIP than the checkpoint's head"
-            raise ManifestError(f"{path}: {reason}: {remedy_of(head)}")
+            raise ManifestError(f"{path}: {reason}: {remedy}")
 
 
 # ---- the two measures ----------------------------------------------------------------------------
@@ -165,12 +166,13 @@ def probe_zero_shot(
     path = companion(manifest, "classes.npy")
     remedy = f"python saliency.py --data {manifest} --cue classes --classes FILE"
     classes, about = open_classes(path, remedy)
-    refuse_other_clip(path, head, classes.shape[1], about)
+    refuse_other_clip(path, head, classes.shape[1], about, remedy)
     number = {name: index for index, name in enumerate(about["names"])}
     found = {video.label for video in videos}
     if not found & number.keys():  # the labels may be the classes' numbers
         number = {str(index): index for index in range(len(classes))}
-        if str(len(classes)) in found and "0" not in found:
+        from_1 = {str(index + 1) for index in range(len(classes))}
+        if found <= from_1 and str(len(classes)) in found:
             raise ManifestError(
                 f"{path}: the labels are numbers from 1 to {len(classes)}, but its classes count "
                 "from 0"
@@ -201,7 +203,7 @@ def probe_retrieval(
     captions = companion(manifest, "captions.jsonl")  # if they were remade, the array is stale
     expect = {"captions": file_hash(captions)} if captions.exists() else {}
     text, about = open_array(path, videos, remedy, **expect)
-    refuse_other_clip(path, head, text.shape[-1], about)
+    refuse_other_clip(path, head, text.shape[-1], about, f"python saliency.py --data {manifest}")
     is_made = filled(text)
     if not is_made.any():
         raise ManifestError(f"{path}: no row of it is made; make it with: {remedy}")
