@@ -90,7 +90,13 @@ def test_refusals_and_what_is_missing(capsys):
     assert "soak" not in bench.parse_args([]).sections
     trial = partial(importlib.import_module, "a_peer_that_is_not_there")
     row = measure.missing("work", "peer", trial)
-    assert row["ratio"] == "not installed (ModuleNotFoundError)"
+    assert row["ratio"] == "not installed"
+
+    def without_ffmpeg():
+        raise OSError("libavcodec.so.59: cannot open shared object file")
+
+    row = measure.missing("work", "peer", without_ffmpeg)
+    assert row["ratio"] == "cannot be used: libavcodec.so.59: cannot open shared object file"
 
 
 # ---- sections that read videos -------------------------------------------------------------------
