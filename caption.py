@@ -21,7 +21,7 @@ The frames lie at the mid-points of three equal parts of the video (`--frames`),
 three captions; pretraining draws one at random per sample. The model is a name on the Hugging Face
 hub, or a folder. BLIP, BLIP-2 (with OPT or T5) and GIT were tried, at small sizes with random
 weights, with and without `--prompt`. Other image-to-text models of `transformers` may work: every
-model has to caption a blank image before any video is opened. No remote code is run. With
+model has to caption two blank images before any video is opened. No remote code is run. With
 `--labels` the caption is the label itself (a class number becomes text through `--classes`);
 captions that a model made are replaced only with `--resume none`.
 
@@ -225,8 +225,8 @@ def label_captions(videos, classes):
 def write_labels(captions, classes, resume):
     """Captions without a model, always from the start. A model's captions, which may have taken
     hours, are replaced only with --resume none."""
-    # `claim` and `begin` get "none", to keep nothing: labels are always made from the start.
-    # --resume only decides whether a model's captions may be lost.
+    # Labels are always made from the start, so `claim` and `begin` get "none", whatever --resume
+    # says. That only decides whether captions that a model made may be lost.
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()

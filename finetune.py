@@ -3,9 +3,9 @@ several views of each.
 
 Reads   manifests with labels (train, val, and optionally test), their videos, and a checkpoint:
         ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
-Writes  runs/NAME/: checkpoint.pt (the latest weights) and best.pt (the best on --val), args.json,
-        log.jsonl, curves.png (where matplotlib is installed); after testing per_class.csv,
-        confusion.png and, last, test.json. --test-only writes per_class.csv, confusion.png and
+Writes  runs/finetune/, or --out: checkpoint.pt (the latest weights) and best.pt (the best on
+        --val), args.json, log.jsonl, curves.png (where matplotlib is installed); after testing
+        per_class.csv, confusion.png and, last, test.json. --test-only writes per_class.csv, confusion.png and
         test.json alone, by default into the folder test beside the checkpoint
 
     # CPU, the toy world
@@ -79,10 +79,10 @@ them; its file is not read any more. Other flags and data are refused, but for t
       tgm/resume.py, names all)
   --epochs, upwards
   --batch-size, --accum and the number of ranks, if their product stays the same. Each step then
-      still sees the same videos. But where one of the three changes, other clips are mixed, and
-      dropout and drop path drop other things, because each rank draws them for each accumulated
-      batch. Then the weights are those of an uninterrupted run, to rounding, only with --mixup 0
-      --cutmix 0 --drop-path 0 --head-dropout 0.
+      still sees the same videos. But random choices are made per rank and accumulated batch: if one
+      of the three changes, other clips are mixed, and dropout and drop path drop other things. For
+      the weights of an uninterrupted run, to rounding, give --mixup 0 --cutmix 0 --drop-path 0
+      --head-dropout 0.
 
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
@@ -137,8 +137,8 @@ def train(state, loader, val, schedule, machine, stop, args):
     videos = loader.dataset.videos
     log = TrainingLog(out, videos, args.max_bad, schedule, machine, state.step)
     if schedule.ends_epoch(state.step) and state.validated != state.step:
-        # The checkpoint is saved before it is validated: a kill may have come in between. (At step
-        # 0 both are 0.)
+        # The checkpoint is saved before it is validated: a kill may have come in between. (At the
+        # start state.step and state.validated are both 0.)
         validate(state, val, log, machine, args)
     stop.save_on_signal()  # from here on a signal waits for `requested`, below
 
@@ -495,8 +495,8 @@ def parse_args(argv=None):
     data.add_argument(
         "--sampling",
         choices=("dense", "uniform"),
-        help="frames --stride apart, or one frame from each of --frames equal parts (default: the "
-        "checkpoint's, of a fine-tuned one, else dense)",
+        help="frames --stride apart, or one frame from each of --frames equal parts (default: as "
+        "in the checkpoint of a fine-tuning, else dense)",
     )
     add_augmentation_flags(parser.add_argument_group("augmentation"))
     model = parser.add_argument_group("model")
@@ -608,8 +608,8 @@ def open_splits(args, machine):
 
 def make_model(args, machine):
     """The classifier, on its device. Where the flags leave args.size, frames, image_size, stride
-    and sampling open, fills them from the checkpoint. Where a run goes on that is the run's own,
-    and `make_state` loads the weights later."""
+    and sampling open, fills them from the checkpoint. If a run goes on, that is checkpoint.pt in
+    --out, not --checkpoint, and `make_state` loads its weights later."""
     latest = Path(args.out) / "checkpoint.pt"
     goes_on = args.resume == "auto" and latest.exists() and not args.test_only
     saved = checkpoints.saved_args(latest if goes_on else args.checkpoint)
@@ -758,8 +758,8 @@ def main(argv=None):
     if args.test_only:
         if machine.rank == 0:
             make_folder(args.out)
-            # Keeps other runs from the folder: training locks it under this name, too. No such file
-            # is made.
+            # Keeps other runs from the folder. The lock has the name of checkpoint.pt, as in
+            # training; no checkpoint.pt is made.
             hold(Path(args.out) / "checkpoint.pt")
         checkpoint = args.checkpoint
         stop.end_on_signal("run it again")

@@ -8,7 +8,7 @@ Reads   a training and a test manifest with labels, and their videos
         classes --data val.csv) and val.text.npy (caption.py --data val.csv, then saliency.py)
 Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
         videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, even
-        one of other flags or of another checkpoint (--out keeps both).
+        one of other flags or of another checkpoint (another --out keeps both).
         OUT/{train,test}.features.npy, float32 [N, D], or [N, A, D] of augmented training videos
         OUT/{train,test}.tokens.npy, float16 [N, V*M, D], with --attentive
         next to each array a .json of what it was made with; if that changes, it is made again
@@ -31,11 +31,11 @@ views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch 
 draws one of them. Features are extracted once. A second run, for another --label-column or after a
 kill, reads only the videos whose features are missing. Another --augment makes the training
 features again; another --clips, --crops or --token-grid, or adding --attentive, those of the clean
-views (--out keeps both).
+views (another --out keeps both).
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the
-first in the list is taken.
+first in the list is taken. Where there is one setting alone, nothing is held out.
 
 Probes.
   linear     One linear layer on features that are standardised with the mean and deviation of the
@@ -292,7 +292,7 @@ def attentive(
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)
         groups.append({"params": list(probe.parameters())})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)  # rates: see below
     steps = math.ceil(len(train) / batch)  # of an epoch
     epochs = max(epochs, math.ceil(least_steps / steps))
     for epoch in range(epochs):
@@ -377,8 +377,8 @@ def probe_all(videos, arrays, heads, args):
     refuse_unreadable(args.test, videos["test"], readable["test"], least=1)
     rows = torch.from_numpy(readable["train"].nonzero()[0])
     train_videos = [videos["train"][row] for row in rows.tolist()]
-    # The order decides which of the initial weights a class gets: with `class_names`, which sorts
-    # numbers by their value, published results would change a little.
+    # Sorted as text, not by `class_names`, which sorts numbers by their value: in another order
+    # each class would get other initial weights, and published results would change a little.
     names = sorted({video.label for video in train_videos})
     if len(names) == 1:
         raise RunError(f"{args.data}: all of its readable videos are of class {names[0]!r}")
@@ -470,7 +470,8 @@ def read_videos(args, rank):
     with as_run_error(args.data):
         train = read_labelled(args.data, args.root, args.label_column)
         test = read_labelled(args.test, args.root, args.label_column)
-        # before hours of extraction; `probe_all` asks again, for the videos that could be read
+        # For its error alone, where no test label is a class: better now than after hours of
+        # extraction. `probe_all` asks again, for the videos that could be read.
         number_labels(args.test, test, class_names(args.data, train), say=lambda text: None)
     seen = shared_rows(train, test)
     if seen > 0 and rank == 0:

@@ -22,9 +22,10 @@ We have not read TGM's paper itself, only notes on it. That it selects the token
 taken from these.
 
 The text masks follow a saliency map, which scores how well each place matches a caption; motion and
-flow masks follow a motion map. saliency.py stores such maps of the whole video and the whole frame,
-of motion its velocities. `cut_maps` and `cut_motion` bring them to the times, the crop and the flip
-of a training sample, and velocities to displacements from slice to slice, which the masks read.
+flow masks follow a motion map. saliency.py stores these maps for the whole video and the whole
+frame; a motion map holds velocities. `cut_maps` and `cut_motion` cut out the part that belongs to a
+training sample: its times, its crop, its flip. `cut_motion` also turns velocities into
+displacements from one slice to the next, which the masks read.
 
 All randomness comes from one array of uniform noise [B, N]. A mask is a function of this noise and
 of the maps alone. If each sample has its own noise, its mask does not depend on the batch, the
@@ -277,9 +278,9 @@ def trace_to_middle(motion: Tensor) -> Tensor:
     Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;
     those of later slices go backwards, against it. A step between slices s and s + 1 is the mean of
     motion[s] and motion[s + 1] where the trace is, which supposes that slices are equally far apart
-    in time. Where a clip stands still because its video has ended, motion[s + 1] is 0, and the step
-    into that slice comes out half as long. A trace that leaves the picture goes on with the
-    motion at the border; the caller decides what it is worth."""
+    in time. If the video ends at slice s + 1, the later slices repeat its last frame, so that
+    motion[s + 1] is 0 and the step from s to s + 1 comes out half as long. A trace that leaves the
+    picture goes on with the motion at the border; the caller decides what it is worth."""
     batch, t, _, h, w = motion.shape
     middle = t // 2
     field = motion.float().transpose(1, 2)  # [B, 2, t, h, w]
@@ -373,14 +374,14 @@ def draw_noise(
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
-# Nearly 2^10. Before the point of noise * SPREAD stand 10 bits or fewer, so that 14 or more of
-# float32's 24 are left for the fraction: 16,384 values, so that few of 1,568 tokens tie.
+# Less than 2^10: the whole part of noise * SPREAD takes at most 10 of float32's 24 bits. 14 or more
+# are left for the fraction, which are 16,384 values, so that few of 1,568 tokens tie.
 SPREAD = 997
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
-    """`count` of the masked tokens of each row: int64 [B, count]. The choice follows from the noise
-    alone. mask bool [B, N]; noise [B, N], from which the mask was made.
+    """`count` of the masked tokens of each row: int64 [B, count]. Given the mask, the choice
+    follows from the noise. mask bool [B, N]; noise [B, N], from which the mask was made.
 
     A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
     2303.16727), which chooses them by a fixed pattern; here the choice is random. ValueError if

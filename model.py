@@ -500,10 +500,10 @@ class VideoMAE(nn.Module):
         """What the decoder should predict: cubes [B,M,P] -> (target [B,M,P], mean and standard
         deviation of the pixels [B,M,1,3]), float32.
 
-        First `normalize` is undone: pixels are in [0,1], as VideoMAE has them here, and as
-        `reconstruct` needs their mean and deviation. Then each colour of each cube gets mean 0 and
-        standard deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0 everywhere is
-        about 1, and less where cubes are of one colour."""
+        First `normalize` is undone, so that pixels are in [0,1]: VideoMAE computes its targets from
+        such pixels, and `reconstruct` needs their mean and deviation. Then each colour of each cube
+        gets mean 0 and standard deviation 1 (unbiased, as in VideoMAE). So the loss of predicting 0
+        everywhere is about 1, and less where cubes are of one colour."""
         mean_of_data, std_of_data = self.mean_and_std
         pixels = cubes.float().unflatten(-1, (-1, 3)) * std_of_data + mean_of_data  # [B,M,P/3,3]
         mean = pixels.mean(dim=-2, keepdim=True)

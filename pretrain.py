@@ -2,8 +2,8 @@ r"""Stage 3: pretraining. A video masked autoencoder whose masks follow language
 
 Reads   a manifest and its videos; train.saliency.npy for the text masks, train.motion.npy for the
         masks motion and flow; train.text.npy for the contrastive loss (with --nce-weight 0 only
-        if it is there); the .json beside each array, and train.captions.jsonl, of which only a hash
-        is taken
+        if it is there); the .json beside each array, and train.captions.jsonl, for its hash and to
+        word messages
 Writes  runs/MASK/, or --out: checkpoint.pt, args.json, log.jsonl (means since the last line),
         reconstruction_*.png, curves.png (where matplotlib is installed)
 
@@ -25,8 +25,8 @@ Loss = reconstruction loss + nce-weight x contrastive loss. The reconstruction l
 the mean squared error on masked cubes (with --decoder-keep on a part of them). A model that
 predicts the mean of each cube has a loss of about 1.0. The contrastive loss is a symmetric InfoNCE
 between the mean of the visible tokens, after a linear layer, and the CLIP embedding of a caption.
-Its weight is 1 with every mask, so random and tube masks need captions, too, unless --nce-weight 0
-is given.
+--nce-weight is 1 by default, whatever the mask. So random and tube masks need captions, too, unless
+--nce-weight 0 is given.
   positives  the samples of one video, and samples with (nearly) the same caption
   negatives  all other samples of the batch, on all ranks. With --accum each part of a step is
              compared only with itself, so accumulating equals a larger batch for the
@@ -168,7 +168,8 @@ def train(state, loader, schedule, machine, args):
             log.write_step(step, lr)
         if saves and machine.rank == 0:
             state.save(checkpoint, vars(args))
-        # A signal leaves no time for a picture, but at the last step there is no later one.
+        # After a signal there is no time for a picture. At the last step it is drawn even then: a
+        # resumed run would have no step left to draw it.
         draws = not stopped or step == schedule.last_step
         draws = draws and schedule.ends_epoch(step, every=args.picture_every)
         if draws and machine.rank == 0:
@@ -384,10 +385,10 @@ def make_clips(videos, rows, grid, arrays, args):
 
 
 def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
-    """-> videos of the manifest, rows to train on, arrays as of `open_arrays`, identity.
+    """-> videos of the manifest, rows to train on, the arrays of `open_arrays`, identity.
 
     identity: {name: fingerprint or None}, such as {"data/train.csv": its hash}. The checkpoint
-    holds it, and a run goes on only if it is the same. companions: as the flag. ManifestError if a
+    holds it, and a run goes on only if it is the same. companions: --companions. ManifestError if a
     file is missing or of another manifest, or if no video has a row in every array."""
     videos = read_manifest(manifest, root)
     prefix = Path(companions or Path(manifest).with_suffix(""))

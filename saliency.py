@@ -5,8 +5,8 @@ A cue gives numbers for each patch of a video, by which masks choose the patches
     --cue text      (default) How well does the patch fit a caption of the video?
     --cue motion    How does the patch move?
 
-With --cue classes no video is read: CLIP embeds the names of classes, for evaluation. This must be
-the CLIP (--clip, --pretrained) of the captions that the encoder was trained with.
+With --cue classes no video is read: CLIP embeds the names of classes, for evaluation. Use the CLIP
+(--clip, --pretrained) that embedded the captions for pretraining.
 
 Reads   a manifest, its videos, and for text the captions that caption.py wrote
         (train.captions.jsonl)
@@ -22,8 +22,8 @@ Writes  train.text.npy        [N, K, D] float16, unit length: the captions' text
                               embeddings of class names, with which linprobe.py measures
                               zero-shot accuracy
         a .json beside each array: model, its activation, flags, and hashes of the manifest's rows,
-                              of the captions and of a local model's weights; of classes their
-                              names in place of the rows
+                              of the captions and of a local model's weights (for classes: their
+                              names, and no hash of the rows)
 
     # CPU, the toy world: about 60 videos/s
     python saliency.py --data data/train.csv --clip local-dir:data/toy/clip
@@ -43,7 +43,7 @@ read matters (`--dense`):
 
     last    The patch tokens as they leave the last block. No loss was applied to them in training.
             In the toy world most patches of the object then score lower than most of the background
-            (an AUC below 0.5), though the highest patch is often on the object.
+            (an AUC below 0.5), though the highest patch is on the object more often than by chance.
     value   In the last block each token sees only itself: its value vector, through the output
             projection, without residual and MLP (MaskCLIP, arXiv 2112.01071).
     self    Each token gathers the values of tokens that look like it. Three ideas together:
@@ -166,8 +166,8 @@ DEFAULTS = {
 #     summary        a line to print
 #     caption_path   the file of captions; None if none are needed
 #     read(video)    decodes a video, in the loader's workers
-#     rows(items)    computes a batch; yields for each video its row's number and a list with one
-#                    value for each output
+#     rows(items)    computes a batch; yields for each video whose numbers are finite its row's
+#                    number and a list with one value for each output
 
 
 class Output(NamedTuple):
@@ -198,7 +198,7 @@ def patch_features(visual, images, dense):
             x = block(x)
         _, _, values = project(blocks[-1], x)
         x = join_heads(blocks[-1], values)  # each token's own value
-    else:  # "self"; layer scale, which hardly any CLIP has, is left out as the residual is
+    else:  # "self"; what is gathered skips layer scale, which hardly any CLIP has
         half = len(blocks) // 2
         for block in blocks[:half]:
             x = block(x)
