@@ -5,8 +5,8 @@ Reads   manifests with labels (train, val, and optionally test), their videos, a
         ours, VideoMAE's .pth, a Hugging Face VideoMAE folder, or none (from scratch)
 Writes  runs/finetune/, or --out: checkpoint.pt (the latest weights) and best.pt (the best on
         --val), args.json, log.jsonl, curves.png (where matplotlib is installed); after testing
-        per_class.csv, confusion.png and, last, test.json. --test-only writes per_class.csv, confusion.png and
-        test.json alone, by default into the folder test beside the checkpoint
+        per_class.csv, confusion.png and, last, test.json. --test-only writes these three alone, by
+        default into the folder test beside the checkpoint
 
     # CPU, the toy world
     python finetune.py --checkpoint runs/text/checkpoint.pt --no-flip --epochs 10 \

@@ -186,6 +186,62 @@ def test_time_k_over_fps_is_frame_k(files, name):
     )
 
 
+@pytest.mark.parametrize("name, codec", [("a.mpg", "mpeg2video"), ("b.mpg", "mpeg1video")])
+def test_small_frames_of_an_mpeg_program_stream(tmp_path, name, codec):
+    """Several share one pts, which libav then makes up, another one after a seek."""
+    still = [np.full((64, 96, 3), 4 * k, np.uint8) for k in range(60)]
+    path = write(tmp_path / name, still, codec=codec, fps=25, options={"g": "12", "bf": "2"})
+    with V.VideoReader(path) as reader:
+        assert reader.duration == pytest.approx(2.4)
+        plain = [image for image, _ in zip(map(reader.picture, decoded(reader)), range(60))]
+        wanted = np.array([1.44, 0.2, 1.94, 2.2, 2.39])
+        for time, image in zip(wanted, reader.read(wanted), strict=True):
+            assert np.array_equal(image, plain[int(25 * time + 0.01)]), time
+    assert np.array_equal(V.read_frames(path, [1.44])[0], plain[36])
+
+
+def decoded(reader):
+    return [frame for _, frame in reader.frames()]
+
+
+def with_sound(path, seconds, first=0):
+    """60 pictures in 2.4 s, from the second `first` on, and a sound of so many seconds."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        sound = out.add_stream("aac", rate=16000) if seconds else None
+        for k in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 4 * k, np.uint8), "rgb24")
+            frame.pts, frame.time_base = 25 * first + k, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        for k in range(int(seconds * 16000 / 1024)):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * k
+            out.mux(sound.encode(frame))
+        if sound:
+            out.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.flv", "a.mkv", "a.mp4"])
+def test_sound_that_lasts_longer_than_the_picture(tmp_path, name):
+    path = with_sound(tmp_path / name, 8)
+    if name == "a.mkv":  # as files of other programs, which have no tag DURATION
+        data = path.read_bytes()
+        assert data.count(b"DURATION") == 2
+        path.write_bytes(data.replace(b"DURATION", b"XURATION"))
+    with V.VideoReader(path) as reader:
+        assert reader.duration == pytest.approx(2.4, abs=0.05)
+        assert abs(reader.read([2.3, 5])[:, 0, 0, 0].astype(int) - [4 * 57, 4 * 59]).max() < 9
+
+
+def test_an_flv_that_begins_late(tmp_path):
+    with V.VideoReader(with_sound(tmp_path / "a.flv", 0, first=100)) as reader:
+        assert reader.duration == pytest.approx(2.4, abs=0.05)
+        assert abs(reader.read([0.4, 2.0])[:, 0, 0, 0].astype(int) - [40, 200]).max() < 9
+
+
 def test_only_what_is_needed_is_decoded(files, monkeypatch):
     """The quick way is taken, skips pictures, and seeks between distant times; else it would
     merely be right.

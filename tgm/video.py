@@ -16,8 +16,9 @@
     4. Only wanted frames are converted and resized, in one swscale call each, on one thread.
 
 On ordinary H.264 clips this is about 1.5 times faster than decord (experiments/BENCHMARKS.md).
-Where it cannot work (AVI has no pts; a damaged index; frames that the decoder does not show, so
-that a packet gives none), the file is decoded from its start. Both ways give the same frames, bit
+Where it cannot work (AVI has no pts, MPEG program streams share one among frames; a damaged index;
+frames that the decoder does not show, so that a packet gives none), the file is decoded from its
+start. Both ways give the same frames, bit
 for bit; motion vectors of B pictures are left out then.
 
 What comes out is what FFmpeg shows: turned and mirrored as the file says, edit lists honoured, YUV
@@ -361,8 +362,9 @@ class VideoReader:
         key = None
         first = None
         for packet in self._packets():
-            if packet.pts is None or self._container.format.name == "avi":
-                # for AVI, libav makes pts up, and badly
+            if packet.pts is None or self._container.format.name in ("avi", "mpeg"):
+                # libav makes their pts up: badly for AVI, and for the program streams of MPEG
+                # (.mpg, .vob), where small frames share one pts, others after a seek
                 return None
             if key is None and packet.is_keyframe:
                 key = packet.pts
@@ -374,6 +376,8 @@ class VideoReader:
         return first
 
     def _find_duration(self):
+        if self._container.format.name == "mpeg":  # it would follow from pts
+            return self._count_packets() / self.fps
         if self._stream.duration:
             # It counts the frames before the first that is displayed, too.
             start = self._stream.start_time or 0
@@ -386,14 +390,20 @@ class VideoReader:
         if tag:
             parts = zip(tag.split(":"), (3600, 60, 1), strict=False)
             return sum(float(part) * unit for part, unit in parts) - offset
-        if self._container.duration:
+        # The container's is that of its longest stream, such as the sound, and FLV's is no end.
+        alone = len(self._container.streams) == 1 and self._container.format.name != "flv"
+        if self._container.duration and alone:
             return self._container.duration / av.time_base - offset
         # no header says it: the end of the last packet
+        if self._first is None:
+            return self._count_packets() / self.fps
         self._open()
         ends = [(packet.pts or 0) + (packet.duration or 0) for packet in self._packets()]
-        if self._first is None:
-            return len(ends) / self.fps
         return max(ends) * self._tick - offset
+
+    def _count_packets(self):
+        self._open()
+        return sum(1 for _ in self._packets())
 
     def _pts(self, time):
         return self._first + (time + self._tolerance) / self._tick
