@@ -207,7 +207,8 @@ def label_captions(videos, classes):
         caption = video.label
         if classes is not None and caption is not None:
             # isdecimal, as isdigit() is also true of "²", which int() refuses
-            if not caption.isdecimal() or int(caption) >= len(classes):
+            is_number = caption.isdecimal() and len(caption) < 10
+            if not is_number or int(caption) >= len(classes):
                 raise RunError(
                     f"{video.name}: label {caption!r} is not a class number; --classes has lines "
                     f"for 0 to {len(classes) - 1} (without it the label itself is the caption)"
@@ -335,7 +336,12 @@ def main(argv=None):
     path = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     if args.labels:
         if torchrun_ranks()[0] == 0:
-            captions = CaptionFile(path, videos, {"model": LABELS})
+            settings = {
+                "model": LABELS,
+                "label_column": args.label_column,
+                "classes": args.classes,
+            }
+            captions = CaptionFile(path, videos, settings)
             classes = read_names(args.classes) if args.classes else None
             write_labels(captions, classes, args.resume)
         return

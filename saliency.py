@@ -272,12 +272,14 @@ class TextCue:
     """How well every patch fits each caption of its video."""
 
     def __init__(self, args, videos, machine):
-        self.caption_path = args.captions or companion(args.data, "captions.jsonl")
+        self.caption_path = Path(args.captions or companion(args.data, "captions.jsonl"))
         make_captions = f"python caption.py --data {args.data}"
         if args.root:
             make_captions += f" --root {args.root}"
         if args.captions:
             make_captions += f" --out {args.captions}"
+        # `main` looks whether the file is still the one that is read here
+        self.captions_hash = self.caption_path.exists() and file_hash(self.caption_path)
         self.captions = read_captions(self.caption_path, videos, make_captions)
         if not any(self.captions):
             raise ManifestError(
@@ -620,6 +622,8 @@ def main(argv=None):
     resume = "extend" if args.extend else args.resume
     paths = [Path(f"{prefix}.{output.kind}.npy") for output in cue.outputs]
     if machine.rank == 0:
+        if cue.caption_path and file_hash(cue.caption_path) != cue.captions_hash:
+            raise RunError(f"{cue.caption_path}: was made again meanwhile: run this command again")
         for path, output in zip(paths, cue.outputs, strict=True):
             ensure_array(path, videos, output.shape, output.settings, resume, cue.caption_path)
     wait_for_ranks()

@@ -598,8 +598,8 @@ def test_labels_of_a_manifest_that_has_grown(copy):
     before = np.load(copy / "data/few.saliency.npy")
     (copy / "data/few.csv").write_text("".join(lines[:8]))
     assert run(*texts, "--extend", cwd=copy, fails=True) == (
-        "data/few.captions.jsonl: has the first 4 of 7 rows of the manifest (give --label-column "
-        "and --classes as before); make it with: python caption.py --labels --data data/few.csv"
+        "data/few.captions.jsonl: has the first 4 of 7 rows of the manifest; make it with: python "
+        "caption.py --labels --label-column caption --data data/few.csv"
     )
     for extend in ([], ["--extend"]):
         assert run("caption.py", *data, "--model", BLIP, *extend, cwd=copy, fails=True) == (
@@ -612,9 +612,24 @@ def test_labels_of_a_manifest_that_has_grown(copy):
     assert np.array_equal(np.load(copy / "data/few.saliency.npy")[:4], before)
     (copy / "data/few.csv").write_text("".join([lines[0], *lines[2:5]]))
     assert run(*texts, cwd=copy, fails=True).endswith(
-        "of another manifest; make it with: python caption.py --labels --data data/few.csv "
-        "--resume none"
+        "of another manifest; make it with: python caption.py --labels --label-column caption "
+        "--data data/few.csv --resume none"
     )
+
+
+def test_captions_that_change_while_clip_is_loaded_are_noticed(copy, monkeypatch):
+    load = saliency.load_clip
+    path = copy / "data/train.captions.jsonl"
+
+    def load_meanwhile(*args):
+        path.write_text(path.read_text().replace("a ", "another "))
+        return load(*args)
+
+    before = (copy / "data/train.text.npy").read_bytes()
+    monkeypatch.setattr(saliency, "load_clip", load_meanwhile)
+    line = run("saliency.py", "--clip", CLIP, "--resume", "none", cwd=copy, fails=True)
+    assert line == f"{path.relative_to(copy)}: was made again meanwhile: run this command again"
+    assert (copy / "data/train.text.npy").read_bytes() == before
 
 
 def test_videos_whose_captions_are_all_empty_are_counted(copy, monkeypatch):

@@ -349,7 +349,22 @@ def test_a_csv_that_cannot_be_parsed_is_not_ours(tmp_path):
 # ---- captions
 
 
-def test_read_captions(tmp_path):
+def test_sizes_of_missing_videos_stay_when_rows_are_added(tmp_path):
+    names = [f"{row}.mp4" for row in range(201)]
+    for row, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"x" * (row + 1))
+    (tmp_path / "few.csv").write_text("path\n" + "\n".join(names[:3]) + "\n")
+    (tmp_path / "all.csv").write_text("path\n" + "\n".join(names) + "\n")
+    few, more = (M.read_manifest(tmp_path / f"{name}.csv") for name in ("few", "all"))
+    about = {"videos": 3, "files": M.file_sizes(few)}
+    (tmp_path / "0.mp4").unlink()
+    assert M.renewed_sizes(few, about) == [1, 2, 3]
+    sizes = M.renewed_sizes(more, about)
+    assert len(sizes) == 100 and sizes[0] == 1 and sizes[-1] == 201
+    assert M.renewed_sizes(few, {"videos": 3, "files": None}) == [None, 2, 3]
+
+
+def test_read_captions(tmp_path, monkeypatch):
     videos = [
         M.Video(name, None, None, None, row, name) for row, name in enumerate(("a.mp4", "b c.mp4"))
     ]
@@ -369,6 +384,14 @@ def test_read_captions(tmp_path):
     ]
     path.write_text("\n".join(lines) + "\n")
     assert A.read_captions(path, videos, "") == [["a dog", "a cat"], []]
+    path.write_text("\ufeff" + "\n".join(lines) + "\n")  # a byte order mark
+    assert A.read_captions(path, videos, "") == [["a dog", "a cat"], []]
+    path.with_suffix(".json").write_text('{"v_1": {"duration": 3.0}}')  # of another program
+    assert A.read_captions(path, videos, "") == [["a dog", "a cat"], []]
+    path.with_suffix(".json").unlink()
+    monkeypatch.setattr(A, "is_held", lambda held: held == path)
+    assert refused() == f"{path}: another process is writing it: wait for its end"
+    monkeypatch.undo()
     path.write_text("\n".join(reversed(lines)) + "\n")
     assert "is of another manifest" in refused()
     path.write_text("")

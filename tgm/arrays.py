@@ -217,7 +217,10 @@ def refuse_foreign(
 
 def refuse_foreign_array(path: Path) -> None:
     """ManifestError if `path` or the .json beside it exists and is not of an array of ours."""
-    refuse_foreign(path, is_array)
+    remedy = "--out writes elsewhere"
+    if not path.with_suffix(".json").exists():
+        remedy = "its .json is gone: delete it if it is an old one, or --out writes elsewhere"
+    refuse_foreign(path, is_array, remedy)
     refuse_foreign(path.with_suffix(".json"), is_about)
 
 
@@ -384,12 +387,21 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     about = read_about(path.with_suffix(".json"))
     of_labels = about is not None and about.get("model") == "labels"
     if of_labels:
-        remedy = remedy.replace("caption.py", "caption.py --labels", 1)
+        flags = "--labels"
+        if about.get("label_column", "label") != "label":
+            flags += f" --label-column {about['label_column']}"
+        if about.get("classes"):
+            flags += f" --classes {about['classes']}"
+        remedy = remedy.replace("caption.py", f"caption.py {flags}", 1)
+    if is_held(path):
+        error = ManifestError(f"{path}: another process is writing it: wait for its end")
+        error.remedy = remedy
+        raise error
     from_start = f"{remedy} --resume none"
     names = []
     captions = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for line in file:  # not splitlines(), which also cuts at U+2028, inside a caption
                 entry = json.loads(line)
                 texts = entry["captions"]
@@ -410,11 +422,12 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
         if names and names == expected[: len(names)]:
             reason = describe_growth(len(names), videos)
             if of_labels:  # --labels makes all captions again, and takes no --extend
-                reason += " (give --label-column and --classes as before)"
+                if "label_column" not in about:  # an older file
+                    reason += " (give --label-column and --classes as before)"
                 raise make_it_with(path, reason, remedy)
             raise make_it_with(path, reason, f"{remedy} --extend")
         raise make_it_with(path, "is of another manifest", from_start)
-    if about is None:
+    if about is None or "manifest" not in about:  # none, or one of another program
         return captions
     if about.get("manifest") != manifest_hash(videos):
         raise make_it_with(path, "is of another manifest (other start or end)", from_start)
@@ -512,8 +525,8 @@ def ensure_array(
         of_captions = {} if captions is None else {"captions": file_hash(captions, count)}
         return origin(videos, count, of_captions | settings | {"shape": [count, *shape]})
 
-    def create(head=None):
-        about = about_rows(len(videos)) | {"files": file_sizes(videos)}
+    def create(head=None, files=None):
+        about = about_rows(len(videos)) | {"files": files or file_sizes(videos)}
         create_array(path, (len(videos), *shape), np.float16, about, head)
 
     refuse_foreign_array(path)
@@ -534,7 +547,7 @@ def ensure_array(
         raise ManifestError(f"{path}: is not as its .json says; --resume none remakes it")
     refuse_other_origin(path, videos, old, about_rows(count), lambda row: is_filled(array[row]))
     if count < len(videos):
-        create(array[:count])
+        create(array[:count], renewed_sizes(videos, old))
         return
     files = renewed_sizes(videos, old)
     if old.get("files") != files:

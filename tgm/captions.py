@@ -13,6 +13,7 @@ Needs arrays.py, manifest.py and run.py.
 import glob
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tgm.arrays import (
@@ -50,8 +51,11 @@ def has_captions(entry: dict) -> bool:
 
 
 def is_captions(path: Path) -> bool:
-    """Whether this is a file of captions, by its first line."""
-    with open(path, encoding="utf-8") as file:
+    """Whether this is a file of captions, by the .json beside it or by its first line."""
+    with suppress(OSError, ValueError):
+        if is_about_captions(path.with_suffix(".json")):
+            return True
+    with open(path, encoding="utf-8-sig") as file:
         entry = json.loads(file.readline(1 << 20))  # at most 1 MB: it may be any file
     return isinstance(entry, dict) and "captions" in entry
 
@@ -64,7 +68,7 @@ def is_about_captions(path: Path) -> bool:
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """(row, entry) of every line of a file. Skips lines that are no JSON: empty ones, and those
     that a kill cut off. ManifestError where a line is JSON, but no video's captions."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file):
             try:
                 entry = json.loads(line)

@@ -279,14 +279,16 @@ def describe_change(
 
 
 def renewed_sizes(videos: Sequence[Video], about: dict) -> list[int | None]:
-    """`file_sizes` to save when a file is continued. about: the contents of its .json. A video that
-    is missing now keeps the size that it had.
-    """
-    sizes = file_sizes(videos)
+    """`file_sizes` to save when a file is continued, also with more rows. about: the contents of
+    its .json. A video that is missing now keeps the size that it had."""
+    count = about.get("videos", 0)
     saved = about.get("files", ())
-    if about.get("videos") != len(videos) or len(saved) != len(sizes):
-        return sizes
-    return [then if now is None else now for then, now in zip(saved, sizes, strict=True)]
+    if not isinstance(count, int) or not isinstance(saved, list | tuple):  # edited by hand
+        return file_sizes(videos)
+    before = dict(zip(sampled_rows(count), saved, strict=False))
+    rows = sampled_rows(len(videos))
+    sizes = file_sizes(videos)
+    return [before.get(row) if now is None else now for row, now in zip(rows, sizes, strict=True)]
 
 
 def require_files(videos: Videos, manifest: FilePath) -> None:
