@@ -260,6 +260,8 @@ def test_class_names_as_editors_write_them(tmp_path):
         f"a.mp4: label {chr(0xB2)!r} is not a class number; --classes has lines for 0 to 1 "
         "(without it the label itself is the caption)"
     )
+    (tmp_path / "ids.csv").write_text(f"path,label\na.mp4,{'1' * 5000}\n")  # int() refuses it
+    assert "is not a class number" in run(*command, cwd=tmp_path, fails=True)
 
 
 def test_the_reason_of_the_last_failure_is_kept(copy):

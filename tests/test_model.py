@@ -506,6 +506,35 @@ class Payload:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
+def test_a_contrastive_head_of_another_clip_stays_new(tmp_path):
+    old = VideoMAE("nano", text_dim=512)
+    torch.save({"model": old.state_dict()}, tmp_path / "old.pt")
+    new = VideoMAE("nano", text_dim=128)
+    head = new.contrastive.proj.weight.clone()
+    notes = load_pretrained(new, tmp_path / "old.pt")
+    assert checkpoints.summary_of(notes) == "encoder loaded; new: contrastive head (2 keys)"
+    assert torch.equal(new.contrastive.proj.weight, head)
+    assert torch.equal(new.mask_token, old.mask_token)
+
+
+def test_what_a_folder_says_of_its_size(tmp_path):
+    save_huggingface(VideoMAE("nano", frames=4, image_size=32), tmp_path / "hf")
+    assert checkpoints.saved_args(tmp_path / "hf") == {
+        "frames": 4,
+        "image_size": 32,
+        "size": "nano",
+    }
+    for text in ("[]", "{", '{"image_size": [224, 224], "hidden_size": 7}'):
+        (tmp_path / "hf/config.json").write_text(text)
+        assert checkpoints.saved_args(tmp_path / "hf") == {}
+
+
+@pytest.mark.parametrize("args", [{"size": 224}, {"classes": 400}, {"frames": "16"}, [], None])
+def test_args_of_another_program_are_not_ours(tmp_path, args):
+    torch.save({"model": {}, "args": args}, tmp_path / "odd.pt")
+    assert checkpoints.saved_args(tmp_path / "odd.pt") == {}
+
+
 def test_too_little_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
     def load(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")

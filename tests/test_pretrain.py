@@ -96,6 +96,7 @@ def test_ranks_side_by_side_are_the_global_batch():
 
 
 def test_multi_scale_crop():
+    assert {sampling.multi_scale_crop(1, 1) for _ in range(50)} == {(0, 0, 1, 1)}
     torch.manual_seed(0)
     crops = [sampling.multi_scale_crop(100, 200) for _ in range(2000)]
     assert all(0 <= top <= 100 - h and 0 <= left <= 200 - w for top, left, h, w in crops)
@@ -757,6 +758,11 @@ def test_resume_none_puts_the_old_checkpoint_aside_at_once(begun, monkeypatch):
         and (copy / "run/checkpoint.old.pt").read_bytes() == before
         and (copy / "run/log.old.jsonl").read_text() == log_before
     )
+    monkeypatch.setattr(checkpoints, "save_checkpoint", kill)
+    with pytest.raises(Killed):  # a second time: nothing of a run that never saved is kept
+        run("pretrain.py", *TINY, "--out", "run", "--resume", "none", cwd=copy)
+    monkeypatch.undo()
+    assert (copy / "run/log.old.jsonl").read_text() == log_before
     assert "from step 0" in run("pretrain.py", *flags, "--max-steps", 1, cwd=copy)
 
 

@@ -197,8 +197,12 @@ def head_classes(path: str | Path) -> int:
 
 
 def saved_args(path: str | Path) -> dict[str, Any]:
-    """The flags that pretrain.py or finetune.py kept in their checkpoint. {} for any other file,
-    also for one that is missing or damaged: `load_pretrained` tells what is wrong with it."""
+    """The flags that pretrain.py or finetune.py kept in their checkpoint; of a Hugging Face folder
+    its size, frames and image_size. {} for any other file, also for one that is missing or damaged:
+    `load_pretrained` tells what is wrong with it."""
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return args_of_config(file)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
@@ -207,9 +211,28 @@ def saved_args(path: str | Path) -> dict[str, Any]:
 
 
 def args_of(content: Any) -> dict[str, Any]:
-    """The flags in the content of a file, {} if it has none of ours."""
+    """The flags in the content of a file, {} if it has none of ours: other programs keep "args",
+    too, but hardly with one of our sizes."""
     saved = content.get("args") if isinstance(content, dict) else None
-    return saved if isinstance(saved, dict) else {}
+    is_ours = isinstance(saved, dict) and isinstance(saved.get("size"), str)
+    return saved if is_ours and saved["size"] in SIZES else {}
+
+
+def args_of_config(file: Path) -> dict[str, Any]:
+    """What a config.json of Hugging Face says of our flags --size, --frames and --image-size."""
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    found = {"frames": config.get("num_frames"), "image_size": config.get("image_size")}
+    found = {name: number for name, number in found.items() if isinstance(number, int)}
+    for size, ours in SIZES.items():
+        if (config.get("hidden_size"), config.get("num_hidden_layers")) == (
+            ours["width"],
+            ours["depth"],
+        ):
+            found["size"] = size
+    return found
 
 
 # ---- loading a file into a model -----------------------------------------------------------------
@@ -238,6 +261,15 @@ def fit_autoencoder(state: State) -> Fit:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
         return Fit(state, may_be_missing, may_be_unused=("encoder.head.",))
     return Fit(state, may_be_missing, may_be_unused=())
+
+
+def without_other_head(state: State, model: VideoMAE) -> State:
+    """The state without a contrastive head of another width: of another CLIP, or of a run without
+    captions, which never trained it. The model's stays new."""
+    head = state.get("contrastive.proj.weight")
+    if head is None or head.shape == model.contrastive.proj.weight.shape:
+        return state
+    return {key: tensor for key, tensor in state.items() if not key.startswith(CONTRASTIVE)}
 
 
 def fit_classifier(state: State, new_head: bool) -> Fit:
@@ -282,7 +314,7 @@ def load_state(
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
-        fit = fit_autoencoder(state)
+        fit = fit_autoencoder(without_other_head(state, model))
     own = model.state_dict()
     missing = [key for key in own if key not in fit.state]
     unused = [key for key in fit.state if key not in own]

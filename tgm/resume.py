@@ -181,9 +181,10 @@ def take_folder(out: Path, resume: str | None, flags: dict, step: int):
     on, and writes args.json."""
     make_folder(out)
     hold(out / "checkpoint.pt")
-    if resume == "none":
+    if resume == "none" and (out / "checkpoint.pt").exists():
         # At once: if this run is killed before it saves, --resume auto must not find the old one.
-        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
+        # checkpoint.pt last: after a kill in between, the same command goes on with the rest.
+        for name in ("best.pt", "log.jsonl", "checkpoint.pt"):
             path = out / name
             with writing(path), contextlib.suppress(FileNotFoundError):
                 path.replace(path.with_suffix(f".old{path.suffix}"))

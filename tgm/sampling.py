@@ -105,8 +105,8 @@ def multi_scale_crop(height, width):
             if abs(i - j) <= 1:
                 pairs.append((scales[i], scales[j]))
     scale_h, scale_w = pairs[torch.randint(len(pairs), ()).item()]
-    h = int(min(height, width) * scale_h)
-    w = int(min(height, width) * scale_w)
+    h = max(1, int(min(height, width) * scale_h))
+    w = max(1, int(min(height, width) * scale_w))
     down, right = PLACES[torch.randint(len(PLACES), ()).item()]
     return down * ((height - h) // 4), right * ((width - w) // 4), h, w
 
