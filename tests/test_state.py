@@ -221,6 +221,8 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
     ]
     for folder in ("text", "tuned", "probe"):
         (copy / "runs" / folder).mkdir(parents=True)
+    texts = ("--data", "data/train.csv", "--clip", CLIP, "--moments", 8)
+    (copy / "mine.jsonl").write_bytes((copy / paths[0]).read_bytes())
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from tgm import arrays; "
         "[arrays.hold(p) for p in sys.argv[2:]]; print('held', flush=True); time.sleep(600)"
@@ -233,13 +235,15 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
         tiny = ("--size", "tiny", "--batch-size", 8, "--workers", 0)
         tries = [
             ("caption.py", "--data", "data/train.csv", "--model", BLIP),
-            ("saliency.py", "--data", "data/train.csv", "--clip", CLIP, "--moments", 8),
+            ("saliency.py", *texts),  # the captions are being written
+            ("saliency.py", *texts, "--captions", "mine.jsonl"),
             ("pretrain.py", "--mask", "text", *tiny),  # the saliency is being written
             ("pretrain.py", "--mask", "tube", "--out", "runs/text", *tiny),
             ("finetune.py", "--out", "runs/tuned", *tiny),
             ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "runs/probe"),
         ]
-        for args, path in zip(tries, [*paths[:2], paths[1], *paths[2:]], strict=True):
+        expected = [paths[0], paths[0], paths[1], paths[1], *paths[2:]]
+        for args, path in zip(tries, expected, strict=True):
             assert run(*args, cwd=copy, fails=True).startswith(
                 f"{path}: another process is writing it: wait for its end"
             )
