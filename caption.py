@@ -6,7 +6,7 @@ Writes  train.captions.jsonl, one object per video, in the manifest's order:
             {"path": ..., "captions": [], "error": why there are none}
         train.captions.json, what made them: model, prompt, beams, frames, the limit of tokens, a
         hash of the manifest's rows, and the sizes of some videos' files; with --labels, that they
-        are labels, and the hash
+        are labels, the column, the file of --classes, and the hash
 
     # CPU, the toy world: about 160 videos/s
     python caption.py --data data/train.csv --model data/toy/blip
@@ -33,11 +33,11 @@ is no failure; a line at the end counts the videos whose captions are all empty.
 finish the current batch first; the exit status is the signal's.
 
 Where rows were added at the manifest's end, `--extend` captions those, and tries no failed videos,
-so that saliency.py can keep its old rows.
-(`--labels` neither needs nor takes that flag, because it always makes all captions again.) Captions
-that a model made with other settings, or of other rows or videos, are refused (tgm/manifest.py says
-how replaced videos are noticed). Without the .json only paths are compared. A model is known by its
-name alone: if its weights changed under the same name, give --resume none.
+so that saliency.py can keep its old rows. (`--labels` neither needs nor takes that flag, because it
+always makes all captions again.) Captions that a model made with other settings, or of other rows
+or videos, are refused (tgm/manifest.py says how replaced videos are noticed). Without the .json
+only paths are compared. A model is known by its name alone: if its weights changed under the same
+name, give --resume none.
 
 Shapes: K frames of a video, and so captions; H W pixels.
 """
@@ -206,8 +206,8 @@ def label_captions(videos, classes):
     for video in videos:
         caption = video.label
         if classes is not None and caption is not None:
-            # isdecimal, as isdigit() is also true of "²", which int() refuses
-            is_number = caption.isdecimal() and len(caption) < 10
+            # int() refuses "²", of which isdigit() is true, and more than 4300 digits
+            is_number = caption.isdecimal() and len(caption) <= 4300
             if not is_number or int(caption) >= len(classes):
                 raise RunError(
                     f"{video.name}: label {caption!r} is not a class number; --classes has lines "

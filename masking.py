@@ -380,8 +380,8 @@ SPREAD = 997
 
 
 def some_masked(mask: Tensor, noise: Tensor, count: int) -> Tensor:
-    """`count` of the masked tokens of each row: int64 [B, count]. Given the mask, the choice
-    follows from the noise. mask bool [B, N]; noise [B, N], from which the mask was made.
+    """`count` of the masked tokens of each row: int64 [B, count]. The choice depends on nothing but
+    the mask and the noise. mask bool [B, N]; noise [B, N], from which the mask was made.
 
     A decoder that reconstructs only these tokens is cheaper: VideoMAE V2's dual masking (arXiv
     2303.16727), which chooses them by a fixed pattern; here the choice is random. ValueError if

@@ -157,7 +157,7 @@ def train(state, loader, schedule, machine, args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        model.contrastive.limit_temperature()  # between 1 and 1 / 100
+        model.contrastive.limit_temperature()  # from 1 / 100 to 1
 
         loss_mae, loss_nce = torch.stack(losses).mean(0)
         log.add(norm, loss_mae=loss_mae, loss_nce=loss_nce if "text" in batch else None)

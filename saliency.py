@@ -165,6 +165,7 @@ DEFAULTS = {
 #     outputs        the arrays to write, each an Output
 #     summary        a line to print
 #     caption_path   the file of captions; None if none are needed
+#     captions_hash  of this file before it was read, to notice if it is made again meanwhile
 #     read(video)    decodes a video, in the loader's workers
 #     rows(items)    computes a batch; yields for each video whose numbers are finite its row's
 #                    number and a list with one value for each output
@@ -278,8 +279,9 @@ class TextCue:
             make_captions += f" --root {args.root}"
         if args.captions:
             make_captions += f" --out {args.captions}"
-        # `main` looks whether the file is still the one that is read here
-        self.captions_hash = self.caption_path.exists() and file_hash(self.caption_path)
+        self.captions_hash = None
+        if self.caption_path.is_file():
+            self.captions_hash = file_hash(self.caption_path)
         self.captions = read_captions(self.caption_path, videos, make_captions)
         if not any(self.captions):
             raise ManifestError(
@@ -380,6 +382,7 @@ class MotionCue:
     """How every cell moves."""
 
     caption_path = None
+    captions_hash = None
 
     def __init__(self, args, videos, machine):
         self.videos = videos

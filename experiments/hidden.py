@@ -41,18 +41,19 @@ def things(path, count, times):
 
 
 def hidden_share(mask, grid, seen):
-    """The share of a thing's visible pixels that is hidden, in each video, and then the mean over
-    the videos. mask [N, t*h*w]; seen: bool [N, T, H, W]."""
+    """The share of a thing's visible pixels that is hidden, the mean over videos; and the share of
+    the videos in which it is hidden whole. mask [N, t*h*w]; seen: bool [N, T, H, W]."""
     frames_per_token = seen.shape[1] // grid[0]
     hidden = mask.unflatten(1, grid).float().repeat_interleave(frames_per_token, dim=1)
     hidden = F.interpolate(hidden, seen.shape[2:]) > 0.5  # each pixel that of its token
     inside = (hidden & seen).sum((1, 2, 3)) / seen.sum((1, 2, 3))  # NaN where it is never seen
-    return inside.nanmean().item()
+    whole = (inside == 1).sum() / (~inside.isnan()).sum()
+    return inside.nanmean().item(), whole.item()
 
 
 def measure(data, maps, count):
-    """Yields (mask, share of the actor, share of the bystander). maps: the folder of the study's
-    other maps."""
+    """Yields (mask, share of the actor, share of videos without a trace of the actor, share of the
+    bystander). maps: the folder of the study's other maps."""
     videos = read_manifest(data)
     count = min(count, len(videos))
     prefix = Path(data).with_suffix("")
@@ -96,7 +97,9 @@ def measure(data, maps, count):
             guide["motion"] = motion
         generator = torch.Generator().manual_seed(0)
         mask = masking.make_mask(name, ratio, count, grid, generator=generator, **guide)
-        yield label, hidden_share(mask, grid, actor), hidden_share(mask, grid, bystander)
+        share, whole = hidden_share(mask, grid, actor)
+        share_of_bystander, _ = hidden_share(mask, grid, bystander)
+        yield label, share, whole, share_of_bystander
 
 
 @one_line_errors
@@ -109,9 +112,10 @@ def main(argv=None):
     parser.add_argument("--videos", type=positive_int, default=600, help="so many are looked at")
     args = parser.parse_args(argv)
     rows = sorted(measure(args.data, args.maps, args.videos), key=lambda row: row[1])
-    print("| mask and ratio | hides of the actor | of the bystander |\n|---|---|---|")
-    for name, actor, bystander in rows:
-        print(f"| {name} | {actor:.2f} | {bystander:.2f} |")
+    print("| mask and ratio | hides of the actor | whole, in videos | of the bystander |")
+    print("|---|---|---|---|")
+    for name, *shares in rows:
+        print(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
 
 
 if __name__ == "__main__":

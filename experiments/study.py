@@ -135,7 +135,8 @@ def afterwards():
     for nce in (1, 0):
         pairs.append(("inverted text masks", inverse._replace(nce=nce), tube))
         pairs.append(("flow masks", flow._replace(nce=nce), tube._replace(nce=nce)))
-    for other in (tube, random):
+    others = [tube, random] + [text._replace(source=source) for source in ("no-text", "truth")]
+    for other in others:
         pairs.append(("another video's words", shuffled, other._replace(nce=1)))
     return pairs
 

@@ -605,9 +605,8 @@ def test_labels_of_a_manifest_that_has_grown(copy):
     )
     for extend in ([], ["--extend"]):
         assert run("caption.py", *data, "--model", BLIP, *extend, cwd=copy, fails=True) == (
-            "data/few.captions.jsonl: these captions are labels: make them again with --labels, in "
-            "seconds (give --label-column and --classes as before), or replace them by a model's "
-            "with --resume none"
+            "data/few.captions.jsonl: these captions are labels: make them again with --labels "
+            "--label-column caption, in seconds, or replace them by a model's with --resume none"
         )
     run("caption.py", "--labels", *data, *column, cwd=copy)
     assert "7 of 7 videos" in run(*texts, "--extend", cwd=copy)
@@ -617,6 +616,14 @@ def test_labels_of_a_manifest_that_has_grown(copy):
         "of another manifest; make it with: python caption.py --labels --label-column caption "
         "--data data/few.csv --resume none"
     )
+
+
+def test_a_text_beside_the_json_of_captions_is_not_overwritten(copy):
+    (copy / "data/train.captions.txt").write_text("mine")
+    out = ("--out", "data/train.captions.txt", "--resume", "none")
+    line = run("caption.py", "--labels", *out, cwd=copy, fails=True)
+    assert "is none of the files that this command writes" in line
+    assert (copy / "data/train.captions.txt").read_text() == "mine"
 
 
 def test_captions_that_change_while_clip_is_loaded_are_noticed(copy, monkeypatch):

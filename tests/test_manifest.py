@@ -346,9 +346,6 @@ def test_a_csv_that_cannot_be_parsed_is_not_ours(tmp_path):
         A.refuse_foreign(path, prepare.is_report)
 
 
-# ---- captions
-
-
 def test_sizes_of_missing_videos_stay_when_rows_are_added(tmp_path):
     names = [f"{row}.mp4" for row in range(201)]
     for row, name in enumerate(names):
@@ -362,6 +359,9 @@ def test_sizes_of_missing_videos_stay_when_rows_are_added(tmp_path):
     sizes = M.renewed_sizes(more, about)
     assert len(sizes) == 100 and sizes[0] == 1 and sizes[-1] == 201
     assert M.renewed_sizes(few, {"videos": 3, "files": None}) == [None, 2, 3]
+
+
+# ---- captions
 
 
 def test_read_captions(tmp_path, monkeypatch):
@@ -391,6 +391,7 @@ def test_read_captions(tmp_path, monkeypatch):
     path.with_suffix(".json").unlink()
     monkeypatch.setattr(A, "is_held", lambda held: held == path)
     assert refused() == f"{path}: another process is writing it: wait for its end"
+    assert A.text_commands(tmp_path / "x.csv", videos).startswith("python saliency.py ")
     monkeypatch.undo()
     path.write_text("\n".join(reversed(lines)) + "\n")
     assert "is of another manifest" in refused()

@@ -164,11 +164,12 @@ def test_controls(copy):
         assert about["files"] == file_sizes(videos)
     out = run("experiments/hidden.py", "--maps", ".", cwd=copy)
     lines = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
-    shares = {name: (float(actor), float(bystander)) for name, actor, bystander in lines}
-    actors = [actor for actor, _ in shares.values()]
+    shares = {name: [float(number) for number in numbers] for name, *numbers in lines}
+    actors = [actor for actor, *_ in shares.values()]
     assert len(actors) == 11 and actors == sorted(actors)
     assert shares["text of truth 0.6"][0] > 0.98 and shares["text 0.6"][0] > 0.9
-    assert shares["text of bystander 0.6"][1] > 0.9 and shares["text-inverse 0.6"][0] < 0.2
+    assert shares["text of bystander 0.6"][2] > 0.9 and shares["text-inverse 0.6"][0] < 0.2
+    assert shares["text of truth 0.6"][1] > 0.9 > 0.1 > shares["random 0.6"][1]
     assert abs(shares["random 0.6"][0] - 0.58) < 0.06  # 21 of 36 tokens of each slice
     assert abs(shares["tube 0.9"][0] - 0.89) < 0.06  # 32 of 36
     (copy / "truth.saliency.json").unlink()
@@ -187,11 +188,14 @@ def test_a_share_is_counted_in_pixels():
     mask = torch.tensor([[True, False, False, False, True, True, True, True]])  # 2 slices of 2 x 2
     seen = torch.zeros(1, 4, 8, 8, dtype=torch.bool)
     seen[0, 0, 3, 2:6] = True  # half in the masked token of the first slice
-    assert hidden.hidden_share(mask, (2, 2, 2), seen) == 0.5
+    assert hidden.hidden_share(mask, (2, 2, 2), seen) == (0.5, 0)
     seen[0, 3, :2] = True  # 16 pixels of the last frame, where all is masked
-    assert hidden.hidden_share(mask, (2, 2, 2), seen) == pytest.approx(18 / 20)
+    assert hidden.hidden_share(mask, (2, 2, 2), seen) == (pytest.approx(18 / 20), 0)
     nowhere = torch.cat([seen, torch.zeros_like(seen)])  # a thing that is never seen counts not
-    assert hidden.hidden_share(mask.expand(2, -1), (2, 2, 2), nowhere) == pytest.approx(18 / 20)
+    twice = mask.expand(2, -1)
+    assert hidden.hidden_share(twice, (2, 2, 2), nowhere) == (pytest.approx(18 / 20), 0)
+    nowhere[1, 2, 1, 1] = True  # in the second video, where all is masked
+    assert hidden.hidden_share(twice, (2, 2, 2), nowhere) == (pytest.approx(19 / 20), 0.5)
 
 
 class HereRunner:

@@ -290,15 +290,24 @@ def test_ties_and_names(own):
     )
 
 
-def test_labels_are_numbers_only_if_none_is_a_name(own):
-    """Names that are numbers: a label without a name is unknown, and not the class of that place."""
+def number_labels(folder):
+    """Writes numbers from 1 for the labels of both manifests -> {label: number}."""
     numbers = dict(zip(toy.SHAPES, "123456", strict=True))
     for split in ("train", "val"):
-        path = own / f"data/{split}.csv"
+        path = folder / f"data/{split}.csv"
         text = path.read_text()
         for name, number in numbers.items():
             text = text.replace(f",{name},", f",{number},")
-        path.write_text(text.replace(f",{numbers['moon']},", ",0,"))
+        path.write_text(text)
+    return numbers
+
+
+def test_labels_are_numbers_only_if_none_is_a_name(own):
+    """Names that are numbers: a label without a name is unknown, and not the class of that place."""
+    numbers = number_labels(own)
+    for split in ("train", "val"):
+        path = own / f"data/{split}.csv"
+        path.write_text(path.read_text().replace(f",{numbers['moon']},", ",0,"))
     path = own / "data/val.classes.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps(about | {"names": list(numbers.values())}))
@@ -307,13 +316,7 @@ def test_labels_are_numbers_only_if_none_is_a_name(own):
 
 
 def test_labels_that_count_from_1_are_not_taken_for_numbers_from_0(own):
-    numbers = dict(zip(toy.SHAPES, "123456", strict=True))
-    for split in ("train", "val"):
-        path = own / f"data/{split}.csv"
-        text = path.read_text()
-        for name, number in numbers.items():
-            text = text.replace(f",{name},", f",{number},")
-        path.write_text(text)
+    number_labels(own)
     assert (
         "no zero-shot: data/val.classes.npy: the labels are numbers from 1 to 6, but its classes "
         "count from 0\n" in probe(own)[0]

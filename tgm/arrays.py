@@ -46,7 +46,6 @@ from tgm.manifest import (
     ManifestError,
     Video,
     describe_change,
-    file_sizes,
     manifest_hash,
     renewed_sizes,
 )
@@ -191,6 +190,12 @@ def is_held(path: FilePath) -> bool:
     return False
 
 
+def refuse_held(path: FilePath) -> None:
+    """ManifestError while another process holds `path`."""
+    if is_held(path):
+        raise ManifestError(f"{path}: another process is writing it: wait for its end")
+
+
 # ---- files that are not ours ---------------------------------------------------------------------
 
 
@@ -219,7 +224,7 @@ def refuse_foreign_array(path: Path) -> None:
     """ManifestError if `path` or the .json beside it exists and is not of an array of ours."""
     remedy = "--out writes elsewhere"
     if not path.with_suffix(".json").exists():
-        remedy = "its .json is gone: delete it if it is an old one, or --out writes elsewhere"
+        remedy = f"it has no .json: if it is an old array, delete {path.name}; or {remedy}"
     refuse_foreign(path, is_array, remedy)
     refuse_foreign(path.with_suffix(".json"), is_about)
 
@@ -311,8 +316,7 @@ def open_array(
         was made by CLIP, and its .json does not say with which activation.
     `describe_gaps` says how many rows are made."""
     path = Path(path)
-    if is_held(path):
-        raise ManifestError(f"{path}: another process is writing it: wait for its end")
+    refuse_held(path)
     array, about = load_array(path, remedy)
     count = rows_before_growth(videos, about)
     if count:
@@ -375,10 +379,22 @@ def describe_gaps(path: FilePath, is_made: np.ndarray) -> str:
     )
 
 
+def label_flags(about: dict) -> str:
+    """The flags with which caption.py makes captions of labels again. about: the contents of their
+    .json."""
+    flags = "--labels"
+    if about.get("label_column", "label") != "label":
+        flags += f" --label-column {about['label_column']}"
+    if about.get("classes"):
+        flags += f" --classes {about['classes']}"
+    return flags
+
+
 def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[list[str]]:
     """The captions that caption.py wrote: a list of strings for each row, empty where it failed.
-    ManifestError, ending in "make it with: {remedy}", where the file is missing, damaged, of
-    another manifest, or of videos that were replaced since.
+    ManifestError while another process writes the file. ManifestError, ending in "make it with:
+    {remedy}", where it is missing, damaged, of another manifest, or of videos that were replaced
+    since.
 
     Paths are compared row by row, start and end by the hash in the .json beside it, and replaced
     videos by the sizes there. Captions that another program wrote may lack the .json: then only the
@@ -387,16 +403,8 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
     about = read_about(path.with_suffix(".json"))
     of_labels = about is not None and about.get("model") == "labels"
     if of_labels:
-        flags = "--labels"
-        if about.get("label_column", "label") != "label":
-            flags += f" --label-column {about['label_column']}"
-        if about.get("classes"):
-            flags += f" --classes {about['classes']}"
-        remedy = remedy.replace("caption.py", f"caption.py {flags}", 1)
-    if is_held(path):
-        error = ManifestError(f"{path}: another process is writing it: wait for its end")
-        error.remedy = remedy
-        raise error
+        remedy = remedy.replace("caption.py", f"caption.py {label_flags(about)}", 1)
+    refuse_held(path)
     from_start = f"{remedy} --resume none"
     names = []
     captions = []
@@ -439,10 +447,12 @@ def read_captions(path: FilePath, videos: Sequence[Video], remedy: str) -> list[
 
 def text_commands(manifest: FilePath, videos: Sequence[Video], out: str = "") -> str:
     """The commands that make a manifest's arrays of text and saliency. caption.py is one of them
-    only if captions are missing or stale, since its default model need not be the one that made
-    them. out: " --out PREFIX" for arrays that are not the manifest's own."""
+    only if captions are missing or stale, and are not being written: its default model need not be
+    the one that made them. out: " --out PREFIX" for arrays that are not the manifest's own."""
     saliency = f"python saliency.py --data {manifest}{out}"
     captions = companion(manifest, "captions.jsonl")
+    if is_held(captions):
+        return saliency
     try:
         read_captions(captions, videos, f"python caption.py --data {manifest}")
     except ManifestError as error:
@@ -525,8 +535,8 @@ def ensure_array(
         of_captions = {} if captions is None else {"captions": file_hash(captions, count)}
         return origin(videos, count, of_captions | settings | {"shape": [count, *shape]})
 
-    def create(head=None, files=None):
-        about = about_rows(len(videos)) | {"files": files or file_sizes(videos)}
+    def create(head=None):
+        about = about_rows(len(videos)) | {"files": renewed_sizes(videos, old or {})}
         create_array(path, (len(videos), *shape), np.float16, about, head)
 
     refuse_foreign_array(path)
@@ -547,7 +557,7 @@ def ensure_array(
         raise ManifestError(f"{path}: is not as its .json says; --resume none remakes it")
     refuse_other_origin(path, videos, old, about_rows(count), lambda row: is_filled(array[row]))
     if count < len(videos):
-        create(array[:count], renewed_sizes(videos, old))
+        create(array[:count])
         return
     files = renewed_sizes(videos, old)
     if old.get("files") != files:

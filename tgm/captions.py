@@ -19,6 +19,7 @@ from pathlib import Path
 from tgm.arrays import (
     hold,
     is_about,
+    label_flags,
     origin,
     read_about,
     refuse_foreign,
@@ -51,9 +52,10 @@ def has_captions(entry: dict) -> bool:
 
 
 def is_captions(path: Path) -> bool:
-    """Whether this is a file of captions, by the .json beside it or by its first line."""
+    """Whether this is a file of captions: by the .json of a .jsonl, or by its first line, which may
+    be damaged."""
     with suppress(OSError, ValueError):
-        if is_about_captions(path.with_suffix(".json")):
+        if path.suffix == ".jsonl" and is_about_captions(path.with_suffix(".json")):
             return True
     with open(path, encoding="utf-8-sig") as file:
         entry = json.loads(file.readline(1 << 20))  # at most 1 MB: it may be any file
@@ -202,9 +204,8 @@ class CaptionFile:
             return
         if about.get("model") == LABELS:
             raise ManifestError(
-                f"{self.path}: these captions are labels: make them again with --labels, in "
-                "seconds (give --label-column and --classes as before), or replace them by a "
-                "model's with --resume none"
+                f"{self.path}: these captions are labels: make them again with "
+                f"{label_flags(about)}, in seconds, or replace them by a model's with --resume none"
             )
         count = rows_of_before(self.path, self.videos, about, extend)
 

@@ -214,8 +214,9 @@ def args_of(content: Any) -> dict[str, Any]:
     """The flags in the content of a file, {} if it has none of ours: other programs keep "args",
     too, but hardly with one of our sizes."""
     saved = content.get("args") if isinstance(content, dict) else None
-    is_ours = isinstance(saved, dict) and isinstance(saved.get("size"), str)
-    return saved if is_ours and saved["size"] in SIZES else {}
+    # a list, because it may be asked for anything, also what cannot be hashed
+    is_ours = isinstance(saved, dict) and saved.get("size") in list(SIZES)
+    return saved if is_ours else {}
 
 
 def args_of_config(file: Path) -> dict[str, Any]:
@@ -226,11 +227,9 @@ def args_of_config(file: Path) -> dict[str, Any]:
         return {}
     found = {"frames": config.get("num_frames"), "image_size": config.get("image_size")}
     found = {name: number for name, number in found.items() if isinstance(number, int)}
+    shape = (config.get("hidden_size"), config.get("num_hidden_layers"))
     for size, ours in SIZES.items():
-        if (config.get("hidden_size"), config.get("num_hidden_layers")) == (
-            ours["width"],
-            ours["depth"],
-        ):
+        if shape == (ours["width"], ours["depth"]):
             found["size"] = size
     return found
 
@@ -246,14 +245,20 @@ class Fit(NamedTuple):
     may_be_unused: tuple[str, ...]  # beginnings of the file's keys that the model may leave
 
 
-def fit_autoencoder(state: State) -> Fit:
+def fit_autoencoder(state: State, model: VideoMAE) -> Fit:
     """How a VideoMAE takes a file:
 
     pretrained       every key; the decoder, the contrastive head and the final norm may each be
                      missing (a Hugging Face VideoMAEModel may have no final norm)
     fine-tuned       the encoder, without the classifier. The file has no norm for single tokens,
                      so fc_norm becomes the final norm, though it was trained on the mean of the
-                     tokens."""
+                     tokens.
+
+    A contrastive head of another width is left, and the model's stays new: it is of another CLIP,
+    or of a run without captions, which never trained it."""
+    head = state.get("contrastive.proj.weight")
+    if head is not None and head.shape != model.contrastive.proj.weight.shape:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(CONTRASTIVE)}
     may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
     # A file with a head and encoder.norm is of no layout that we know: its head is refused.
     fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
@@ -261,15 +266,6 @@ def fit_autoencoder(state: State) -> Fit:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
         return Fit(state, may_be_missing, may_be_unused=("encoder.head.",))
     return Fit(state, may_be_missing, may_be_unused=())
-
-
-def without_other_head(state: State, model: VideoMAE) -> State:
-    """The state without a contrastive head of another width: of another CLIP, or of a run without
-    captions, which never trained it. The model's stays new."""
-    head = state.get("contrastive.proj.weight")
-    if head is None or head.shape == model.contrastive.proj.weight.shape:
-        return state
-    return {key: tensor for key, tensor in state.items() if not key.startswith(CONTRASTIVE)}
 
 
 def fit_classifier(state: State, new_head: bool) -> Fit:
@@ -314,7 +310,7 @@ def load_state(
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
-        fit = fit_autoencoder(without_other_head(state, model))
+        fit = fit_autoencoder(state, model)
     own = model.state_dict()
     missing = [key for key in own if key not in fit.state]
     unused = [key for key in fit.state if key not in own]
@@ -530,7 +526,7 @@ def export(path: str | Path, folder: str | Path) -> VideoMAE | VideoViT:
     saved = args_of(content)
     fine_tuned = "encoder.head.weight" in state
     needed = {"size", "frames", "image_size", "classes" if fine_tuned else "text_dim"}
-    if not needed <= saved.keys() or saved["size"] not in SIZES:
+    if not needed <= saved.keys():
         raise ValueError(f"{path}: not a checkpoint of pretrain.py or finetune.py")
     shape = {"frames": saved["frames"], "image_size": saved["image_size"]}
     if fine_tuned:

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from tgm.arrays import (
     UNREADABLE,
     hold,
-    is_held,
     load_array,
     make_it_with,
     map_array,
     read_about,
     refuse_foreign_array,
+    refuse_held,
     refuse_other_origin,
     write_about,
     written_aside,
@@ -104,6 +104,7 @@ def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
     # as one of the new settings.
     path.unlink(missing_ok=True)
     write_about(path.with_suffix(".json"), settings | {"shape": list(array.shape)})
+    # not np.save, which does not tell why a disk refuses to be written to
     header = np.lib.format.header_data_from_array_1_0(array)
     with written_aside(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -113,8 +114,7 @@ def write_classes(path: Path, array: np.ndarray, settings: dict) -> None:
 def open_classes(path: Path, remedy: str) -> tuple[np.ndarray, dict]:
     """-> (the embeddings, float32 [C, D]; the contents of the .json, "names" among them).
     ManifestError, ending in "make it with: {remedy}", if the array is missing or damaged."""
-    if is_held(path):
-        raise ManifestError(f"{path}: another process is writing it: wait for its end")
+    refuse_held(path)
     array, about = load_array(path, remedy)
     names = about.get("names", ())
     if array.ndim != 2 or about.get("shape") != list(array.shape) or len(names) != len(array):

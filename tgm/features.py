@@ -78,9 +78,10 @@ def load_encoder(
 ) -> FrozenEncoder:
     """Loads the encoder of a checkpoint, a file or a folder; "none": an untrained one, of `seed`.
 
-    A setting that is None is taken from the checkpoint if pretrain.py or finetune.py wrote it,
-    otherwise from the model's defaults. It calls torch.manual_seed(seed). RunError if there is no
-    such file, if it does not fit, or if its weights are not finite.
+    A setting that is None is taken from the checkpoint if pretrain.py or finetune.py wrote it (a
+    Hugging Face folder has all but the stride, too), otherwise from the model's defaults. It calls
+    torch.manual_seed(seed). RunError if there is no such file, if it does not fit, or if its
+    weights are not finite.
 
     A file that is replaced meanwhile is noticed by comparing `identity`, which is taken first, with
     `weights_identity` afterwards."""

@@ -31,7 +31,7 @@ def class_names(manifest: str, videos: Videos) -> list[str]:
 def class_order(name: str):
     """The sorting key of `class_names`: (kind, number, name). "10" comes after "9"; the name orders
     "1" and "01", which are the same number."""
-    if name.isdecimal():
+    if name.isdecimal() and len(name) <= 4300:  # int() refuses more digits
         return 0, int(name), name
     return 1, 0, name
 

@@ -246,16 +246,21 @@ def file_size(path: FilePath) -> int | None:
         return None
 
 
+def saved_sizes(about: dict) -> dict[int, int | None]:
+    """{row: size} of the sampled videos when a file was made. about: the contents of its .json."""
+    count = about.get("videos", 0)
+    sizes = about.get("files", ())
+    if not isinstance(count, int) or not isinstance(sizes, list | tuple):  # edited by hand
+        return {}
+    return dict(zip(sampled_rows(count), sizes, strict=False))
+
+
 def changed_rows(videos: Sequence[Video], about: dict) -> dict[int, tuple[int, int]]:
     """The rows whose video was replaced since a file was made: {row: (size then, size now)}. about:
     the contents of the file's .json. Only sampled rows are looked at. A video that was missing
     then, or is missing now, does not count as replaced."""
-    count = about.get("videos", 0)
-    saved = about.get("files", ())  # saved[i] is the size for row sampled_rows(...)[i]
-    if not isinstance(count, int) or not isinstance(saved, list | tuple):  # edited by hand
-        return {}
     changed = {}
-    for row, then in zip(sampled_rows(count), saved, strict=False):
+    for row, then in saved_sizes(about).items():
         if then is None or row >= len(videos):
             continue
         now = file_size(videos[row].path)
@@ -281,11 +286,7 @@ def describe_change(
 def renewed_sizes(videos: Sequence[Video], about: dict) -> list[int | None]:
     """`file_sizes` to save when a file is continued, also with more rows. about: the contents of
     its .json. A video that is missing now keeps the size that it had."""
-    count = about.get("videos", 0)
-    saved = about.get("files", ())
-    if not isinstance(count, int) or not isinstance(saved, list | tuple):  # edited by hand
-        return file_sizes(videos)
-    before = dict(zip(sampled_rows(count), saved, strict=False))
+    before = saved_sizes(about)
     rows = sampled_rows(len(videos))
     sizes = file_sizes(videos)
     return [before.get(row) if now is None else now for row, now in zip(rows, sizes, strict=True)]

@@ -176,9 +176,9 @@ def refuse_unequal_ranks(step: int, flags: dict):
 
 
 def take_folder(out: Path, resume: str | None, flags: dict, step: int):
-    """Makes the folder of a run, keeps other processes from it, renames the checkpoints and the log
-    of a run that --resume none gives up, cuts the log after `step`, where the run begins or goes
-    on, and writes args.json."""
+    """Makes the folder of a run, keeps other processes from it, cuts the log after `step`, where
+    the run begins or goes on, and writes args.json. --resume none first renames checkpoints and log
+    of the old run, if it saved: of a run that did not, nothing is worth keeping."""
     make_folder(out)
     hold(out / "checkpoint.pt")
     if resume == "none" and (out / "checkpoint.pt").exists():

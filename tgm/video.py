@@ -16,10 +16,9 @@
     4. Only wanted frames are converted and resized, in one swscale call each, on one thread.
 
 On ordinary H.264 clips this is about 1.5 times faster than decord (experiments/BENCHMARKS.md).
-Where it cannot work (AVI has no pts, MPEG program streams share one among frames; a damaged index;
-frames that the decoder does not show, so that a packet gives none), the file is decoded from its
-start. Both ways give the same frames, bit
-for bit; motion vectors of B pictures are left out then.
+Where it cannot work, the file is decoded from its start: AVI has no pts, small frames of an MPEG
+program stream share one, an index may be damaged, and a packet may give no frame. Both ways give
+the same frames, bit for bit; motion vectors of B pictures are left out then.
 
 What comes out is what FFmpeg shows: turned and mirrored as the file says, edit lists honoured, YUV
 converted by the matrix (BT.601, 709, 2020) and range that the stream declares; where it declares
@@ -181,9 +180,10 @@ class VideoReader:
     """An open video: `with VideoReader(path) as reader: frames = reader.read(times)`. VideoError if
     it cannot be read.
 
-    duration: seconds from the first frame to the end of the last, by the file's header; if that
-    does not say, all packets are read to find it. fps: average frame rate. Times everywhere are
-    seconds since the first displayed frame.
+    duration: seconds from the first frame to the end of the last. The header says it, of the
+    picture's stream or of a file without other streams. If it does not, and for FLV and MPEG
+    program streams, all packets are read. fps: average frame rate. Times everywhere are seconds
+    since the first displayed frame.
     vectors: the decoder keeps the codec's motion vectors, for `read_vectors`. timeout: seconds from
     opening to the last frame read; past them, a VideoError. libav looks at the clock while it waits
     for the disk, and this class between packets; a decoder that never returns is not ended."""
@@ -376,7 +376,7 @@ class VideoReader:
         return first
 
     def _find_duration(self):
-        if self._container.format.name == "mpeg":  # it would follow from pts
+        if self._container.format.name == "mpeg":  # libav would derive it from pts
             return self._count_packets() / self.fps
         if self._stream.duration:
             # It counts the frames before the first that is displayed, too.
@@ -390,7 +390,8 @@ class VideoReader:
         if tag:
             parts = zip(tag.split(":"), (3600, 60, 1), strict=False)
             return sum(float(part) * unit for part, unit in parts) - offset
-        # The container's is that of its longest stream, such as the sound, and FLV's is no end.
+        # The container's duration is that of its longest stream, which may be the sound. FLV's
+        # leaves out what comes before the first frame.
         alone = len(self._container.streams) == 1 and self._container.format.name != "flv"
         if self._container.duration and alone:
             return self._container.duration / av.time_base - offset
