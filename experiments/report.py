@@ -54,18 +54,19 @@ def show_difference(values):
     return f"**{text}**" if abs(mean) > half else text
 
 
-def usual_length(cells):
-    """The epochs of all cells but those of the curve of lengths."""
-    return statistics.mode(cell.epochs for cell in cells)
+def usual_training(cells):
+    """The length and the learning rate of all cells but a few: {"epochs": ..., "lr": ...}."""
+    epochs, lr = statistics.mode((cell.epochs, cell.lr) for cell in cells)
+    return {"epochs": epochs, "lr": lr}
 
 
 def by_cell(runs, cells):
-    """{(what, contrastive weight): {seed: run}} of the cells of the usual length: untrained first,
-    then by name."""
-    usual = usual_length(cells)
+    """{(what, contrastive weight): {seed: run}} of the cells with the usual training: untrained
+    first, then by name."""
+    usual = usual_training(cells)
     found = {}
     for cell in sorted(cells, key=lambda cell: (cell.mask != "untrained", cell.what, cell.nce)):
-        if cell.name in runs and cell.epochs == usual:
+        if cell.name in runs and cell == cell._replace(**usual):
             found.setdefault((cell.what, cell.nce), {})[cell.seed] = runs[cell.name]
     return found
 
@@ -96,21 +97,25 @@ def results_table(found):
     return table([*head, "reconstruction loss", "InfoNCE"], rows)
 
 
-def lengths_table(runs, cells):
-    """The cell that is also run for other lengths, where it was: a line per length."""
-    usual = usual_length(cells)
-    curve = {cell._replace(epochs=usual) for cell in cells if cell.epochs != usual}
+def single_runs_table(runs, cells):
+    """A line for each run of another length or learning rate, and for the usual run beside it."""
+    usual = usual_training(cells)
+    varied = {
+        cell._replace(**usual)
+        for cell in cells
+        if cell.name in runs and cell != cell._replace(**usual)
+    }
     rows = []
-    for cell in sorted(cells, key=lambda cell: cell.epochs):
-        if cell._replace(epochs=usual) in curve and cell.name in runs:
+    for cell in sorted(cells, key=lambda cell: (cell.mask, cell.nce, cell.epochs, cell.lr)):
+        beside = cell._replace(**usual)
+        if beside in varied and cell.name in runs:
             run = runs[cell.name]
+            what = [beside.what, on_or_off(cell.nce), str(cell.seed)]
             numbers = [f"{run[column]:.3f}" for column in (*MEASURES, "loss_mae", "loss_nce")]
-            rows.append([f"{run['steps']:.0f}", *numbers])
-    head = ["steps", *MEASURES.values(), "reconstruction loss", "InfoNCE"]
-    names = ", ".join(
-        f"{cell.what}, loss {on_or_off(cell.nce)}, seed {cell.seed}" for cell in curve
-    )
-    return f"### One cell at several lengths: {names}\n\n{table(head, rows)}"
+            rows.append([*what, f"{run['steps']:.0f}", f"{cell.lr:g}", *numbers])
+    head = ["mask and ratio", "contrastive loss", "seed", "steps", "learning rate"]
+    head += [*MEASURES.values(), "reconstruction loss", "InfoNCE"]
+    return table(head, rows)
 
 
 def untrained_table(found):
@@ -180,7 +185,9 @@ def text_of(runs, cells, pairs, afterwards):
 ### Against an untrained encoder of the same seed (compared afterwards)
 
 {untrained_table(found)}
-{lengths_table(runs, cells)}"""
+### Other lengths and learning rates: single runs
+
+{single_runs_table(runs, cells)}"""
 
 
 def draw(found, path):

@@ -7,9 +7,9 @@
 A cell is one pretraining run of the tiny model on the toy world (data/toy.py), and what probes that
 are trained on probe.csv make of its frozen encoder on val.csv: the actor's action, object (shape)
 and scene, each by a linear probe, by nearest neighbours and by an attentive probe. All cells have
-the same videos, learning rate and, but for a curve of lengths, steps; cells of one seed have the
-same order, crops and first weights, so that differences are taken seed by seed. The masks named
-text differ in the map that they follow:
+the same videos and, but for a few single runs, the same length and learning rate; cells of one
+seed have the same order, crops and first weights, so that differences are taken seed by seed. The
+masks named text differ in the map that they follow:
 
     text         CLIP's patches against the video's own captions, three that the captioner made
     bystander    the same against the true caption of the other thing in the video
@@ -48,8 +48,10 @@ from tgm.flags import positive_int
 
 RESULTS = ROOT / "experiments/results/runs.csv"
 OUT = Path("runs/study")
-PRETRAIN = "--size tiny --batch-size 16 --repeat 2 --warmup-epochs 2 --blr 4.8e-2"
+BATCH = 16
+PRETRAIN = f"--size tiny --batch-size {BATCH} --repeat 2 --warmup-epochs 2"
 EPOCHS = 27  # of 187 steps: 5,049 steps
+LR = 3e-3
 PROBE = "--data data/probe.csv --size tiny --clips 1 --attentive --token-grid 4 6 6 --seeds 1"
 LABELS = {"action": "label", "object": "object", "scene": "scene"}
 PROBES = ("linear", "knn", "attentive")
@@ -66,6 +68,7 @@ class Cell(NamedTuple):
     nce: float = 0.0  # weight of the contrastive loss
     seed: int = 0
     epochs: int = EPOCHS
+    lr: float = LR
 
     @property
     def what(self):
@@ -74,7 +77,8 @@ class Cell(NamedTuple):
             return self.mask
         source = "" if self.source == "own" else f" of {self.source}"
         length = "" if self.epochs == EPOCHS else f", {self.epochs} epochs"
-        return f"{self.mask}{source} {self.ratio:g}{length}"
+        rate = "" if self.lr == LR else f", lr {self.lr:g}"
+        return f"{self.mask}{source} {self.ratio:g}{length}{rate}"
 
     @property
     def name(self):
@@ -98,6 +102,8 @@ def plan():
     for part in (first, second, third):
         cells += [cell._replace(seed=seed) for seed in range(3) for cell in part]
     cells += [text._replace(nce=1, epochs=epochs) for epochs in (7, 14, 54)]
+    for lr in (1e-3, 6e-3):
+        cells += [mask._replace(nce=nce, lr=lr) for nce in (0, 1) for mask in (text, tube)]
     every = first + second + third
     return cells + [cell._replace(seed=seed) for seed in (3, 4) for cell in every]
 
@@ -227,7 +233,8 @@ def run_cell(runner, cell, workers=0):
     if cell.mask != "untrained":
         checkpoint = folder / "checkpoint.pt"
         flags = ["--mask", cell.mask, "--mask-ratio", cell.ratio, "--nce-weight", cell.nce]
-        flags += ["--epochs", cell.epochs, "--seed", cell.seed, "--picture-every", 0]
+        flags += ["--epochs", cell.epochs, "--blr", f"{cell.lr * 256 / BATCH:g}"]
+        flags += ["--seed", cell.seed, "--picture-every", 0]
         if cell.source != "own":
             flags += ["--companions", OUT / "maps" / cell.source]
         flags += ["--workers", workers, "--log-every", 50, "--resume", "auto", "--out", folder]

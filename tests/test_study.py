@@ -31,7 +31,9 @@ def test_the_plan():
     for question, one, other in study.questions() + study.afterwards():
         for seed in range(5):  # every pair is run with every seed
             assert {one._replace(seed=seed), other._replace(seed=seed)} <= done, question
-    whole = [cell for cell in cells if cell.epochs == study.EPOCHS and cell.seed == 0]
+    usual = {"epochs": study.EPOCHS, "lr": study.LR}
+    assert report.usual_training(cells) == usual
+    whole = [cell for cell in cells if cell == cell._replace(**usual) and cell.seed == 0]
     equal = {(cell.mask, cell.nce) for cell in whole if cell.ratio == 0.6 and cell.source == "own"}
     assert equal == {(mask, nce) for mask in masking.MASKS for nce in (0, 1)}
     sources = {(cell.source, cell.nce) for cell in whole if cell.source != "own"}
@@ -65,8 +67,12 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
                 "loss_nce": 2.0,
                 "steps": steps,
             }
-    longer = study.Cell("text", 0.6, nce=1, epochs=54)
-    runs[longer.name] = runs[longer._replace(epochs=27).name] | {"steps": 10098, "loss_mae": 0.5}
+    one = study.Cell("text", 0.6, nce=1)
+    for other, changes in (
+        (one._replace(epochs=54), {"steps": 10098, "loss_mae": 0.25}),
+        (one._replace(lr=1e-3), {"loss_mae": 0.875}),
+    ):
+        runs[other.name] = runs[one.name] | changes
     pairs = (study.questions(), study.afterwards())
     path = tmp_path / "RESULTS.md"
     path.write_text(f"before\n{report.START}\nOLD\n{report.END}\nafter\n")
@@ -78,10 +84,16 @@ def test_the_report_has_the_means_and_the_differences(tmp_path):
     assert "| text 0.6, loss on | tube 0.6, loss on | 2 | **+0.250 ± 0.000** |" in text
     assert "| tube 0.6 | on | 2 | **+0.125 ± 0.000** |" in text
     assert "in 9 of 9 differences; in 0 of these the difference is 0.05" in text
-    lengths = text.split("### One cell at several lengths: text 0.6, loss on, seed 0")[1]
-    assert "| 5049 | 0.500 |" in lengths and "| 10098 | 0.500 |" in lengths
-    assert lengths.index("5049") < lengths.index("10098") and "| 0.500 | 2.000 |" in lengths
-    assert "epochs" not in text.split("### One cell")[0]  # the longer one is in no other table
+    before, single = text.split("### Other lengths and learning rates: single runs")
+    lines = [line for line in single.splitlines() if line.startswith("| text")]
+    assert [line.split(" | ")[3:6] for line in lines] == [
+        ["5049", "0.001", "0.500"],
+        ["5049", "0.003", "0.500"],
+        ["10098", "0.003", "0.500"],
+    ]
+    losses = [line.split(" | ")[-2] for line in lines]
+    assert losses == ["0.875", "0.750", "0.250"] and "tube" not in single
+    assert "epochs" not in before and "lr" not in before  # these runs are in no other table
     assert (tmp_path / "a.png").stat().st_size > 1000
     path.write_text("nothing\n")
     with pytest.raises(SystemExit, match="has no lines"):
@@ -213,16 +225,17 @@ class HereRunner:
 def test_a_cell_is_a_pretraining_run_and_nine_probes(copy, monkeypatch):
     """With the stages themselves, at a few steps."""
     monkeypatch.chdir(copy)
+    monkeypatch.setattr(study, "BATCH", 8)
     monkeypatch.setattr(
-        study, "PRETRAIN", "--size tiny --batch-size 8 --repeat 1 --warmup-epochs 0.5 --blr 8e-3"
+        study, "PRETRAIN", "--size tiny --batch-size 8 --repeat 1 --warmup-epochs 0.5"
     )
     monkeypatch.setattr(study, "PROBE", "--size tiny --clips 1 --attentive --seeds 1 --epochs 2")
     run("experiments/controls.py", "truth", "--out", "runs/study/maps/truth", cwd=copy)
-    cell = study.Cell("text", 0.6, "truth", 1, seed=3, epochs=1)
+    cell = study.Cell("text", 0.6, "truth", 1, seed=3, epochs=1, lr=2.5e-4)
     row = study.run_cell(HereRunner(copy), cell)
     folder = copy / "runs/study" / cell.name
     assert (row["name"], row["steps"], row["seed"]) == (
-        "text-of-truth-0.6-1-epochs-nce1-seed3",
+        "text-of-truth-0.6-1-epochs-lr-0.00025-nce1-seed3",
         4,
         3,
     )
@@ -233,6 +246,7 @@ def test_a_cell_is_a_pretraining_run_and_nine_probes(copy, monkeypatch):
     used = json.loads((folder / "args.json").read_text())
     assert (used["mask_ratio"], used["nce_weight"], used["seed"]) == (0.6, 1, 3)
     assert used["companions"] == "runs/study/maps/truth"
+    assert used["lr"] == pytest.approx(2.5e-4) and used["epochs"] == 1
     assert not list(folder.glob("probe/*.npy"))  # bulky
     untrained = study.run_cell(HereRunner(copy), study.Cell("untrained", seed=3))
     assert "loss_mae" not in untrained and 0 <= untrained["object_knn"] <= 1
