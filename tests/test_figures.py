@@ -130,8 +130,8 @@ def test_a_figure_with_any_mask_and_no_checkpoint(world, tmp_path, mask):
         ),
         (
             ("--checkpoint", "gone.pt"),
-            "--checkpoint gone.pt: no such file (pretrain.py writes runs/NAME/checkpoint.pt; "
-            "none: an untrained encoder)",
+            "--checkpoint gone.pt: no checkpoint there (pretrain.py writes runs/NAME/checkpoint.pt); "
+            "none stands for an untrained encoder",
         ),
         (("--companions", "gone"), "gone.saliency.npy: "),
     ],

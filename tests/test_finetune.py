@@ -784,6 +784,34 @@ def test_others_checkpoints(world, tmp_path):
     assert "hf: encoder loaded; new: classifier (2 keys)\n" in out and "8 classes" in out
 
 
+def test_class_names_of_a_huggingface_folder(world, tmp_path):
+    """Labels may be the names, also where these are numbers in another order, or the numbers of the
+    outputs: always the same accuracy."""
+    torch.manual_seed(0)
+    model = models.VideoViT("tiny", classes=3)
+    model.head.weight.data.normal_()
+    videos = (world / "data/val.csv").read_text().splitlines()[1:13]
+    accuracies = []
+    for names, labels in (
+        (["wave", "run", "jump"], ["wave", "run", "jump"]),
+        (["1", "2", "0"], ["1", "2", "0"]),
+        (["wave", "run", "jump"], ["0", "1", "2"]),
+    ):
+        folder = tmp_path / f"hf{len(accuracies)}"
+        checkpoints.save_huggingface(model, folder, names)
+        rows = [f"{world}/data/{v.split(',')[0]},{labels[i % 3]}" for i, v in enumerate(videos)]
+        (tmp_path / "test.csv").write_text("\n".join(["path,label", *rows, ""]))
+        flags = ("--test-only", "--checkpoint", folder, "--test", tmp_path / "test.csv")
+        out = run("finetune.py", *flags, "--views", 1, 1, "--workers", 0, "--out", tmp_path / "out")
+        noted = "note: the labels are taken as numbers of the 3 classes, not as names" in out
+        assert noted == (names != labels)
+        accuracies.append(json.loads((tmp_path / "out/test.json").read_text())["top1"])
+    assert 0 < accuracies[0] < 1 and len(set(accuracies)) == 1, accuracies
+    (tmp_path / "test.csv").write_text(f"path,label\n{world}/data/{videos[0].split(',')[0]},swim\n")
+    line = run("finetune.py", *flags, cwd=tmp_path, fails=True)
+    assert line.endswith("none of its labels is among the classes wave, run, jump")
+
+
 def test_bad_videos(copy):
     (copy / "data/bad.mp4").write_bytes(b"not a video")
     for split in ("train", "val"):
@@ -800,7 +828,7 @@ def test_bad_videos(copy):
 
 def test_refusals_name_what_mends(copy):
     assert "python data/toy.py" in run("finetune.py", cwd=copy / "data", fails=True, process=True)
-    assert "nowhere.pt: no checkpoint there (pretrain.py writes one)" in run(
+    assert "nowhere.pt: no checkpoint there (pretrain.py writes runs/NAME/checkpoint.pt)" in run(
         "finetune.py", *TINY, "--checkpoint", "nowhere.pt", cwd=copy, fails=True
     )
     huge = ("--image-size", 8192, "--frames", 256)

@@ -471,6 +471,72 @@ def test_our_checkpoint_and_fine_tuned_layout(tmp_path):
             ), key
 
 
+def test_huggingface_classifier_of_the_first_token(tmp_path):
+    """use_mean_pooling off: the final norm stands where fc_norm is otherwise."""
+    mae = VideoMAE("nano")
+    config = hf_config(mae, use_mean_pooling=False, num_labels=3)
+    hf = randomize(hf_model("VideoMAEForVideoClassification", config))
+    hf.save_pretrained(tmp_path)
+    notes = load_pretrained(mae, tmp_path)
+    assert {"unused encoder.head.weight", "unused encoder.head.bias"} <= set(notes)
+    video = random_video(mae)
+    close(mae.encode(video), hf.videomae(video.transpose(1, 2)).last_hidden_state)
+    vit = VideoViT("nano", classes=3)
+    head = vit.head.weight.clone()
+    assert set(load_pretrained(vit, tmp_path, new_head=True)) == {
+        "unused norm.weight",
+        "unused norm.bias",
+        "missing fc_norm.weight",
+        "missing fc_norm.bias",
+        "missing head.weight",
+        "missing head.bias",
+    }
+    assert torch.equal(vit.head.weight, head)
+    assert torch.equal(vit.blocks[1].mlp.fc1.bias, mae.encoder.blocks[1].mlp.fc1.bias)
+    with pytest.raises(ValueError, match="missing fc_norm.weight"):
+        load_pretrained(vit, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix):
+    state = randomize(VideoViT("nano", classes=3)).state_dict()
+    torch.save({prefix + key: tensor for key, tensor in state.items()}, tmp_path / "w.pt")
+    vit = VideoViT("nano", classes=3)
+    assert load_pretrained(vit, tmp_path / "w.pt") == []
+    assert torch.equal(vit.head.weight, state["head.weight"])
+    assert checkpoints.head_classes(tmp_path / "w.pt") == 3
+
+
+def test_a_fine_tuned_file_without_its_head(tmp_path):
+    state = randomize(VideoViT("nano", classes=3)).state_dict()
+    torch.save({k: t for k, t in state.items() if not k.startswith("head.")}, tmp_path / "h.pt")
+    mae, vit = VideoMAE("nano"), VideoViT("nano", classes=5)
+    load_pretrained(mae, tmp_path / "h.pt")
+    assert torch.equal(mae.encoder.norm.weight, state["fc_norm.weight"])
+    notes = load_pretrained(vit, tmp_path / "h.pt", new_head=True)
+    assert notes == ["missing head.weight", "missing head.bias"]
+    with pytest.raises(ValueError, match="missing head.weight; missing head.bias"):
+        load_pretrained(vit, tmp_path / "h.pt")
+
+
+def test_class_names_of_a_huggingface_folder(tmp_path):
+    vit = VideoViT("nano", classes=3)
+    save_huggingface(vit, tmp_path, ["run", "jump", "wave"])
+    found = checkpoints.saved_args(tmp_path)
+    assert found["classes"] == ["run", "jump", "wave"]
+    assert checkpoints.saved_args(tmp_path / "model.safetensors") == found
+    config = json.loads((tmp_path / "config.json").read_text())
+    for names in (
+        {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+        {"0": "run", "1": "run", "2": "wave"},
+        {"1": "run", "2": "jump", "3": "wave"},
+        ["run", "jump", "wave"],
+        {},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": names}))
+        assert "classes" not in checkpoints.saved_args(tmp_path), names
+
+
 def test_a_new_head_for_other_classes(tmp_path):
     old, new = randomize(VideoViT("nano", classes=3)), VideoViT("nano", classes=7)
     torch.save({"model": old.state_dict()}, tmp_path / "old.pt")
@@ -1269,11 +1335,13 @@ def test_exports_that_cannot_be_end_in_one_line(tmp_path):
         line == f"--export {tmp_path}/official.pth: not a checkpoint of pretrain.py or finetune.py"
     )
     assert export("gone.pt", tmp_path / "hf") == (
-        "--export gone.pt: no checkpoint there (pretrain.py writes one)"
+        "--export gone.pt: no checkpoint there (pretrain.py writes runs/NAME/checkpoint.pt)"
     )
     (tmp_path / "file").write_text("mine")
     save_huggingface(VideoMAE("nano"), tmp_path / "full")
-    for taken in ("file", "full"):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/model.safetensors.index.json").touch()
+    for taken in ("file", "full", "shards"):
         line = export(tmp_path / "official.pth", tmp_path / taken)
         assert (
             line == f"--out {tmp_path}/{taken}: already exists; remove it, or choose another folder"

@@ -17,6 +17,7 @@ because the models compute them.
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -102,16 +103,28 @@ def weights_file(path: Path) -> Path:
     return path
 
 
-def open_safely(file: Path) -> Any:
-    """Everything that a file holds, without running code from it; ValueError as
-    `read_checkpoint`."""
+def settings_folder(path: Path) -> Path:
+    """Where the config.json of a Hugging Face checkpoint is: in the folder, or beside its file."""
+    return path.parent if path.name in HF_FILES else path
+
+
+def refuse_missing(file: Path) -> None:
+    """ValueError if `file`, of `weights_file`, is no file."""
     if list(file.glob("*.index.json")):
         raise ValueError(
             f"{file}: its weights are in several files, which cannot be read; write them into one "
             'with transformers: save_pretrained(folder, max_shard_size="100GB")'
         )
     if not file.is_file():
-        raise ValueError(f"{file}: no checkpoint there (pretrain.py writes one)")
+        raise ValueError(
+            f"{file}: no checkpoint there (pretrain.py writes runs/NAME/checkpoint.pt)"
+        )
+
+
+def open_safely(file: Path) -> Any:
+    """Everything that a file holds, without running code from it; ValueError as
+    `read_checkpoint`."""
+    refuse_missing(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -147,6 +160,8 @@ def tensors_of(content: Any, file: Path) -> State:
 def official_names(state: State) -> State:
     """The tensors of any layout under VideoMAE's names; query, key and value are still
     separate."""
+    # what DistributedDataParallel and torch.compile put before each key
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
     if "embeddings.patch_embeddings.projection.weight" in state:  # a bare VideoMAEModel
         state = {"videomae." + key: tensor for key, tensor in state.items()}
     pairs = [(theirs, ours) for ours, theirs in HF_KEYS]
@@ -198,9 +213,9 @@ def head_classes(path: str | Path) -> int:
 
 def saved_args(path: str | Path) -> dict[str, Any]:
     """The flags that pretrain.py or finetune.py kept in their checkpoint; of a Hugging Face folder
-    its size, frames and image_size. {} for any other file, also for one that is missing or damaged:
-    `load_pretrained` tells what is wrong with it."""
-    file = Path(path) / "config.json"
+    its size, frames and image_size, and its classes where they have names. {} for any other file,
+    also for one that is missing or damaged: `load_pretrained` tells what is wrong with it."""
+    file = settings_folder(Path(path)) / "config.json"
     if file.is_file():
         return args_of_config(file)
     try:
@@ -220,7 +235,8 @@ def args_of(content: Any) -> dict[str, Any]:
 
 
 def args_of_config(file: Path) -> dict[str, Any]:
-    """What a config.json of Hugging Face says of our flags --size, --frames and --image-size."""
+    """What a config.json of Hugging Face says of our flags --size, --frames and --image-size, and
+    the names of its classes."""
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -231,7 +247,25 @@ def args_of_config(file: Path) -> dict[str, Any]:
     for size, ours in SIZES.items():
         if shape == (ours["width"], ours["depth"]):
             found["size"] = size
+    classes = classes_of_config(config)
+    if classes is not None:
+        found["classes"] = classes
     return found
+
+
+def classes_of_config(config: dict[str, Any]) -> list[str] | None:
+    """The names of the classes in a config.json, in the order of the outputs; None if not every
+    class has a name of its own."""
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not names:
+        return None
+    outputs = [str(number) for number in range(len(names))]
+    if set(outputs) != names.keys():
+        return None
+    classes = [str(names[number]) for number in outputs]
+    # transformers writes LABEL_0, LABEL_1, … where nobody named them
+    is_named = classes[0] != "LABEL_0" and len(set(classes)) == len(classes)
+    return classes if is_named else None
 
 
 # ---- loading a file into a model -----------------------------------------------------------------
@@ -252,7 +286,8 @@ def fit_autoencoder(state: State, model: VideoMAE) -> Fit:
                      missing (a Hugging Face VideoMAEModel may have no final norm)
     fine-tuned       the encoder, without the classifier. The file has no norm for single tokens,
                      so fc_norm becomes the final norm, though it was trained on the mean of the
-                     tokens.
+                     tokens. (With use_mean_pooling off, Hugging Face's classifiers have the final
+                     norm in the place of fc_norm.)
 
     A contrastive head of another width is left, and the model's stays new: it is of another CLIP,
     or of a run without captions, which never trained it."""
@@ -260,12 +295,9 @@ def fit_autoencoder(state: State, model: VideoMAE) -> Fit:
     if head is not None and head.shape != model.contrastive.proj.weight.shape:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(CONTRASTIVE)}
     may_be_missing = [CONTRASTIVE, DECODER, ("encoder.norm.",)]
-    # A file with a head and encoder.norm is of no layout that we know: its head is refused.
-    fine_tuned = "encoder.head.weight" in state and "encoder.norm.weight" not in state
-    if fine_tuned:
+    if "encoder.norm.weight" not in state:
         state = {key.replace("fc_norm", "norm"): tensor for key, tensor in state.items()}
-        return Fit(state, may_be_missing, may_be_unused=("encoder.head.",))
-    return Fit(state, may_be_missing, may_be_unused=())
+    return Fit(state, may_be_missing, may_be_unused=("encoder.head.",))
 
 
 def fit_classifier(state: State, new_head: bool) -> Fit:
@@ -273,16 +305,18 @@ def fit_classifier(state: State, new_head: bool) -> Fit:
 
     pretrained                      the encoder without its final norm; fc_norm and head stay new
     fine-tuned, with new_head       all but the head, which stays new
-    fine-tuned, without new_head    every key"""
+    fine-tuned, without new_head    every key
+
+    Hugging Face's classifiers with use_mean_pooling off classify the first token, which a VideoViT
+    cannot do. With new_head they count as pretrained, without it they do not fit."""
     state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
+    if new_head:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
     norm_and_head = ("fc_norm.", "head.")
     pretrained = not any(key.startswith(norm_and_head) for key in state)
     if pretrained:
         return Fit(state, [norm_and_head], may_be_unused=("norm.", *CONTRASTIVE, *DECODER))
-    if new_head and "head.weight" in state:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-        return Fit(state, [("head.",)], may_be_unused=())
-    return Fit(state, [], may_be_unused=())
+    return Fit(state, [("head.",)] if new_head else [], may_be_unused=())
 
 
 def load_pretrained(
@@ -305,8 +339,7 @@ def load_state(
     model: VideoMAE | VideoViT, state: State, path: Path, new_head: bool = False
 ) -> list[str]:
     """As `load_pretrained`, of tensors that were read from `path` before."""
-    # config.json, which has the number of heads, stands beside a file of a Hugging Face folder
-    problems = wrong_heads(model, path.parent if path.name in HF_FILES else path, state)
+    problems = wrong_heads(model, settings_folder(path), state)
     if isinstance(model, VideoViT):
         fit = fit_classifier(state, new_head)
     else:
@@ -561,7 +594,7 @@ def run(argv: list[str] | None = None) -> None:
     from tgm.run import RunError
 
     args = parse_args(argv)
-    if weights_file(args.out).is_file():
+    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
         raise RunError(f"--out {args.out}: already exists; remove it, or choose another folder")
     try:
         model = export(args.export, args.out)

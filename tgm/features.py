@@ -87,12 +87,11 @@ def load_encoder(
     `weights_identity` afterwards."""
     path = Path(checkpoint)
     untrained = checkpoint == "none"
-    file = checkpoints.weights_file(path)
-    if not untrained and not file.is_file():
-        raise RunError(
-            f"--checkpoint {path}: no such file (pretrain.py writes runs/NAME/checkpoint.pt; "
-            "none: an untrained encoder)"
-        )
+    if not untrained:
+        try:
+            checkpoints.refuse_missing(checkpoints.weights_file(path))
+        except ValueError as error:
+            raise RunError(f"--checkpoint {error}; none stands for an untrained encoder") from None
     identity = weights_identity(checkpoint, seed)
     saved = checkpoints.saved_args(path)
     size = size or saved.get("size", "base")
