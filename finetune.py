@@ -101,7 +101,13 @@ from torchvision.transforms.v2 import functional as TF
 import model as models
 from tgm import checkpoints, checks, evaluation, flags, resume
 from tgm.arrays import hold
-from tgm.labels import class_names, labels_hash, number_labels, read_labelled
+from tgm.labels import (
+    class_names,
+    labels_hash,
+    number_labels,
+    read_labelled,
+    trained_classes,
+)
 from tgm.loading import batches_from, make_clip_loader
 from tgm.manifest import shared_rows
 from tgm.run import StopSignal, launch, make_folder, one_line_errors, wait_for_ranks, writing
@@ -579,7 +585,6 @@ def open_splits(args, machine):
         manifests = {"test": manifests["test"]}
         saved = checkpoints.saved_args(args.checkpoint)
         args.label_column = args.label_column or saved.get("label_column")
-        args.classes = saved.get("classes")
     args.label_column = args.label_column or "label"
     splits = {}
     for split, manifest in manifests.items():
@@ -589,7 +594,7 @@ def open_splits(args, machine):
         videos = read_labelled(manifest, args.root, args.label_column)
         checks.refuse_missing(manifest, videos, range(len(videos)), args.root, args.max_bad)
         if args.test_only:
-            args.classes = classes_of(args.checkpoint, args.classes, videos, machine.say)
+            args.classes = trained_classes(args.checkpoint, saved, videos, machine.say)
         elif args.classes is None:
             args.classes = class_names(manifest, videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
@@ -603,20 +608,6 @@ def open_splits(args, machine):
                 "the accuracy will be too high"
             )
     return splits
-
-
-def classes_of(checkpoint, names, videos, say):
-    """The classes of a trained classifier, in the order of its outputs: `names`, which were saved
-    with it. Other people's checkpoints may have no names, or labels may not use them: then labels
-    are the numbers of the outputs."""
-    numbers = [str(number) for number in range(checkpoints.head_classes(checkpoint))]
-    if names is None:
-        return numbers
-    labels = {video.label for video in videos}
-    if Path(checkpoint).is_dir() and labels.isdisjoint(names) and labels <= set(numbers):
-        say(f"note: the labels are taken as numbers of the {len(names)} classes, not as names")
-        return numbers
-    return names
 
 
 def make_model(args, machine):

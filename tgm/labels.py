@@ -1,10 +1,12 @@
-"""Labels of a manifest, as numbers of classes. Needs manifest.py and run.py."""
+"""Labels of a manifest, as numbers of classes. Needs checkpoints.py, manifest.py and run.py."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 
+from tgm.checkpoints import head_classes
 from tgm.manifest import ManifestError, Videos, manifest_hash, read_manifest, require_files
 from tgm.run import list_names
 
@@ -25,6 +27,23 @@ def class_names(manifest: str, videos: Videos) -> list[str]:
     names = sorted({video.label for video in videos}, key=class_order)
     if len(names) == 1:
         raise ManifestError(f"{manifest}: all its videos have one label, {names[0]!r}")
+    return names
+
+
+def trained_classes(checkpoint: str, saved: dict, videos: Videos, say=print) -> list[str]:
+    """The classes of a trained classifier, in the order of its outputs: the names that were saved
+    with it. Other people's checkpoints may have no names, or the labels may not use them: then the
+    labels are the numbers of the outputs.
+
+    saved: what `checkpoints.saved_args` reads. ValueError if it is no classifier."""
+    names = saved.get("classes")
+    numbers = [str(number) for number in range(head_classes(checkpoint))]
+    if names is None:
+        return numbers
+    labels = {video.label for video in videos}
+    if Path(checkpoint).is_dir() and labels.isdisjoint(names) and labels <= set(numbers):
+        say(f"note: the labels are taken as numbers of the {len(names)} classes, not as names")
+        return numbers
     return names
 
 
