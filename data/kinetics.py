@@ -26,10 +26,12 @@ manifest. With --list, the lists of VideoMAE, SlowFast and mmaction2 are read: a
 label", whatever the extension of the list.
 
 Confusing: the validation split is "val" or "validate"; some copies of the test csv have no labels
-and cannot be used; lists of VideoMAE end in .csv but are separated by spaces.
+and are left out; lists of VideoMAE end in .csv but are separated by spaces; a few videos have clips
+of two classes, so that a single ID.mp4 is left out unless --untrimmed tells that it is all of it.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,25 +40,31 @@ import lists
 SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
 
 
+def splits_in(path):
+    """The splits that a file's name tells, of train, val and test; "latest" is none."""
+    return set(re.findall(r"(?<![a-z])(train|val|test)", Path(path).stem.lower()))
+
+
 def split_of(path):
-    """The split that a file's name tells: train, val or test."""
-    names = [name for name in ("train", "val", "test") if name in Path(path).stem.lower()]
+    """The one split that a file's name tells."""
+    names = splits_in(path)
     lists.expect(
         len(names) == 1, path, "a file name with one of train, val, test in it", Path(path).name
     )
-    return names[0]
+    return names.pop()
 
 
-def is_official(path):
-    """Whether this is a file that begins as the official csv files do."""
+def first_line(path):
+    """The beginning of a file, as bytes; empty for a folder."""
     if not path.is_file():
-        return False
+        return b""
     with open(path, "rb") as file:
-        return b"youtube_id" in file.readline(1000)
+        return file.readline(1000)
 
 
 def official_files(paths):
-    """The files among the paths, and in the folders among them those named by a split."""
+    """The files among the paths, and in the folders among them those named by a split and with
+    labels."""
     files = []
     for path in paths:
         if not os.path.exists(path):
@@ -67,9 +75,13 @@ def official_files(paths):
         # "[!.]": not macOS's "._train.csv"
         inside = sorted(Path(path).glob("[!.]*.csv"))
         # Kinetics-600 as the CVD Foundation has it: train.txt and val.txt are csv files, too
-        inside += [file for file in sorted(Path(path).glob("[!.]*.txt")) if is_official(file)]
+        texts = sorted(Path(path).glob("[!.]*.txt"))
+        inside += [file for file in texts if b"youtube_id" in first_line(file)]
         for file in inside:
-            if any(split in file.stem.lower() for split in ("train", "val", "test")):
+            header = first_line(file)
+            if b"youtube_id" in header and b"label" not in header:
+                print(f"warning: {file}: has no labels and is left out")
+            elif splits_in(file):
                 files.append(file)
     if not files:
         sys.exit(
@@ -102,10 +114,7 @@ def read_official(paths, names, args):
     for path in paths:
         header = (lists.read_text(path).splitlines() or [""])[0].split(",")
         if "label" not in header and "youtube_id" in header:
-            sys.exit(
-                f"{path}:1: has no labels and cannot be used: name the other files, "
-                "--annotations train.csv val.csv"
-            )
+            sys.exit(f"{path}:1: has no labels and cannot be used: leave it out of --annotations")
         found = lists.read_csv(path, "label", "youtube_id", "time_start", "time_end")
         lists.expect(found, path, "lines after the header", "")
         for where, fields in found:
@@ -124,6 +133,7 @@ def read_official(paths, names, args):
     numbers = {name: i for i, name in enumerate(names)}
     videos = lists.Videos(args.videos, args.out, names)
     splits = {}
+    clips_of = {}  # of each file called ID.mp4 that is a clip: {(label, start, end)}
     for where, split, label, key, start, end in lines:
         lists.expect(label in numbers, where, "a label that --classes names", repr(label))
         clip = f"{key}_{start:06d}_{end:06d}"
@@ -133,10 +143,34 @@ def read_official(paths, names, args):
         if path is None:
             path = videos.find(key, label)
             if args.untrimmed:
+                # a whole video serves several classes, in whatever folder it is
+                path = path or videos.find(key)
                 wanted = f"{key}.mp4"
                 span = (start, end)
+            else:
+                clips_of.setdefault(path, set()).add((label, start, end))
         splits.setdefault(split, []).append(lists.Row(path, numbers[label], where, wanted, *span))
-    return splits, names
+    return leave_out_ambiguous(splits, clips_of), names
+
+
+def leave_out_ambiguous(splits, clips_of):
+    """{split: [Row]}, where files that may be clips of different classes count as missing."""
+    ambiguous = set()
+    for path, clips in clips_of.items():
+        labels = {label for label, *_ in clips}
+        spans = {(start, end) for _, start, end in clips}
+        if path is not None and len(labels) > 1 and len(spans) > 1:
+            ambiguous.add(path)
+    if not ambiguous:
+        return splits
+    print(
+        f"warning: {len(ambiguous)} files, such as {min(ambiguous)}, are left out, because each is "
+        "named like several clips of different classes (--untrimmed: they are whole videos)"
+    )
+    return {
+        split: [row._replace(path=None) if row.path in ambiguous else row for row in rows]
+        for split, rows in splits.items()
+    }
 
 
 def read_lists(paths, names, args):

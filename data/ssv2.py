@@ -29,10 +29,15 @@ import lists
 PREFIX = "something-something-v2-"
 
 
+def plain(template):
+    """A template as labels.json has it: something, not [something]."""
+    return template.replace("[", "").replace("]", "")
+
+
 def read_split(path, numbers, videos):
     rows = []
     for where, entry in lists.read_entries(path, "id", "label", "template"):
-        name = str(entry["template"]).replace("[", "").replace("]", "")
+        name = plain(str(entry["template"]))
         lists.expect(name in numbers, where, "a template that labels.json numbers", repr(name))
         caption = entry["label"]
         lists.expect(
@@ -51,7 +56,7 @@ def read_split(path, numbers, videos):
 def read_test(path, answers, numbers, videos):
     names = {}
     for where, line in lists.read_lines(answers):
-        stem, _, name = line.partition(";")
+        stem, _, name = plain(line).partition(";")
         lists.expect(stem.isdigit() and name, where, "'ID;TEMPLATE'", repr(line))
         lists.expect(name in numbers, where, "a template that labels.json numbers", repr(name))
         names[stem] = name

@@ -8,6 +8,7 @@ import os
 import re
 import time
 
+import kinetics
 import lists
 import pytest
 from conftest import ROOT, run
@@ -460,6 +461,47 @@ def test_kinetics_errors(script, tmp_path, line, message):
     assert not (tmp_path / "out/train.csv").exists()
 
 
+def test_kinetics_clips_of_two_classes_in_one_video(script, tmp_path):
+    """As in the official Kinetics-600: ID.mp4 may be either clip, but a whole video serves both."""
+    put(
+        tmp_path / "lists/train.csv",
+        HEADER,
+        "diving,aaa,1,11,train,0",
+        "yoga,aaa,20,30,train,0",
+        "yoga,ddd,2,12,train,0",
+        "yoga,ddd,40,50,train,0",
+    )
+    put(tmp_path / "lists/test.csv", "youtube_id,time_start,time_end,split", "x,0,10,test")
+    touch(tmp_path / "videos", "aaa.mp4", "ddd.mp4")
+    out = script("kinetics")
+    assert "warning: lists/test.csv: has no labels and is left out" in out
+    assert "warning: 1 files, such as ../videos/aaa.mp4, are left out" in out
+    assert rows(tmp_path / "out/train.csv") == [("ddd.mp4", "1", None, None)]
+    missing = (tmp_path / "out/missing-train.txt").read_text().splitlines()
+    assert missing == ["diving/aaa_000001_000011.mp4", "yoga/aaa_000020_000030.mp4"]
+    (tmp_path / "videos/diving").mkdir()
+    (tmp_path / "videos/aaa.mp4").rename(tmp_path / "videos/diving/aaa.mp4")
+    script("kinetics", "--untrimmed")
+    assert rows(tmp_path / "out/train.csv") == [
+        ("diving/aaa.mp4", "0", 1, 11),
+        ("diving/aaa.mp4", "1", 20, 30),
+        ("ddd.mp4", "1", 2, 12),
+        ("ddd.mp4", "1", 40, 50),
+    ]
+
+
+def test_kinetics_splits_are_words_of_a_file_name():
+    for name, splits in {
+        "k400_latest_train.csv": {"train"},
+        "interval_TRAINING.txt": {"train"},
+        "validate.csv": {"val"},
+        "kinetics400-test.csv": {"test"},
+        "train_and_val.csv": {"train", "val"},
+        "contest.csv": set(),
+    }.items():
+        assert kinetics.splits_in(name) == splits, name
+
+
 def test_kinetics_what_is_not_there(script, tmp_path):
     assert script("kinetics", fails=True) == (
         "lists: no such file or folder (--annotations sets the folder or the files)"
@@ -470,9 +512,9 @@ def test_kinetics_what_is_not_there(script, tmp_path):
         "(--annotations sets the folder or the files)"
     )
     put(tmp_path / "lists/test.csv", "youtube_id,time_start,time_end,split", "x,0,10,test")
-    assert script("kinetics", fails=True) == (
-        "lists/test.csv:1: has no labels and cannot be used: name the other files, "
-        "--annotations train.csv val.csv"
+    line = script("kinetics", "--annotations", "lists/test.csv", fails=True)
+    assert line == (
+        "lists/test.csv:1: has no labels and cannot be used: leave it out of --annotations"
     )
     put(tmp_path / "lists/test.csv", HEADER)
     put(tmp_path / "lists/train.csv", HEADER, "abseiling,x,0,10,train,0")
@@ -543,7 +585,8 @@ def write_ssv2(folder, prefix=""):
 def test_ssv2(script, tmp_path, prefix):
     write_ssv2(tmp_path, prefix)
     put(tmp_path / f"lists/{prefix}test.json", json.dumps([{"id": "7"}]))
-    put(tmp_path / "lists/test-answers.csv", "7;Approaching something with your camera", end="\r\n")
+    answer = "7;Approaching [something] with your camera"
+    put(tmp_path / "lists/test-answers.csv", answer, end="\r\n")
     printed = script("ssv2")
     assert rows(tmp_path / "out/train.csv") == [
         ("78687.webm", "1", None, None),
