@@ -54,20 +54,7 @@ was not. Every test video is counted once, whatever the number of ranks, and one
 counts as wrong. If clearly more than --max-bad of a manifest's files are missing (256 of them are
 looked for), nothing is begun.
 
-What differs from VideoMAE's fine-tuning:
-    RandAugment    The operations are torchvision's: Identity is one of them, Invert and
-                   SolarizeAdd are not. The magnitude is constant; theirs varies (deviation
-                   0.5 of 10). Ours is bilinear and comes after the crop; theirs is bicubic and
-                   comes before it.
-    erasing        The noise in a box is the same in every frame, and is cut to pixels of 0 to 255;
-                   theirs is drawn for each frame, and not cut.
-    crops          Training and test crops are scaled down with antialiasing; theirs without.
-    mixing         A clip is mixed with the one before it in the batch; theirs with the one at the
-                   same distance from the batch's other end.
-    dense clips    Training frames are --stride apart; theirs are stride x T / (T - 1) apart.
-    warm-up        It begins at lr / warm-up steps; theirs begins at 0.
-    validation     It takes the middle clip; theirs takes a random one.
-    precision      It is bf16 where the GPU has bf16; theirs is fp16.
+What differs from VideoMAE's fine-tuning, such as RandAugment's operations: docs/method.md.
 
 Signals. After SIGTERM or Ctrl-C training saves at the end of the step and ends. Validation and
 testing end at once, because the weights are saved already. The exit code is that of the signal (143

@@ -56,18 +56,13 @@ Without --resume a checkpoint in --out is refused. --resume none begins again; a
 the old checkpoint.pt and log.jsonl to checkpoint.old.pt and log.old.jsonl.
 
 Signals. After SIGTERM or Ctrl-C rank 0 saves at the end of the step, all ranks end, and the exit
-code is that of the signal (143 or 130). torchrun passes a signal on to its ranks, gives them 30
-seconds (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and then exits with 1 without a restart. If a signal
-reaches one rank only, rank 0 saves and all end as well, but torchrun takes that for a failure, as
-it does kill -9. With --max-restarts it then starts all ranks again, on all nodes, and --resume auto
-goes on.
+code is that of the signal (143 or 130). docs/robustness.md says what torchrun does then.
 
 Shapes: B batch, R repeats, T frames, H W pixels, (t, h, w) token grid, N tokens, K captions, S
 moments, G x G the grid of stored maps, E text embedding.
 """
 
 import argparse
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -79,9 +74,9 @@ from torch.utils.data import default_collate
 import masking
 import model as models
 from tgm import checkpoints, checks, flags, resume
-from tgm.arrays import companion, describe_gaps, file_hash, filled, open_array, text_commands
+from tgm.arrays import describe_gaps, filled
+from tgm.guides import open_data
 from tgm.loading import batches_from, make_clip_loader
-from tgm.manifest import ManifestError, manifest_hash, read_manifest
 from tgm.pictures import draw_reconstruction
 from tgm.run import StopSignal, launch, one_line_errors, reason_of
 from tgm.sampling import TrainingClips, clip_times, multi_scale_crop, resized_crop, seed_from
@@ -382,68 +377,6 @@ def make_clips(videos, rows, grid, arrays, args):
         timeout=args.video_timeout,
         **arrays,
     )
-
-
-def open_data(manifest, mask_name, nce_weight, root=None, companions=None):
-    """-> videos of the manifest, rows to train on, the arrays of `open_arrays`, identity.
-
-    identity: {name: fingerprint or None}, such as {"data/train.csv": its hash}. The checkpoint
-    holds it, and a run goes on only if it is the same. companions: --companions. ManifestError if a
-    file is missing or of another manifest, or if no video has a row in every array."""
-    videos = read_manifest(manifest, root)
-    prefix = Path(companions or Path(manifest).with_suffix(""))
-    arrays = open_arrays(manifest, prefix, videos, mask_name, nce_weight)
-    used = []
-    usable = np.ones(len(videos), bool)
-    identity = {manifest: manifest_hash(videos)}
-    for kind, array in arrays.items():
-        path = Path(f"{prefix}.{kind}.npy")
-        identity[str(path)] = None
-        if array is not None:
-            used.append(str(path))
-            usable &= filled(array)
-            # small, and says what the array was made from
-            identity[str(path)] = file_hash(path.with_suffix(".json"))
-    rows = np.flatnonzero(usable)
-    if len(rows) == 0:
-        raise ManifestError(
-            f"{manifest}: none of the {len(videos)} videos has a row in {' and '.join(used)}; what "
-            "caption.py or saliency.py printed says why"
-        )
-    identity["usable videos"] = f"{len(rows)} ({hashlib.sha256(rows).hexdigest()[:16]})"
-    return videos, rows, arrays, identity
-
-
-def open_arrays(manifest, prefix, videos, mask_name, nce_weight):
-    """The arrays PREFIX.*.npy that the method needs: {"text", "saliency", "motion": a mapped array
-    or None}. ManifestError says which command makes one that is missing or stale."""
-    needed = masking.NEEDS[mask_name]
-    captions = companion(manifest, "captions.jsonl")
-    expected = {}  # what the .json of the text arrays must say
-    out_flag = ""
-    if prefix.absolute() != Path(manifest).with_suffix("").absolute():
-        out_flag = f" --out {prefix}"  # their captions may be in any file: they are not compared
-    elif captions.exists():  # if they were made again, the arrays are stale
-        expected = {"captions": file_hash(captions)}
-    command = text_commands(manifest, videos, out_flag)
-    arrays = {"text": None, "saliency": None, "motion": None}
-    if needed == "saliency":
-        arrays["saliency"], _ = open_array(f"{prefix}.saliency.npy", videos, command, **expected)
-    if needed == "motion":
-        motion_command = f"python saliency.py --data {manifest}{out_flag} --cue motion"
-        arrays["motion"], _ = open_array(f"{prefix}.motion.npy", videos, motion_command)
-    text = Path(f"{prefix}.text.npy")
-    if nce_weight > 0 or text.exists():  # with weight 0 it is used if it is there
-        try:
-            arrays["text"], _ = open_array(text, videos, command, **expected)
-        except ManifestError as error:
-            if needed == "saliency":
-                raise
-            remedy = "train without captions: --nce-weight 0"
-            if text.exists():
-                remedy = f"move {text} away and train without captions: --nce-weight 0"
-            raise ManifestError(f"{error}; or {remedy}") from None
-    return arrays
 
 
 # ---- the command line ----------------------------------------------------------------------------

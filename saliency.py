@@ -86,19 +86,16 @@ BS = B*S frames, H W pixels, L = 1 + G*G tokens, E their width.
 """
 
 import argparse
-import math
 import os
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tgm import motion
 from tgm.arrays import (
     companion,
     ensure_array,
@@ -109,12 +106,14 @@ from tgm.arrays import (
     read_captions,
     refuse_foreign_array,
 )
-from tgm.classes import claim_classes, embed_names, read_names, write_classes
-from tgm.clip import activation_of, embed_texts, load_clip, local_weights, plain_name
+from tgm.classes import make_classes
+from tgm.clip import clip_settings, embed_texts, load_clip
+from tgm.cues import MotionCue, Output
 from tgm.flags import Parser, add_video_flags, frame_count, grid_size, pixel_count, positive
 from tgm.manifest import ManifestError, require_files
 from tgm.offline import (
     add_run_flags,
+    autocast,
     batches,
     join_machine,
     leave_ranks,
@@ -158,25 +157,6 @@ DEFAULTS = {
     "grid": 14,
     "window": 5,
 }
-
-
-# A cue, TextCue or MotionCue, has
-#     videos         those that can have a row
-#     outputs        the arrays to write, each an Output
-#     summary        a line to print
-#     caption_path   the file of captions; None if none are needed
-#     captions_hash  of this file before it was read, to notice if it is made again meanwhile
-#     read(video)    decodes a video, in the loader's workers
-#     rows(items)    computes a batch; yields for each video whose numbers are finite its row's
-#                    number and a list with one value for each output
-
-
-class Output(NamedTuple):
-    """An array that a cue writes."""
-
-    kind: str  # PREFIX.kind.npy
-    shape: tuple[int, ...]  # of one row
-    settings: dict  # for the .json beside it
 
 
 # ---- text: CLIP's patches against the captions ---------------------------------------------------
@@ -252,23 +232,6 @@ def read_moments(video, moments, size, timeout):
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
-def autocast(machine):
-    """A context for running models: half precision on a GPU, float32 on a CPU."""
-    device = machine.device.type
-    return torch.autocast(device, machine.dtype, enabled=device != "cpu")
-
-
-def clip_settings(args, model):
-    """What the .json of an array says of CLIP."""
-    weights = local_weights(args.clip, args.pretrained)
-    return {
-        "clip": plain_name(args.clip),
-        "pretrained": None if ":" in args.clip else args.pretrained,
-        "weights": weights and file_hash(weights),
-        "activation": activation_of(model),
-    }
-
-
 class TextCue:
     """How well every patch fits each caption of its video."""
 
@@ -312,7 +275,7 @@ class TextCue:
         # K, the captions of the video that has the most; the rest of a shorter row stays NaN
         count = max(len(video_captions) for video_captions in self.captions)
         dimension = len(self.embedded[texts[0]])
-        settings = clip_settings(args, model)
+        settings = clip_settings(args.clip, args.pretrained, model)
         map_settings = {"dense": args.dense, "moments": self.moments, "image_size": size[0]}
         self.outputs = [
             Output("text", (count, dimension), settings),
@@ -339,114 +302,6 @@ class TextCue:
                 yield row, [texts, maps]
             else:
                 tqdm.write(f"{item.video.path}: {self.name} gives numbers that are not finite")
-
-
-# ---- motion: the codec's vectors, or optical flow ------------------------------------------------
-
-
-def read_codec_field(video, moments, window, grid, timeout):
-    """float32 [S, 2, G, G]: the motion field from the codec's vectors in a window of frames
-    around each moment.
-    """
-    with VideoReader(video.path, vectors=True, timeout=timeout) as reader:
-        start, end = reader.span(video)
-        middles = segment_midpoints(start, end, moments)
-        window_seconds = window / reader.fps
-        # 1e-6 is for rounding: 30.0000001 is frame 30
-        first, stop = [math.ceil(time * reader.fps - 1e-6) for time in (start, end)]
-        times = np.arange(first, stop) / reader.fps  # of the frames of the span
-        near = np.zeros(len(times), bool)
-        if len(times):
-            near = abs(times[:, None] - middles).min(1) <= window_seconds / 2
-        # A window shorter than a frame may have no frame in it. If some moments have none,
-        # codec_field gives them the field of the nearest moment that has one. If none has one, the
-        # frame on screen at each moment is read.
-        frames = reader.read_vectors(times[near] if near.any() else middles)
-    return torch.from_numpy(motion.codec_field(frames, middles, window_seconds, grid))
-
-
-def read_pairs(video, moments, size, timeout):
-    """Two frames around each moment, for optical flow, uint8 [S, 2, 3, H, W]; and the seconds
-    between the two, float32 [S].
-    """
-    with VideoReader(video.path, timeout=timeout) as reader:
-        start, end = reader.span(video)
-        middles = segment_midpoints(start, end, moments)
-        times, apart = motion.pair_times(middles, start, end, reader.fps)
-        frames = reader.read(times.ravel(), (size, size))
-    pairs = torch.from_numpy(frames).permute(0, 3, 1, 2).unflatten(0, (moments, 2)).contiguous()
-    return pairs, torch.full((moments,), apart, dtype=torch.float32)
-
-
-class MotionCue:
-    """How every cell moves."""
-
-    caption_path = None
-    captions_hash = None
-
-    def __init__(self, args, videos, machine):
-        self.videos = videos
-        self.grid = args.grid
-        self.device = machine.device
-        self.raft = None
-        moments = args.moments or 32
-        settings = {"flow": args.flow, "moments": moments, "grid": args.grid}
-        if args.flow == "raft":
-            try:
-                self.raft = motion.load_raft(args.flow_weights, machine.device)
-            except motion.FlowError as error:
-                raise RunError(str(error)) from None
-            size = args.image_size or 256
-            weights = args.flow_weights and file_hash(args.flow_weights)
-            settings |= {"weights": weights, "image_size": size}
-            self.read = partial(read_pairs, moments=moments, size=size, timeout=args.video_timeout)
-        else:
-            settings |= {"window": args.window}
-            self.read = partial(
-                read_codec_field,
-                moments=moments,
-                window=args.window,
-                grid=args.grid,
-                timeout=args.video_timeout,
-            )
-        self.outputs = [Output("motion", (moments, 2, args.grid, args.grid), settings)]
-        self.summary = f"motion by {args.flow}, {moments} moments x {args.grid} x {args.grid}"
-
-    def rows(self, items):
-        """Yields (row, [field [S, 2, G, G]])."""
-        for item in items:
-            if self.raft is None:
-                field = item.value
-            else:
-                pairs, seconds = item.value
-                field = motion.raft_field(
-                    self.raft, pairs.to(self.device), seconds.to(self.device), self.grid
-                )
-            if field.isfinite().all():
-                yield item.video.row, [field]
-            else:
-                tqdm.write(f"{item.video.path}: its motion has numbers that are not finite")
-
-
-# ---- classes: CLIP's texts alone -----------------------------------------------------------------
-
-
-def make_classes(args, path, machine):
-    """Writes the array of --cue classes. For one process; it reads no videos."""
-    names = read_names(args.classes)
-    model, tokenizer = load_clip(args.clip, args.pretrained, None, machine.device)
-    settings = clip_settings(args, model)
-    settings |= {"prompts": args.prompt, "classes": file_hash(args.classes), "names": names}
-    if claim_classes(path, settings, args.resume):
-        with autocast(machine):
-            array = embed_names(model, tokenizer, names, args.prompt, machine.device)
-        for name, row in zip(names, array, strict=True):
-            if not np.isfinite(row).all():
-                raise RunError(
-                    f"--clip {args.clip}: embeds {name!r} with numbers that are not finite"
-                )
-        write_classes(path, array, settings)
-    print(f"{path}: {len(names)} classes, {len(args.prompt)} prompts, {args.clip}")
 
 
 # ---- the pass over the videos --------------------------------------------------------------------
@@ -617,7 +472,10 @@ def main(argv=None):
         check_places(args, videos, prefix)
     if args.cue == "classes":
         if machine.rank == 0:
-            make_classes(args, Path(f"{prefix}.classes.npy"), machine)
+            path = Path(f"{prefix}.classes.npy")
+            make_classes(
+                path, args.classes, args.prompt, args.clip, args.pretrained, machine, args.resume
+            )
         leave_ranks()
         return
     cue = TextCue(args, videos, machine) if args.cue == "text" else MotionCue(args, videos, machine)

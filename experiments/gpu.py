@@ -52,7 +52,7 @@ import masking
 import model as models
 import pretrain
 import saliency
-from tgm import checkpoints, motion, prepare
+from tgm import checkpoints, guides, motion, prepare
 from tgm.loading import batches_from, make_clip_loader
 from tgm.offline import Item
 from tgm.training import Schedule
@@ -555,7 +555,7 @@ def write_manifest(path, videos, folder, copies):
 def loader_rate(flags, workers, batch, seconds=8):
     """Clips per second that the loader of pretrain.py gives if nothing else is done."""
     args = pretrain.parse_args([*flags, "--mask", "tube", "--workers", str(workers)])
-    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
+    videos, rows, arrays, _ = guides.open_data(args.data, args.mask, args.nce_weight)
     config = models.SIZES[args.size]
     args.frames = config["frames"]
     args.image_size = config["image_size"]

@@ -14,8 +14,7 @@ import toy
 from conftest import run
 from test_video import write
 
-import saliency
-from tgm import motion
+from tgm import cues, motion
 from tgm.video import VideoError, VideoReader, segment_midpoints
 
 FPS, HEIGHT, WIDTH = 25, 96, 160
@@ -370,7 +369,7 @@ def test_every_frame_of_a_video_is_asked_for_once(tmp_path, monkeypatch, rate, c
     )
     monkeypatch.setattr(motion, "codec_field", lambda *_: np.zeros(1, np.float32))
     video = SimpleNamespace(path=path, start=None, end=None)
-    saliency.read_codec_field(video, moments=4, window=2 * count, grid=4, timeout=30)
+    cues.read_codec_field(video, moments=4, window=2 * count, grid=4, timeout=30)
     assert np.allclose(asked[0], np.arange(count))
 
 

@@ -20,7 +20,7 @@ from conftest import ENVIRONMENT, ROOT, outputs, run
 
 import masking
 import pretrain
-from tgm import checkpoints, checks, resume, sampling
+from tgm import checkpoints, checks, guides, resume, sampling
 from tgm.run import RunError
 
 TINY = (
@@ -115,7 +115,7 @@ def clips(world, **flags):
         ["--data", str(world / "data/train.csv"), "--size", "tiny", "--stride", "2"]
     )
     vars(args).update({"frames": 8, "image_size": 64} | flags)
-    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
+    videos, rows, arrays, _ = guides.open_data(args.data, args.mask, args.nce_weight)
     return pretrain.make_clips(videos, rows, (4, 4, 4), arrays, args)
 
 

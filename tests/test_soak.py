@@ -14,6 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import pretrain
+from tgm import guides
 from tgm.sampling import EpochBatches
 from tgm.video import VideoReader
 
@@ -43,7 +44,7 @@ def soak(world, clips, samples):
             "2",
         ]
     )
-    videos, rows, arrays, _ = pretrain.open_data(args.data, args.mask, args.nce_weight)
+    videos, rows, arrays, _ = guides.open_data(args.data, args.mask, args.nce_weight)
     args.frames, args.image_size, grid = 8, 48, (4, 6, 6)
     batches = EpochBatches(rows, 8, 4, 0, 0, 1)
     loader = DataLoader(

@@ -1,5 +1,5 @@
 """Names of classes as texts: PREFIX.classes.npy, which saliency.py --cue classes writes and with
-which linprobe.py compares videos. Needs arrays.py, clip.py, manifest.py and run.py.
+which linprobe.py compares videos. Needs arrays.py, clip.py, manifest.py, offline.py and run.py.
 
     names = read_names("data/val.objects.txt")
     array = embed_names(model, tokenizer, names, ["a video of {}."], device)   float16 [C, D]
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from tgm.arrays import (
     UNREADABLE,
+    file_hash,
     hold,
     load_array,
     make_it_with,
@@ -32,8 +33,9 @@ from tgm.arrays import (
     write_about,
     written_aside,
 )
-from tgm.clip import embed_texts
+from tgm.clip import clip_settings, embed_texts, load_clip
 from tgm.manifest import ManifestError
+from tgm.offline import Machine, autocast
 from tgm.run import RunError
 
 
@@ -78,6 +80,31 @@ def embed_names(
     for texts in texts_of_class.values():
         means.append(torch.stack([embedded[text] for text in texts]).mean(0))
     return F.normalize(torch.stack(means), dim=-1).half().numpy()
+
+
+def make_classes(
+    path: Path,
+    names_file: str,
+    prompts: Sequence[str],
+    clip: str,
+    pretrained: str,
+    machine: Machine,
+    resume: str,
+) -> None:
+    """Embeds the names in a file and writes the array; all of saliency.py --cue classes. For one
+    process. clip, pretrained: as for `load_clip`."""
+    names = read_names(names_file)
+    model, tokenizer = load_clip(clip, pretrained, None, machine.device)
+    settings = clip_settings(clip, pretrained, model)
+    settings |= {"prompts": prompts, "classes": file_hash(names_file), "names": names}
+    if claim_classes(path, settings, resume):
+        with autocast(machine):
+            array = embed_names(model, tokenizer, names, prompts, machine.device)
+        for name, row in zip(names, array, strict=True):
+            if not np.isfinite(row).all():
+                raise RunError(f"--clip {clip}: embeds {name!r} with numbers that are not finite")
+        write_classes(path, array, settings)
+    print(f"{path}: {len(names)} classes, {len(prompts)} prompts, {clip}")
 
 
 def claim_classes(path: Path, settings: dict, resume: str) -> bool:

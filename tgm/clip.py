@@ -1,6 +1,6 @@
 """CLIP models of open_clip, with all their weights and the activation they were trained with.
 
-Needs run.py.
+Needs arrays.py and run.py.
 
     model, tokenizer = load_clip("ViT-B-16", "openai", None, device)
     embedded = embed_texts(model, tokenizer, ["a dog runs"], device)    # {text: float32 [D]}
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from tgm.arrays import file_hash
 from tgm.run import RunError, quiet_libraries, reason_of
 
 FOLDER = "local-dir:"  # how open_clip's name of a folder begins
@@ -197,3 +198,14 @@ def embed_texts(
         features = model.encode_text(tokenizer(part).to(device)).float()
         embedded.update(zip(part, F.normalize(features, dim=-1).cpu(), strict=True))
     return embedded
+
+
+def clip_settings(name: str, pretrained: str, model: torch.nn.Module) -> dict:
+    """What the .json of an array says of CLIP, loaded by `load_clip`."""
+    weights = local_weights(name, pretrained)
+    return {
+        "clip": plain_name(name),
+        "pretrained": None if ":" in name else pretrained,
+        "weights": weights and file_hash(weights),
+        "activation": activation_of(model),
+    }

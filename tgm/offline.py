@@ -113,6 +113,12 @@ def precision_on(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
+def autocast(machine: Machine) -> torch.autocast:
+    """A context for running models: half precision on a GPU, float32 on a CPU."""
+    device = machine.device.type
+    return torch.autocast(device, machine.dtype, enabled=device != "cpu")
+
+
 def leave_ranks() -> None:
     """Leaves the ranks that `join_machine` joined, if there were any."""
     if dist.is_initialized():
