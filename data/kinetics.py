@@ -28,6 +28,8 @@ label", whatever the extension of the list.
 Confusing: the validation split is "val" or "validate"; some copies of the test csv have no labels
 and are left out; lists of VideoMAE end in .csv but are separated by spaces; a few videos have clips
 of two classes, so that a single ID.mp4 is left out unless --untrimmed tells that it is all of it.
+Files in a folder whose name begins with "replacement", as the CVD Foundation has them, replace
+broken clips.
 """
 
 import os

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +192,13 @@ def list_videos(folder):
 
 def preference(name):
     """Sorts first which of two files of the same video is to be taken."""
-    return EXTENSIONS.index(os.path.splitext(name)[1].lower()), name
+    return not is_replacement(name), EXTENSIONS.index(os.path.splitext(name)[1].lower()), name
+
+
+def is_replacement(name):
+    """Whether a file is in a folder such as "replacement_for_corrupted_k400": the CVD Foundation
+    has whole copies of broken clips in one."""
+    return any(folder.startswith("replacement") for folder in Path(name).parts[:-1])
 
 
 class Videos:
@@ -228,10 +235,11 @@ class Videos:
     def find(self, stem, folder=None):
         """The csv's path of the video with this name, extension not counted, or None.
 
-        folder: the name of the video's class. A file in a folder of this name is preferred. If
-        there is none, a file in any folder that is not another class's is taken."""
+        folder: the name of the video's class. A replacement is preferred, and then a file in a
+        folder of this name. If there is none, a file in any folder that is not another class's is
+        taken."""
         names = self._by_stem.get(stem, ())
-        if folder is not None and names:
+        if folder is not None and names and not is_replacement(names[0]):
             parents = [self._plain(os.path.basename(os.path.dirname(name))) for name in names]
             pairs = list(zip(names, parents, strict=True))
             names = [name for name, parent in pairs if parent == self._plain(folder)]
@@ -281,9 +289,13 @@ def write(out, splits, classes, columns=(), folder="", within=()):
         replace(out / "classes.txt", numbering)
     except OSError as error:
         sys.exit(f"{error.filename or out}: cannot be written ({error.strerror})")
+    for split in SPLITS:
+        if split not in kept and is_manifest(out / f"{split}.csv"):
+            print(f"note: {out / split}.csv is of an earlier run, and stays as it is")
+    first = shlex.quote(f"{out.absolute() / next(iter(kept))}.csv")
     print(
-        "next, to check the files, in the repository's folder: "
-        f"python -m tgm.prepare {out.absolute() / next(iter(kept))}.csv, and so on"
+        f"next, to check the files, in the repository's folder: python -m tgm.prepare {first}, "
+        "and so on"
     )
 
 
@@ -292,6 +304,8 @@ def refuse_overlaps(splits, within):
     first = {}  # of each video: where it is named first, and the split
     for split, rows in splits.items():
         for row in rows:
+            if row.path is None:  # it will be in no manifest
+                continue
             where, home = first.setdefault(row.name, (row.where, split))
             if home != split and split not in within:
                 sys.exit(

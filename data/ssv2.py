@@ -107,7 +107,8 @@ def main(argv=None):
         for split, name in (("train", "train"), ("val", "validation"))
     }
     answers = os.path.join(args.annotations, "test-answers.csv")
-    if os.path.exists(answers):
+    tests = [os.path.join(args.annotations, name) for name in ("test.json", PREFIX + "test.json")]
+    if os.path.exists(answers) and any(map(os.path.exists, tests)):
         splits["test"] = read_test(find("test.json"), answers, numbers, videos)
     lists.write(
         args.out, splits, sorted(numbers, key=numbers.get), ("caption",), folder=args.videos

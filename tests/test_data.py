@@ -461,6 +461,30 @@ def test_kinetics_errors(script, tmp_path, line, message):
     assert not (tmp_path / "out/train.csv").exists()
 
 
+@pytest.mark.parametrize("folder", ["train", "train/abseiling"])
+def test_kinetics_replacements_of_broken_clips(script, tmp_path, folder):
+    put(
+        tmp_path / "lists/train.csv", HEADER, "abseiling,aaa,59,69,train,0", "diving,b,0,10,train,0"
+    )
+    copies = ("zzz", "replacement/replacement_for_corrupted_k400")
+    name = "aaa_000059_000069.mp4"
+    touch(tmp_path / "videos", *(f"{copy}/{name}" for copy in (folder, *copies)), "b.mp4")
+    script("kinetics")
+    assert rows(tmp_path / "out/train.csv")[0][0] == f"{copies[1]}/{name}"
+
+
+def test_an_older_split_that_stays_is_named(script, tmp_path):
+    """Here the test split, whose list is gone. Videos that are not on disk are in no split."""
+    for split, key in (("train", "a"), ("val", "b"), ("test", "c")):
+        gone = f"diving,gone,0,10,{split},0"
+        put(tmp_path / f"lists/{split}.csv", HEADER, f"diving,{key},0,10,{split},0", gone)
+        touch(tmp_path / "videos", f"{key}.mp4")
+    assert "earlier run" not in script("kinetics", "--untrimmed")
+    (tmp_path / "lists/test.csv").unlink()
+    out = script("kinetics", "--untrimmed")
+    assert "note: out/test.csv is of an earlier run, and stays as it is\n" in out
+
+
 def test_kinetics_clips_of_two_classes_in_one_video(script, tmp_path):
     """As in the official Kinetics-600: ID.mp4 may be either clip, but a whole video serves both."""
     put(
