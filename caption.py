@@ -224,10 +224,8 @@ def label_captions(videos, classes):
 
 
 def write_labels(captions, classes, resume):
-    """Captions without a model, always from the start. A model's captions, which may have taken
-    hours, are replaced only with --resume none."""
-    # Labels are always made from the start, so `claim` and `begin` get "none", whatever --resume
-    # says. That only decides whether captions that a model made may be lost.
+    """Captions without a model, always made from the start: `claim` and `begin` get "none".
+    --resume decides only whether captions that a model made, perhaps in hours, may be lost."""
     captions.claim("none", extend=False)
     if resume != "none":
         captions.refuse_to_replace()

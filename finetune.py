@@ -585,9 +585,11 @@ def open_splits(args, machine):
         elif args.classes is None:
             args.classes = class_names(manifest, videos)
         splits[split] = videos, number_labels(manifest, videos, args.classes, machine.say)
-    for split in ("val", "test"):
-        if "train" not in splits or (split == "val" and splits["val"] is splits["test"]):
-            continue
+    if args.test_only:
+        return splits
+    # one note is enough where --test is --val
+    held_out = ("test",) if splits["val"] is splits["test"] else ("val", "test")
+    for split in held_out:
         seen = shared_rows(splits["train"][0], splits[split][0])
         if seen > 0:
             machine.say(
@@ -743,8 +745,9 @@ def main(argv=None):
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    # A signal ends the run at once where nothing would be lost: now, in validation and in the test.
-    # In `train` it is noted (save_on_signal), and `stop.requested()` tells after the step.
+    # After end_on_signal a signal ends the run at once, with this remark: nothing would be lost in
+    # the preparation, a validation or the test. After save_on_signal, in `train`, it is noted, and
+    # `stop.requested()` tells after the step.
     stop.end_on_signal()
     if args.test_only:
         if machine.rank == 0:

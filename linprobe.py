@@ -29,9 +29,9 @@ encoder's tokens after its final norm. The probes see the mean of the views' fea
 instead averages the answers of the classifier.) With --augment A a training video has A random
 views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch of the linear probe
 draws one of them. Features are extracted once. A second run, for another --label-column or after a
-kill, reads only the videos whose features are missing. Another --augment makes the training
-features again; another --clips, --crops or --token-grid, or adding --attentive, those of the clean
-views (another --out keeps both).
+kill, reads only the videos whose features are missing. Other flags make features again: --augment
+those of the training set; --clips, --crops, --token-grid and adding --attentive those of all views
+that are not random (another --out keeps both).
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the
@@ -438,10 +438,11 @@ def print_table(result):
     for name in ("linear", "knn", "attentive"):
         if name not in result:
             continue
-        chosen = {}  # the distinct settings, in order
+        chosen = []  # the distinct settings, in order
         for setting in result[f"{name}_chosen"]:
             words = " ".join(f"{key} {value:g}" for key, value in setting.items())
-            chosen[words] = None
+            if words not in chosen:
+                chosen.append(words)
         seeds = interval_text(result[f"{name}_interval"])
         videos = interval_text(result[f"{name}_bootstrap"])
         lines.append((name, f"{result[name]:.3f}", seeds, videos, " | ".join(chosen)))

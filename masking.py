@@ -208,10 +208,8 @@ def smooth_in_time(centre: Tensor) -> Tensor:
 def window_distance(centre: Tensor, window: tuple[int, int], grid: Grid) -> Tensor:
     """How far each token is from centre [B, 2, t]: [B, t, h*w].
 
-    The distance is the larger of |dx| / wide and |dy| / high, multiplied by high * wide. So there
-    is no division, nothing is rounded, and the noise decides between tokens of equal distance, not
-    errors of rounding. Tokens of equal distance lie on the border of a window that is enlarged
-    about the centre; the border of the window itself is at distance 0.5 * high * wide."""
+    The distance is the larger of |dx| / wide and |dy| / high, times high * wide: without a division
+    nothing is rounded, so that equal distances stay equal and the noise decides between them."""
     high, wide = window
     x, y = token_centres(grid, centre.device).unbind(-1)  # each [h*w]
     centre_x, centre_y = centre[..., None].unbind(1)  # each [B, t, 1]
@@ -278,8 +276,8 @@ def trace_to_middle(motion: Tensor) -> Tensor:
     Traces go from slice to slice. Those of earlier slices go forwards in time, along the motion;
     those of later slices go backwards, against it. A step between slices s and s + 1 is the mean of
     motion[s] and motion[s + 1] where the trace is, which supposes that slices are equally far apart
-    in time. If the video ends at slice s + 1, the later slices repeat its last frame, so that
-    motion[s + 1] is 0 and the step from s to s + 1 comes out half as long. A trace that leaves the
+    in time. (Where the video ends at slice s + 1, motion[s + 1] is 0, because later slices repeat
+    the last frame: this step comes out half as long.) A trace that leaves the
     picture goes on with the motion at the border; the caller decides what it is worth."""
     batch, t, _, h, w = motion.shape
     middle = t // 2

@@ -103,11 +103,10 @@ def train(state, loader, schedule, machine, args):
     loss_weight = args.nce_weight
     to_clip = list(model.parameters())
     if args.nce_weight == 0:
-        # The contrastive loss is only watched: the model detaches the tokens before the contrastive
-        # head (nce_detach, in make_model), so that the encoder gets no gradient from it. The head
-        # has to learn, so the loss enters with weight 1. The head is not clipped: clipping takes
-        # one norm over all parameters that it is given, so that a large gradient of the head would
-        # make the encoder's steps smaller.
+        # The contrastive loss is only watched: the model keeps its gradient from the encoder
+        # (nce_detach, in make_model), so that the head can learn with weight 1. The head is not
+        # clipped: clipping takes one norm over all that it is given, so that a large gradient of
+        # the head would make the encoder's steps smaller.
         loss_weight = 1.0
         to_clip = [p for name, p in model.named_parameters() if not name.startswith("contrastive.")]
     largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -163,10 +162,9 @@ def train(state, loader, schedule, machine, args):
             log.write_step(step, lr)
         if saves and machine.rank == 0:
             state.save(checkpoint, vars(args))
-        # After a signal there is no time for a picture. At the last step it is drawn even then: a
-        # resumed run would have no step left to draw it.
-        draws = not stopped or step == schedule.last_step
-        draws = draws and schedule.ends_epoch(step, every=args.picture_every)
+        draws = schedule.ends_epoch(step, every=args.picture_every)
+        if stopped and step < schedule.last_step:
+            draws = False  # no time now; after the last step no resumed run would draw it
         if draws and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
             log.draw()
