@@ -16,7 +16,7 @@ import transformers as hf
 from conftest import BLIP, CLIP, ENVIRONMENT, ROOT, SHARED, run
 
 import caption
-import saliency
+from tgm import clip as clip_models
 from tgm.run import RunError
 
 # ---- open_clip
@@ -75,7 +75,7 @@ def test_every_published_weight_meets_its_activation(no_weights):
     for name, tag in PLAIN:
         quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         try:
-            model, _ = saliency.load_clip(name, tag, None, "meta")
+            model, _ = clip_models.load_clip(name, tag, None, "meta")
         except RunError as error:
             refused.append((name, tag, str(error)))
             continue
@@ -84,7 +84,7 @@ def test_every_published_weight_meets_its_activation(no_weights):
         if isinstance(model, open_clip.model.CLIP):
             found |= {type(block.mlp.gelu) for block in model.transformer.resblocks}
         assert found == {expected}, (name, tag)
-        assert saliency.activation_of(model) == expected.__name__
+        assert clip_models.activation_of(model) == expected.__name__
         turned += quick and not open_clip.get_model_config(name).get("quick_gelu", False)
     assert turned == 19  # that open_clip itself would build with the other
     ((name, tag, line),) = refused
@@ -106,7 +106,7 @@ def test_other_towers_are_refused_before_anything_is_downloaded(monkeypatch):
     tags = dict(OTHER)
     for name in names:
         with pytest.raises(RunError, match="plain vision transformer, without attentional pooling"):
-            saliency.load_clip(name, tags[name], None, "cpu")
+            clip_models.load_clip(name, tags[name], None, "cpu")
 
 
 def test_a_wrong_image_size_is_refused_before_anything_is_downloaded(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_wrong_image_size_is_refused_before_anything_is_downloaded(monkeypatch
     monkeypatch.setattr(open_clip, "create_model", download)
     for clip, tag, patch in (("ViT-B-16", "openai", 16), ("ViT-L-14", "openai", 14), (CLIP, "", 8)):
         with pytest.raises(RunError) as error:
-            saliency.load_clip(clip, tag, 100, "cpu")
+            clip_models.load_clip(clip, tag, 100, "cpu")
         assert str(error.value) == (
             f"--image-size 100: expected a multiple of the model's patch size, {patch}"
         )
@@ -190,7 +190,7 @@ def test_another_image_size_of_weights_in_float16(tmp_path):
     what it gives.
     """
     expected = open_clip.create_model(CLIP, force_image_size=96)
-    model, _ = saliency.load_clip(CLIP, None, 96, "cpu")
+    model, _ = clip_models.load_clip(CLIP, None, 96, "cpu")
     assert model.visual.grid_size == expected.visual.grid_size == (
         12,
         12,
@@ -207,7 +207,7 @@ def test_another_image_size_of_weights_in_float16(tmp_path):
         for key, value in open_clip.create_model(CLIP).state_dict().items()
     }
     save_file(state, folder / "open_clip_model.safetensors")
-    half, _ = saliency.load_clip(f"local-dir:{folder}", None, 96, "cpu")
+    half, _ = clip_models.load_clip(f"local-dir:{folder}", None, 96, "cpu")
     table = half.visual.positional_embedding
     assert table.dtype == torch.float32 and torch.allclose(
         table, expected.visual.positional_embedding, atol=1e-3
@@ -245,10 +245,10 @@ def test_the_activation_is_recorded_and_asked_for(copy):
 
 
 def test_texts_are_unit_length_under_bf16():
-    model, tokenizer = saliency.load_clip(CLIP, None, None, "cpu")
+    model, tokenizer = clip_models.load_clip(CLIP, None, None, "cpu")
     texts = [f"a {colour} {shape}" for colour in toy.COLOURS for shape in toy.SHAPES]
     with torch.autocast("cpu", torch.bfloat16):
-        embedded = saliency.embed_texts(model, tokenizer, texts, "cpu")
+        embedded = clip_models.embed_texts(model, tokenizer, texts, "cpu")
     assert not any(embedding.requires_grad for embedding in embedded.values())
     lengths = torch.stack([embedded[text].double().norm() for text in texts])
     assert (lengths - 1).abs().max() < 1e-6

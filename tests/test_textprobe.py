@@ -14,7 +14,7 @@ import toy
 import toy_report
 from conftest import CLIP, run
 
-import saliency
+from tgm import classes as tgm_classes
 from tgm import textprobe
 from tgm.checkpoints import read_checkpoint
 from tgm.manifest import ManifestError
@@ -326,14 +326,14 @@ def test_labels_that_count_from_1_are_not_taken_for_numbers_from_0(own):
 def test_classes_that_are_not_finite(copy, own, monkeypatch):
     """They are not written; in an array that is there, their videos count as wrong."""
     write_names(copy)
-    embed = saliency.embed_names
+    embed = tgm_classes.embed_names
 
     def spoilt(*args):
         array = embed(*args)
         array[1, 5] = np.inf
         return array
 
-    monkeypatch.setattr(saliency, "embed_names", spoilt)
+    monkeypatch.setattr(tgm_classes, "embed_names", spoilt)
     line = run(*CLASSES, cwd=copy, fails=True)
     assert line == f"--clip {CLIP}: embeds {toy.SHAPES[1]!r} with numbers that are not finite"
     assert not (copy / "data/train.classes.npy").exists()
