@@ -857,7 +857,12 @@ def test_flags_that_would_change_nothing_are_refused(tmp_path, flags, refusal):
 
 
 def test_refusals(copy):
-    assert "no such file" in run("linprobe.py", "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
+    line = run("linprobe.py", "--checkpoint", "nowhere.pt", cwd=copy, fails=True)
+    assert line.startswith("--checkpoint nowhere.pt: no checkpoint there (")
+    (copy / "shards").mkdir()
+    (copy / "shards/model.safetensors.index.json").touch()
+    line = run("linprobe.py", "--checkpoint", "shards", cwd=copy, fails=True)
+    assert line.startswith("--checkpoint shards: its weights are in several files")
     (copy / "garbage.pt").write_bytes(b"not a checkpoint")
     refusal = run(
         "linprobe.py", "--checkpoint", "garbage.pt", "--size", "tiny", cwd=copy, fails=True
