@@ -745,9 +745,9 @@ def main(argv=None):
         model = make_model(args, machine)
     machine.join()
     stop = StopSignal(machine.ranks)
-    # After end_on_signal a signal ends the run at once, with this remark: nothing would be lost in
-    # the preparation, a validation or the test. After save_on_signal, in `train`, it is noted, and
-    # `stop.requested()` tells after the step.
+    # After end_on_signal a signal ends the run at once, with the given remark if there is one:
+    # nothing would be lost now, in a validation or in the test. After save_on_signal, in `train`,
+    # it is noted, and `stop.requested()` tells after the step.
     stop.end_on_signal()
     if args.test_only:
         if machine.rank == 0:

@@ -43,8 +43,10 @@ SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val"
 
 
 def splits_in(path):
-    """The splits that a file's name tells, of train, val and test; "latest" is none."""
-    return set(re.findall(r"(?<![a-z])(train|val|test)", Path(path).stem.lower()))
+    """The splits that a file's name tells, of train, val and test. "latest" and "interval" tell
+    none; "trainval" tells two."""
+    words = re.findall(r"(?<![a-z])((?:mini)?(?:train|val|test)+)", Path(path).stem.lower())
+    return set(re.findall("train|val|test", " ".join(words)))
 
 
 def split_of(path):

@@ -108,8 +108,11 @@ def main(argv=None):
     }
     answers = os.path.join(args.annotations, "test-answers.csv")
     tests = [os.path.join(args.annotations, name) for name in ("test.json", PREFIX + "test.json")]
-    if os.path.exists(answers) and any(map(os.path.exists, tests)):
+    has_list = any(map(os.path.exists, tests))
+    if os.path.exists(answers) and has_list:
         splits["test"] = read_test(find("test.json"), answers, numbers, videos)
+    elif os.path.exists(answers):
+        print(f"note: {answers} has no test.json beside it: no test split is written")
     lists.write(
         args.out, splits, sorted(numbers, key=numbers.get), ("caption",), folder=args.videos
     )

@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import toy
 
 import saliency
+from tgm import clip as clip_models
 from tgm.arrays import companion, open_array, origin, read_captions, text_commands
 from tgm.manifest import file_sizes, read_manifest
 from tgm.run import RunError, one_line_errors
@@ -80,7 +81,7 @@ def no_text_maps(visual, images):
 @torch.inference_mode()
 def no_text(clip, videos, moments):
     """Maps [N, S, G, G] of `no-text`."""
-    visual = saliency.load_clip(clip, "openai", None, "cpu")[0].visual
+    visual = clip_models.load_clip(clip, "openai", None, "cpu")[0].visual
     mean = torch.tensor(visual.image_mean)[:, None, None]
     std = torch.tensor(visual.image_std)[:, None, None]
     maps = np.zeros((len(videos), moments, *visual.grid_size), np.float16)

@@ -461,7 +461,7 @@ def test_kinetics_errors(script, tmp_path, line, message):
     assert not (tmp_path / "out/train.csv").exists()
 
 
-@pytest.mark.parametrize("folder", ["train", "train/abseiling"])
+@pytest.mark.parametrize("folder", ["clips", "train/abseiling"])
 def test_kinetics_replacements_of_broken_clips(script, tmp_path, folder):
     put(
         tmp_path / "lists/train.csv", HEADER, "abseiling,aaa,59,69,train,0", "diving,b,0,10,train,0"
@@ -521,6 +521,9 @@ def test_kinetics_splits_are_words_of_a_file_name():
         "validate.csv": {"val"},
         "kinetics400-test.csv": {"test"},
         "train_and_val.csv": {"train", "val"},
+        "trainval.csv": {"train", "val"},
+        "valtest.csv": {"val", "test"},
+        "minitrain.csv": {"train"},
         "contest.csv": set(),
     }.items():
         assert kinetics.splits_in(name) == splits, name
@@ -659,6 +662,16 @@ def test_ssv2(script, tmp_path, prefix):
     assert json.loads((tmp_path / "out/val.captions.jsonl").read_text())["captions"] == (
         ["Approaching something with your camera"]
     )
+
+
+def test_ssv2_answers_without_their_list(script, tmp_path):
+    write_ssv2(tmp_path)
+    touch(tmp_path / "videos", "78687.webm", "5.webm")
+    put(tmp_path / "lists/test-answers.csv", "7;Approaching something with your camera")
+    (tmp_path / "lists/test.json").unlink(missing_ok=True)
+    out = script("ssv2")
+    assert "note: lists/test-answers.csv has no test.json beside it" in out
+    assert (tmp_path / "out/val.csv").exists() and not (tmp_path / "out/test.csv").exists()
 
 
 def test_ssv2_errors(script, tmp_path):

@@ -11,6 +11,7 @@ from conftest import BLIP, CLIP, run
 import finetune
 import pretrain
 import saliency
+from tgm import clip as clip_models
 
 TINY = ("--size", "tiny", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--picture-every", 0)
 
@@ -185,7 +186,7 @@ def test_captions_that_are_empty_or_a_thousand_words_long(copy):
     assert np.isfinite(np.delete(text, 2, 0)).all() and np.isnan(text[2]).all()
     assert np.abs(np.linalg.norm(text[:2], axis=-1) - 1).max() < 1e-3
     tokenizer = open_clip.get_tokenizer(CLIP)
-    model, _ = saliency.load_clip(CLIP, None, None, "cpu")
+    model, _ = clip_models.load_clip(CLIP, None, None, "cpu")
     tokens = tokenizer([words, " ".join(words.split()[:400])])
     # only its beginning counts
     assert tokens.shape == (2, model.context_length) and torch.equal(*tokens)

@@ -19,6 +19,7 @@ import caption
 import masking
 import model as models
 import saliency
+from tgm import clip as clip_models
 from tgm.manifest import ManifestError
 from tgm.offline import Item
 from tgm.sampling import clip_times
@@ -388,7 +389,7 @@ def test_caption_match(world):
 @torch.inference_mode()
 def test_the_tiny_clip_finds_what_the_caption_names():
     """Either thing, by its own caption, in two moments of 100 drawn videos of val.csv."""
-    clip, tokenizer = saliency.load_clip(CLIP, "openai", None, "cpu")
+    clip, tokenizer = clip_models.load_clip(CLIP, "openai", None, "cpu")
     mean = torch.tensor(clip.visual.image_mean)[:, None, None]
     std = torch.tensor(clip.visual.image_std)[:, None, None]
     scenes = [toy.scene(0, "val", row) for row in range(100)]

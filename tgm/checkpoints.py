@@ -108,8 +108,9 @@ def settings_folder(path: Path) -> Path:
     return path.parent if path.name in HF_FILES else path
 
 
-def refuse_missing(file: Path) -> None:
-    """ValueError if `file`, of `weights_file`, is no file."""
+def expect_weights(file: Path) -> None:
+    """ValueError if `file`, of `weights_file`, is missing, or a folder with weights in several
+    files."""
     if list(file.glob("*.index.json")):
         raise ValueError(
             f"{file}: its weights are in several files, which cannot be read; write them into one "
@@ -124,7 +125,7 @@ def refuse_missing(file: Path) -> None:
 def open_safely(file: Path) -> Any:
     """Everything that a file holds, without running code from it; ValueError as
     `read_checkpoint`."""
-    refuse_missing(file)
+    expect_weights(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

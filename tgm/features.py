@@ -89,7 +89,7 @@ def load_encoder(
     untrained = checkpoint == "none"
     if not untrained:
         try:
-            checkpoints.refuse_missing(checkpoints.weights_file(path))
+            checkpoints.expect_weights(checkpoints.weights_file(path))
         except ValueError as error:
             raise RunError(f"--checkpoint {error}; none stands for an untrained encoder") from None
     identity = weights_identity(checkpoint, seed)

@@ -2,8 +2,6 @@
 videos have a row in each. Needs masking.py; of this folder arrays.py and manifest.py.
 
     videos, rows, arrays, identity = open_data("data/train.csv", "text", nce_weight=1.0)
-
-Shapes: N videos.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tgm.checkpoints import head_classes
+from tgm.checkpoints import head_classes, settings_folder
 from tgm.manifest import ManifestError, Videos, manifest_hash, read_manifest, require_files
 from tgm.run import list_names
 
@@ -35,13 +35,15 @@ def trained_classes(checkpoint: str, saved: dict, videos: Videos, say=print) -> 
     with it. Other people's checkpoints may have no names, or the labels may not use them: then the
     labels are the numbers of the outputs.
 
-    saved: what `checkpoints.saved_args` reads. ValueError if it is no classifier."""
+    saved: what `checkpoints.saved_args` reads. ValueError if it has no names and the file holds no
+    classifier."""
     names = saved.get("classes")
-    numbers = [str(number) for number in range(head_classes(checkpoint))]
     if names is None:
-        return numbers
+        return [str(number) for number in range(head_classes(checkpoint))]
+    is_huggingface = (settings_folder(Path(checkpoint)) / "config.json").is_file()
     labels = {video.label for video in videos}
-    if Path(checkpoint).is_dir() and labels.isdisjoint(names) and labels <= set(numbers):
+    numbers = [str(number) for number in range(len(names))]
+    if is_huggingface and labels.isdisjoint(names) and labels <= set(numbers):
         say(f"note: the labels are taken as numbers of the {len(names)} classes, not as names")
         return numbers
     return names
