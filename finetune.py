@@ -16,36 +16,19 @@ Writes  runs/finetune/, or --out: checkpoint.pt (the latest weights) and best.pt
     # test again, with other views
     python finetune.py --checkpoint runs/finetune/best.pt --test-only --views 2 3
 
-Recipes for ViT-B on eight GPUs, after VideoMAE's scripts (scripts/DATA/.../finetune.sh). Learning
-rates are scaled as in its run_class_finetuning.py: lr = blr x videos / 256, where videos = batch
-size x accum x ranks. --repeat does not enter this formula. The rate ends at the floor, which is
-min-blr x videos / 256. With half as many GPUs double --accum. "384 x 2" stands for 384 videos per
-step (16 per GPU, the default, x accum 3 x 8 GPUs) with 2 samples of each (--repeat 2, the default).
-
-    Kinetics-400 (VideoMAE's epoch_1600: 384 x 2)                       lr 7.5e-4, floor 1.5e-6
-        --accum 3 --epochs 75 --blr 5e-4 --views 5 3
-        for ViT-S 150 epochs; for ViT-L 128 x 2: --accum 1 --epochs 35 --blr 2e-3 (lr 1e-3, floor
-        5e-7)
-    Kinetics-400 (VideoMAE's FINETUNE.md: 512 x 1)                      lr 2e-3, floor 2e-6
-        --accum 4 --repeat 1 --epochs 100 --blr 1e-3 --views 5 3
-    Something-Something v2 (VideoMAE's epoch_2400: 384 x 2)             lr 7.5e-4, floor 1.5e-6
-        --accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3
-    Something-Something v2 (VideoMAE's epoch_800: 512 x 1)              lr 1e-3, floor 2e-6
-        --accum 4 --repeat 1 --epochs 50 --blr 5e-4 --sampling uniform --no-flip --views 2 3
-    UCF101 (VideoMAE's epoch_3200: 128 x 2)                             lr 2.5e-4, floor 5e-6
-        --epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2
-        --head-dropout 0.5 --views 5 3
-    HMDB51 (ours: VideoMAE has no script)                               lr 2.5e-4, floor 5e-6
-        the flags of UCF101
-    Diving48 (ours; without mirroring, as Something-Something)          lr 2.5e-4, floor 5e-7
-        --epochs 100 --blr 5e-4 --sampling uniform --no-flip --views 2 3
+Recipes for the paper's data sets, after VideoMAE's scripts, are in docs/datasets.md; what differs
+from VideoMAE's fine-tuning, such as RandAugment's operations, is in docs/method.md.
 
 Training clips are cropped at random, half of them mirrored (give --no-flip where direction is the
 label), and changed by RandAugment and random erasing, with the same operations and boxes in every
-frame. Batches are mixed by mixup or cutmix, each clip with one of another video (with --batch-size
-1, of the same video). The learning rate of a layer is that of the next layer towards the head times
---layer-decay, so that the layers near the input learn most slowly. An epoch is one pass over the
-videos; --repeat R takes R samples of each decoded clip.
+frame (tgm/augment.py). Batches are mixed by mixup or cutmix, each clip with one of another video
+(with --batch-size 1, of the same video). An epoch is one pass over the videos; --repeat R takes R
+samples of each decoded clip.
+
+The learning rate is scaled as in VideoMAE's run_class_finetuning.py: lr = blr x videos / 256, where
+videos = batch size x accum x ranks, without the repeats. It ends at min-blr x videos / 256. This is
+the rate of the head; that of each layer is the rate of the next layer towards the head times
+--layer-decay, so that the layers near the input learn most slowly.
 
 After every epoch the model is validated on --val, with one view per video. At the end it is tested
 on --test (by default --val), with clips x crops views per video, whose softmax is averaged. Where
@@ -53,8 +36,6 @@ on --test (by default --val), with clips x crops views per video, whose softmax 
 was not. Every test video is counted once, whatever the number of ranks, and one that cannot be read
 counts as wrong. If clearly more than --max-bad of a manifest's files are missing (256 of them are
 looked for), nothing is begun.
-
-What differs from VideoMAE's fine-tuning, such as RandAugment's operations: docs/method.md.
 
 Signals. After SIGTERM or Ctrl-C training saves at the end of the step and ends. Validation and
 testing end at once, because the weights are saved already. The exit code is that of the signal (143
@@ -74,20 +55,17 @@ them; its file is not read any more. Other flags and data are refused, but for t
 Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
 import model as models
 from tgm import checkpoints, checks, evaluation, flags, resume
 from tgm.arrays import hold
+from tgm.augment import Augmentation, add_augmentation_flags, make_mix
 from tgm.labels import (
     class_names,
     labels_hash,
@@ -102,7 +80,6 @@ from tgm.sampling import TrainingClips, Views, clip_times, seed_from, uniform_ti
 from tgm.training import Machine, Schedule, TrainingLog
 from tgm.video import TIMEOUT, VideoReader
 
-GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what augmentation fills in
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
 # and use concern the test alone; the classes follow from the labels. accum, batch_size and ranks
 # may each change as long as their product stays the same: it is in args.identity, which
@@ -236,27 +213,6 @@ def repeats_first(x):
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def make_mix(mixup, cutmix, classes):
-    """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
-    above 0: clips [R*B, 3, T, H, W] float, labels [R*B] -> clips, targets [R*B, C]. Each sample is
-    mixed with its neighbour in the batch."""
-    kinds = []
-    if mixup > 0:
-        kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))
-    if cutmix > 0:
-        kinds.append(v2.CutMix(alpha=cutmix, num_classes=classes))
-    mixer = v2.RandomChoice(kinds) if kinds else None
-
-    def mix(clips, labels):
-        if mixer is None:
-            return clips, F.one_hot(labels, classes).float()
-        # torchvision mixes [R*B, T, 3, H, W], and wants to be told that these are videos
-        videos, targets = mixer(tv_tensors.Video(clips.transpose(1, 2)), labels)
-        return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
-
-    return mix
-
-
 def learning_rate(steps_done, lr, warmup, total, floor):
     """The learning rate of the step that follows `steps_done` steps: a linear warm-up, then half a
     cosine down to `floor` (never above lr). warmup, in steps, may be a fraction."""
@@ -317,63 +273,32 @@ def layer_table(optimizer, depth, lr):
 # ---- samples -------------------------------------------------------------------------------------
 
 
-class EraseWithNoise(v2.RandomErasing):
-    """torchvision's random erasing with value="random", whose normal noise is meant for normalised
-    pixels; here it is scaled to those of uint8."""
-
-    def __init__(self, probability):
-        super().__init__(probability, value="random")
-
-    def make_params(self, flat_inputs):
-        params = super().make_params(flat_inputs)
-        if params["v"] is not None:  # the noise; None where nothing is erased
-            mean = torch.tensor(models.MEAN)[:, None, None]
-            deviation = torch.tensor(models.STD)[:, None, None]
-            noise = 255 * (mean + deviation * params["v"])  # [3, h, w]
-            params["v"] = noise.round().clamp(0, 255)
-        return params
-
-
 class Clips(TrainingClips):
     """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], "row"}.
 
-    rows: the manifest's rows to train on; labels: the class of each of its videos; the other
-    settings are the flags of these names (timeout: --video-timeout)."""
+    labels: the class of each video; augment: an `Augmentation`; the other settings are the flags of
+    these names (timeout: --video-timeout)."""
 
     def __init__(
         self,
         videos,
-        rows,
         labels,
+        augment,
         frames,
-        image_size,
         stride,
         sampling="dense",
         repeat=2,
-        flip=True,
-        crop_scale=(0.08, 1.0),
-        rand_augment=(4, 21),
-        erase=0.25,
         seed=0,
         timeout=TIMEOUT,
     ):
-        super().__init__(videos, rows, seed)
+        super().__init__(videos, np.arange(len(videos)), seed)
         self.labels = labels
+        self.augment = augment
         self.frames = frames
-        self.image_size = image_size
         self.stride = stride
         self.sampling = sampling
         self.repeat = repeat
-        self.flip = flip
-        self.crop_scale = tuple(crop_scale)
         self.timeout = timeout
-        operations, magnitude = rand_augment
-        bilinear = TF.InterpolationMode.BILINEAR
-        operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
-        # VideoMAE's rand-m7-n4 is four times one random operation, each with probability 0.5, of
-        # magnitude 7/10 = 21/30. One object may stand in the list several times: it has no state.
-        self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
-        self.erase = EraseWithNoise(erase)
 
     def sample(self, epoch, row, rng):
         with VideoReader(self.videos[row].path, timeout=self.timeout) as reader:
@@ -395,80 +320,26 @@ class Clips(TrainingClips):
             "row": row,
         }
 
-    def augment(self, frames, seed):
-        """One augmented sample of a clip, uint8 [T, 3, H, W] -> [3, T, size, size]. All frames get
-        the same crop, flip, operations and erased box."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            box = v2.RandomResizedCrop.get_params(
-                frames, scale=self.crop_scale, ratio=(3 / 4, 4 / 3)
-            )
-            size = [self.image_size, self.image_size]
-            clip = TF.resized_crop(frames, *box, size, antialias=True)
-            if self.flip and torch.rand(()) < 0.5:
-                clip = clip.flip(-1)
-            for operation in self.rand_augment:
-                clip = operation(clip)
-            return self.erase(clip).transpose(0, 1).contiguous()
-
 
 def make_clips(videos, labels, args):
     """The training samples that the flags describe. labels: LongTensor [videos]."""
+    augment = Augmentation(
+        args.image_size, args.flip, args.crop_scale, args.rand_augment, args.erase
+    )
     return Clips(
         videos,
-        np.arange(len(videos)),
         labels.tolist(),
+        augment,
         args.frames,
-        args.image_size,
         args.stride,
         sampling=args.sampling,
         repeat=args.repeat,
-        flip=args.flip,
-        crop_scale=args.crop_scale,
-        rand_augment=args.rand_augment,
-        erase=args.erase,
         seed=args.seed,
         timeout=args.video_timeout,
     )
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-
-def add_augmentation_flags(group):
-    """The flags of `Clips` and of mixing."""
-    group.add_argument(
-        "--crop-scale",
-        type=flags.ratio,
-        nargs=2,
-        default=(0.08, 1.0),
-        metavar=("MIN", "MAX"),
-        help="a crop's share of the frame's area",
-    )
-    group.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the samples; give --no-flip where direction is the label",
-    )
-    group.add_argument(
-        "--rand-augment",
-        type=flags.whole(0, 30),
-        nargs=2,
-        default=(4, 21),
-        metavar=("OPS", "M"),
-        help="number of operations, and their magnitude of 30; 0 0: off",
-    )
-    group.add_argument(
-        "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"
-    )
-    group.add_argument(
-        "--mixup", type=flags.not_negative, default=0.8, help="alpha of mixup; 0: off"
-    )
-    group.add_argument(
-        "--cutmix", type=flags.not_negative, default=1.0, help="alpha of cutmix; 0: off"
-    )
-    group.add_argument("--smoothing", type=flags.fraction, default=0.1, help="label smoothing")
 
 
 def parse_args(argv=None):

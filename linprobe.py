@@ -49,12 +49,12 @@ Probes.
   knn        The k nearest neighbours vote, each with weight exp(cosine / 0.07) (Wu et al. 2018,
              arXiv 1805.01978). Random views are averaged.
   attentive  One learned query attends to the layer-normed tokens, with as many heads as the
-             encoder has; then one linear layer. This is V-JEPA's probe (arXiv 2404.08471) without
-             its MLP block. AdamW, cosine, batch 64, 20 epochs, or on a small training set as many
-             as make 3,000 steps. The learning rate is chosen with the first seed. The views are
-             always the clean ones. Each view's tokens are average-pooled to --token-grid, M of
-             them. On disk that takes 2 V M D bytes per video: by default 0.4 MB for a base model,
-             so 95 GB for Kinetics-400.
+             encoder has; then one linear layer (tgm/attentive.py). This is V-JEPA's probe (arXiv
+             2404.08471) without its MLP block. AdamW, cosine, batch 64, 20 epochs, or on a small
+             training set as many as make 3,000 steps. The learning rate is chosen with the first
+             seed. The views are always the clean ones. Each view's tokens are average-pooled to
+             --token-grid, M of them. On disk that takes 2 V M D bytes per video: by default 0.4 MB
+             for a base model, so 95 GB for Kinetics-400.
 
 The contrastive head (tgm/textprobe.py). If captions were used in the checkpoint's pretraining, two
 more things are asked of the test videos. A video's embedding is its feature, projected by the head.
@@ -91,6 +91,7 @@ import torch.nn.functional as F
 
 import model as models
 from tgm.arrays import hold, written_aside
+from tgm.attentive import attentive
 from tgm.checks import as_run_error
 from tgm.evaluation import bootstrap, t_interval
 from tgm.features import (
@@ -230,86 +231,6 @@ def knn(train, labels, test, settings, seed, *, classes, temperature=0.07):
         votes.scatter_add_(1, label[:, :k], weight[:, :k])
         predicted.append(votes.argmax(1))
     return torch.stack(predicted)
-
-
-class AttentiveProbe(torch.nn.Module):
-    """tokens [B, V*M, D] -> logits [B, C], by `classify_all`: multi-head cross-attention from one
-    learned query, then a linear layer.
-
-    Four usual parts are missing, because the probe can express the same without them. A bias of
-    keys adds the same number to all scores of a head, which the softmax ignores. The norm's scale
-    and shift can be part of key, value and head; a bias of values and an output projection can be
-    part of the head."""
-
-    def __init__(self, width, heads, classes):
-        super().__init__()
-        self.query = torch.nn.Parameter(0.02 * torch.randn(heads, 1, width // heads))
-        self.key = models.XavierLinear(width, width, bias=False)
-        self.value = models.XavierLinear(width, width, bias=False)
-        self.head = torch.nn.Linear(width, classes)
-
-    # Usual attention computes a key K x and a value V x of every token x: scores q . (K x), their
-    # softmax a, output sum of a V x. With one query q per head, neither is needed:
-    #   q . (K x) = (K^T q) . x
-    #       `token_query` computes K^T q once; `classify_all` multiplies it with all tokens.
-    #   sum of a V x = V (sum of a x)
-    #       `classify_all` averages the tokens with the weights a; `classify` applies V.
-
-    def token_query(self):
-        """What the tokens are compared with: K^T q of each head, scaled, [heads, D]."""
-        key = self.key.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
-        return (self.query @ key).squeeze(1) / key.shape[1] ** 0.5
-
-    def classify(self, pooled):
-        """The heads' weighted means of tokens [B, heads, D] -> logits [B, C]."""
-        value = self.value.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
-        return self.head(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
-
-
-def classify_all(probes, tokens):
-    """The logits of several probes for the same tokens [B, V*M, D]: L times [B, C]. All their
-    queries meet the tokens in one product: faster than one probe after the other."""
-    tokens = F.layer_norm(tokens, tokens.shape[-1:])
-    queries = torch.cat([probe.token_query() for probe in probes])  # [L * heads, D]
-    attention = (tokens @ queries.T).softmax(1)  # [B, V*M, L * heads]
-    pooled = (attention.mT @ tokens).unflatten(1, (len(probes), -1))  # [B, L, heads, D]
-    return [probe.classify(each) for probe, each in zip(probes, pooled.unbind(1), strict=True)]
-
-
-def attentive(
-    train, labels, test, settings, seed, *, classes, heads, epochs, least_steps=0, batch=64
-):
-    """The attentive probe. train, test: TokenRows; settings: [{"rate": learning rate}, ...];
-    least_steps: adds epochs until there are so many steps. All settings are trained together, each
-    as if alone: their losses are added up, and each has its own parameters."""
-    device = labels.device
-    probes = []
-    groups = []
-    for _ in settings:
-        # so that all settings start alike, and that the order of batches below does not depend on
-        # how many settings there are
-        torch.manual_seed(seed)
-        probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
-        probes.append(probe)
-        groups.append({"params": list(probe.parameters())})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)  # rates: see below
-    steps = math.ceil(len(train) / batch)  # of an epoch
-    epochs = max(epochs, math.ceil(least_steps / steps))
-    for epoch in range(epochs):
-        for step, index in enumerate(torch.randperm(len(train)).split(batch)):
-            factor = schedule(epoch + step / steps, epochs)
-            for group, setting in zip(optimizer.param_groups, settings, strict=True):
-                group["lr"] = setting["rate"] * factor
-            optimizer.zero_grad()
-            logits = classify_all(probes, train[index].read(device))
-            sum(F.cross_entropy(each, labels[index]) for each in logits).backward()
-            optimizer.step()
-    predicted = []
-    with torch.inference_mode():
-        for index in torch.arange(len(test)).split(batch):
-            logits = classify_all(probes, test[index].read(device))
-            predicted.append(torch.stack([each.argmax(1) for each in logits]))
-    return torch.cat(predicted, dim=1)
 
 
 # ---- from features to a table --------------------------------------------------------------------

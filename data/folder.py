@@ -128,6 +128,21 @@ def read_names(folder, names, splits, pattern):
     return files
 
 
+def empty_classes(folder, splits, classes):
+    """The names of the class folders in which no video was found."""
+    names = set()
+    for top in splits or [""]:
+        with os.scandir(os.path.join(folder, top)) as entries:
+            names |= {entry.name for entry in entries if entry.is_dir()}
+    return sorted(name for name in names - set(classes) if not name.startswith("."))
+
+
+def name_some(names):
+    """The first ten of them, as text."""
+    more = ", ..." if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
 def check_given(folder, files, splits):
     """Ends with one line where train or val has no videos, or a group is in two splits."""
     for split in ("train", "val"):
@@ -211,8 +226,9 @@ def main(argv=None):
     for file in files:
         sides[file.kind].add(file.split)
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
-        more = ", ..." if len(lone) > 10 else ""
-        print(f"{len(lone)} classes are not in both train and val: {', '.join(lone[:10])}{more}")
+        print(f"{len(lone)} classes are not in both train and val: {name_some(lone)}")
+    if empty := empty_classes(args.videos, given, classes):
+        print(f"no classes, as they hold no {', '.join(lists.EXTENSIONS)}: {name_some(empty)}")
 
     numbers = {name: i for i, name in enumerate(classes)}
     rows = {"train": [], "val": [], "test": []}

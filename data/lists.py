@@ -161,8 +161,9 @@ def read_entries(path, *keys):
 
 def list_videos(folder):
     """The paths of the videos below a folder, relative to it. Links are followed, and each folder
-    is entered once. A link that leads nowhere is no video, and neither is "._1.mp4": macOS writes
-    such files beside the real ones on disks of other systems."""
+    is entered once. A link that leads nowhere is no video. Hidden files and folders, whose names
+    begin with a dot, are left out: "._1.mp4", which macOS writes beside 1.mp4 on disks of other
+    systems, and what lies in the trash."""
     names = []
     entered = set()
     waiting = [""]
@@ -176,7 +177,7 @@ def list_videos(folder):
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.name.startswith("._"):
+                    if entry.name.startswith("."):
                         continue
                     if entry.is_symlink() and not os.path.exists(entry.path):
                         continue

@@ -1173,6 +1173,9 @@ def test_folder(script, tmp_path):
         "walk/.mp4",
         "train/\u00e9.avi",
         "train/z.avi",
+        "swim/a.mpg",
+        "swim/b.mpg",
+        ".Trash-1000/files/c.mp4",
     )
     printed = script(
         "folder", "--val", 0.4, "--group", r"(.*)_c\d+$|(?P<rest>.*)", fails=True, annotations=False
@@ -1192,6 +1195,7 @@ def test_folder(script, tmp_path):
     assert (tmp_path / "out/classes.txt").read_text() == "one\nrun, fast\ntrain\nwalk\n"
     assert "1 videos are in no class folder: left out" in printed
     assert "1 classes are not in both train and val: one\n" in printed
+    assert "no classes, as they hold no .mp4, .mkv, .webm, .avi, .mov: swim\n" in printed
     script("folder", "--val", 0.4, annotations=False)
     assert rows(tmp_path / "out/val.csv") == val
     drawn = set()
@@ -1240,7 +1244,7 @@ def test_folder_given_split(script, tmp_path):
         [("validation/a/3_c1.mp4", "0", None, None)],
         [("test/b/4_c1.mp4", "1", None, None)],
     ]
-    assert "1 classes are not in both train and val: b" in printed
+    assert "1 classes are not in both train and val: b" in printed and "no classes" not in printed
     touch(tmp_path / "videos", "validation/b/2_c7.mp4")
     assert script("folder", "--group", "(.*)_c", annotations=False, fails=True) == (
         "videos/validation/b/2_c7.mp4: group '2' is in val, but also in train (train/b/2_c1.mp4)"
@@ -1394,7 +1398,7 @@ def test_links_that_lead_nowhere_and_unreadable_folders(script, tmp_path, monkey
 def test_files_that_macos_leaves_beside_the_real_ones(script, tmp_path):
     """A file ._NAME is neither a video nor a list."""
     touch(tmp_path / "videos", "a/1.mp4", "a/._1.mp4", "a/2.mp4", "._a/3.mp4")
-    script("folder", annotations=False)
+    assert "no classes" not in script("folder", annotations=False)
     found = [*column(tmp_path / "out/train.csv", "path"), *column(tmp_path / "out/val.csv", "path")]
     assert sorted(found) == ["../videos/a/1.mp4", "../videos/a/2.mp4"]
     put(tmp_path / "lists/a_test_split1.txt", "1.avi 1", "2.avi 2")

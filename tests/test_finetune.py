@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image
+from torchvision.transforms import v2
 
 import finetune
 import model as models
@@ -895,39 +896,53 @@ def test_refusals_name_what_mends(copy):
 # ---- VideoMAE's recipes
 
 
-def test_learning_rates_of_videomaes_recipes():
-    """What its scripts give, videos x lr / 256 falling to videos x min_lr / 256, from the flags
-    of the docstring on eight GPUs.
+def recipes():
+    """The rows of the table in docs/datasets.md: data set, source, videos x samples, learning rate,
+    floor, flags.
     """
-    recipes = {  # flags -> (learning rate, floor)
-        "--accum 3 --epochs 75 --blr 5e-4 --views 5 3": (7.5e-4, 1.5e-6),
-        "--accum 4 --repeat 1 --epochs 100 --blr 1e-3": (2e-3, 2e-6),
-        "--accum 3 --epochs 30 --blr 5e-4 --sampling uniform --no-flip --views 2 3": (
-            7.5e-4,
-            1.5e-6,
-        ),
-        "--accum 4 --repeat 1 --epochs 50": (1e-3, 2e-6),
-        "--epochs 100 --blr 5e-4 --min-blr 1e-5 --layer-decay 0.7 --drop-path 0.2 --head-dropout 0.5 --views 5 3": (
-            2.5e-4,
-            5e-6,
-        ),
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    table = page[page.index("| data set | source |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_recipes_are_those_of_videomaes_scripts():
+    """videos, samples, epochs, lr x videos / 256 and min_lr x videos / 256 of each script."""
+    expected = {
+        "VideoMAE's epoch_1600": ("384 x 2", 75, 7.5e-4, 1.5e-6),
+        "VideoMAE's FINETUNE.md": ("512 x 1", 100, 2e-3, 2e-6),
+        "VideoMAE's epoch_2400": ("384 x 2", 30, 7.5e-4, 1.5e-6),
+        "VideoMAE's epoch_800": ("512 x 1", 50, 1e-3, 2e-6),
+        "VideoMAE's epoch_3200": ("128 x 2", 100, 2.5e-4, 5e-6),
     }
-    documented = " ".join(finetune.__doc__.split())
-    for flags, (lr, floor) in recipes.items():
-        assert flags in documented
-        args = finetune.parse_args(flags.split())
+    found = {}
+    for _, source, videos, lr, floor, flags in recipes():
+        if source != "ours":
+            args = finetune.parse_args(flags.strip("`").split())
+            found[source] = (videos, args.epochs, float(lr), float(floor))
+    assert found == expected
+
+
+def test_recipes_give_their_learning_rates():
+    """From the flags, on eight GPUs; the rate rises to lr, and falls to the floor."""
+    seen = 0
+    for _, _, size, lr, floor, flags in recipes():
+        lr, floor = float(lr), float(floor)
+        if not flags.startswith("`"):
+            assert flags == "those of UCF101"
+            continue
+        args = finetune.parse_args(flags.strip("`").split())
         videos = args.batch_size * args.accum * 8
-        assert args.blr * videos / 256 == pytest.approx(
-            lr
-        ) and args.min_blr * videos / 256 == pytest.approx(floor)
+        assert size == f"{videos} x {args.repeat}"
+        assert args.blr * videos / 256 == pytest.approx(lr)
+        assert args.min_blr * videos / 256 == pytest.approx(floor)
         steps = args.epochs * 100
         rates = [
             finetune.learning_rate(step, lr, 500, steps, floor) for step in (0, 499, 500, steps - 1)
         ]
-        assert (
-            rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)]
-            and rates[-1] >= floor
-        )
+        assert rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)]
+        assert rates[-1] >= floor
+        seen += 1
+    assert seen == 7
 
 
 @pytest.mark.parametrize("repeat, accum", [(1, 1), (3, 1), (2, 2)])
@@ -1027,13 +1042,13 @@ def test_a_run_mixes_different_videos(world, tmp_path, monkeypatch):
 def test_each_operation_of_rand_augment_comes_with_probability_one_half(world, monkeypatch):
     """Of four: binomial, none in a sixteenth of the samples."""
     counts = []
-    apply = finetune.v2.RandAugment._apply_image_or_video_transform
+    apply = v2.RandAugment._apply_image_or_video_transform
 
     def counted(self, *args, **flags):
         counts[-1] += 1
         return apply(self, *args, **flags)
 
-    monkeypatch.setattr(finetune.v2.RandAugment, "_apply_image_or_video_transform", counted)
+    monkeypatch.setattr(v2.RandAugment, "_apply_image_or_video_transform", counted)
     data = clips_of(world, "--erase", 0)
     frames = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
     for seed in range(1600):

@@ -19,6 +19,7 @@ from test_run import Child, no_child_is_left, two_ranks  # noqa: F401
 
 import linprobe
 from model import VideoMAE, normalize
+from tgm import attentive
 from tgm.evaluation import bootstrap, t_interval
 from tgm.features import RandomViews, TokenRows
 from tgm.manifest import Video, read_manifest
@@ -287,7 +288,7 @@ def test_intervals_in_words():
 
 def test_the_attentive_probe_is_torchs_multi_head_attention():
     torch.manual_seed(0)
-    probe, tokens = linprobe.AttentiveProbe(24, 3, 5), 3 * torch.randn(4, 10, 24) + 1
+    probe, tokens = attentive.AttentiveProbe(24, 3, 5), 3 * torch.randn(4, 10, 24) + 1
     probe.query.data *= 200  # an attention that is far from uniform
     reference = torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
     reference.in_proj_weight.data = torch.cat(
@@ -298,7 +299,7 @@ def test_the_attentive_probe_is_torchs_multi_head_attention():
     pooled, attention = reference(probe.query.reshape(1, 1, 24).expand(4, 1, 24), normed, normed)
     assert attention.max() > 0.3
     assert torch.allclose(
-        linprobe.classify_all([probe], tokens)[0], probe.head(pooled[:, 0]), atol=1e-5
+        attentive.classify_all([probe], tokens)[0], probe.head(pooled[:, 0]), atol=1e-5
     )
 
 
@@ -314,7 +315,7 @@ def test_the_attentive_probe_finds_the_token_that_tells():
     tokens[499] = np.nan  # a failed test video: any prediction will do
     train = TokenRows(tokens, torch.arange(300))
     test = TokenRows(tokens, torch.arange(300, 500))
-    probe = partial(linprobe.attentive, heads=2, classes=3, epochs=20)
+    probe = partial(attentive.attentive, heads=2, classes=3, epochs=20)
     settings = [{"rate": 1e-5}, {"rate": 1e-2}]
     predicted = probe(train, labels[:300], test, settings, 0)
     assert (
@@ -329,16 +330,23 @@ def test_the_attentive_probe_finds_the_token_that_tells():
 
 @pytest.mark.parametrize("least, epochs", ((0, 2), (6, 2), (7, 3), (30, 10)))
 def test_the_attentive_probe_adds_epochs_on_a_small_training_set(monkeypatch, least, epochs):
-    seen = []
-    true = linprobe.schedule
-    monkeypatch.setattr(linprobe, "schedule", lambda *at: seen.append(at) or true(*at))
+    """The rate falls along half a cosine over all of them."""
+    rates = []
+    true = torch.optim.AdamW.step
+
+    def step(self):
+        rates.append(self.param_groups[0]["lr"])
+        return true(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     tokens = np.zeros((130, 2, 8), np.float16)
     train = TokenRows(tokens, torch.arange(130))  # three batches of at most 64
     labels = torch.arange(130) % 3
-    probe = partial(linprobe.attentive, heads=2, classes=3, epochs=2, least_steps=least)
+    probe = partial(attentive.attentive, heads=2, classes=3, epochs=2, least_steps=least)
     probe(train, labels, train, [{"rate": 1e-3}], 0)
-    assert len(seen) == 3 * epochs
-    assert seen[-1] == (epochs - 1 + 2 / 3, epochs)
+    assert len(rates) == 3 * epochs
+    done = np.arange(3 * epochs) / (3 * epochs)
+    assert rates == pytest.approx(1e-3 * np.cos(np.pi / 2 * done) ** 2)
 
 
 # ---- features ------------------------------------------------------------------------------------
