@@ -26,16 +26,16 @@ frame (tgm/augment.py). Batches are mixed by mixup or cutmix, each clip with one
 samples of each decoded clip.
 
 The learning rate is scaled as in VideoMAE's run_class_finetuning.py: lr = blr x videos / 256, where
-videos = batch size x accum x ranks, without the repeats. It ends at min-blr x videos / 256. This is
-the rate of the head; that of each layer is the rate of the next layer towards the head times
+videos = batch size x accum x ranks, without the repeats. It ends at min-blr x videos / 256. All
+this holds for the head; the rate of each layer is that of the next layer towards the head times
 --layer-decay, so that the layers near the input learn most slowly.
 
-After every epoch the model is validated on --val, with one view per video. At the end it is tested
-on --test (by default --val), with clips x crops views per video, whose softmax is averaged. Where
---test is --val, best.pt was selected on the same videos; the last epoch (--use last, the default)
-was not. Every test video is counted once, whatever the number of ranks, and one that cannot be read
-counts as wrong. If clearly more than --max-bad of a manifest's files are missing (256 of them are
-looked for), nothing is begun.
+After every epoch the model is validated on --val, with one view per video, its middle. At the end
+it is tested on --test (by default --val), with several (--views CLIPS CROPS), whose softmax is
+averaged. Where --test is --val, best.pt was selected on the same videos; the last epoch (--use
+last, the default) was not. Every test video is counted once, whatever the number of ranks, and one
+that cannot be read counts as wrong. If clearly more than --max-bad of a manifest's files are
+missing (256 of them are looked for), nothing is begun.
 
 Signals. After SIGTERM or Ctrl-C training saves at the end of the step and ends. Validation and
 testing end at once, because the weights are saved already. The exit code is that of the signal (143
@@ -48,11 +48,11 @@ them; its file is not read any more. Other flags and data are refused, but for t
   --epochs, upwards
   --batch-size, --accum and the number of ranks, if their product stays the same. Each step then
       still sees the same videos. But random choices are made per rank and accumulated batch: if one
-      of the three changes, other clips are mixed, and dropout and drop path drop other things. For
-      the weights of an uninterrupted run, to rounding, give --mixup 0 --cutmix 0 --drop-path 0
-      --head-dropout 0.
+      of the three changes, other clips are mixed, and dropout and drop path drop other things. If
+      the weights must be those of an uninterrupted run, to rounding, begin the run with --mixup 0
+      --cutmix 0 --drop-path 0 --head-dropout 0: these cannot be changed later.
 
-Shapes: B batch, R repeats, V views, T frames, H W pixels, C classes.
+Shapes: B batch, R repeats, T frames, H W pixels, C classes.
 """
 
 import math
@@ -82,8 +82,8 @@ from tgm.video import TIMEOUT, VideoReader
 
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
 # and use concern the test alone; the classes follow from the labels. accum, batch_size and ranks
-# may each change as long as their product stays the same: it is in args.identity, which
-# `fine_tune` sets.
+# may each change as long as their product stays the same. `fine_tune` puts it into args.identity,
+# together with hashes of the manifests: what is there must be as in the checkpoint.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
 
@@ -93,22 +93,23 @@ MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "class
 def train(state, loader, val, schedule, machine, stop, args):
     """Trains to the last step, or until a signal ends the run; validates after every epoch.
 
-    state: a TrainingState, whose model then holds the last weights; loader: of Clips; val: the
-    videos and labels to validate on; stop: a StopSignal"""
+    state: a TrainingState with the step, the best top-1 accuracy on --val and the last validated
+    step; in the end its model has the last weights. loader: of Clips; val: (videos, labels) of
+    --val; stop: a StopSignal"""
     model = state.model
     optimizer = state.optimizer
     scaler = state.scaler
     wrapped = machine.wrap(model)
     mix = make_mix(args.mixup, args.cutmix, len(args.classes))
-    largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf
+    largest_norm = args.clip_grad if args.clip_grad > 0 else math.inf  # inf: only measured
     min_lr = args.min_blr * schedule.videos_per_step / 256
     out = Path(args.out)
     checkpoint = out / "checkpoint.pt"
     videos = loader.dataset.videos
     log = TrainingLog(out, videos, args.max_bad, schedule, machine, state.step)
     if schedule.ends_epoch(state.step) and state.validated != state.step:
-        # The checkpoint is saved before it is validated: a kill may have come in between. (At the
-        # start state.step and state.validated are both 0.)
+        # The run before this one saved the end of an epoch, and ended before it had validated it.
+        # (In a new run state.step and state.validated are both 0.)
         validate(state, val, log, machine, args)
     stop.save_on_signal()  # from here on a signal waits for `requested`, below
 
@@ -125,6 +126,7 @@ def train(state, loader, val, schedule, machine, stop, args):
             # so that mixing, dropout and drop path are the same in a resumed run
             torch.manual_seed(seed_from(args.seed, step, machine.rank, part))
             clips, targets = mix(models.normalize(clips), labels)  # [R*B, 3, T, H, W], [R*B, C]
+            # only the last part's backward pass averages the gradients over the ranks
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
                 with machine.autocast:
                     logits = wrapped(clips)  # [R*B, C]
@@ -142,7 +144,7 @@ def train(state, loader, val, schedule, machine, stop, args):
         stopped = stop.requested()
         saves = stopped or schedule.saves(step, args.save_every)
         if saves or step % args.log_every == 0:
-            log.write_step(step, lr)
+            log.write_step(step, lr)  # ends the run if the loss is not finite, before it is saved
         if saves and machine.rank == 0:
             state.save(checkpoint, vars(args))
         if stopped:
@@ -355,12 +357,12 @@ def parse_args(argv=None):
         help="column that holds the label (default: label; with --test-only the checkpoint's)",
     )
     flags.add_video_flags(data)
-    flags.add_clip_flags(data, repeat=2, origin="checkpoint")
+    flags.add_clip_flags(data, repeat=2, origin="checkpoint, else the size")
     data.add_argument(
         "--sampling",
         choices=("dense", "uniform"),
-        help="frames --stride apart, or one frame from each of --frames equal parts (default: as "
-        "in the checkpoint of a fine-tuning, else dense)",
+        help="dense: frames --stride apart; uniform: one frame from each of --frames equal parts "
+        "(default: as in the checkpoint of a fine-tuning, else dense)",
     )
     add_augmentation_flags(parser.add_argument_group("augmentation"))
     model = parser.add_argument_group("model")
@@ -390,7 +392,7 @@ def parse_args(argv=None):
         "--min-blr",
         type=flags.not_negative,
         default=1e-6,
-        help="where the learning rate ends, likewise for 256 videos per step",
+        help="where the learning rate ends, for 256 videos per step as --blr",
     )
     optim.add_argument(
         "--layer-decay",
@@ -415,7 +417,8 @@ def parse_args(argv=None):
     flags.add_training_flags(run)
     run.add_argument(
         "--out",
-        help="folder of the run (default: runs/finetune; --test-only: test beside --checkpoint)",
+        help="folder of the run (default: runs/finetune; --test-only: the folder test beside "
+        "--checkpoint)",
     )
     args = parser.parse_args(argv)
     low, high = args.crop_scale
@@ -568,7 +571,7 @@ def fine_tune(args, model, splits, machine, stop):
     if args.use == "last":
         return out / "checkpoint.pt"
     wait_for_ranks()  # until rank 0 has written best.pt
-    with checks.as_run_error(args.data):  # what cannot be loaded is said in one line
+    with checks.as_run_error(args.data):  # ends in one line if best.pt cannot be loaded
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
 
@@ -589,6 +592,7 @@ def test(args, model, splits, checkpoint, machine):
         "classes": classes,
         "views": [clips, crops],
     }
+    # for the accuracy of always answering the most frequent class
     train_labels = splits["train"][1] if "train" in splits else None
     result = evaluation.score(probabilities, labels, classes)
     summary = evaluation.write_test(

@@ -6,7 +6,8 @@ Reads   a training and a test manifest with labels, and their videos
         a checkpoint: ours, VideoMAE's .pth, a Hugging Face folder, or none for an untrained encoder
         beside a test manifest val.csv, where they are there, val.classes.npy (saliency.py --cue
         classes --data val.csv) and val.text.npy (caption.py --data val.csv, then saliency.py)
-Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
+Writes  (OUT: --out, by default probe/ next to the checkpoint)
+        OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
         videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, even
         one of other flags or of another checkpoint (another --out keeps both).
         OUT/{train,test}.features.npy, float32 [N, D], or [N, A, D] of augmented training videos
@@ -25,13 +26,16 @@ Writes  OUT/LABEL.json, the result and its settings. LABEL is --label-column; wi
 
 Features (tgm/features.py). A video is seen in V unmasked views: --clips clips, spread evenly over
 it, times --crops squares along the frame's long side. The feature of a view is the mean of the
-encoder's tokens after its final norm. The probes see the mean of the views' features. (finetune.py
-instead averages the answers of the classifier.) With --augment A a training video has A random
-views: a random clip, a multi-scale crop, and half of them mirrored. Each epoch of the linear probe
-draws one of them. Features are extracted once. A second run, for another --label-column or after a
-kill, reads only the videos whose features are missing. Other flags make features again: --augment
+encoder's tokens after its final norm. The linear probe and kNN see the mean of the views' features;
+the attentive probe sees the tokens of all views. (finetune.py instead averages the answers of the
+classifier.) With --augment A a training video has A random views: a random clip, a multi-scale
+crop, and half of them mirrored. Each epoch of the linear probe draws one of them.
+
+Features are extracted once. A second run, for another --label-column or after a kill, reads only
+the videos whose features are missing. Another encoder (without a checkpoint, another --seed is one)
+and other flags of the clips make all features again; --augment, and with it --flip and --seed,
 those of the training set; --clips, --crops, --token-grid and adding --attentive those of all views
-that are not random (another --out keeps both).
+that are not random. Another --out keeps both.
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the
@@ -70,14 +74,15 @@ split is random, which can change k and nothing else.) The table shows the mean 
 independent). Both are for one fixed encoder: they do not say how much the result would change with
 another pretraining run, or another untrained encoder.
 
-Missing videos. A video that cannot be read is left out of training, and counts as wrong in the test
-set. A test video whose class has no training video also counts as wrong.
+Missing videos. A video that cannot be read, or whose features are not finite, is left out of
+training, and counts as wrong in the test set. So does a test video whose class has no training
+video.
 
 Signals. After SIGTERM or Ctrl-C an extraction stops after the current batch, and the probes stop at
 once. The next run uses the features that are there.
 
-Shapes: N videos, N' test videos, V views, A random views, M tokens kept of a view, D width,
-C classes, L settings, S seeds, B batch, K neighbours."""
+Shapes: N videos, N' test videos, V views, A random views, M tokens of a view after pooling, D
+width, C classes, L settings, S seeds, B batch, K neighbours."""
 
 import argparse
 import json
@@ -150,9 +155,9 @@ ATTENTIVE = {
 
 
 def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, batch=256):
-    """The linear probe. train [N, A, D]; test [N', 1, D], or the held-out training videos of
-    `choose`, [N', A, D], whose views are averaged here; settings: [{"rate": for batches of 256,
-    "decay": of weights and biases}, ...]."""
+    """The linear probe. train [N, A, D], A = 1 without --augment; test [N', 1, D], or the held-out
+    training videos of `choose`, [N', A, D], whose views are averaged here; settings: [{"rate":
+    learning rate for batches of 256, "decay": weight decay, of biases, too}, ...]."""
     mean = train.mean((0, 1))
     deviation = (train.var((0, 1), unbiased=False) + 1e-6).sqrt()
     train = (train - mean) / deviation
@@ -166,7 +171,7 @@ def linear(train, labels, test, settings, seed, *, classes, epochs, warmup=0, ba
 
 
 def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, batch=256):
-    """Trains one linear layer for each setting as torch.optim.SGD would alone, with momentum 0.9.
+    """Trains one linear layer per setting, each as torch.optim.SGD with momentum 0.9 would.
 
     features: [N, A, D], of which every epoch draws one of the A views. Returns weights [L, D+1, C],
     the last row being the bias. All layers stand side by side in one matrix [D+1, L*C]: columns 0
@@ -374,11 +379,11 @@ def print_table(result):
 
 
 def interval_text(bounds):
-    """Both ends of an interval. That over seeds may leave 0 to 1: Student's t knows no bounds."""
+    """Both ends of an interval. That over seeds may go below 0 or above 1."""
     if bounds is None:
         return "one seed"
     low, high = [f"{bound:.3f}" for bound in bounds]
-    # Equal to three digits, as where all seeds agree: that is no certainty.
+    # Equal to three digits, as where all seeds agree. An interval of width 0 would look certain.
     if low == high:
         return f"always {low}"
     return f"{low} to {high}"
@@ -392,8 +397,8 @@ def read_videos(args, rank):
     with as_run_error(args.data):
         train = read_labelled(args.data, args.root, args.label_column)
         test = read_labelled(args.test, args.root, args.label_column)
-        # For its error alone, where no test label is a class: better now than after hours of
-        # extraction. `probe_all` asks again, for the videos that could be read.
+        # Only to fail now, not after hours of extraction, if no test label is a training class.
+        # `probe_all` asks again, for the videos that could be read.
         number_labels(args.test, test, class_names(args.data, train), say=lambda text: None)
     seen = shared_rows(train, test)
     if seen > 0 and rank == 0:
@@ -409,7 +414,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--checkpoint", required=True, help="file or folder; none: an untrained encoder"
     )
-    parser.add_argument("--data", default="data/train.csv", help="training manifest")
+    parser.add_argument(
+        "--data",
+        default="data/train.csv",
+        help="training manifest; in the toy world take data/probe.csv",
+    )
     parser.add_argument("--test", default="data/val.csv", help="test manifest")
     add_video_flags(parser)
     parser.add_argument(
@@ -422,14 +431,20 @@ def parse_args(argv=None):
     )
 
     clip = parser.add_argument_group("encoder and clips, by default as the checkpoint says")
-    clip.add_argument("--size", choices=tuple(models.SIZES), help="base if it does not say")
+    clip.add_argument(
+        "--size", choices=tuple(models.SIZES), help="base if the checkpoint does not say"
+    )
     clip.add_argument("--frames", type=frame_count, help="frames of a clip")
     clip.add_argument("--stride", type=positive_int, help="use every Nth video frame")
     clip.add_argument("--image-size", type=pixel_count, help="pixels")
 
     views = parser.add_argument_group("views")
     views.add_argument(
-        "--sampling", choices=("dense", "uniform"), default="dense", help="uniform: for SSv2"
+        "--sampling",
+        choices=("dense", "uniform"),
+        default="dense",
+        help="dense: frames --stride apart; uniform: one frame from each of --frames equal parts, "
+        "for SSv2",
     )
     views.add_argument("--clips", type=whole(1, 100), default=2, help="clips per video")
     views.add_argument(
@@ -483,7 +498,8 @@ def parse_args(argv=None):
         type=positive_int,
         nargs=3,
         metavar=tuple("THW"),
-        help="tokens per view that it sees (default: all moments, 4 x 4 places at most)",
+        help="the attentive probe sees each view's tokens pooled to this grid (default: all time "
+        "steps, 4 x 4 places at most)",
     )
     probe.add_argument("--seeds", type=positive_int, default=3, help="repetitions of each probe")
 
@@ -504,8 +520,8 @@ def parse_args(argv=None):
     run.add_argument(
         "--max-steps",
         type=positive_int,
-        help="end a pass over the videos after this many batches, for a trial; the next run goes "
-        "on from there, unless it has --resume none",
+        help="end a pass over the videos after this many batches, for a trial; if videos are left, "
+        "no probe is trained; the next run goes on from there, unless it has --resume none",
     )
     run.add_argument(
         "--resume", choices=("auto", "none"), default="auto", help="none: extract again"

@@ -299,7 +299,7 @@ def test_the_attentive_probe_is_torchs_multi_head_attention():
     pooled, attention = reference(probe.query.reshape(1, 1, 24).expand(4, 1, 24), normed, normed)
     assert attention.max() > 0.3
     assert torch.allclose(
-        attentive.classify_all([probe], tokens)[0], probe.head(pooled[:, 0]), atol=1e-5
+        attentive.classify_all([probe], tokens)[0], probe.classifier(pooled[:, 0]), atol=1e-5
     )
 
 

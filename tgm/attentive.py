@@ -4,8 +4,8 @@ layer classifies. Needs model.py.
 It is V-JEPA's probe (arXiv 2404.08471) without its MLP block. `attentive` trains several side by
 side, one per learning rate, and returns their predictions; linprobe.py chooses among them.
 
-Shapes: N training videos, N' test videos, V views, M tokens kept of a view, D width, C classes,
-L settings, B batch.
+Shapes: N training videos, N' test videos, V views, M tokens of a view after pooling, D width, C
+classes, L settings, B batch.
 """
 
 import math
@@ -22,15 +22,15 @@ class AttentiveProbe(torch.nn.Module):
 
     Four usual parts are missing, because the probe can express the same without them. A bias of
     keys adds the same number to all scores of a head, which the softmax ignores. The norm's scale
-    and shift can be part of key, value and head; a bias of values and an output projection can be
-    part of the head."""
+    and shift can be part of key, value and classifier; a bias of values and an output projection
+    can be part of the classifier."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
         self.query = torch.nn.Parameter(0.02 * torch.randn(heads, 1, width // heads))
         self.key = XavierLinear(width, width, bias=False)
         self.value = XavierLinear(width, width, bias=False)
-        self.head = torch.nn.Linear(width, classes)
+        self.classifier = torch.nn.Linear(width, classes)
 
     # Usual attention computes a key K x and a value V x of every token x: scores q . (K x), their
     # softmax a, output sum of a V x. With one query q per head, neither is needed:
@@ -47,7 +47,7 @@ class AttentiveProbe(torch.nn.Module):
     def classify(self, pooled):
         """The heads' weighted means of tokens [B, heads, D] -> logits [B, C]."""
         value = self.value.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
-        return self.head(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
+        return self.classifier(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
 
 
 def classify_all(probes, tokens):
@@ -74,8 +74,8 @@ def attentive(
     probes = []
     groups = []
     for _ in settings:
-        # so that all settings start alike, and that the order of batches below does not depend on
-        # how many settings there are
+        # Seeded again for each: all start with the same weights, and the order of batches, drawn
+        # below, is the same for any number of settings.
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.array.shape[-1], heads, classes).to(device)
         probes.append(probe)

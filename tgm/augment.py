@@ -1,9 +1,9 @@
 """Augmentation of the training clips of a classifier. Needs flags.py and model.py.
 
 `Augmentation` changes one clip: a random crop, mirroring, RandAugment (arXiv 1909.13719) and random
-erasing (arXiv 1708.04896), the same in every frame. `make_mix` mixes the clips of a batch: mixup
-(arXiv 1710.09412) or cutmix (arXiv 1905.04899). The operations are torchvision's, the defaults
-those of VideoMAE's fine-tuning; docs/method.md says what differs.
+erasing (arXiv 1708.04896), with the same operations and boxes in every frame. `make_mix` mixes the
+clips of a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899). The operations are
+torchvision's, the defaults those of VideoMAE's fine-tuning; docs/method.md says what differs.
 
 Shapes: B batch, R repeats, T frames, H W pixels, C classes.
 """
@@ -26,7 +26,7 @@ class Augmentation:
     """A clip uint8 [T, 3, H, W] and a seed -> one augmented sample, uint8 [3, T, size, size].
 
     flip: whether half of the samples are mirrored; crop_scale: the least and the largest share of
-    the frame's area in a crop; rand_augment: how many operations, and their magnitude of 30;
+    the frame's area in a crop; rand_augment: how many operations, and their magnitude from 0 to 30;
     erase: the probability of random erasing"""
 
     def __init__(self, size, flip=True, crop_scale=(0.08, 1.0), rand_augment=(4, 21), erase=0.25):
@@ -76,7 +76,7 @@ class EraseWithNoise(v2.RandomErasing):
 def make_mix(mixup, cutmix, classes):
     """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
     above 0: clips [R*B, 3, T, H, W] float, labels [R*B] -> clips, targets [R*B, C]. Each sample is
-    mixed with its neighbour in the batch."""
+    mixed with the one before it; the share, or the box, is the same for the whole batch."""
     kinds = []
     if mixup > 0:
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))
@@ -116,7 +116,7 @@ def add_augmentation_flags(group):
         nargs=2,
         default=(4, 21),
         metavar=("OPS", "M"),
-        help="number of operations, and their magnitude of 30; 0 0: off",
+        help="number of operations (0: off), and their magnitude from 0 to 30",
     )
     group.add_argument(
         "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"

@@ -14,7 +14,7 @@ made again. The precision, half on a GPU and float32 on a CPU, is not among them
 are used on a CPU, too.
 
 Shapes: N videos, B videos per batch, V views per video, T frames, (t, h, w) the encoder's token
-grid, M tokens kept of each view, D width; A random views per video (`augment`).
+grid, M tokens of each view after pooling, D width; A random views per video (`augment`).
 """
 
 import math
@@ -211,7 +211,7 @@ class Extraction(NamedTuple):
     videos: Videos
     views: Dataset  # of these videos: Views or RandomViews
     settings: dict  # of the views, for the .json next to the arrays
-    rows: dict[str, tuple[int, ...]]  # {kind of array: shape of a video's row}
+    row_shapes: dict[str, tuple[int, ...]]  # {kind of array: shape of a video's row}
     token_grid: Sequence[int]  # to which the tokens of a view are average-pooled
 
 
@@ -234,7 +234,7 @@ def plan_extractions(
     clips, crops: each video has clips x crops clean views
     augment: if more than 0, the training set's features are of so many random views instead
     tokens: keeps tokens, too, always those of clean views
-    token_grid: None for all t time steps and 4 x 4 of the h x w positions, or as many as there are;
+    token_grid: None for all t time steps, and the h x w positions pooled to 4 x 4 at most;
         RunError if the encoder has fewer tokens than that
 
     There are two passes. With augment and tokens there are three: features of random views of the
@@ -255,13 +255,13 @@ def plan_extractions(
     }
     clean_settings = clip_settings | {"clips": clips, "crops": crops}
     channels = encoder.model.config["width"]
-    rows = {"features": (channels,)}
+    row_shapes = {"features": (channels,)}
     if tokens:
-        rows["tokens"] = (clips * crops * math.prod(token_grid), channels)
+        row_shapes["tokens"] = (clips * crops * math.prod(token_grid), channels)
     plan = []
     for split in ("train", "test"):
         views = Views(videos[split], **clean_settings, timeout=timeout)
-        plan.append(Extraction(split, videos[split], views, clean_settings, rows, token_grid))
+        plan.append(Extraction(split, videos[split], views, clean_settings, row_shapes, token_grid))
     if augment == 0:
         return plan
 
@@ -270,11 +270,11 @@ def plan_extractions(
     augmented = train._replace(
         views=RandomViews(videos["train"], **random_settings, timeout=timeout),
         settings=random_settings,
-        rows={"features": (augment, channels)},
+        row_shapes={"features": (augment, channels)},
     )
     if not tokens:
         return [augmented, test]
-    return [augmented, train._replace(rows={"tokens": rows["tokens"]}), test]
+    return [augmented, train._replace(row_shapes={"tokens": row_shapes["tokens"]}), test]
 
 
 # ---- extraction ----------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def open_features(
     }
     settings |= extraction.settings
     arrays = {}
-    for kind, row in extraction.rows.items():
+    for kind, row in extraction.row_shapes.items():
         path = folder / f"{extraction.split}.{kind}.npy"
         shape = (len(videos), *row)
         if rank == 0:

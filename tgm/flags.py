@@ -176,7 +176,7 @@ def add_optimizer_flags(
         "--accum",
         type=positive_int,
         default=1,
-        help="batches per step, whose gradients are added up: raise it if you have fewer GPUs",
+        help="batches per step, whose gradients are averaged: raise it if you have fewer GPUs",
     )
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the videos")
     group.add_argument(
@@ -204,7 +204,10 @@ def add_training_flags(group):
     """The flags of a training run: the seed, and how it runs."""
     add_machine_flags(group, workers=min(8, os.cpu_count()))
     group.add_argument(
-        "--seed", type=seed_number, default=0, help="of the samples, their order and new weights"
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="of all that is random: samples, their order, new weights, dropout",
     )
     group.add_argument(
         "--amp",
