@@ -129,8 +129,8 @@ def train(state, loader, val, schedule, machine, stop, args):
             # only the last part's backward pass averages the gradients over the ranks
             with machine.accumulate(wrapped, is_last=part == args.accum - 1):
                 with machine.autocast:
-                    logits = wrapped(clips)  # [R*B, C]
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+                    logits = wrapped(clips)  # [R*B, C], float32
+                loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accum).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimizer)

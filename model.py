@@ -201,8 +201,9 @@ class Block(nn.Module):
     def drop_branch(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return x
-        # a factor per sample: 0, or 1 / (1 - drop_path), so that the mean stays the same
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path)
+        # A factor per sample: 0, or 1 / (1 - drop_path), so that the mean stays the same. In
+        # float32: rounded to bf16 it would not.
+        return x * F.dropout(x.new_ones(len(x), 1, 1, dtype=torch.float32), self.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_branch(self.attn(self.norm1(x)))
@@ -563,9 +564,11 @@ class VideoViT(Encoder):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] normalised -> logits [B,classes]."""
+        """video [B,3,T,H,W] normalised -> logits [B,classes], in float32 under autocast, too: of
+        hundreds of classes bf16 would often give the best two the same number."""
         tokens = self.encode_cubes(self.to_cubes(video))
-        return self.head(self.dropout(self.fc_norm(tokens.mean(dim=1))))
+        with torch.autocast(video.device.type, enabled=False):
+            return self.head(self.dropout(self.fc_norm(tokens.float().mean(dim=1))))
 
 
 # ---- what it costs -------------------------------------------------------------------------------

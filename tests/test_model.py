@@ -1025,6 +1025,24 @@ def test_drop_path_grows_linearly_and_keeps_the_mean():
     assert kept.float().mean().item() == pytest.approx(0.6, abs=0.03)
     assert torch.equal(vit.blocks[2].eval().drop_branch(x), x)
     assert torch.equal(vit.blocks[0].train().drop_branch(x), x)
+    vit.blocks[2].drop_path = 0.1
+    factors = vit.blocks[2].train().drop_branch(torch.ones(200, 1, 1, dtype=torch.bfloat16))
+    assert factors.unique().tolist() == [0, pytest.approx(1 / 0.9, abs=1e-6)]
+
+
+def test_the_classifiers_logits_are_float32_under_autocast():
+    """In bf16 numbers between 4 and 8 are 1/32 apart; the tokens before the head are as they were."""
+    torch.manual_seed(0)
+    vit = VideoViT("tiny", classes=400).eval()
+    torch.nn.init.normal_(vit.head.weight)
+    video = torch.randn(2, 3, 8, 48, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = vit(video)
+        tokens = vit.encode_cubes(vit.to_cubes(video))
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(logits, vit.head(vit.fc_norm(tokens.mean(1))))
+    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_initialisation_is_videomaes():

@@ -10,6 +10,7 @@ import math
 import multiprocessing.connection
 import multiprocessing.synchronize
 import os
+import re
 import resource
 import shutil
 import signal
@@ -888,6 +889,23 @@ def test_reasons_to_give_up_are_one_line():
     assert raised(RuntimeError(pair)) == f"{lost} ({pair})"
     for said in ("NCCL error: ncclRemoteError: x", "Application timeout caused pair closure"):
         assert raised(dist.DistBackendError(said)).startswith(lost)
+    nccl = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.30.7\n{}\nLast error:\n{}"
+    closed = nccl.format("remote process exited", "ncclRemoteError: x", "socket 4: gone")
+    assert raised(dist.DistBackendError(closed)) == f"{lost} (socket 4: gone)"
+    segment = "Error while creating shared memory segment /dev/shm/x: No space left on device (28)"
+    full = nccl.format("unhandled system error", "ncclSystemError: System call failed.", segment)
+    assert raised(dist.DistBackendError(full)) == (
+        f"NCCL failed: {segment}: give the container more (docker run --shm-size=16g)"
+    )
+    for said in (
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Caught AcceleratorError in pin memory thread.\nTraceback:\n  File\ntorch."
+        "AcceleratorError: CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+    ):
+        assert re.match(
+            "not enough memory: [^\n]*(out of memory|ALLOC_F)", raised(RuntimeError(said))
+        )
     for bug in (
         RuntimeError("a bug"),
         RuntimeError("[gloo/transport/tcp/device.cc:84] a bug: unable to find address for: x"),
@@ -989,7 +1007,9 @@ def test_fp16_ends_where_no_gradient_is_finite_any_more(tmp_path):
     with pytest.raises(run.RunError, match="fp16: the gradients of the last 40 steps are not fin"):
         log_steps(log, 82, [math.inf])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["grad_norm"] for line in lines] == [None, 3.0, None]  # all of it JSON
+    # all of it JSON; a norm is the mean of those that are finite
+    assert [line["grad_norm"] for line in lines] == [2.0, 3.0, None]
+    assert [line["skipped_steps"] for line in lines] == [39, 0, 39]
 
 
 def test_without_fp16_the_first_gradient_that_is_not_finite_ends_the_run(tmp_path):

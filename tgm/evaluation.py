@@ -81,7 +81,7 @@ def predict(
                 with autocast:
                     logits = torch.cat([model(part) for part in video.split(batch_size)])  # [B*V,C]
                 diverged += ~logits.isfinite().all()
-                each_view = logits.float().softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
+                each_view = logits.softmax(-1).unflatten(0, (len(rows), -1))  # [B, V, C]
                 probabilities[rows] = each_view.mean(1)
             bar.update(len(items))
     model.train()

@@ -136,7 +136,6 @@ LOST = (
     "Timed out waiting",
     "pair closure",
     "ncclRemoteError",
-    "ncclSystemError",
 )
 
 
@@ -147,7 +146,7 @@ def is_of_lost_rank(error):
 
 def lost_rank(error):
     """The message where an operation failed because another rank is gone."""
-    reason = reason_of(error)[:200]
+    reason = last_line(error)[:200] if "nccl" in str(error) else reason_of(error)[:200]
     return f"another rank ended, and this one with it; the other says why ({reason})"
 
 
@@ -431,6 +430,8 @@ NO_MEMORY = (
     "Storage size calculation overflowed",
     "MemoryError",
 )
+# Of CUDA and its libraries, outside torch's own allocator; lines of advice follow.
+NO_GPU_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def one_line_errors(main):
@@ -451,10 +452,8 @@ def one_line_errors(main):
         except (MemoryError, torch.OutOfMemoryError) as error:
             sys.exit(memory_reason(error))
         except RuntimeError as error:
-            if any(text in last_line(error) for text in NO_MEMORY):
-                sys.exit(memory_reason(error))
-            if is_of_lost_rank(error):
-                sys.exit(lost_rank(error))
+            if reason := runtime_reason(error):
+                sys.exit(reason)
             raise
 
     return guarded
@@ -466,6 +465,23 @@ def last_line(error):
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[-1].split())
+
+
+def runtime_reason(error):
+    """One line for a RuntimeError that is no bug, else None."""
+    if any(text in last_line(error) for text in NO_MEMORY):
+        return memory_reason(error)
+    for line in str(error).splitlines():
+        if any(text in line for text in NO_GPU_MEMORY):
+            return memory_reason(line)
+    if is_of_lost_rank(error):
+        return lost_rank(error)
+    if "ncclSystemError" in str(error):
+        advice = ""
+        if "shared memory" in str(error):
+            advice = ": give the container more (docker run --shm-size=16g)"
+        return f"NCCL failed: {last_line(error)[:200]}{advice}"
+    return None
 
 
 def os_reason(error):

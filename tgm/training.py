@@ -248,7 +248,7 @@ class TrainingLog:
         self.failed = set()  # rows that could not be read, of all ranks
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
-        self.skipped_steps = 0  # the latest steps in a row that fp16's scaler skipped
+        self.skipped_in_a_row = 0  # the latest steps, if fp16's scaler skipped them
         self.undrawn = None  # why curves.png was left out
         self._begin_after(start)
 
@@ -259,6 +259,7 @@ class TrainingLog:
         self.newly_failed = set()  # rows, of this rank
         self.rows = []  # for each step since: the rows of its batches on this rank, a set
         self.window = []  # for each step since: its losses and its norm, [L + 1], on the device
+        self.skipped_steps = {}  # {"skipped_steps": how many of the window's}, with fp16 alone
 
     def fetch(self, batches) -> dict:
         """The next batch. The wait for it and its videos that failed are counted."""
@@ -283,7 +284,8 @@ class TrainingLog:
     def write_step(self, step: int, lr: float):
         """Writes a line on the steps since the last one: means over them and over the ranks, all of
         which must call this; "skipped" is the number of videos that could not be read since this
-        process began. Ends the run if it must end: see the class."""
+        process began; "skipped_steps", with fp16, the number of steps that the scaler skipped,
+        which grad_norm leaves out. Ends the run if it must end: see the class."""
         *losses, norm = self._reduce_and_check()
         seconds = (time.time() - self.began) / len(self.window)
         self.write(
@@ -292,12 +294,13 @@ class TrainingLog:
             **dict(zip(self.names, losses, strict=True)),
             **self.missing,
             lr=lr,
-            grad_norm=norm if math.isfinite(norm) else None,  # JSON has no number for infinity
+            grad_norm=None if math.isnan(norm) else norm,  # NaN: all steps were skipped
             data_ms=1000 * self.waited / len(self.window),
             step_ms=1000 * seconds,
             clips_per_s=self.schedule.samples_per_step / seconds,
             left_s=(self.schedule.last_step - step) * seconds,
             skipped=len(self.failed),
+            **self.skipped_steps,
         )
         self._begin_after(step)
 
@@ -329,7 +332,9 @@ class TrainingLog:
         newly_failed = len(self.newly_failed - self.failed)
         problems = torch.tensor([newly_failed, 0.0], device=window.device)
         problems[1] = (~good).any()
-        totals = torch.cat([window.mean(0), problems])
+        losses = window[:, :-1].mean(0)
+        norm = window[:, -1].where(finite[:, -1], math.nan).nanmean()
+        totals = torch.cat([losses, norm[None], problems])
         add_up_over_ranks(totals)
         # Here, at log lines alone, the CPU waits for the GPU.
         *sums, failed, broken = totals.tolist()
@@ -358,13 +363,14 @@ class TrainingLog:
         )
 
     def _count_skipped(self, finite: list[bool]):
-        """Ends the run after too many skipped steps. finite: whether each step's norm was, the same
-        on every rank, because their gradients are."""
+        """Counts the skipped steps, and ends the run after too many in a row. finite: whether each
+        step's norm was, the same on every rank, because their gradients are."""
+        self.skipped_steps = {"skipped_steps": finite.count(False)}
         for is_finite in finite:
-            self.skipped_steps = 0 if is_finite else self.skipped_steps + 1
-        if self.skipped_steps >= MOST_SKIPPED:
+            self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
             give_up_together(
-                f"fp16: the gradients of the last {self.skipped_steps} steps are not finite, so "
+                f"fp16: the gradients of the last {self.skipped_in_a_row} steps are not finite, so "
                 "nothing is learnt; the last checkpoint is kept. Lower --blr, or use --amp bf16 or "
                 "off"
             )
