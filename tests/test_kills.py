@@ -105,6 +105,8 @@ STAGES = {
             "--attentive",
             "--seeds",
             1,
+            "--epochs",
+            5,
             "--batch-size",
             1,
             "--workers",
