@@ -26,6 +26,7 @@ over the time and the card's peak. Recomputed activations and the optimizer do n
 
 import argparse
 import csv
+import functools
 import gc
 import importlib
 import json
@@ -346,8 +347,24 @@ def matrix_rate(out, side):
     out.add("steps", work=f"a product of {side} x {side}", tflops=rate / 1e12, of_peak=share)
 
 
+def mask_times(out, grid, batch):
+    """What it takes to make a batch of each of the six masks, at its own ratio, of random maps."""
+    t, h, w = grid
+    shape = (batch, t * h * w)
+    maps = {
+        "saliency": torch.rand(batch, t, h, w, device=DEVICE),
+        "motion": 0.05 * torch.randn(batch, t, 2, h, w, device=DEVICE),
+    }
+    for mask, ratio in masking.RATIOS.items():
+        noise = torch.rand(shape, device=DEVICE)
+        make = functools.partial(masking.make_mask, mask, ratio, batch, grid, noise=noise, **maps)
+        milliseconds = 1000 * seconds_per_call(make)
+        out.add("steps", work=f"{mask} masks", ratio=ratio, batch=batch, ms=milliseconds)
+
+
 def steps(out, args):
     matrix_rate(out, 256 if args.tiny else 8192)
+    mask_times(out, (4, 6, 6) if args.tiny else (8, 14, 14), 4 if args.tiny else 64)
     torch._dynamo.config.automatic_dynamic_shapes = False  # each batch is compiled for itself
     plan = (("tiny", 0.6), ("tiny", 0.9), ("tiny", 0.75)) if args.tiny else PLAN
     batches = (2, 4) if args.tiny else (64, 128, 256, 512, 1024)
