@@ -34,8 +34,8 @@ After every epoch the model is validated on --val, with one view per video, its 
 it is tested on --test (by default --val), with several (--views CLIPS CROPS), whose softmax is
 averaged. Where --test is --val, best.pt was selected on the same videos; the last epoch (--use
 last, the default) was not. Every test video is counted once, whatever the number of ranks, and one
-that cannot be read counts as wrong. If clearly more than --max-bad of a manifest's files are
-missing (256 of them are looked for), nothing is begun.
+that cannot be read counts as wrong. In both, --batch-size counts views, not videos. If clearly more
+than --max-bad of a manifest's files are missing (256 of them are looked for), nothing is begun.
 
 Signals. After SIGTERM or Ctrl-C training saves at the end of the step and ends. Validation and
 testing end at once, because the weights are saved already. The exit code is that of the signal (143
@@ -82,8 +82,8 @@ from tgm.video import TIMEOUT, VideoReader
 
 # What may differ when a run goes on, besides resume.MAY_CHANGE: amp changes rounding; test, views
 # and use concern the test alone; the classes follow from the labels. accum, batch_size and ranks
-# may each change as long as their product stays the same. `fine_tune` puts it into args.identity,
-# together with hashes of the manifests: what is there must be as in the checkpoint.
+# may each change as long as their product stays the same: `fine_tune` puts the product into
+# args.identity, with hashes of the manifests, and resume.py refuses another identity.
 MAY_CHANGE = resume.MAY_CHANGE | {"accum", "amp", "test", "views", "use", "classes"}
 
 
@@ -277,6 +277,8 @@ def layer_table(optimizer, depth, lr):
 
 class Clips(TrainingClips):
     """Training samples by (epoch, row): {"clip": uint8 [R, 3, T, H, W], "label": [R], "row"}.
+    TrainingClips calls `sample`, takes another video for one that cannot be read, and adds
+    "failed".
 
     labels: the class of each video; augment: an `Augmentation`; the other settings are the flags of
     these names (timeout: --video-timeout)."""
@@ -309,7 +311,7 @@ class Clips(TrainingClips):
                 where = rng.random(self.frames)
                 times = uniform_times(start, end, reader.fps, self.frames, where)
             else:
-                where = rng.random()
+                where = rng.random()  # 0: the earliest possible clip, 1: the latest
                 times = clip_times(start, end, reader.fps, self.frames, self.stride, where)
             frames = reader.read(times)  # uint8 [T, H, W, 3]
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
@@ -357,7 +359,7 @@ def parse_args(argv=None):
         help="column that holds the label (default: label; with --test-only the checkpoint's)",
     )
     flags.add_video_flags(data)
-    flags.add_clip_flags(data, repeat=2, origin="checkpoint, else the size")
+    flags.add_clip_flags(data, repeat=2, origin="checkpoint's, else the --size")
     data.add_argument(
         "--sampling",
         choices=("dense", "uniform"),
@@ -571,7 +573,8 @@ def fine_tune(args, model, splits, machine, stop):
     if args.use == "last":
         return out / "checkpoint.pt"
     wait_for_ranks()  # until rank 0 has written best.pt
-    with checks.as_run_error(args.data):  # ends in one line if best.pt cannot be loaded
+    # ends in one line if best.pt cannot be loaded; the manifest is only for a hint
+    with checks.as_run_error(args.data):
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
 

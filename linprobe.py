@@ -4,7 +4,7 @@ videos -> views -> features -> choose a setting -> train -> test
 
 Reads   a training and a test manifest with labels, and their videos
         a checkpoint: ours, VideoMAE's .pth, a Hugging Face folder, or none for an untrained encoder
-        beside a test manifest val.csv, where they are there, val.classes.npy (saliency.py --cue
+        beside a test manifest val.csv, if they exist, val.classes.npy (saliency.py --cue
         classes --data val.csv) and val.text.npy (caption.py --data val.csv, then saliency.py)
 Writes  (OUT: --out, by default probe/ next to the checkpoint)
         OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
@@ -32,10 +32,12 @@ classifier.) With --augment A a training video has A random views: a random clip
 crop, and half of them mirrored. Each epoch of the linear probe draws one of them.
 
 Features are extracted once. A second run, for another --label-column or after a kill, reads only
-the videos whose features are missing. Another encoder (without a checkpoint, another --seed is one)
-and other flags of the clips make all features again; --augment, and with it --flip and --seed,
-those of the training set; --clips, --crops, --token-grid and adding --attentive those of all views
-that are not random. Another --out keeps both.
+the videos whose features are missing. What makes features again, if it changes (another --out keeps
+both):
+  all features        the encoder (without a checkpoint, --seed makes it); --frames, --stride,
+                      --image-size, --sampling
+  the training set's  --augment; with --augment, --flip and --seed, too
+  all clean views     --clips, --crops, --token-grid; adding --attentive
 
 Choosing a setting. A tenth of the *training* set is held out to choose the learning rate, the
 decay and the number of neighbours. The test set has no part in it. Of equally good settings the
@@ -45,7 +47,8 @@ Probes.
   linear     One linear layer on features that are standardised with the mean and deviation of the
              training set. SGD with momentum 0.9, cosine.
              --protocol sweep, the default, tries 7 learning rates x 3 weight decays: 50 epochs,
-             batch 256, no warm-up. The 21 layers are trained side by side, as columns of one
+             batch 256, no warm-up. (Fewer than 256 videos are one batch, and each rate is
+             multiplied by batch / 256.) The 21 layers are trained side by side, as columns of one
              matrix. Then the best is trained again, on the whole training set.
              --protocol videomae is VideoMAE's one published setting, made for augmented clips
              (--augment): learning rate 0.1 x batch / 256, no weight decay, batch 1024 (or the
@@ -54,11 +57,11 @@ Probes.
              arXiv 1805.01978). Random views are averaged.
   attentive  One learned query attends to the layer-normed tokens, with as many heads as the
              encoder has; then one linear layer (tgm/attentive.py). This is V-JEPA's probe (arXiv
-             2404.08471) without its MLP block. AdamW, cosine, batch 64, 20 epochs, or on a small
-             training set as many as make 3,000 steps. The learning rate is chosen with the first
-             seed. The views are always the clean ones. Each view's tokens are average-pooled to
-             --token-grid, M of them. On disk that takes 2 V M D bytes per video: by default 0.4 MB
-             for a base model, so 95 GB for Kinetics-400.
+             2404.08471) without its MLP block. AdamW with weight decay 0.01, cosine, batch 64, 20
+             epochs, or on a small training set as many as make 3,000 steps. The learning rate is
+             chosen with the first seed. The views are always the clean ones. Each view's tokens are
+             average-pooled to --token-grid, M of them. On disk that takes 2 V M D bytes per video:
+             by default 0.4 MB for a base model, so 95 GB for Kinetics-400.
 
 The contrastive head (tgm/textprobe.py). If captions were used in the checkpoint's pretraining, two
 more things are asked of the test videos. A video's embedding is its feature, projected by the head.
@@ -184,8 +187,8 @@ def fit_linear(features, labels, settings, seed, *, classes, epochs, warmup=0, b
     weight = F.pad(weight, (0, 0, 0, 1))  # [D+1, C], the bias 0
     weight = weight.repeat(1, len(settings)).to(device)  # [D+1, L*C]
     velocity = torch.zeros_like(weight)
-    # Rates are given for batches of 256 and grow with the batch. A training set of fewer videos is
-    # one batch, so that its rates are smaller.
+    # Rates are given for batches of 256 and grow with the batch. A training set smaller than
+    # `batch` is one batch, so that its rates are smaller.
     scale = min(batch, count) / 256
     rate = torch.tensor([setting["rate"] * scale for setting in settings], device=device)
     rate = rate.repeat_interleave(classes)  # [L*C]

@@ -20,20 +20,23 @@ class AttentiveProbe(torch.nn.Module):
     """tokens [B, V*M, D] -> logits [B, C], by `classify_all`: multi-head cross-attention from one
     learned query, then a linear layer.
 
-    Four usual parts are missing, because the probe can express the same without them. A bias of
-    keys adds the same number to all scores of a head, which the softmax ignores. The norm's scale
-    and shift can be part of key, value and classifier; a bias of values and an output projection
-    can be part of the classifier."""
+    Some usual parts are missing, because the probe can express the same without them. A projection
+    of the learned query is another query; the query added to the result would be a constant, which
+    the classifier's bias can hold. A bias of keys adds the same number to all scores of a head,
+    which the softmax ignores. The norm's scale and shift can be part of key, value and classifier;
+    a bias of values and an output projection can be part of the classifier."""
 
     def __init__(self, width, heads, classes):
         super().__init__()
+        # one query, of which each head has its part
         self.query = torch.nn.Parameter(0.02 * torch.randn(heads, 1, width // heads))
         self.key = XavierLinear(width, width, bias=False)
         self.value = XavierLinear(width, width, bias=False)
         self.classifier = torch.nn.Linear(width, classes)
 
     # Usual attention computes a key K x and a value V x of every token x: scores q . (K x), their
-    # softmax a, output sum of a V x. With one query q per head, neither is needed:
+    # softmax a, output sum of a V x. A head has one and the same query q for all videos, so that
+    # neither is needed:
     #   q . (K x) = (K^T q) . x
     #       `token_query` computes K^T q once; `classify_all` multiplies it with all tokens.
     #   sum of a V x = V (sum of a x)

@@ -35,9 +35,9 @@ class Augmentation:
         self.crop_scale = tuple(crop_scale)
         operations, magnitude = rand_augment
         bilinear = TF.InterpolationMode.BILINEAR
-        operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
         # VideoMAE's rand-m7-n4 is four times one random operation, each with probability 0.5, of
         # magnitude 7/10 = 21/30. One object may stand in the list several times: it has no state.
+        operation = v2.RandAugment(1, magnitude, interpolation=bilinear, fill=GREY)
         self.rand_augment = [v2.RandomApply([operation], p=0.5)] * operations
         self.erase = EraseWithNoise(erase)
 
@@ -87,7 +87,7 @@ def make_mix(mixup, cutmix, classes):
     def mix(clips, labels):
         if mixer is None:
             return clips, F.one_hot(labels, classes).float()
-        # torchvision mixes [R*B, T, 3, H, W], and wants to be told that these are videos
+        # torchvision takes five dimensions only as a Video, [R*B, T, 3, H, W]
         videos, targets = mixer(tv_tensors.Video(clips.transpose(1, 2)), labels)
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
 
