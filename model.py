@@ -564,8 +564,8 @@ class VideoViT(Encoder):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] normalised -> logits [B,classes], in float32 under autocast, too: of
-        hundreds of classes bf16 would often give the best two the same number."""
+        """video [B,3,T,H,W] normalised -> logits [B,classes], in float32 under autocast, too: in
+        bf16 the best two of hundreds of classes are sometimes equal."""
         tokens = self.encode_cubes(self.to_cubes(video))
         with torch.autocast(video.device.type, enabled=False):
             return self.head(self.dropout(self.fc_norm(tokens.float().mean(dim=1))))

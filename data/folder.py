@@ -138,9 +138,9 @@ def empty_classes(folder, splits, classes):
 
 
 def name_some(names):
-    """The first ten of them, as text."""
+    """The first ten of them, as text; a ? for what is not UTF-8, which print may refuse."""
     more = ", ..." if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return (", ".join(names[:10]) + more).encode("utf-8", "replace").decode()
 
 
 def check_given(folder, files, splits):
@@ -228,7 +228,7 @@ def main(argv=None):
     if lone := [name for name in classes if not {"train", "val"} <= sides[name]]:
         print(f"{len(lone)} classes are not in both train and val: {name_some(lone)}")
     if empty := empty_classes(args.videos, given, classes):
-        print(f"no classes, as they hold no {', '.join(lists.EXTENSIONS)}: {name_some(empty)}")
+        print(f"no classes, as no {', '.join(lists.EXTENSIONS)} was found in: {name_some(empty)}")
 
     numbers = {name: i for i, name in enumerate(classes)}
     rows = {"train": [], "val": [], "test": []}

@@ -1,6 +1,7 @@
 """Measurements that only a GPU can give. experiments/gpu.sh runs them in parts of a few minutes.
 
-    python experiments/gpu.py steps       training steps of ViT-B and ViT-L, and of transformers
+    python experiments/gpu.py steps       training steps of ViT-B and ViT-L, and of transformers;
+                                          the six masks
     python experiments/gpu.py stages      captions, saliency and RAFT: videos per second
     python experiments/gpu.py data        decoding: clips per second and core, and the share of a
                                           run that waits for data

@@ -1177,6 +1177,7 @@ def test_folder(script, tmp_path):
         "swim/b.mpg",
         ".Trash-1000/files/c.mp4",
     )
+    os.mkdir(os.fsencode(tmp_path / "videos/caf") + b"\xe9")
     printed = script(
         "folder", "--val", 0.4, "--group", r"(.*)_c\d+$|(?P<rest>.*)", fails=True, annotations=False
     )
@@ -1195,7 +1196,7 @@ def test_folder(script, tmp_path):
     assert (tmp_path / "out/classes.txt").read_text() == "one\nrun, fast\ntrain\nwalk\n"
     assert "1 videos are in no class folder: left out" in printed
     assert "1 classes are not in both train and val: one\n" in printed
-    assert "no classes, as they hold no .mp4, .mkv, .webm, .avi, .mov: swim\n" in printed
+    assert "no classes, as no .mp4, .mkv, .webm, .avi, .mov was found in: caf?, swim\n" in printed
     script("folder", "--val", 0.4, annotations=False)
     assert rows(tmp_path / "out/val.csv") == val
     drawn = set()

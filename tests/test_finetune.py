@@ -924,12 +924,12 @@ def test_recipes_are_those_of_videomaes_scripts():
 
 def test_recipes_give_their_learning_rates():
     """From the flags, on eight GPUs; the rate rises to lr, and falls to the floor."""
+    [ucf101] = [flags for name, *_, flags in recipes() if name == "UCF101"]
     seen = 0
     for _, _, size, lr, floor, flags in recipes():
         lr, floor = float(lr), float(floor)
-        if not flags.startswith("`"):
-            assert flags == "those of UCF101"
-            continue
+        if flags == "those of UCF101":
+            flags = ucf101
         args = finetune.parse_args(flags.strip("`").split())
         videos = args.batch_size * args.accum * 8
         assert size == f"{videos} x {args.repeat}"
@@ -942,7 +942,19 @@ def test_recipes_give_their_learning_rates():
         assert rates == [pytest.approx(lr / 500), lr, lr, pytest.approx(floor, rel=0.2)]
         assert rates[-1] >= floor
         seen += 1
-    assert seen == 7
+    assert seen == 8
+
+
+def test_the_commands_take_the_first_recipe_of_their_data_set():
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [" ".join(line.split()) for line in page.splitlines() if "finetune.py" in line]
+    first = {}
+    for name, *_, flags in recipes():
+        first.setdefault(name, flags.strip("`"))
+    first.pop("HMDB51")  # takes UCF101's
+    assert len(first) == 5
+    for name, flags in first.items():
+        assert any(flags in command for command in commands), name
 
 
 @pytest.mark.parametrize("repeat, accum", [(1, 1), (3, 1), (2, 2)])

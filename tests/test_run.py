@@ -892,6 +892,8 @@ def test_reasons_to_give_up_are_one_line():
     nccl = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.30.7\n{}\nLast error:\n{}"
     closed = nccl.format("remote process exited", "ncclRemoteError: x", "socket 4: gone")
     assert raised(dist.DistBackendError(closed)) == f"{lost} (socket 4: gone)"
+    silent = nccl.format("unhandled system error", "ncclSystemError: x", "").strip()
+    assert raised(dist.DistBackendError(silent)).startswith("NCCL failed: NCCL error in: NCCLUtils")
     segment = "Error while creating shared memory segment /dev/shm/x: No space left on device (28)"
     full = nccl.format("unhandled system error", "ncclSystemError: System call failed.", segment)
     assert raised(dist.DistBackendError(full)) == (
@@ -902,9 +904,13 @@ def test_reasons_to_give_up_are_one_line():
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Caught AcceleratorError in pin memory thread.\nTraceback:\n  File\ntorch."
         "AcceleratorError: CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA driver error: out of memory",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        nccl.format("x", "ncclUnhandledCudaError: x", "Cuda failure 2 'out of memory'"),
+        nccl.format("x", "ncclUnhandledCudaError: x", "Failed to CUDA calloc 6291456 bytes"),
     ):
         assert re.match(
-            "not enough memory: [^\n]*(out of memory|ALLOC_F)", raised(RuntimeError(said))
+            "not enough memory: [^\n]*(out of memory|ALLOC|calloc)", raised(RuntimeError(said))
         )
     for bug in (
         RuntimeError("a bug"),

@@ -207,7 +207,7 @@ def add_training_flags(group):
         "--seed",
         type=seed_number,
         default=0,
-        help="of all that is random: samples, their order, new weights, dropout",
+        help="of all that is random, such as samples, their order and new weights",
     )
     group.add_argument(
         "--amp",

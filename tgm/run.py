@@ -146,8 +146,14 @@ def is_of_lost_rank(error):
 
 def lost_rank(error):
     """The message where an operation failed because another rank is gone."""
-    reason = last_line(error)[:200] if "nccl" in str(error) else reason_of(error)[:200]
+    reason = nccl_reason(error) if "nccl" in str(error) else reason_of(error)[:200]
     return f"another rank ended, and this one with it; the other says why ({reason})"
+
+
+def nccl_reason(error):
+    """What stands under "Last error:", at the end of NCCL's text; its begin if nothing does."""
+    last = last_line(error)
+    return reason_of(error)[:200] if last == "Last error:" else last[:200]
 
 
 def wait_for_ranks():
@@ -431,7 +437,14 @@ NO_MEMORY = (
     "MemoryError",
 )
 # Of CUDA and its libraries, outside torch's own allocator; lines of advice follow.
-NO_GPU_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+NO_GPU_MEMORY = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Cuda failure 2 ",
+    "Failed to CUDA ",
+    "_STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",
+)
 
 
 def one_line_errors(main):
@@ -480,7 +493,7 @@ def runtime_reason(error):
         advice = ""
         if "shared memory" in str(error):
             advice = ": give the container more (docker run --shm-size=16g)"
-        return f"NCCL failed: {last_line(error)[:200]}{advice}"
+        return f"NCCL failed: {nccl_reason(error)}{advice}"
     return None
 
 

@@ -332,9 +332,10 @@ class TrainingLog:
         newly_failed = len(self.newly_failed - self.failed)
         problems = torch.tensor([newly_failed, 0.0], device=window.device)
         problems[1] = (~good).any()
-        losses = window[:, :-1].mean(0)
-        norm = window[:, -1].where(finite[:, -1], math.nan).nanmean()
-        totals = torch.cat([losses, norm[None], problems])
+        means = window.mean(0)
+        if with_fp16:  # without the skipped steps
+            means[-1] = window[:, -1].where(finite[:, -1], math.nan).nanmean()
+        totals = torch.cat([means, problems])
         add_up_over_ranks(totals)
         # Here, at log lines alone, the CPU waits for the GPU.
         *sums, failed, broken = totals.tolist()
