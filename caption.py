@@ -53,7 +53,7 @@ from tgm.arrays import companion
 from tgm.captions import LABELS, CaptionFile, make_entry
 from tgm.classes import read_names
 from tgm.flags import Parser, add_video_flags, frame_count, positive_int
-from tgm.manifest import require_files
+from tgm.manifest import read_manifest, require_files
 from tgm.offline import (
     Item,
     add_run_flags,
@@ -61,14 +61,13 @@ from tgm.offline import (
     join_machine,
     leave_ranks,
     parse_run_flags,
-    read_videos,
 )
+from tgm.quiet import quiet_libraries
 from tgm.run import (
     RunError,
     launch,
     one_line_errors,
     part_of_rank,
-    quiet_libraries,
     reason_of,
     torchrun_ranks,
     wait_for_ranks,
@@ -330,7 +329,7 @@ def parse_args(argv=None):
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    videos = read_videos(args.data, args.root, args.label_column)
+    videos = read_manifest(args.data, args.root, args.label_column)
     path = Path(args.out) if args.out else companion(args.data, "captions.jsonl")
     if args.labels:
         if torchrun_ranks()[0] == 0:

@@ -573,8 +573,7 @@ def fine_tune(args, model, splits, machine, stop):
     if args.use == "last":
         return out / "checkpoint.pt"
     wait_for_ranks()  # until rank 0 has written best.pt
-    # ends in one line if best.pt cannot be loaded; the manifest is only for a hint
-    with checks.as_run_error(args.data):
+    with checks.as_run_error():  # ends in one line if best.pt cannot be loaded
         checkpoints.load_pretrained(model, out / "best.pt")
     return out / "best.pt"
 
@@ -615,10 +614,7 @@ def main(argv=None):
     args = parse_args(argv)
     machine = Machine(args.device, args.amp)
     args.amp = machine.amp
-    manifest = args.data
-    if args.test_only:
-        manifest = args.test or args.val
-    with checks.as_run_error(manifest):
+    with checks.as_run_error():
         splits = open_splits(args, machine)
         model = make_model(args, machine)
     machine.join()

@@ -397,7 +397,7 @@ def interval_text(bounds):
 
 def read_videos(args, rank):
     """{"train": videos, "test": videos} of the two manifests."""
-    with as_run_error(args.data):
+    with as_run_error():
         train = read_labelled(args.data, args.root, args.label_column)
         test = read_labelled(args.test, args.root, args.label_column)
         # Only to fail now, not after hours of extraction, if no test label is a training class.

@@ -164,7 +164,7 @@ def train(state, loader, schedule, machine, args):
             state.save(checkpoint, vars(args))
         draws = schedule.ends_epoch(step, every=args.picture_every)
         if stopped and step < schedule.last_step:
-            draws = False  # no time now; after the last step no resumed run would draw it
+            draws = False  # saves time; the last step's is drawn, as no resumed run would draw it
         if draws and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
             log.draw()
@@ -470,7 +470,7 @@ def make_state(args, model, machine):
     --out if the run goes on."""
     saved = resume.find_run(Path(args.out), args.resume, vars(args), MAY_CHANGE)
     if saved is None and args.init:
-        with checks.as_run_error(args.data):
+        with checks.as_run_error():
             notes = checkpoints.load_pretrained(model, args.init)
         machine.say(f"weights      {args.init}: {checkpoints.summary_of(notes)}")
     optimizer = make_optimizer(model.to(machine.device), args.lr, args.weight_decay)
@@ -520,7 +520,7 @@ def main(argv=None):
     args.amp = machine.amp
     args.ranks = machine.ranks
     checks.refuse_gigabytes(args.size, args.batch_size, args.repeat, args.frames, args.image_size)
-    with checks.as_run_error(args.data):
+    with checks.as_run_error():
         videos, rows, arrays, args.identity = open_data(
             args.data, args.mask, args.nce_weight, args.root, args.companions
         )
@@ -543,7 +543,7 @@ def main(argv=None):
     args.identity["batch size x ranks"] = args.batch_size * args.ranks
 
     state = make_state(args, model, machine)
-    # Ranks wait for one another from here on. What is wrong with flags or files has been said.
+    # Ranks wait for one another from here on. What is wrong with flags or data has been said.
     machine.join()
     resume.refuse_unequal_ranks(state.step, vars(args))
 

@@ -110,7 +110,7 @@ from tgm.classes import make_classes
 from tgm.clip import clip_settings, embed_texts, load_clip
 from tgm.cues import MotionCue, Output
 from tgm.flags import Parser, add_video_flags, frame_count, grid_size, pixel_count, positive
-from tgm.manifest import ManifestError, require_files
+from tgm.manifest import ManifestError, read_manifest, require_files
 from tgm.offline import (
     add_run_flags,
     autocast,
@@ -118,7 +118,6 @@ from tgm.offline import (
     join_machine,
     leave_ranks,
     parse_run_flags,
-    read_videos,
 )
 from tgm.run import RunError, launch, make_folder, one_line_errors, part_of_rank, wait_for_ranks
 from tgm.video import VideoReader, segment_midpoints
@@ -465,7 +464,7 @@ def parse_args(argv=None):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    videos = read_videos(args.data, args.root)
+    videos = read_manifest(args.data, args.root)
     machine = join_machine(args.device)
     prefix = args.out or Path(args.data).with_suffix("")
     if machine.rank == 0:

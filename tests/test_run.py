@@ -5,6 +5,7 @@ torch."""
 import argparse
 import datetime
 import errno
+import gc
 import json
 import math
 import multiprocessing.connection
@@ -510,26 +511,33 @@ def test_workers_that_cannot_be_started_for_want_of_open_files_are_one_line(tmp_
     assert child.printed() == loading.NO_OPEN_FILES + "\n"  # no traceback of a half-made loader
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_locks_and_pipes_of_a_loader(monkeypatch, workers):
-    """As many are tried as torch's DataLoader makes for its queues."""
-    made = {"locks": 0, "pipes": 0}
-    lock = multiprocessing.synchronize.SemLock.__init__
-    pipe = multiprocessing.connection.Pipe
+def second_worker_cannot_start():
+    """As ulimit -u has it: the first worker runs, and no process can be made any more."""
+    start = multiprocessing.Process.start
+    started = []
 
-    def count_lock(*args, **kwargs):
-        made["locks"] += 1
-        return lock(*args, **kwargs)
+    def start_once(process):
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(process)
+        start(process)
 
-    def count_pipe(*args, **kwargs):
-        made["pipes"] += 1
-        return pipe(*args, **kwargs)
+    multiprocessing.Process.start = start_once
+    try:
+        next(loading.checked_batches(loading.make_loader(Numbers(torch.zeros), 1, 2)))
+    except run.RunError as error:
+        print(error)
+    gc.collect()
+    run.kill_workers()
 
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", count_lock)
-    monkeypatch.setattr(multiprocessing.connection, "Pipe", count_pipe)
-    list(loading.make_loader(Numbers(torch.zeros, length=2), 1, workers))
-    assert made["locks"] == loading.LOCKS[0] + loading.LOCKS[1] * workers
-    assert made["pipes"] == 1 + workers  # Popen makes others
+
+def test_a_second_worker_that_cannot_be_started_is_one_line(tmp_path):
+    child = Child(tmp_path / "out", second_worker_cannot_start)
+    assert child.code(20) == 0
+    assert child.printed() == (
+        "the decoding processes cannot be started (Resource temporarily unavailable): lower "
+        "--workers\n"
+    )
 
 
 def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):

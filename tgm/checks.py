@@ -1,5 +1,5 @@
 """What is looked at before training begins, so that what would fail after minutes is said at once.
-Needs manifest.py, run.py and the repository's model.py.
+Needs run.py and the repository's model.py.
 
 Each refusal is a RunError: one line with the numbers and the flags that mend it.
 """
@@ -14,21 +14,18 @@ import numpy as np
 import torch
 
 from model import SIZES
-from tgm.manifest import ManifestError
 from tgm.run import RunError
 
 LOOKED_FOR = 256  # videos, chosen at random: every nth might miss a pattern in the manifest
 
 
 @contextlib.contextmanager
-def as_run_error(manifest: str):
-    """If a ManifestError or a ValueError is raised inside, raises RunError with its text, which
-    names the toy world if there is no manifest."""
+def as_run_error():
+    """If a ValueError is raised inside, raises RunError with its text."""
     try:
         yield
-    except (ManifestError, ValueError) as error:
-        hint = "" if Path(manifest).exists() else " (the toy world: python data/toy.py)"
-        raise RunError(f"{error}{hint}") from None
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def refuse_gigabytes(

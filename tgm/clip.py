@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from tgm.arrays import file_hash
-from tgm.run import RunError, quiet_libraries, reason_of
+from tgm.quiet import quiet_libraries
+from tgm.run import RunError, reason_of
 
 FOLDER = "local-dir:"  # how open_clip's name of a folder begins
 NOT_PLAIN = (

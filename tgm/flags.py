@@ -228,7 +228,9 @@ def add_training_flags(group):
         help="recompute activations in the backward pass: less memory, slower steps",
     )
     group.add_argument(
-        "--max-steps", type=positive_int, help="stop after this many steps, for a trial"
+        "--max-steps",
+        type=positive_int,
+        help="end at this step, counted from the run's beginning, for a trial",
     )
     group.add_argument(
         "--resume",

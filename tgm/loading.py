@@ -1,4 +1,5 @@
-"""Loaders: batches from decoding processes. If such a process fails, the run ends with one line.
+"""Loaders: batches from decoding processes. If such a process dies or finds no room,
+the run ends with one line.
 Needs run.py, sampling.py, training.py and video.py.
 
     for items in checked_batches(make_loader(dataset, 16, workers=4)):      lists, in order
@@ -6,7 +7,6 @@ Needs run.py, sampling.py, training.py and video.py.
 """
 
 import errno
-import multiprocessing
 import sys
 from multiprocessing.reduction import ForkingPickler
 
@@ -31,11 +31,6 @@ WORKER_ENDED = (
     "too many open files: ulimit -n 65536). Lower --workers or --batch-size; with --workers 0 the "
     "run decodes by itself and shows where it fails"
 )
-# What a DataLoader with workers makes before it begins: three locks per queue, of which it has one
-# for each worker and one for the results, and five for an event; a pipe per queue, another per
-# worker, and one more while a worker is started.
-LOCKS = (3 + 5, 3)  # of the loader, of each worker
-PIPES = (2, 2)
 
 
 def begin_worker(number: int) -> None:
@@ -144,30 +139,25 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def try_locks_and_pipes(workers: int) -> None:
-    """OSError if a DataLoader cannot be made for want of shared memory, which its locks need, or of
-    open files, which its pipes are. It would say so itself, but Python prints a traceback when it
-    then deletes the half-made loader. So as many are made here first, and thrown away."""
-    locks = [multiprocessing.Lock() for _ in range(LOCKS[0] + LOCKS[1] * workers)]
-    pipes = []
-    try:
-        for _ in range(PIPES[0] + PIPES[1] * workers):
-            pipes += multiprocessing.Pipe(duplex=False)
-    finally:
-        for end in pipes:
-            end.close()
-    del locks
+def hide_half_made_loaders() -> None:
+    """A loader whose workers could not all be started fails again when Python deletes it, which
+    would print a traceback."""
+    shown = sys.unraisablehook
+
+    def show(failure):
+        if "DataLoaderIter.__del__" not in repr(failure.object):
+            shown(failure)
+
+    sys.unraisablehook = show
 
 
 def checked_batches(loader: DataLoader):
     """The batches of a loader. RunError where its workers cannot be started, die, find no shared
     memory, or have too many open files."""
     try:
-        # with persistent workers _iterator holds those of the first epoch, which go on
-        if loader.num_workers > 0 and getattr(loader, "_iterator", None) is None:
-            try_locks_and_pipes(loader.num_workers)
         batches = iter(loader)
     except OSError as error:
+        hide_half_made_loaders()
         reason = f"the decoding processes cannot be started ({error.strerror}): lower --workers"
         if error.errno == errno.ENOSPC:
             reason = f"{NO_SHARED_MEMORY} ({error.strerror})"

@@ -118,9 +118,12 @@ def read_manifest(
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = " (the toy world: python data/toy.py)"
         raise ManifestError(
             f"{path}:1: expected a csv with the header path[,label][,start][,end]; it cannot be "
-            f"read ({error.strerror})"
+            f"read ({error.strerror}){hint}"
         ) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1

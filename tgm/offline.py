@@ -1,10 +1,11 @@
 """Helpers that caption.py and saliency.py share: one pass over all videos, before training.
-(linprobe.py uses `join_machine` and `leave_ranks` alone, features.py `precision_on`.)
+(linprobe.py uses `join_machine` and `leave_ranks` alone, features.py `precision_on`, classes.py
+`autocast`.)
 
 Needs flags.py, loading.py, manifest.py, run.py and video.py.
 
     add_run_flags(parser, batch_size=32)
-    videos = read_videos(args.data, args.root)
+    videos = read_manifest(args.data, args.root)
     machine = join_machine(args.device)  # this process among torchrun's
     mine = part_of_rank(videos, machine.rank, machine.ranks)
     for items in batches(machine, mine, read, 32, workers=2):
@@ -18,7 +19,6 @@ import datetime
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from tgm.flags import add_machine_flags, positive_int
 from tgm.loading import checked_batches, make_loader
-from tgm.manifest import FilePath, ManifestError, Video, Videos, read_manifest
+from tgm.manifest import Video
 from tgm.run import StopSignal, choose_device, join_ranks, torchrun_ranks
+from tgm.training import DTYPES, choose_precision
 from tgm.video import VideoError
 
 # Ranks wait for each other only at the start and at the end; one may finish days before another.
@@ -48,7 +49,7 @@ def add_run_flags(parser: ArgumentParser, batch_size: int) -> None:
         help="videos per batch, on each rank; lower it where memory is short",
     )
     run.add_argument(
-        "--max-steps", type=positive_int, help="stop after this many batches, for a trial"
+        "--max-steps", type=positive_int, help="end this process after so many batches, for a trial"
     )
     run.add_argument(
         "--resume",
@@ -69,16 +70,6 @@ def parse_run_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Names
     if args.extend and args.resume == "none":
         parser.error("--extend keeps what --resume none throws away")
     return args
-
-
-def read_videos(data: FilePath, root: FilePath | None, label_column: str = "label") -> Videos:
-    """`read_manifest`; where there is no such file, the error says how to make the toy world's."""
-    try:
-        return read_manifest(data, root, label_column)
-    except ManifestError as error:
-        if Path(data).exists():
-            raise
-        raise ManifestError(f"{error} (the toy world: python data/toy.py)") from None
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -106,11 +97,7 @@ def join_machine(device: str) -> Machine:
 
 def precision_on(device: torch.device) -> torch.dtype:
     """float32 on a CPU; on a GPU bfloat16, or float16 if the current GPU has no bfloat16."""
-    if device.type == "cpu":
-        return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float16
+    return DTYPES[choose_precision("auto", device)]
 
 
 def autocast(machine: Machine) -> torch.autocast:

@@ -22,14 +22,12 @@ import atexit
 import contextlib
 import datetime
 import functools
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import uuid
-import warnings
 from pathlib import Path
 
 import torch
@@ -178,13 +176,13 @@ def give_up_together(message: str):
     raise SaidByRankZero(message)
 
 
-def union_over_ranks(numbers: set) -> set:
-    """The union of every rank's set of numbers, the same on all ranks, all of which must call
-    this."""
+def union_over_ranks(values: set) -> set:
+    """The union of every rank's set of values, which can be sorted, the same on all ranks, all of
+    which must call this."""
     if not dist.is_initialized():
-        return set(numbers)
+        return set(values)
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, sorted(numbers))
+    dist.all_gather_object(found, sorted(values))
     return set().union(*found)
 
 
@@ -234,43 +232,6 @@ def part_of_rank(rows, rank, ranks):
 
 
 # ---- models of other libraries -------------------------------------------------------------------
-
-
-class HubSilence(logging.Filter):
-    """Drops what is logged. That the Hugging Face hub does not answer is said, once."""
-
-    said = False
-
-    def filter(self, record):
-        if not self.said and record.getMessage().startswith("Retrying in"):
-            self.said = True
-            print(
-                "the Hugging Face hub does not answer, trying again (HF_HUB_OFFLINE=1: what was "
-                "downloaded before, at once)",
-                file=sys.stderr,
-                flush=True,
-            )
-        return False
-
-
-@contextlib.contextmanager
-def quiet_libraries():
-    """While a model is loaded: nothing that a library logs or warns of is shown. What matters is in
-    its exceptions, or is checked by whoever loads."""
-    logging.basicConfig()  # open_clip's first warning would do this, after handlers were looked for
-    handlers = []
-    for name in (None, "huggingface_hub", "transformers"):
-        handlers += logging.getLogger(name).handlers
-    silence = HubSilence()
-    for handler in handlers:
-        handler.addFilter(silence)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(silence)
 
 
 def reason_of(error):
@@ -388,7 +349,7 @@ class StopSignal:
         signal.alarm(0)
         kill_workers()  # the loader would wait ten seconds for each that is stuck
         for each in (signal.SIGTERM, signal.SIGINT):
-            # what is left to do is little: another signal need not wait for it
+            # the run is ending: another signal ends it at once
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 

@@ -75,7 +75,7 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         self.amp = choose_precision(amp, self.device)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[self.amp]
+        dtype = DTYPES[self.amp]
         self.autocast = torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
         self.about = f"{self.device} ({why}), amp {self.amp}, {self.ranks} ranks"
 
@@ -115,6 +115,9 @@ class Machine:
         return wrapped.no_sync()
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
 def choose_precision(asked: str, device: torch.device) -> str:
     """What --amp stands for on a device: bf16, fp16 or off."""
     if asked != "auto":
@@ -132,7 +135,7 @@ class Schedule(NamedTuple):
     their number is no multiple of the videos per step, the remaining ones are not used; they are
     others in each epoch."""
 
-    videos: int  # in an epoch
+    videos: int  # usable ones; an epoch takes as many as fill whole steps
     batch_size: int  # videos per rank and batch
     repeat: int  # samples per video
     accum: int  # batches per step
@@ -177,7 +180,8 @@ class Schedule(NamedTuple):
         return step == self.last_step or step % (every * self.steps_per_epoch) == 0
 
     def saves(self, step: int, save_every: int) -> bool:
-        """Whether a checkpoint is due: at each epoch's end, and every so many steps."""
+        """Whether a checkpoint is due: at the end of each epoch and of the run, and every
+        so many steps."""
         return self.ends_epoch(step) or (save_every > 0 and step % save_every == 0)
 
     def about(self, blr: float, min_blr: float, start: int, begun_for: int | None) -> str:
@@ -356,6 +360,7 @@ class TrainingLog:
         # A gradient is averaged over the ranks, but a loss tells which of them had the videos. If
         # all losses are finite, the videos of all ranks are named.
         rows = set() if losses_finite[first] else self.rows[first]
+        # Every rank has the same first union, so that all make the second one or none does.
         names = self._names(union_over_ranks(rows) or union_over_ranks(self.rows[first]))
         first += self.last + 1
         give_up_together(
