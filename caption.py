@@ -164,6 +164,10 @@ def load_model(name, device, dtype):
             f"--model {name}: {len(missing)} of its weights are not in its files, such as "
             f"{missing[0]}: its captions would be noise ({TESTED})"
         )
+    version = [int(number) for number in transformers.__version__.split(".")[:2]]
+    if model.config.model_type == "git" and version < [5, 19]:
+        # with its cache of keys and values, words after the first would be at wrong positions
+        model.generation_config.use_cache = False
     return model.eval(), processor
 
 

@@ -720,26 +720,22 @@ def test_ssv2_errors(script, tmp_path):
     )
 
 
-def test_200000_rows_are_quick(script, tmp_path, monkeypatch):
+def test_200000_rows_take_ten_times_as_long_as_20000(script, tmp_path, monkeypatch):
+    """Not a hundred times, as if each row were compared with all others. Three leaves room for a
+    machine that is busy, and for its caches."""
     write_ssv2(tmp_path)
-    put(
-        tmp_path / "lists/train.json",
-        json.dumps(
-            [
-                entry(str(i), "Approaching [something] with your camera", "a cup")
-                for i in range(200_000)
-            ]
-        ),
-    )
-    put(
-        tmp_path / "lists/validation.json",
-        json.dumps([entry("200000", "Approaching [something] with your camera", "a cup")]),
-    )
-    names = [f"{i}.webm" for i in range(0, 200_001, 2)]
-    monkeypatch.setattr(lists, "list_videos", lambda folder: names)
-    before = time.process_time()
-    printed = script("ssv2")
-    assert time.process_time() - before < 10
+    template = "Approaching [something] with your camera"
+    seconds = {}
+    for rows in (20_000, 200_000):
+        entries = [entry(str(i), template, "a cup") for i in range(rows)]
+        put(tmp_path / "lists/train.json", json.dumps(entries))
+        put(tmp_path / "lists/validation.json", json.dumps([entry(str(rows), template, "a cup")]))
+        names = [f"{i}.webm" for i in range(0, rows + 1, 2)]
+        monkeypatch.setattr(lists, "list_videos", lambda folder, names=names: names)
+        before = time.process_time()
+        printed = script("ssv2")
+        seconds[rows] = time.process_time() - before
+    assert seconds[200_000] < 3 * 10 * seconds[20_000], seconds
     assert (
         "out/train.csv: 100000 rows, 1 classes, 100000 videos missing (missing-train.txt), 0 duplicates"
         in printed

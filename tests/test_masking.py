@@ -918,7 +918,7 @@ def test_wrong_numbers_end_in_one_line(copy, flag, value):
         (
             ("--data", "gone.csv"),
             "gone.csv:1: expected a csv with the header path[,label][,start][,end]; it cannot be "
-            "read (No such file or directory)",
+            "read (No such file or directory) (the toy world: python data/toy.py)",
         ),
     ],
 )

@@ -652,3 +652,17 @@ def test_a_segment_deep_in_a_long_file_is_read_like_one_at_its_start(two_hours, 
             for frame, time in zip(frames, times, strict=True)
         )
     assert max(needed) < 300  # what lies before the segment's own key frame is not read
+
+
+def test_libavs_log_is_silent_though_another_library_sets_its_level(tmp_path, caplog):
+    """As older versions of torchvision do when they are imported. The exception has the reason."""
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        for _ in range(2):
+            with pytest.raises(V.VideoError, match="moov atom not found"):
+                V.VideoReader(tmp_path / "bad.mp4")
+    finally:
+        av.logging.set_level(level)
+    assert caplog.records == []

@@ -39,6 +39,7 @@ The words of video coding in this file:
 import bisect
 import contextlib
 import itertools
+import logging
 import math
 import os
 import stat
@@ -52,8 +53,10 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
-# For the whole process: what matters of libav's log is in its exceptions.
+# For the whole process: what matters of libav's log is in its exceptions. Older versions of
+# torchvision set another level when they are imported, so Python's logger is silenced, too.
 av.logging.set_level(av.logging.PANIC)
+logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
 
 TIMEOUT = 60.0  # seconds that reading one video may take, unless told otherwise
 SEEK_GAP = 1.0  # seconds: if two wanted frames are further apart, look for a key frame in between
