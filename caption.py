@@ -166,7 +166,8 @@ def load_model(name, device, dtype):
         )
     version = [int(number) for number in transformers.__version__.split(".")[:2]]
     if model.config.model_type == "git" and version < [5, 19]:
-        # with its cache of keys and values, words after the first would be at wrong positions
+        # There the cache of keys and values puts all words but the first at wrong positions, as it
+        # counts the image's tokens, too.
         model.generation_config.use_cache = False
     return model.eval(), processor
 

@@ -65,7 +65,7 @@ import torch.nn.functional as F
 import model as models
 from tgm import checkpoints, checks, evaluation, flags, resume
 from tgm.arrays import hold
-from tgm.augment import Augmentation, add_augmentation_flags, make_mix
+from tgm.augment import Augmentation, make_mix
 from tgm.labels import (
     class_names,
     labels_hash,
@@ -366,7 +366,7 @@ def parse_args(argv=None):
         help="dense: frames --stride apart; uniform: one frame from each of --frames equal parts "
         "(default: as in the checkpoint of a fine-tuning, else dense)",
     )
-    add_augmentation_flags(parser.add_argument_group("augmentation"))
+    flags.add_augmentation_flags(parser.add_argument_group("augmentation"))
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint", default="none", help="file or folder to start from; none: from scratch"

@@ -6,7 +6,7 @@ Reads   a training and a test manifest with labels, and their videos
         a checkpoint: ours, VideoMAE's .pth, a Hugging Face folder, or none for an untrained encoder
         beside a test manifest val.csv, if they exist, val.classes.npy (saliency.py --cue
         classes --data val.csv) and val.text.npy (caption.py --data val.csv, then saliency.py)
-Writes  (OUT: --out, by default probe/ next to the checkpoint)
+Writes  (OUT: --out; by default probe/ next to the checkpoint, or runs/untrained/probe)
         OUT/LABEL.json, the result and its settings. LABEL is --label-column; with --protocol
         videomae the name is LABEL.videomae.json. An earlier result of that name is replaced, even
         one of other flags or of another checkpoint (another --out keeps both).

@@ -721,8 +721,8 @@ def test_ssv2_errors(script, tmp_path):
 
 
 def test_200000_rows_take_ten_times_as_long_as_20000(script, tmp_path, monkeypatch):
-    """Not a hundred times, as if each row were compared with all others. Three leaves room for a
-    machine that is busy, and for its caches."""
+    """Not a hundred times, as if each row were compared with all others. The factor of three leaves
+    room for a busy machine and its caches."""
     write_ssv2(tmp_path)
     template = "Approaching [something] with your camera"
     seconds = {}

@@ -102,7 +102,7 @@ def test_commands_name_scripts_and_flags_that_exist():
         script = next(word for word in words if word.endswith(".py"))
         source = (ROOT / script).read_text() + "".join(
             (ROOT / name).read_text()
-            for name in ("data/lists.py", "tgm/augment.py", "tgm/flags.py", "tgm/preview.py")
+            for name in ("data/lists.py", "tgm/flags.py", "tgm/preview.py")
         )
         for flag in (
             word.split("=")[0]

@@ -8,8 +8,7 @@ import errno
 import gc
 import json
 import math
-import multiprocessing.connection
-import multiprocessing.synchronize
+import multiprocessing
 import os
 import re
 import resource
@@ -522,6 +521,7 @@ def second_worker_cannot_start():
         started.append(process)
         start(process)
 
+    sys.unraisablehook = sys.__unraisablehook__  # pytest's own prints nothing in a fork
     multiprocessing.Process.start = start_once
     try:
         next(loading.checked_batches(loading.make_loader(Numbers(torch.zeros), 1, 2)))
@@ -905,7 +905,7 @@ def test_reasons_to_give_up_are_one_line():
     segment = "Error while creating shared memory segment /dev/shm/x: No space left on device (28)"
     full = nccl.format("unhandled system error", "ncclSystemError: System call failed.", segment)
     assert raised(dist.DistBackendError(full)) == (
-        f"NCCL failed: {segment}: give the container more (docker run --shm-size=16g)"
+        f"NCCL failed: {segment}: give the container more shared memory (docker run --shm-size=16g)"
     )
     for said in (
         "CUDA error: out of memory\nCUDA kernel errors might be reported later",

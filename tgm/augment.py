@@ -1,14 +1,13 @@
-"""Augmentation of the training clips of a classifier. Needs flags.py and model.py.
+"""Augmentation of the training clips of a classifier. Needs model.py, for the mean colour and
+its deviation.
 
 `Augmentation` changes one clip: a random crop, mirroring, RandAugment (arXiv 1909.13719) and random
 erasing (arXiv 1708.04896), with the same operations and boxes in every frame. `make_mix` mixes the
 clips of a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899). The operations are
-torchvision's, the defaults those of VideoMAE's fine-tuning; docs/method.md says what differs.
+torchvision's. They follow VideoMAE's fine-tuning; docs/method.md says what differs.
 
 Shapes: B batch, R repeats, T frames, H W pixels, C classes.
 """
-
-import argparse
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from model import MEAN, STD
-from tgm import flags
 
 GREY = [124, 116, 104]  # the mean colour, 0 once normalised: what RandAugment fills in
 
@@ -29,7 +27,7 @@ class Augmentation:
     the frame's area in a crop; rand_augment: how many operations, and their magnitude from 0 to 30;
     erase: the probability of random erasing"""
 
-    def __init__(self, size, flip=True, crop_scale=(0.08, 1.0), rand_augment=(4, 21), erase=0.25):
+    def __init__(self, size, flip, crop_scale, rand_augment, erase):
         self.size = size
         self.flip = flip
         self.crop_scale = tuple(crop_scale)
@@ -92,39 +90,3 @@ def make_mix(mixup, cutmix, classes):
         return videos.as_subclass(torch.Tensor).transpose(1, 2), targets.float()
 
     return mix
-
-
-def add_augmentation_flags(group):
-    """The flags of the above, and label smoothing."""
-    group.add_argument(
-        "--crop-scale",
-        type=flags.ratio,
-        nargs=2,
-        default=(0.08, 1.0),
-        metavar=("MIN", "MAX"),
-        help="a crop's share of the frame's area",
-    )
-    group.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the samples; give --no-flip where direction is the label",
-    )
-    group.add_argument(
-        "--rand-augment",
-        type=flags.whole(0, 30),
-        nargs=2,
-        default=(4, 21),
-        metavar=("OPS", "M"),
-        help="number of operations (0: off), and their magnitude from 0 to 30",
-    )
-    group.add_argument(
-        "--erase", type=flags.fraction, default=0.25, help="probability of random erasing"
-    )
-    group.add_argument(
-        "--mixup", type=flags.not_negative, default=0.8, help="alpha of mixup; 0: off"
-    )
-    group.add_argument(
-        "--cutmix", type=flags.not_negative, default=1.0, help="alpha of cutmix; 0: off"
-    )
-    group.add_argument("--smoothing", type=flags.fraction, default=0.1, help="label smoothing")

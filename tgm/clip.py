@@ -1,6 +1,6 @@
 """CLIP models of open_clip, with all their weights and the activation they were trained with.
 
-Needs arrays.py and run.py.
+Needs arrays.py, quiet.py and run.py.
 
     model, tokenizer = load_clip("ViT-B-16", "openai", None, device)
     embedded = embed_texts(model, tokenizer, ["a dog runs"], device)    # {text: float32 [D]}

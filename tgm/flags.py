@@ -162,6 +162,37 @@ def add_clip_flags(group, repeat: int, origin: str):
     )
 
 
+def add_augmentation_flags(group):
+    """The flags of a classifier's augmentation (tgm/augment.py), and of label smoothing. The
+    defaults are VideoMAE's."""
+    group.add_argument(
+        "--crop-scale",
+        type=ratio,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("MIN", "MAX"),
+        help="a crop's share of the frame's area",
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the samples; give --no-flip where direction is the label",
+    )
+    group.add_argument(
+        "--rand-augment",
+        type=whole(0, 30),
+        nargs=2,
+        default=(4, 21),
+        metavar=("OPS", "M"),
+        help="number of operations (0: off), and their magnitude from 0 to 30",
+    )
+    group.add_argument("--erase", type=fraction, default=0.25, help="probability of random erasing")
+    group.add_argument("--mixup", type=not_negative, default=0.8, help="alpha of mixup; 0: off")
+    group.add_argument("--cutmix", type=not_negative, default=1.0, help="alpha of cutmix; 0: off")
+    group.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
+
+
 def add_optimizer_flags(
     group, batch_size: int, epochs: int, warmup_epochs: float, blr: float, clip_grad: float
 ):

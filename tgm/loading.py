@@ -1,6 +1,5 @@
-"""Loaders: batches from decoding processes. If such a process dies or finds no room,
-the run ends with one line.
-Needs run.py, sampling.py, training.py and video.py.
+"""Loaders: batches from decoding processes. If such a process dies or finds no room, the run ends
+with one line. Needs run.py, sampling.py, training.py and video.py.
 
     for items in checked_batches(make_loader(dataset, 16, workers=4)):      lists, in order
     batches = batches_from(step, loader, schedule)                  training batches without end
@@ -140,8 +139,8 @@ def batches_from(step: int, loader: DataLoader, schedule: Schedule):
 
 
 def hide_half_made_loaders() -> None:
-    """A loader whose workers could not all be started fails again when Python deletes it, which
-    would print a traceback."""
+    """Keeps Python from printing a traceback when it deletes a loader whose workers could not all
+    be started: torch's deletion fails, too, and the reason has been said."""
     shown = sys.unraisablehook
 
     def show(failure):

@@ -2,7 +2,7 @@
 (linprobe.py uses `join_machine` and `leave_ranks` alone, features.py `precision_on`, classes.py
 `autocast`.)
 
-Needs flags.py, loading.py, manifest.py, run.py and video.py.
+Needs flags.py, loading.py, manifest.py, run.py, training.py and video.py.
 
     add_run_flags(parser, batch_size=32)
     videos = read_manifest(args.data, args.root)

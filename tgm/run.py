@@ -149,7 +149,8 @@ def lost_rank(error):
 
 
 def nccl_reason(error):
-    """What stands under "Last error:", at the end of NCCL's text; its begin if nothing does."""
+    """NCCL's text ends with "Last error:" and a line that says most: this line, or if it is empty
+    the beginning of the text."""
     last = last_line(error)
     return reason_of(error)[:200] if last == "Last error:" else last[:200]
 
@@ -177,8 +178,8 @@ def give_up_together(message: str):
 
 
 def union_over_ranks(values: set) -> set:
-    """The union of every rank's set of values, which can be sorted, the same on all ranks, all of
-    which must call this."""
+    """The union of every rank's set, the same on all ranks, all of which must call this. values: of
+    one kind that can be sorted, such as numbers or names."""
     if not dist.is_initialized():
         return set(values)
     found = [None] * dist.get_world_size()
@@ -229,21 +230,6 @@ def part_of_rank(rows, rank, ranks):
     first = len(rows) * rank // ranks
     last = len(rows) * (rank + 1) // ranks
     return rows[first:last]
-
-
-# ---- models of other libraries -------------------------------------------------------------------
-
-
-def reason_of(error):
-    """An exception's text as one line of at most 300 characters; its type where it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
-
-
-def list_names(names, most):
-    """The first names of a list, for a message: "a, b, ..." if there are more than `most`."""
-    more = ["..."] if len(names) > most else []
-    return ", ".join(names[:most] + more)
 
 
 # ---- stopping ------------------------------------------------------------------------------------
@@ -397,7 +383,8 @@ NO_MEMORY = (
     "Storage size calculation overflowed",
     "MemoryError",
 )
-# Of CUDA and its libraries, outside torch's own allocator; lines of advice follow.
+# In any line of errors of CUDA and its libraries, which end with lines of advice. (Where torch's
+# own allocator finds no memory, that is an OutOfMemoryError.)
 NO_GPU_MEMORY = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
@@ -433,6 +420,18 @@ def one_line_errors(main):
     return guarded
 
 
+def reason_of(error):
+    """An exception's text as one line of at most 300 characters; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]
+
+
+def list_names(names, most):
+    """The first names of a list, for a message: "a, b, ..." if there are more than `most`."""
+    more = ["..."] if len(names) > most else []
+    return ", ".join(names[:most] + more)
+
+
 def last_line(error):
     """The last line of an exception's message, which is the reason where a worker's traceback
     stands before it.
@@ -453,7 +452,7 @@ def runtime_reason(error):
     if "ncclSystemError" in str(error):
         advice = ""
         if "shared memory" in str(error):
-            advice = ": give the container more (docker run --shm-size=16g)"
+            advice = ": give the container more shared memory (docker run --shm-size=16g)"
         return f"NCCL failed: {nccl_reason(error)}{advice}"
     return None
 

@@ -180,8 +180,8 @@ class Schedule(NamedTuple):
         return step == self.last_step or step % (every * self.steps_per_epoch) == 0
 
     def saves(self, step: int, save_every: int) -> bool:
-        """Whether a checkpoint is due: at the end of each epoch and of the run, and every
-        so many steps."""
+        """Whether a checkpoint is due: at the end of each epoch and of the run, and every so many
+        steps."""
         return self.ends_epoch(step) or (save_every > 0 and step % save_every == 0)
 
     def about(self, blr: float, min_blr: float, start: int, begun_for: int | None) -> str:
