@@ -56,6 +56,7 @@ class Child:
         STARTED.append(self.process)
 
     def _run(self, program, args, environment):
+        gc.freeze()  # loaders that earlier tests left to be deleted belong to their process
         os.setsid()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
