@@ -6,8 +6,8 @@ nested deeper if you like.
 
 writes train.csv, val.csv and classes.txt (alphabetical) into data/mine. The script draws which
 videos go to val.csv: in each class the share `--val` of its groups, by the seed, at least one group
-and never all. The group of a class that has only one goes to train.csv. (A group that is in several
-classes goes where the first of them puts it.)
+and never all. The group of a class that has only one goes to train.csv. (But a group that is in
+several classes goes where the first of them puts it, which may be val.csv.)
 
 A group is what must stay on one side, such as the clips cut from one recording: with clips of one
 scene in both train.csv and val.csv, accuracies mean nothing. Without `--group` every video is a
@@ -18,10 +18,11 @@ at the end of the name:
     v_Archery_g01_c02, v_Archery_g01_c03    both in the group v_Archery_g01
     holiday                                 has no such number: in the group holiday
 
-A name in which the expression finds nothing is refused.
+If there is a name in which the expression finds nothing, the script ends and writes nothing.
 
 If ROOT holds train/ and val/ (or validation/, or test/) alone, these are the split, with the class
-folders inside. A test/ beside a val/ becomes test.csv.
+folders inside: nothing is drawn, and `--val` and `--seed` do nothing. A test/ beside a val/ becomes
+test.csv.
 """
 
 import os
@@ -111,7 +112,7 @@ def read_names(folder, names, splits, pattern):
         group = name
         if pattern:
             match = pattern.search(os.path.splitext(parts[-1])[0])
-            if match is None or match[1] is None:
+            if match is None or not match[1]:
                 sys.exit(
                     f"{os.path.join(folder, name)}: --group {pattern.pattern!r} finds no group in "
                     r"its name: make optional what some names lack, as in '(.*?)(_c\d+)?$'"

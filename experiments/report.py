@@ -8,13 +8,9 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from tgm.curves import load_pyplot
 from tgm.evaluation import t_interval
 
 REPORT = ROOT / "experiments/RESULTS.md"
@@ -193,6 +189,7 @@ def text_of(runs, cells, pairs, afterwards):
 def draw(found, path):
     """The accuracies of `results_table` as points with intervals; a dotted line at those of the
     untrained encoder."""
+    plt = load_pyplot()
     names = list(dict.fromkeys(what for what, _ in found))
     figure, axes = plt.subplots(
         1,
@@ -239,6 +236,6 @@ def write(runs, cells, pairs, afterwards, report=REPORT, picture=PICTURE):
     before, rest = old.split(START, 1)
     after = rest.split(END, 1)[1]
     new = f"{before}{START}\n{text_of(runs, cells, pairs, afterwards)}{END}{after}"
+    draw(by_cell(runs, cells), picture)  # RunError if matplotlib is missing
     report.write_text(new, encoding="utf-8")
-    draw(by_cell(runs, cells), picture)
     print(f"{report}, {picture}: {len(runs)} cells")

@@ -45,6 +45,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from tgm.flags import positive_int
+from tgm.run import RunError
 
 RESULTS = ROOT / "experiments/results/runs.csv"
 OUT = Path("runs/study")
@@ -356,7 +357,10 @@ def main(argv=None):
     if args.report:
         import report
 
-        report.write(read_runs(args.results), plan(), questions(), afterwards())
+        try:
+            report.write(read_runs(args.results), plan(), questions(), afterwards())
+        except RunError as error:
+            sys.exit(str(error))
         return
     done = read_runs(args.results)
     missing = [cell for cell in cells if cell.name not in done]

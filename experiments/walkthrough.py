@@ -1,21 +1,18 @@
 """The pictures of docs/walkthrough.md, from what ./demo.sh left in data/ and runs/demo/.
 
-    ./demo.sh && python experiments/walkthrough.py          needs matplotlib: pip install matplotlib
+    ./demo.sh
+    .venv/bin/pip install matplotlib
+    .venv/bin/python experiments/walkthrough.py
 
-Writes docs/walkthrough/*.png. All but the last are drawn by the commands that the page names; the
-similarities are computed here.
+Writes docs/walkthrough/*.png. The similarities are computed here; all other pictures are drawn by
+commands that a user may give, too.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -24,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 from model import normalize
 from tgm import preview, textprobe
 from tgm.arrays import companion, open_array, read_captions
+from tgm.curves import load_pyplot
 from tgm.features import load_encoder
 from tgm.manifest import read_manifest
+from tgm.run import one_line_errors
 
 DATA = "data/train.csv"
 DEMO = Path("runs/demo")
@@ -65,6 +64,7 @@ def similarities(data, count):
 
 
 def draw_similarities(path):
+    plt = load_pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, split in zip(axes, ("train", "val"), strict=True):
         cosines, captions = similarities(f"data/{split}.csv", BATCH)
@@ -82,10 +82,12 @@ def draw_similarities(path):
     plt.close(figure)
 
 
-def main():
+@one_line_errors
+def main(argv=None):
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ).parse_args(argv)
+    load_pyplot()  # ends in one line if matplotlib is missing, before anything is drawn
     if not CHECKPOINT.exists():
         sys.exit(
             f"{CHECKPOINT} is missing: run ./demo.sh first, and this from the repository's root"
@@ -97,7 +99,7 @@ def main():
     figures = ("-m", "tgm.figures", *row, "--mask", "text")
     run(*figures, "--checkpoint", "none", "--size", "tiny", "--out", OUT / "before.png")
     run(*figures, "--checkpoint", CHECKPOINT, "--out", OUT / "after.png")
-    shutil.copy(DEMO / "text/curves.png", OUT / "curves.png")
+    run("-m", "tgm.curves", DEMO / "text/log.jsonl", "--out", OUT / "curves.png")
     draw_similarities(OUT / "similarities.png")
 
 

@@ -96,12 +96,7 @@ def test_prompt_beams_and_other_frames(copy):
         3,
         "--prompt",
         "a red",
-        "--max-tokens",
-        4,
-        "--resume",
-        "none",
-        "--workers",
-        0,
+        *"--max-tokens 4 --resume none --workers 0".split(),
         cwd=copy,
     )
     texts = [text for entry in entries(copy, "val") for text in entry["captions"]]
@@ -142,12 +137,7 @@ def test_the_blip2_family(copy):
         "data/val.csv",
         "--model",
         copy / "blip2",
-        "--resume",
-        "none",
-        "--workers",
-        0,
-        "--max-tokens",
-        5,
+        *"--resume none --workers 0 --max-tokens 5".split(),
         cwd=copy,
     )
     assert [len(entry["captions"]) for entry in entries(copy, "val")] == [3] * 24
@@ -174,11 +164,7 @@ def test_labels_as_captions(copy):
     (copy / "ids.csv").write_text("path,label\na b.mp4,2\n")
     assert "label '2' is not a class number; --classes has lines for 0 to 1" in run(
         "caption.py",
-        "--data",
-        "ids.csv",
-        "--labels",
-        "--classes",
-        "names.txt",
+        *"--data ids.csv --labels --classes names.txt".split(),
         cwd=copy,
         fails=True,
     )
@@ -460,16 +446,7 @@ def test_a_larger_image_gives_a_finer_grid(world, tmp_path):
         world / "data/val.csv",
         "--clip",
         CLIP,
-        "--moments",
-        1,
-        "--image-size",
-        96,
-        "--workers",
-        0,
-        "--max-steps",
-        1,
-        "--batch-size",
-        4,
+        *"--moments 1 --image-size 96 --workers 0 --max-steps 1 --batch-size 4".split(),
         "--out",
         tmp_path / "x",
     )

@@ -74,10 +74,10 @@ def test_a_run_draws_its_own_curves(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     reason = curves.draw_own_curves(log)
     assert reason == (
-        f"{tmp_path}/run/curves.png: left out (curves need matplotlib: pip install matplotlib)"
+        f"{tmp_path}/run/curves.png: left out (drawing needs matplotlib: pip install matplotlib)"
     )
     line = run("tgm.curves", log, fails=True)
-    assert line == "curves need matplotlib: pip install matplotlib"
+    assert line == "drawing needs matplotlib: pip install matplotlib"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

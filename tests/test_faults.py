@@ -164,29 +164,13 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
             and np.isfinite(alone).all()
         )
 
-    tiny = (
-        "--size",
-        "tiny",
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--workers",
-        1,
-    )
+    tiny = "--size tiny --batch-size 4 --epochs 1 --warmup-epochs 0 --workers 1".split()
     out = run(
         "pretrain.py",
         "--data",
         "mixed.csv",
         *tiny,
-        "--mask",
-        "text",
-        "--picture-every",
-        0,
-        "--out",
-        "text",
+        *"--mask text --picture-every 0 --out text".split(),
         cwd=tmp_path,
     )
     assert f"16 of {len(mixed)} videos usable" in out
@@ -195,18 +179,9 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
         "--data",
         "mixed.csv",
         *tiny,
-        "--mask",
-        "tube",
-        "--nce-weight",
-        0,
-        "--companions",
-        "none",
-        "--max-bad",
-        1,
-        "--picture-every",
-        0,
-        "--out",
-        "tube",
+        *(
+            "--mask tube --nce-weight 0 --companions none --max-bad 1 --picture-every 0 --out tube"
+        ).split(),
         cwd=tmp_path,
     )
     last = json.loads((tmp_path / "tube/log.jsonl").read_text().splitlines()[-1])
@@ -218,13 +193,7 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
         "--val",
         "mixed.csv",
         *tiny,
-        "--max-bad",
-        1,
-        "--views",
-        1,
-        1,
-        "--out",
-        "tuned",
+        *"--max-bad 1 --views 1 1 --out tuned".split(),
         cwd=tmp_path,
     )
     assert json.loads((tmp_path / "tuned/test.json").read_text())["unreadable"] == len(bad)
@@ -235,14 +204,7 @@ def test_every_stage_survives_them_and_the_rest_is_untouched(planted, world, tmp
             "tube/checkpoint.pt",
             "--data",
             f"{name}.csv",
-            "--test",
-            "good.csv",
-            "--seeds",
-            1,
-            "--batch-size",
-            1,
-            "--workers",
-            1,
+            *"--test good.csv --seeds 1 --batch-size 1 --workers 1".split(),
             "--out",
             name,
             cwd=tmp_path,
@@ -287,12 +249,7 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
         "data/train.csv",
         "--model",
         BLIP,
-        "--resume",
-        "none",
-        "--workers",
-        0,
-        "--video-timeout",
-        1e-9,
+        *"--resume none --workers 0 --video-timeout 1e-9".split(),
         cwd=copy,
         fails=True,
     )
@@ -322,42 +279,21 @@ def test_a_video_that_takes_too_long_is_given_up(world, copy, tmp_path, monkeypa
     bare = ("pretrain.py", "--mask", "tube", "--nce-weight", 0, "--companions", "no")
     line = run(
         *bare,
-        "--size",
-        "tiny",
-        "--batch-size",
-        4,
-        "--workers",
-        0,
-        "--video-timeout",
-        1e-9,
+        *"--size tiny --batch-size 4 --workers 0 --video-timeout 1e-9".split(),
         cwd=copy,
         fails=True,
     )
     assert "nine videos drawn in its place cannot be read" in line
     line = run(
         "finetune.py",
-        "--size",
-        "tiny",
-        "--batch-size",
-        4,
-        "--workers",
-        0,
-        "--video-timeout",
-        1e-9,
+        *"--size tiny --batch-size 4 --workers 0 --video-timeout 1e-9".split(),
         cwd=copy,
         fails=True,
     )
     assert "nine videos drawn in its place cannot be read" in line
     assert "0 readable videos" in run(
         "linprobe.py",
-        "--checkpoint",
-        "none",
-        "--size",
-        "tiny",
-        "--workers",
-        0,
-        "--video-timeout",
-        1e-9,
+        *"--checkpoint none --size tiny --workers 0 --video-timeout 1e-9".split(),
         cwd=copy,
         fails=True,
     )

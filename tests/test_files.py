@@ -33,16 +33,7 @@ STAGES = {
     ),
     "motion": (
         "saliency.py",
-        "--data",
-        "data/train.csv",
-        "--cue",
-        "motion",
-        "--moments",
-        16,
-        "--grid",
-        8,
-        "--workers",
-        0,
+        *"--data data/train.csv --cue motion --moments 16 --grid 8 --workers 0".split(),
     ),
 }
 
@@ -242,12 +233,7 @@ def test_where_no_video_is_there_the_folder_is_named_before_anything_is_loaded(c
     (copy / "away/train.csv").write_text("path\n/no/a.mp4\n")
     assert run(
         "caption.py",
-        "--data",
-        "away/train.csv",
-        "--model",
-        "nowhere",
-        "--resume",
-        "none",
+        *"--data away/train.csv --model nowhere --resume none".split(),
         cwd=copy,
         fails=True,
     ) == (
@@ -315,11 +301,7 @@ def test_nothing_that_is_not_ours_is_overwritten(copy):
             assert run(*command, "--resume", resume, cwd=copy, fails=True).startswith(expected)
     assert run(
         "caption.py",
-        "--data",
-        "data/train.csv",
-        "--labels",
-        "--out",
-        "data/train.csv",
+        *"--data data/train.csv --labels --out data/train.csv".split(),
         cwd=copy,
         fails=True,
     ).startswith(f"data/train.csv: {ours}")

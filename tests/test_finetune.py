@@ -31,25 +31,9 @@ from tgm.training import Machine
 
 ON_THE_CPU = {"device": torch.device("cpu"), "autocast": contextlib.nullcontext()}
 TINY = (
-    "--size",
-    "tiny",
-    "--batch-size",
-    8,
-    "--epochs",
-    3,
-    "--warmup-epochs",
-    1,
-    "--log-every",
-    2,
-    "--workers",
-    0,
-    "--no-flip",
-    "--views",
-    2,
-    1,
-    "--drop-path",
-    0.2,
-)
+    "--size tiny --batch-size 8 --epochs 3 --warmup-epochs 1 "
+    "--log-every 2 --workers 0 --no-flip --views 2 1 --drop-path 0.2"
+).split()
 
 
 def weights(path):
@@ -315,14 +299,7 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         "pretrain.py",
         "--data",
         world / "data/train.csv",
-        "--size",
-        "tiny",
-        "--batch-size",
-        8,
-        "--epochs",
-        1,
-        "--workers",
-        0,
+        *"--size tiny --batch-size 8 --epochs 1 --workers 0".split(),
         "--out",
         tmp_path / "pre",
         "--mask",
@@ -389,11 +366,7 @@ def test_from_a_pretrained_encoder_to_a_test(world, tmp_path):
         tmp_path / "ft/best.pt",
         "--test",
         world / "data/val.csv",
-        "--views",
-        2,
-        1,
-        "--workers",
-        1,
+        *"--views 2 1 --workers 1".split(),
     )
     again = json.loads((tmp_path / "ft/test/test.json").read_text())  # beside the checkpoint
     assert {key: again[key] for key in ("top1", "top5", "mean_class", "top1_bootstrap")} == {
@@ -407,19 +380,9 @@ def test_two_ranks_test_as_one_does(copy):
     (copy / "data/odd.csv").write_text("\n".join(lines[:-1]) + "\n")
     run("finetune.py", *TINY, "--max-steps", 6, "--out", "one", cwd=copy)
     flags = (
-        "--test-only",
-        "--checkpoint",
-        "one/checkpoint.pt",
-        "--test",
-        "data/odd.csv",
-        "--views",
-        2,
-        3,
-        "--workers",
-        0,
-        "--batch-size",
-        12,
-    )
+        "--test-only --checkpoint one/checkpoint.pt --test data/odd.csv "
+        "--views 2 3 --workers 0 --batch-size 12"
+    ).split()
     run("finetune.py", *flags, "--out", "alone", cwd=copy)
     run("finetune.py", *flags, "--out", "both", cwd=copy, ranks=2)
     alone, both = (
@@ -433,17 +396,7 @@ def test_two_ranks_train_as_one_does(copy):
     # which know one rank's batch
     flags = [
         *TINY,
-        "--max-steps",
-        3,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--drop-path",
-        0,
-        "--views",
-        1,
-        1,
+        *"--max-steps 3 --mixup 0 --cutmix 0 --drop-path 0 --views 1 1".split(),
     ]
     flags[flags.index("--batch-size") + 1] = 16
     run("finetune.py", *flags, "--out", "one", cwd=copy)
@@ -460,17 +413,7 @@ def test_accumulation_is_a_larger_batch(world, tmp_path):
         world / "data/train.csv",
         "--val",
         world / "data/val.csv",
-        "--max-steps",
-        2,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--drop-path",
-        0,
-        "--views",
-        1,
-        1,
+        *"--max-steps 2 --mixup 0 --cutmix 0 --drop-path 0 --views 1 1".split(),
     ]
     run("finetune.py", *flags, "--accum", 2, "--out", tmp_path / "accum")
     flags[flags.index("--batch-size") + 1] = 16
@@ -495,12 +438,7 @@ def test_resumed_it_is_the_uninterrupted_run(world, tmp_path):
         *flags,
         "--out",
         tmp_path / "parts",
-        "--max-steps",
-        8,
-        "--resume",
-        "auto",
-        "--workers",
-        4,
+        *"--max-steps 8 --resume auto --workers 4".split(),
     )
     run("finetune.py", *flags, "--out", tmp_path / "parts", "--resume", "auto")
     whole = weights(tmp_path / "whole/checkpoint.pt")
@@ -680,17 +618,7 @@ def test_label_smoothing_reaches_the_loss(world, tmp_path):
         world / "data/train.csv",
         "--val",
         world / "data/val.csv",
-        "--max-steps",
-        4,
-        "--blr",
-        0.04,
-        "--views",
-        1,
-        1,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
+        *"--max-steps 4 --blr 0.04 --views 1 1 --mixup 0 --cutmix 0".split(),
     )
     for name, smoothing in (("hard", 0), ("soft", 0.5)):
         run("finetune.py", *flags, "--smoothing", smoothing, "--out", tmp_path / name)
@@ -713,28 +641,11 @@ def test_it_learns(world, tmp_path):
         "finetune.py",
         *TINY,
         *data,
-        "--epochs",
-        40,
-        "--blr",
-        0.08,
-        "--layer-decay",
-        1,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--rand-augment",
-        0,
-        0,
-        "--erase",
-        0,
-        "--crop-scale",
-        0.9,
-        1,
-        "--repeat",
-        4,
-        "--log-every",
-        60,
+        *(
+            "--epochs 40 --blr 0.08 --layer-decay 1 --mixup 0 --cutmix 0 "
+            "--rand-augment 0 0 --erase 0 --crop-scale 0.9 1 --repeat 4 "
+            "--log-every 60"
+        ).split(),
         "--out",
         tmp_path,
     )
@@ -872,12 +783,7 @@ def test_refusals_name_what_mends(copy):
     assert "does not fit VideoViT" in run(
         "finetune.py",
         *TINY,
-        "--size",
-        "small",
-        "--image-size",
-        32,
-        "--checkpoint",
-        "pre.pt",
+        *"--size small --image-size 32 --checkpoint pre.pt".split(),
         cwd=copy,
         fails=True,
     )
@@ -975,13 +881,7 @@ def test_the_learning_rate_counts_videos_and_not_repeats(world, tmp_path, repeat
         repeat,
         "--accum",
         accum,
-        "--blr",
-        0.032,
-        "--min-blr",
-        0.016,
-        "--views",
-        1,
-        1,
+        *"--blr 0.032 --min-blr 0.016 --views 1 1".split(),
     )
     rates = [line["lr"] for line in log(tmp_path) if "loss" in line]
     steps = 12 // accum
@@ -1035,13 +935,7 @@ def test_a_run_mixes_different_videos(world, tmp_path, monkeypatch):
         tmp_path / "eight.csv",
         "--val",
         tmp_path / "eight.csv",
-        "--epochs",
-        6,
-        "--mixup",
-        1,
-        "--views",
-        1,
-        1,
+        *"--epochs 6 --mixup 1 --views 1 1".split(),
         "--out",
         tmp_path / "run",
     )
@@ -1178,25 +1072,10 @@ def test_resumed_with_other_flags_it_is_refused(copy):
     run(
         "finetune.py",
         *base,
-        "--resume",
-        "auto",
-        "--epochs",
-        4,
-        "--batch-size",
-        4,
-        "--accum",
-        2,
-        "--workers",
-        1,
-        "--log-every",
-        1,
-        "--views",
-        2,
-        1,
-        "--max-bad",
-        0.5,
-        "--use",
-        "best",
+        *(
+            "--resume auto --epochs 4 --batch-size 4 --accum 2 --workers 1 "
+            "--log-every 1 --views 2 1 --max-bad 0.5 --use best"
+        ).split(),
         cwd=copy,
     )
     assert log(copy / "run")[-1]["step"] == 16
@@ -1209,12 +1088,7 @@ def test_two_ranks_go_on_with_a_run_of_one(copy):
     run(
         "finetune.py",
         *flags,
-        "--resume",
-        "auto",
-        "--max-steps",
-        6,
-        "--use",
-        "best",
+        *"--resume auto --max-steps 6 --use best".split(),
         cwd=copy,
         ranks=2,
     )
@@ -1228,22 +1102,10 @@ def test_two_ranks_go_on_with_a_run_of_one(copy):
 def test_another_stages_checkpoint_is_refused(copy):
     run(
         "pretrain.py",
-        "--size",
-        "tiny",
-        "--batch-size",
-        8,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--workers",
-        0,
-        "--out",
-        "run",
-        "--mask",
-        "tube",
-        "--picture-every",
-        0,
+        *(
+            "--size tiny --batch-size 8 --epochs 1 --warmup-epochs 0 --workers 0 "
+            "--out run --mask tube --picture-every 0"
+        ).split(),
         cwd=copy,
     )
     for flags in ((), ("--resume", "auto")):
@@ -1280,12 +1142,7 @@ def test_a_finished_test_of_other_weights_is_taken_away(copy):
     line = run(
         "finetune.py",
         *flags,
-        "--max-steps",
-        2,
-        "--resume",
-        "auto",
-        "--test",
-        "data/bad.csv",
+        *"--max-steps 2 --resume auto --test data/bad.csv".split(),
         cwd=copy,
         fails=True,
     )
@@ -1320,12 +1177,7 @@ launch(finetune.main)
         sys.executable,
         str(copy / "slow.py"),
         *map(str, flags),
-        "--out",
-        "run",
-        "--epochs",
-        "2",
-        "--resume",
-        "auto",
+        *"--out run --epochs 2 --resume auto".split(),
     ]
     process = subprocess.Popen(
         command,
@@ -1380,15 +1232,7 @@ launch(finetune.main)
 """)
     flags = [
         *TINY,
-        "--epochs",
-        1,
-        "--use",
-        "best",
-        "--views",
-        1,
-        1,
-        "--out",
-        "run",
+        *"--epochs 1 --use best --views 1 1 --out run".split(),
         "--batch-size",
         8 // ranks,
     ]
@@ -1573,17 +1417,7 @@ def test_the_banner_says_what_is_left_out_and_a_warm_up_without_end(copy):
     out = run(
         "finetune.py",
         *TINY,
-        "--batch-size",
-        9,
-        "--max-steps",
-        1,
-        "--views",
-        1,
-        1,
-        "--warmup-epochs",
-        3,
-        "--out",
-        "a",
+        *"--batch-size 9 --max-steps 1 --views 1 1 --warmup-epochs 3 --out a".split(),
         cwd=copy,
     )
     assert "each epoch leaves out 5 videos, others each time" in out

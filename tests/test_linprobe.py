@@ -388,19 +388,10 @@ def test_features_and_tokens_are_written_out_means_over_clips_and_crops(wide, tm
     run(
         "linprobe.py",
         *flags,
-        "--image-size",
-        32,
-        "--clips",
-        2,
-        "--crops",
-        3,
+        *"--image-size 32 --clips 2 --crops 3".split(),
         "--sampling",
         sampling,
-        "--attentive",
-        "--token-grid",
-        2,
-        2,
-        1,
+        *"--attentive --token-grid 2 2 1".split(),
         "--out",
         tmp_path,
     )
@@ -618,14 +609,7 @@ def test_features_of_another_root_are_not_reused(world, copy):
     flags = (
         *UNTRAINED,
         *FAST,
-        "--clips",
-        1,
-        "--out",
-        "p",
-        "--data",
-        "few.csv",
-        "--test",
-        "data/val.csv",
+        *"--clips 1 --out p --data few.csv --test data/val.csv".split(),
     )
     (copy / "few.csv").write_text(
         "path,label\n"
@@ -649,28 +633,12 @@ def test_features_of_another_root_are_not_reused(world, copy):
 def test_a_checkpoint_brings_its_own_settings(copy):
     run(
         "pretrain.py",
-        "--size",
-        "tiny",
-        "--frames",
-        4,
-        "--stride",
-        3,
-        "--batch-size",
-        8,
-        "--epochs",
-        1,
-        "--workers",
-        0,
+        *"--size tiny --frames 4 --stride 3 --batch-size 8 --epochs 1 --workers 0".split(),
         cwd=copy,
     )
     out = run(
         "linprobe.py",
-        "--checkpoint",
-        "runs/text/checkpoint.pt",
-        "--workers",
-        1,
-        "--clips",
-        1,
+        *"--checkpoint runs/text/checkpoint.pt --workers 1 --clips 1".split(),
         cwd=copy,
     )
     about = json.loads((copy / "runs/text/probe/train.features.json").read_text())
@@ -704,17 +672,7 @@ def test_unreadable_unknown_and_few(copy):
     )
     flags = (
         *UNTRAINED,
-        "--attentive",
-        "--clips",
-        1,
-        "--out",
-        "q",
-        "--data",
-        "few.csv",
-        "--test",
-        "few.csv",
-        "--workers",
-        0,
+        *"--attentive --clips 1 --out q --data few.csv --test few.csv --workers 0".split(),
     )
     out = run("linprobe.py", *flags, "--epochs", 60, cwd=copy)
     result = json.loads((copy / "q/label.json").read_text())
@@ -882,16 +840,7 @@ def test_refusals(copy):
     assert "--token-grid [9, 1, 1]: expected" in run(
         "linprobe.py", *UNTRAINED, "--attentive", "--token-grid", 9, 1, 1, cwd=copy, fails=True
     )
-    for flag in (
-        "--seeds",
-        "--clips",
-        "--crops",
-        "--k",
-        "--epochs",
-        "--max-steps",
-        "--batch-size",
-        "--stride",
-    ):
+    for flag in "--seeds --clips --crops --k --epochs --max-steps --batch-size --stride".split():
         refusal = run("linprobe.py", *UNTRAINED, flag, 0, cwd=copy, fails=True)
         assert f"argument {flag}: expected 1 to " in refusal and ", found 0 (" in refusal
     refusal = run("linprobe.py", *UNTRAINED, "--video-timeout=-1", cwd=copy, fails=True)

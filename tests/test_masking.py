@@ -457,16 +457,7 @@ def test_motion_follows_the_crop_and_flip_of_a_real_sample(tmp_path):
     (tmp_path / "one.csv").write_text("path\nsquare.mp4\n")
     run(
         "saliency.py",
-        "--data",
-        "one.csv",
-        "--cue",
-        "motion",
-        "--moments",
-        10,
-        "--grid",
-        12,
-        "--workers",
-        0,
+        *"--data one.csv --cue motion --moments 10 --grid 12 --workers 0".split(),
         cwd=tmp_path,
     )
     field, grid = np.load(tmp_path / "one.motion.npy"), (4, 6, 6)
@@ -530,14 +521,7 @@ def test_the_preview_draws_every_mask(world, tmp_path):
     flags = (
         "--data",
         world / "data/train.csv",
-        "--row",
-        3,
-        "--frames",
-        8,
-        "--stride",
-        2,
-        "--image-size",
-        64,
+        *"--row 3 --frames 8 --stride 2 --image-size 64".split(),
     )
     run("masking.py", *flags, "--out", tmp_path / "mask.png", process=True)
     with Image.open(tmp_path / "mask.png") as picture:
@@ -574,18 +558,7 @@ def test_the_preview_draws_every_mask(world, tmp_path):
 
 
 def test_the_preview_without_one_of_the_maps(copy):
-    flags = (
-        "--data",
-        "data/val.csv",
-        "--frames",
-        8,
-        "--stride",
-        2,
-        "--image-size",
-        64,
-        "--out",
-        "mask.png",
-    )
+    flags = "--data data/val.csv --frames 8 --stride 2 --image-size 64 --out mask.png".split()
     run("masking.py", *flags, cwd=copy)
     with Image.open(copy / "mask.png") as picture:
         whole = last_row(picture)  # the mask flow
@@ -806,28 +779,10 @@ def test_needs_says_which_map_a_mask_reads(name):
             )
 
 
-SMALL = (
-    "--data",
-    "data/val.csv",
-    "--frames",
-    8,
-    "--stride",
-    2,
-    "--image-size",
-    64,
-    "--out",
-    "mask.png",
-)
+SMALL = "--data data/val.csv --frames 8 --stride 2 --image-size 64 --out mask.png".split()
 NUMBERS = (
-    "--row",
-    "--caption",
-    "--frames",
-    "--stride",
-    "--image-size",
-    "--patch-size",
-    "--seed",
-    "--mask-ratio",
-)
+    "--row --caption --frames --stride --image-size --patch-size --seed --mask-ratio"
+).split()
 
 
 @pytest.mark.parametrize("flag", NUMBERS)

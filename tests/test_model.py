@@ -1423,13 +1423,7 @@ def test_what_the_stages_write_is_exported(copy):
     run(
         "finetune.py",
         *tiny,
-        "--views",
-        1,
-        1,
-        "--checkpoint",
-        "pre/checkpoint.pt",
-        "--out",
-        "ft",
+        *"--views 1 1 --checkpoint pre/checkpoint.pt --out ft".split(),
         cwd=copy,
     )
     run("tgm.checkpoints", "--export", "pre/checkpoint.pt", "--out", "hf/pre", cwd=copy)

@@ -311,18 +311,7 @@ def test_the_stage_with_raft(world, tmp_path, raft):
         "raft",
         "--flow-weights",
         raft,
-        "--moments",
-        2,
-        "--grid",
-        4,
-        "--image-size",
-        128,
-        "--batch-size",
-        2,
-        "--max-steps",
-        1,
-        "--workers",
-        0,
+        *("--moments 2 --grid 4 --image-size 128 --batch-size 2 --max-steps 1 --workers 0").split(),
         "--out",
         tmp_path / "x",
     )
@@ -422,16 +411,7 @@ def test_a_part_of_a_longer_video(tmp_path):
     )
     run(
         "saliency.py",
-        "--data",
-        "parts.csv",
-        "--cue",
-        "motion",
-        "--moments",
-        3,
-        "--grid",
-        4,
-        "--workers",
-        0,
+        *"--data parts.csv --cue motion --moments 3 --grid 4 --workers 0".split(),
         cwd=tmp_path,
     )
     field = np.load(tmp_path / "parts.motion.npy").astype(np.float32)[..., 1:-1, 1:-1] * WIDTH / FPS

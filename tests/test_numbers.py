@@ -43,14 +43,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(copy, monkeypatc
     line = run(
         f"{script}.py",
         *TINY[:8],
-        "--batch-size",
-        8,
-        "--max-steps",
-        3,
-        "--resume",
-        "auto",
-        "--out",
-        "run",
+        *"--batch-size 8 --max-steps 3 --resume auto --out run".split(),
         cwd=copy,
         fails=True,
     )
@@ -90,12 +83,7 @@ def test_saliency_that_is_not_finite(copy):
     line = run(
         "pretrain.py",
         *TINY,
-        "--batch-size",
-        16,
-        "--mask",
-        "text",
-        "--out",
-        "strict",
+        *"--batch-size 16 --mask text --out strict".split(),
         cwd=copy,
         fails=True,
     )
@@ -115,14 +103,7 @@ def test_clip_that_gives_nan(copy, monkeypatch):
         "saliency.py",
         "--clip",
         CLIP,
-        "--moments",
-        8,
-        "--batch-size",
-        16,
-        "--workers",
-        0,
-        "--out",
-        "x",
+        *"--moments 8 --batch-size 16 --workers 0 --out x".split(),
         cwd=copy,
     )
     assert "30 of 32 videos" in out
@@ -135,14 +116,7 @@ def test_clip_that_gives_nan(copy, monkeypatch):
         "saliency.py",
         "--clip",
         CLIP,
-        "--moments",
-        8,
-        "--batch-size",
-        16,
-        "--workers",
-        0,
-        "--out",
-        "x",
+        *"--moments 8 --batch-size 16 --workers 0 --out x".split(),
         cwd=copy,
     )
     assert np.isfinite(np.load(copy / "x.saliency.npy")).all()
@@ -206,14 +180,7 @@ def test_a_batch_of_one(copy):
     run(
         "pretrain.py",
         *TINY,
-        "--batch-size",
-        1,
-        "--max-steps",
-        3,
-        "--log-every",
-        1,
-        "--mask",
-        "text",
+        *"--batch-size 1 --max-steps 3 --log-every 1 --mask text".split(),
         cwd=copy,
     )
     assert (
@@ -222,15 +189,7 @@ def test_a_batch_of_one(copy):
     run(
         "finetune.py",
         *TINY[:8],
-        "--batch-size",
-        1,
-        "--repeat",
-        1,
-        "--max-steps",
-        2,
-        "--views",
-        1,
-        1,
+        *"--batch-size 1 --repeat 1 --max-steps 2 --views 1 1".split(),
         cwd=copy,
     )
     assert json.loads((copy / "runs/finetune/test.json").read_text())["videos"] == 24
@@ -240,12 +199,7 @@ def test_a_batch_of_one(copy):
         "data/train.csv",
         "--model",
         BLIP,
-        "--batch-size",
-        1,
-        "--out",
-        "c.jsonl",
-        "--workers",
-        0,
+        *"--batch-size 1 --out c.jsonl --workers 0".split(),
         cwd=copy,
     )
     assert (copy / "c.jsonl").read_text() == (copy / "data/train.captions.jsonl").read_text()
@@ -253,14 +207,7 @@ def test_a_batch_of_one(copy):
         "saliency.py",
         "--clip",
         CLIP,
-        "--moments",
-        8,
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-        "--out",
-        "one",
+        *"--moments 8 --batch-size 1 --workers 0 --out one".split(),
         cwd=copy,
     )
     assert (
@@ -272,20 +219,10 @@ def test_a_batch_of_one(copy):
     )
     run(
         "linprobe.py",
-        "--checkpoint",
-        "none",
-        "--size",
-        "tiny",
-        "--batch-size",
-        1,
-        "--epochs",
-        2,
-        "--seeds",
-        1,
-        "--workers",
-        0,
-        "--out",
-        "probe",
+        *(
+            "--checkpoint none --size tiny --batch-size 1 --epochs 2 --seeds 1 "
+            "--workers 0 --out probe"
+        ).split(),
         cwd=copy,
     )
     assert 0 <= json.loads((copy / "probe/label.json").read_text())["linear"] <= 1
@@ -307,11 +244,7 @@ def test_classes_of_one_video_and_numbers_with_gaps(copy):
         "--val",
         "data/few.csv",
         *TINY[:8],
-        "--batch-size",
-        4,
-        "--views",
-        1,
-        1,
+        *"--batch-size 4 --views 1 1".split(),
     )
     run("finetune.py", *flags, cwd=copy)
     saved = torch.load(copy / "runs/finetune/checkpoint.pt", weights_only=True)

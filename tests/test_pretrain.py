@@ -24,23 +24,9 @@ from tgm import checkpoints, checks, guides, resume, sampling
 from tgm.run import RunError
 
 TINY = (
-    "--size",
-    "tiny",
-    "--batch-size",
-    8,
-    "--epochs",
-    3,
-    "--warmup-epochs",
-    1,
-    "--blr",
-    2e-3,
-    "--log-every",
-    2,
-    "--workers",
-    0,
-    "--picture-every",
-    0,
-)
+    "--size tiny --batch-size 8 --epochs 3 --warmup-epochs 1 --blr 2e-3 "
+    "--log-every 2 --workers 0 --picture-every 0"
+).split()
 
 
 def weights(folder):
@@ -152,24 +138,10 @@ def test_the_mission_command_with_two_ranks(copy):
     """
     out = run(
         "pretrain.py",
-        "--mask",
-        "text",
-        "--size",
-        "tiny",
-        "--batch-size",
-        8,
-        "--epochs",
-        4,
-        "--workers",
-        1,
-        "--log-every",
-        1,
-        "--picture-every",
-        2,
-        "--blr",
-        0.02,
-        "--warmup-epochs",
-        1,
+        *(
+            "--mask text --size tiny --batch-size 8 --epochs 4 --workers 1 "
+            "--log-every 1 --picture-every 2 --blr 0.02 --warmup-epochs 1"
+        ).split(),
         cwd=copy,
         ranks=2,
     )
@@ -368,14 +340,7 @@ def test_other_sizes_start(world, tmp_path):
             *TINY,
             "--size",
             size,
-            "--frames",
-            2,
-            "--image-size",
-            64,
-            "--batch-size",
-            2,
-            "--max-steps",
-            1,
+            *"--frames 2 --image-size 64 --batch-size 2 --max-steps 1".split(),
             "--data",
             world / "data/train.csv",
             "--out",
@@ -530,14 +495,7 @@ def test_the_rate_and_its_floor_follow_the_videos_not_their_samples(world, tmp_p
     """
     flags = (
         *TINY,
-        "--repeat",
-        4,
-        "--accum",
-        2,
-        "--epochs",
-        4,
-        "--log-every",
-        1,
+        *"--repeat 4 --accum 2 --epochs 4 --log-every 1".split(),
         "--data",
         world / "data/train.csv",
     )
@@ -626,24 +584,10 @@ def test_a_run_goes_on_with_its_own_flags_only(begun):
         "step"
     ] == 4
     free = (
-        "--workers",
-        1,
-        "--log-every",
-        1,
-        "--save-every",
-        3,
-        "--picture-every",
-        1,
-        "--device",
-        "cpu",
-        "--checkpointing",
-        "--video-timeout",
-        50,
-        "--max-bad",
-        0.5,
-        "--max-steps",
-        5,
-    )
+        "--workers 1 --log-every 1 --save-every 3 --picture-every 1 "
+        "--device cpu --checkpointing --video-timeout 50 --max-bad 0.5 "
+        "--max-steps 5"
+    ).split()
     assert "from step 4" in run("pretrain.py", *flags, *free, cwd=copy)
 
 
@@ -671,16 +615,7 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     run(
         "pretrain.py",
         *TINY,
-        "--mask",
-        "tube",
-        "--nce-weight",
-        0,
-        "--companions",
-        "no",
-        "--out",
-        "bare",
-        "--max-steps",
-        1,
+        *"--mask tube --nce-weight 0 --companions no --out bare --max-steps 1".split(),
         cwd=copy,
     )
     lines = (copy / "data/train.csv").read_text().splitlines()
@@ -690,16 +625,7 @@ def test_a_run_goes_on_with_its_own_data_only(begun):
     line = run(
         "pretrain.py",
         *TINY,
-        "--mask",
-        "tube",
-        "--nce-weight",
-        0,
-        "--companions",
-        "no",
-        "--out",
-        "bare",
-        "--resume",
-        "auto",
+        *"--mask tube --nce-weight 0 --companions no --out bare --resume auto".split(),
         cwd=copy,
         fails=True,
     )
@@ -770,19 +696,7 @@ def test_a_checkpoint_that_is_not_ours(begun):
     copy, flags = begun
     run(
         "finetune.py",
-        "--size",
-        "tiny",
-        "--batch-size",
-        8,
-        "--max-steps",
-        1,
-        "--views",
-        1,
-        1,
-        "--workers",
-        0,
-        "--out",
-        "run2",
+        *"--size tiny --batch-size 8 --max-steps 1 --views 1 1 --workers 0 --out run2".split(),
         cwd=copy,
     )
     for more in (["--resume", "auto"], []):
@@ -961,16 +875,7 @@ def test_two_nodes_heal_by_one_restart(copy):
     """
     flags = (
         *TINY,
-        "--batch-size",
-        4,
-        "--epochs",
-        12,
-        "--log-every",
-        1,
-        "--save-every",
-        3,
-        "--resume",
-        "auto",
+        *"--batch-size 4 --epochs 12 --log-every 1 --save-every 3 --resume auto".split(),
     )
     run("pretrain.py", *flags, "--out", "whole", cwd=copy, ranks=2)
     nodes = two_nodes([(*flags, "--out", "run")] * 2, [copy] * 2, restarts=1)
@@ -1140,12 +1045,7 @@ def test_gigabytes_are_refused_before_they_are_taken(copy):
     )
     line = run(
         "pretrain.py",
-        "--batch-size",
-        1,
-        "--frames",
-        1000,
-        "--image-size",
-        2048,
+        *"--batch-size 1 --frames 1000 --image-size 2048".split(),
         cwd=copy,
         fails=True,
     )
@@ -1191,12 +1091,7 @@ def test_a_large_model_on_a_cpu_is_told_what_it_takes(world, tmp_path):
     out = run(
         "pretrain.py",
         *flags,
-        "--size",
-        "small",
-        "--frames",
-        2,
-        "--image-size",
-        32,
+        *"--size small --frames 2 --image-size 32".split(),
         "--out",
         tmp_path / "small",
     )

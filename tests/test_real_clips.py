@@ -89,31 +89,15 @@ def test_the_strip_of_a_real_clip(manifests):
 def test_pretraining_probe_and_fine_tuning_on_labelled_clips(manifests):
     run(
         "pretrain.py",
-        "--data",
-        "cctv_train.csv",
-        "--size",
-        "tiny",
-        "--stride",
-        2,
-        "--batch-size",
-        8,
-        "--epochs",
-        2,
-        "--flip",
-        "--workers",
-        2,
-        "--out",
-        "run",
+        *(
+            "--data cctv_train.csv --size tiny --stride 2 --batch-size 8 "
+            "--epochs 2 --flip --workers 2 --out run"
+        ).split(),
         cwd=manifests,
     )
     run(
         "linprobe.py",
-        "--checkpoint",
-        "run/checkpoint.pt",
-        "--data",
-        "cctv_train.csv",
-        "--test",
-        "cctv_val.csv",
+        *"--checkpoint run/checkpoint.pt --data cctv_train.csv --test cctv_val.csv".split(),
         cwd=manifests,
     )
     result = json.loads((manifests / "run/probe/label.json").read_text())
@@ -126,25 +110,11 @@ def test_pretraining_probe_and_fine_tuning_on_labelled_clips(manifests):
     assert result["majority"] == 0.5 and 0 <= result["linear"] <= 1
     run(
         "finetune.py",
-        "--checkpoint",
-        "run/checkpoint.pt",
-        "--data",
-        "cctv_train.csv",
-        "--val",
-        "cctv_val.csv",
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--views",
-        2,
-        3,
-        "--workers",
-        2,
-        "--out",
-        "tuned",
+        *(
+            "--checkpoint run/checkpoint.pt --data cctv_train.csv "
+            "--val cctv_val.csv --batch-size 4 --epochs 1 --warmup-epochs 0 "
+            "--views 2 3 --workers 2 --out tuned"
+        ).split(),
         cwd=manifests,
     )
     result = json.loads((manifests / "tuned/test.json").read_text())

@@ -126,12 +126,7 @@ def test_a_wrong_image_size_is_refused_before_anything_is_downloaded(monkeypatch
 def test_coca_leaves_no_array(copy):
     line = run(
         "saliency.py",
-        "--clip",
-        "coca_ViT-B-32",
-        "--pretrained",
-        "laion2b_s13b_b90k",
-        "--out",
-        "x",
+        *"--clip coca_ViT-B-32 --pretrained laion2b_s13b_b90k --out x".split(),
         cwd=copy,
         fails=True,
     )
@@ -228,14 +223,7 @@ def test_the_activation_is_recorded_and_asked_for(copy):
     remedy = "make it with: python saliency.py --data data/train.csv --resume none"
     line = run(
         "pretrain.py",
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-        "--mask",
-        "text",
-        "--workers",
-        0,
+        *"--size tiny --device cpu --mask text --workers 0".split(),
         cwd=copy,
         fails=True,
     )
@@ -433,12 +421,7 @@ def test_the_captioners_that_are_claimed(videos, models, kind, prompt):
     flags = (
         "--model",
         models(kind),
-        "--workers",
-        0,
-        "--max-tokens",
-        5,
-        "--beams",
-        2,
+        *"--workers 0 --max-tokens 5 --beams 2".split(),
         "--prompt",
         prompt,
     )
@@ -591,12 +574,7 @@ def test_a_failed_load_leaves_what_was_there(copy):
         ).read_bytes() == about
     run(
         "caption.py",
-        "--data",
-        "data/val.csv",
-        "--model",
-        "nowhere",
-        "--out",
-        "new.jsonl",
+        *"--data data/val.csv --model nowhere --out new.jsonl".split(),
         cwd=copy,
         fails=True,
     )
@@ -615,11 +593,7 @@ def test_a_failed_load_leaves_what_was_there(copy):
     # Labels that do not serve, likewise.
     run(
         "caption.py",
-        "--data",
-        "data/val.csv",
-        "--labels",
-        "--label-column",
-        "path",
+        *"--data data/val.csv --labels --label-column path".split(),
         "--classes",
         os.devnull,
         "--resume",
@@ -657,6 +631,6 @@ def test_without_a_network_two_lines(copy):
         )
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 1 and len(lines) == 2, done.stderr
-        assert lines[0].startswith("the Hugging Face hub does not answer, trying again")
+        assert lines[0].startswith("the Hugging Face hub did not give a file, trying again")
         assert "cannot load it" in lines[1]
     assert not list(copy.glob("x*"))

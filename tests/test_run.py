@@ -541,6 +541,17 @@ def test_a_second_worker_that_cannot_be_started_is_one_line(tmp_path):
     )
 
 
+def test_no_number_for_the_file_of_a_batch_is_one_line():
+    """What multiprocessing raises in the run if a worker's file finds no number there."""
+
+    def batches():
+        raise RuntimeError("received 0 items of ancdata")
+        yield
+
+    with pytest.raises(run.RunError, match="^the run or a decoding process has too many open"):
+        list(loading.checked_batches(batches()))
+
+
 def test_a_worker_without_open_files_prints_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(loading, "ignore_signals", lambda _: None)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
@@ -879,7 +890,7 @@ def test_reasons_to_give_up_are_one_line():
     )
     assert (
         raised(OSError(28, "No space left on device"))
-        == "No space left on device (while a file was read or written)"
+        == "No space left on device (the system does not say of which file)"
     )
     assert raised(OSError("Caught OSError\nTraceback\nOSError: bad\n")) == "OSError: bad"
     assert raised(OSError()) == "OSError"
@@ -1197,6 +1208,27 @@ def test_a_rank_that_never_starts_is_named(rank, other):
     store.set_timeout(datetime.timedelta(seconds=0.2))
     with pytest.raises(run.RunError, match=f"^rank {other} did not start within 0:00:00.2"):
         run.attempt_name(store, rank, 2)
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_a_store_that_is_lost_while_ranks_join_is_one_line(rank):
+    """Its node ended, with torchrun: no other rank is late."""
+
+    class LostStore(dist.HashStore):
+        def get(self, key):
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+
+        check = get
+
+    @run.one_line_errors
+    def main(argv=None):
+        run.attempt_name(LostStore(), rank, 2)
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value.code).startswith(
+        "no connection to torchrun's store (Failed to recv, got 0 bytes): if torchrun ended on"
+    )
 
 
 def test_ranks_wait_as_long_for_a_stop_as_for_a_step(monkeypatch):

@@ -36,12 +36,7 @@ def soak(world, clips, samples):
         [
             "--data",
             str(world / "data/train.csv"),
-            "--size",
-            "tiny",
-            "--mask",
-            "text",
-            "--stride",
-            "2",
+            *"--size tiny --mask text --stride 2".split(),
         ]
     )
     videos, rows, arrays, _ = guides.open_data(args.data, args.mask, args.nce_weight)

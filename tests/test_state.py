@@ -24,16 +24,7 @@ STAGES = {
     "saliency": ("saliency.py", "--clip", CLIP, "--moments", 2, "--workers", 0, "--batch-size", 1),
     "motion": (
         "saliency.py",
-        "--cue",
-        "motion",
-        "--moments",
-        2,
-        "--grid",
-        4,
-        "--workers",
-        0,
-        "--batch-size",
-        1,
+        *"--cue motion --moments 2 --grid 4 --workers 0 --batch-size 1".split(),
     ),
 }
 
@@ -71,12 +62,7 @@ def test_a_manifest_that_has_grown_is_told_with_the_command(copy):
     )
     assert run(
         "pretrain.py",
-        "--data",
-        "data/few.csv",
-        "--size",
-        "tiny",
-        "--mask",
-        "text",
+        *"--data data/few.csv --size tiny --mask text".split(),
         cwd=copy,
         fails=True,
     ).endswith(
@@ -263,14 +249,7 @@ def test_stages_that_write_the_same_or_read_what_is_written_are_refused(copy):
         ("caption.py", "--data", "data/train.csv", "--model", BLIP),
         (
             "saliency.py",
-            "--data",
-            "data/train.csv",
-            "--cue",
-            "motion",
-            "--moments",
-            16,
-            "--grid",
-            8,
+            *"--data data/train.csv --cue motion --moments 16 --grid 8".split(),
         ),
         ("linprobe.py", "--checkpoint", "none", "--size", "tiny", "--out", "probe"),
     ],
@@ -359,27 +338,13 @@ def test_an_array_of_objects_is_never_unpickled(copy, monkeypatch):
     )
     run(
         "linprobe.py",
-        "--checkpoint",
-        "none",
-        "--size",
-        "tiny",
-        "--seeds",
-        1,
-        "--workers",
-        0,
-        "--out",
-        "probe",
+        *"--checkpoint none --size tiny --seeds 1 --workers 0 --out probe".split(),
         cwd=copy,
     )
     shutil.copy("evil.npy", "probe/train.features.npy")
     assert "train.features.npy: cannot be read" in run(
         "linprobe.py",
-        "--checkpoint",
-        "none",
-        "--size",
-        "tiny",
-        "--out",
-        "probe",
+        *"--checkpoint none --size tiny --out probe".split(),
         cwd=copy,
         fails=True,
     )
@@ -407,25 +372,13 @@ def test_weights_that_carry_code_are_refused_by_every_flag_that_takes_a_file(cop
     )
     assert "evil.pt" in run(
         "saliency.py",
-        "--cue",
-        "motion",
-        "--flow",
-        "raft",
-        "--flow-weights",
-        "evil.pt",
-        "--out",
-        "raft",
+        *"--cue motion --flow raft --flow-weights evil.pt --out raft".split(),
         cwd=copy,
         fails=True,
     )
     assert "evil.pt" in run(
         "saliency.py",
-        "--clip",
-        "ViT-S-32",
-        "--pretrained",
-        "evil.pt",
-        "--out",
-        "clip",
+        *"--clip ViT-S-32 --pretrained evil.pt --out clip".split(),
         cwd=copy,
         fails=True,
     )

@@ -4,7 +4,7 @@ layer classifies. Needs model.py.
 It is V-JEPA's probe (arXiv 2404.08471) without its MLP block. `attentive` trains several side by
 side, one per learning rate, and returns their predictions; linprobe.py chooses among them.
 
-Shapes: N training videos, N' test videos, V views, M tokens of a view after pooling, D width, C
+Shapes: N training videos, N' test videos, V views, M tokens of a view (of --token-grid), D width, C
 classes, L settings, B batch.
 """
 
@@ -36,7 +36,7 @@ class AttentiveProbe(torch.nn.Module):
 
     # Usual attention computes a key K x and a value V x of every token x: scores q . (K x), their
     # softmax a, output sum of a V x. A head has one and the same query q for all videos, so that
-    # neither is needed:
+    # neither has to be computed for each token:
     #   q . (K x) = (K^T q) . x
     #       `token_query` computes K^T q once; `classify_all` multiplies it with all tokens.
     #   sum of a V x = V (sum of a x)
@@ -47,10 +47,10 @@ class AttentiveProbe(torch.nn.Module):
         key = self.key.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
         return (self.query @ key).squeeze(1) / key.shape[1] ** 0.5
 
-    def classify(self, pooled):
+    def classify(self, means):
         """The heads' weighted means of tokens [B, heads, D] -> logits [B, C]."""
         value = self.value.weight.unflatten(0, (len(self.query), -1))  # [heads, D / heads, D]
-        return self.classifier(torch.einsum("hvd,bhd->bhv", value, pooled).flatten(1))
+        return self.classifier(torch.einsum("hvd,bhd->bhv", value, means).flatten(1))
 
 
 def classify_all(probes, tokens):
@@ -59,8 +59,8 @@ def classify_all(probes, tokens):
     tokens = F.layer_norm(tokens, tokens.shape[-1:])
     queries = torch.cat([probe.token_query() for probe in probes])  # [L * heads, D]
     attention = (tokens @ queries.T).softmax(1)  # [B, V*M, L * heads]
-    pooled = (attention.mT @ tokens).unflatten(1, (len(probes), -1))  # [B, L, heads, D]
-    return [probe.classify(each) for probe, each in zip(probes, pooled.unbind(1), strict=True)]
+    means = (attention.mT @ tokens).unflatten(1, (len(probes), -1))  # [B, L, heads, D]
+    return [probe.classify(each) for probe, each in zip(probes, means.unbind(1), strict=True)]
 
 
 def attentive(

@@ -77,7 +77,7 @@ def load_pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise RunError("curves need matplotlib: pip install matplotlib") from None
+        raise RunError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

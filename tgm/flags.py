@@ -157,8 +157,9 @@ def add_clip_flags(group, repeat: int, origin: str):
         "--max-bad",
         type=fraction,
         default=0.05,
-        help="stop when more than this share of the training videos cannot be read, or when more "
-        "than this share of the files of any manifest is missing",
+        help="stop when more than this share of the training videos cannot be read, or when "
+        "clearly more than this share of the files of any manifest is missing (at most 256 are "
+        "looked for)",
     )
 
 

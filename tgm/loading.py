@@ -33,9 +33,9 @@ WORKER_ENDED = (
 
 
 def begin_worker(number: int) -> None:
-    """The worker_init_fn of every loader. The worker ignores signals. It also hides tracebacks: a
-    thread of multiprocessing (resource_sharer) hands tensors to the run, and if too many files are
-    open, it fails again and again and prints one each time. The run prints the reason once."""
+    """The worker_init_fn of every loader. The worker ignores signals. It also hides the
+    tracebacks of too many open files: a thread of multiprocessing (resource_sharer) hands tensors
+    to the run, fails again and again, and prints one each time. The run prints the reason once."""
     ignore_signals(number)
     shown = sys.excepthook
 
@@ -55,7 +55,8 @@ def share(items):
 
     Without it the loader does so in a thread of the worker. There an error is lost, such as of a
     full /dev/shm or of too many open files, and the run waits forever for a batch that never comes.
-    Here the error reaches the run like any other of a worker."""
+    Here the error reaches the run like any other of a worker. Training batches need none of this:
+    the usual collate_fn stacks them into shared memory, in the worker itself."""
     if torch.utils.data.get_worker_info() is None:
         return items
     return bytes(ForkingPickler.dumps(items))
@@ -168,7 +169,8 @@ def checked_batches(loader: DataLoader):
     except (RuntimeError, OSError) as error:
         lines = str(error).strip().splitlines() or [""]
         reason = lines[-1]
-        if "Too many open files" in reason:
+        # "received 0 items of ancdata": the run had no number left for the file that a worker sent
+        if "Too many open files" in reason or "items of ancdata" in reason:
             raise RunError(NO_OPEN_FILES) from None
         if "shared memory" in reason or "</torch_" in reason or "Bus error" in lines[0]:
             raise RunError(NO_SHARED_MEMORY) from None

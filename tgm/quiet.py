@@ -7,16 +7,16 @@ import warnings
 
 
 class HubSilence(logging.Filter):
-    """Drops what is logged. That the Hugging Face hub does not answer is said, once."""
+    """Drops what is logged. That a file is asked of the Hugging Face hub again is said, once."""
 
     said = False
 
     def filter(self, record):
-        if not self.said and record.getMessage().startswith("Retrying in"):
+        if not self.said and record.getMessage().startswith(("Retrying in", "Rate limited")):
             self.said = True
             print(
-                "the Hugging Face hub does not answer, trying again (HF_HUB_OFFLINE=1: what was "
-                "downloaded before, at once)",
+                "the Hugging Face hub did not give a file, trying again (HF_HUB_OFFLINE=1: what "
+                "was downloaded before, at once)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -27,7 +27,9 @@ class HubSilence(logging.Filter):
 def quiet_libraries():
     """While a model is loaded: nothing that a library logs or warns of is shown. What matters is in
     its exceptions, or is checked by whoever loads."""
-    logging.basicConfig()  # open_clip's first warning would do this, after handlers were looked for
+    # Makes the root logger's handler now, so that it gets the filter, too. Otherwise open_clip's
+    # first warning would make it.
+    logging.basicConfig()
     handlers = []
     for name in (None, "huggingface_hub", "transformers"):
         handlers += logging.getLogger(name).handlers

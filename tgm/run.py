@@ -92,7 +92,7 @@ def attempt_name(store, rank, ranks):
         store.set(f"question of {rank}", question)
         try:
             name = store.get(f"answer to {question}").decode()
-        except RuntimeError:
+        except dist.DistStoreError:
             raise RunError(f"rank 0 {missing}") from None
         store.set(f"{name} heard by {rank}", "yes")
         return name
@@ -279,9 +279,9 @@ class StopSignal:
         first signal        It is noted: `name` is its name from then on, None before. A message
                             with `then` says what happens next. The run has GRACE seconds to reach
                             `requested` or `end`, and after `requested` GRACE seconds to save.
-        within SAME_SIGNAL  A second signal is ignored: the same one often comes twice, from a
-        seconds             scheduler and through torchrun.
-        later               A second signal ends the run without saving.
+        second signal       Within SAME_SIGNAL seconds of the first it is ignored: the same one
+                            often comes twice, from a scheduler and through torchrun. Later it
+                            ends the run without saving.
         no progress         After GRACE seconds the run ends without saving. If torchrun got the
                             signal, it kills its ranks earlier, after 30 seconds in all;
                             TORCH_ELASTIC_SHUTDOWN_TIMEOUT allows more.
@@ -449,6 +449,11 @@ def runtime_reason(error):
             return memory_reason(line)
     if is_of_lost_rank(error):
         return lost_rank(error)
+    if isinstance(error, dist.DistNetworkError):
+        return (
+            f"no connection to torchrun's store ({reason_of(error)[:200]}): if torchrun ended on "
+            "another node, that node says why"
+        )
     if "ncclSystemError" in str(error):
         advice = ""
         if "shared memory" in str(error):
@@ -462,7 +467,7 @@ def os_reason(error):
     if error.strerror is None:
         return last_line(error)
     if error.filename is None:
-        return f"{error.strerror} (while a file was read or written)"
+        return f"{error.strerror} (the system does not say of which file)"
     return f"{error.filename}: {error.strerror}"
 
 

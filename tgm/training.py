@@ -102,8 +102,9 @@ class Machine:
         if self.ranks == 1:
             return model
         wrapped = DistributedDataParallel(model, [self.device] if self.on_gpu else None)
-        # The buffers are tables of positions, which never change. As an argument this name is
-        # deprecated in torch 2.14, and older versions do not know the new one.
+        # The buffers are tables of positions, which never change. torch 2.14 deprecates the
+        # argument `broadcast_buffers` for `forward_sync_buffers`, which older versions do not know:
+        # so the attribute is set.
         wrapped.broadcast_buffers = False
         return wrapped
 
