@@ -179,7 +179,7 @@ def validate(state, val, log, machine, args):
     if machine.rank == 0:
         for name in names:
             state.save(Path(args.out) / name, vars(args))
-        log.draw()
+        log.draw(state.step)
 
 
 def predict(model, videos, views, machine, args):

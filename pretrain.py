@@ -167,7 +167,7 @@ def train(state, loader, schedule, machine, args):
             draws = False  # saves time; the last step's is drawn, as no resumed run would draw it
         if draws and machine.rank == 0:
             draw(out / f"reconstruction_{step:06d}.png", model, clips, machine, args)
-            log.draw()
+            log.draw(step)
         if stopped:
             machine.say(f"{stop.name}: saved {checkpoint} at step {step}; --resume auto goes on")
             machine.leave()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All but the slow tests and those for a GPU, in an environment of its own: 12 minutes on two quick cores after installing, 35 on slow ones. Arguments go to pytest.
+# All but the slow tests and those for a GPU, in an environment of its own: 12 minutes on two quick cores after installing, 26 on slow ones. Arguments go to pytest.
 set -eu
 cd "$(dirname "$0")"
 . ./venv.sh

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "experiments")]
-from tgm import arrays
+from tgm import arrays, training
 
 torch.set_num_threads(1)
+# Drawing the curves would take a quarter of a short run's time: test_curves.py does it.
+NO_MATPLOTLIB = ROOT / "tests/no_matplotlib"
 CLIP, BLIP = f"local-dir:{ROOT}/data/toy/clip", f"{ROOT}/data/toy/blip"
 ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
@@ -29,11 +32,15 @@ ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     # what is there already stays: packages may have been installed to a folder
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(NO_MATPLOTLIB), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
 }
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
 GPU_TESTS_ON_CPU = os.environ.get("TGM_GPU_TESTS") == "cpu"
 os.environ.update(ENVIRONMENT)
+# pytest-xdist's processes inherit the path; in them matplotlib is there
+sys.path[:] = [folder for folder in sys.path if folder != str(NO_MATPLOTLIB)]
 
 
 def pytest_configure(config):
@@ -102,7 +109,11 @@ def run_here(module, args, cwd, fails):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         os.chdir(cwd)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+            mock.patch.object(training, "draw_own_curves", lambda path: None),
+        ):
             importlib.import_module(module).main(args)
     except SystemExit as stop:
         code = stop.code or 0

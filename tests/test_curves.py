@@ -1,11 +1,13 @@
 """tgm/curves.py: what it reads, and that its pictures show it."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ENVIRONMENT, NO_MATPLOTLIB, ROOT, run
 from PIL import Image
 
 from tgm import curves, training
@@ -97,12 +99,52 @@ def test_the_log_says_once_why_curves_are_left_out(tmp_path, monkeypatch, capsys
     log = training.TrainingLog(tmp_path, [], 0.0, schedule, machine, 0)
     write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    log.draw()
-    log.draw()
+    for step in (1, 4):  # the last is 4
+        log.draw(step)
     assert capsys.readouterr().err.count("left out") == (rank == 0)
     monkeypatch.undo()
-    log.draw()
+    log.draw(4)
     assert (tmp_path / "curves.png").exists() == (rank == 0)
+
+
+def test_the_log_draws_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    schedule = training.Schedule(
+        videos=4,
+        batch_size=1,
+        repeat=1,
+        accum=1,
+        ranks=1,
+        epochs=1,
+        warmup_epochs=0,
+        max_steps=None,
+    )
+    log = training.TrainingLog(tmp_path, [], 0.0, schedule, training.Machine("cpu", "off"), 0)
+    drawn = []
+    monkeypatch.setattr(
+        training, "draw_own_curves", lambda path: drawn.append(training.time.time())
+    )
+    for seconds, step in ((0, 1), (59, 2), (60, 3), (61, 4)):
+        monkeypatch.setattr(training.time, "time", lambda: seconds)
+        log.draw(step)
+    assert drawn == [0, 60, 61]
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_both_training_stages_draw_their_curves(world, tmp_path, script):
+    """Where matplotlib is installed, which the tests' other runs do without."""
+    path = ENVIRONMENT["PYTHONPATH"].split(os.pathsep)
+    path = [folder for folder in path if folder != str(NO_MATPLOTLIB)]
+    flags = "--size tiny --batch-size 8 --max-steps 2 --log-every 1 --workers 0 --out out"
+    data = ["--data", world / "data/train.csv"]
+    data += ["--val", world / "data/val.csv"] if script == "finetune.py" else []
+    subprocess.run(
+        [sys.executable, ROOT / script, *flags.split(), *data],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)},
+        check=True,
+        capture_output=True,
+    )
+    assert Image.open(tmp_path / "out/curves.png").size[0] > 400
 
 
 def test_the_command_line(tmp_path):

@@ -186,6 +186,8 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: Sequence[str]) ->
             picture.paste(sideways.rotate(90, expand=True), (middle, 14))
     outline = "lightgrey" if named else None
     for (true, predicted), share in np.ndenumerate(shares):
+        if share == 0 and not named:
+            continue  # white already
         x = margin + predicted * cell
         y = margin + true * cell
         colour = tuple(round(255 - share * (255 - darkest)) for darkest in (20, 60, 130))

@@ -254,7 +254,8 @@ class TrainingLog:
         self.names = []  # of the losses that are computed
         self.missing = {}  # {name: None} of the other losses
         self.skipped_in_a_row = 0  # the latest steps, if fp16's scaler skipped them
-        self.undrawn = None  # why curves.png was left out
+        self.drawn = -math.inf  # when curves.png was drawn last, seconds
+        self.undrawn = None  # why it was left out
         self._begin_after(start)
 
     def _begin_after(self, step: int):
@@ -317,10 +318,14 @@ class TrainingLog:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def draw(self):
-        """Rank 0 draws the lines so far as curves.png; where it cannot, it says why, once."""
-        if self.machine.rank > 0:
+    def draw(self, step: int):
+        """Rank 0 draws the lines so far as curves.png, but before the last step at most once a
+        minute; where it cannot, it says why, once."""
+        now = time.time()
+        too_early = step < self.schedule.last_step and now < self.drawn + 60
+        if self.machine.rank > 0 or too_early:
             return
+        self.drawn = now
         reason = draw_own_curves(self.path)
         if reason != self.undrawn:
             self.undrawn = reason
