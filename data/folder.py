@@ -115,7 +115,8 @@ def read_names(folder, names, splits, pattern):
             if match is None or not match[1]:
                 sys.exit(
                     f"{os.path.join(folder, name)}: --group {pattern.pattern!r} finds no group in "
-                    r"its name: make optional what some names lack, as in '(.*?)(_c\d+)?$'"
+                    "its name, or an empty one: make optional what some names lack, as in "
+                    r"'(.*?)(_c\d+)?$'"
                 )
             group = match[1]
         files.append(File(name, parts[0], group, split))

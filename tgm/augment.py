@@ -74,8 +74,8 @@ class EraseWithNoise(v2.RandomErasing):
 def make_mix(mixup, cutmix, classes):
     """torchvision's mixup or cutmix of a batch, each with probability 0.5 if both have an alpha
     above 0: clips [R*B, 3, T, H, W] float, labels [R*B] -> clips, targets [R*B, C]. Each sample is
-    mixed with the one before it in the batch, which is another video's if the repeats of a video do
-    not follow each other; the share, or the box, is the same for the whole batch."""
+    mixed with the one before it in the batch; finetune.py orders the batch so that this is another
+    video's. The share, or the box, is the same for the whole batch."""
     kinds = []
     if mixup > 0:
         kinds.append(v2.MixUp(alpha=mixup, num_classes=classes))

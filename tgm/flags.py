@@ -158,8 +158,8 @@ def add_clip_flags(group, repeat: int, origin: str):
         type=fraction,
         default=0.05,
         help="stop when more than this share of the training videos cannot be read, or when "
-        "clearly more than this share of the files of any manifest is missing (at most 256 are "
-        "looked for)",
+        "more than this share of the files of any manifest is missing (of many files 256 are "
+        "looked for, and the share must be clearly exceeded)",
     )
 
 

@@ -447,13 +447,13 @@ def runtime_reason(error):
     for line in str(error).splitlines():
         if any(text in line for text in NO_GPU_MEMORY):
             return memory_reason(line)
+    if isinstance(error, dist.DistNetworkError):  # before lost ranks: its text may be as theirs
+        return (
+            f"no connection to torchrun's store ({reason_of(error)[:200]}): torchrun may have "
+            "ended on another node, which says why"
+        )
     if is_of_lost_rank(error):
         return lost_rank(error)
-    if isinstance(error, dist.DistNetworkError):
-        return (
-            f"no connection to torchrun's store ({reason_of(error)[:200]}): if torchrun ended on "
-            "another node, that node says why"
-        )
     if "ncclSystemError" in str(error):
         advice = ""
         if "shared memory" in str(error):
