@@ -13,6 +13,10 @@ from PIL import Image
 from tgm import curves, training
 from tgm.run import RunError
 
+FOUR_STEPS = training.Schedule(
+    videos=4, batch_size=1, repeat=1, accum=1, ranks=1, epochs=1, warmup_epochs=0, max_steps=None
+)
+
 
 def write_log(path, entries):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,22 +88,12 @@ def test_a_run_draws_its_own_curves(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_log_says_once_why_curves_are_left_out(tmp_path, monkeypatch, capsys, rank):
-    schedule = training.Schedule(
-        videos=4,
-        batch_size=2,
-        repeat=1,
-        accum=1,
-        ranks=1,
-        epochs=2,
-        warmup_epochs=0,
-        max_steps=None,
-    )
     machine = training.Machine("cpu", "off")
     machine.rank = rank
-    log = training.TrainingLog(tmp_path, [], 0.0, schedule, machine, 0)
+    log = training.TrainingLog(tmp_path, [], 0.0, FOUR_STEPS, machine, 0)
     write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for step in (1, 4):  # the last is 4
+    for step in (1, 4):
         log.draw(step)
     assert capsys.readouterr().err.count("left out") == (rank == 0)
     monkeypatch.undo()
@@ -108,17 +102,7 @@ def test_the_log_says_once_why_curves_are_left_out(tmp_path, monkeypatch, capsys
 
 
 def test_the_log_draws_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
-    schedule = training.Schedule(
-        videos=4,
-        batch_size=1,
-        repeat=1,
-        accum=1,
-        ranks=1,
-        epochs=1,
-        warmup_epochs=0,
-        max_steps=None,
-    )
-    log = training.TrainingLog(tmp_path, [], 0.0, schedule, training.Machine("cpu", "off"), 0)
+    log = training.TrainingLog(tmp_path, [], 0.0, FOUR_STEPS, training.Machine("cpu", "off"), 0)
     drawn = []
     monkeypatch.setattr(
         training, "draw_own_curves", lambda path: drawn.append(training.time.time())

@@ -56,8 +56,8 @@ def share(items):
     Without it the loader does so in a thread of the worker. There an error is lost, such as of a
     full /dev/shm or of too many open files, and the run waits forever for a batch that never comes.
     Here the error reaches the run like any other of a worker. Training batches go without it:
-    the usual collate_fn stacks the clips in shared memory, in the worker itself, where a full one
-    is noticed; and a worker has no more than two batches under way, of a few tensors."""
+    the usual collate_fn stacks the clips in shared memory in the worker itself, so that a full
+    /dev/shm is met there, and a worker has at most two batches of a few tensors under way."""
     if torch.utils.data.get_worker_info() is None:
         return items
     return bytes(ForkingPickler.dumps(items))
